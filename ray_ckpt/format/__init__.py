@@ -1,0 +1,1 @@
+"""What a checkpoint is on disk: pure functions and values, no I/O."""

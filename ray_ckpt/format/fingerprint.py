@@ -1,0 +1,76 @@
+"""A digest of a tensor that does not depend on how it is sharded.
+
+Every element contributes a 64-bit mix of its index in the global tensor and of its bits; contributions are added
+modulo 2^64. The sum over disjoint parts is the sum over the tensor, so ranks that hold shards, whatever their layout,
+each return the sum of what they hold and whoever asked adds them up: nobody gathers the tensor.
+
+A changed, moved or missing element changes the sum except with a probability of about 2^-64. This is a checksum against
+accidents (wrong shard, wrong order, lost write, flipped bit), not a signature against somebody who forges one.
+
+Here are the values, which need no torch; `digest.py` computes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ray_ckpt.errors import FormatError
+from ray_ckpt.format.boxes import Box, check_cover
+
+WORD_MASK = (1 << 64) - 1
+"""Sums of contributions are taken modulo 2^64."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """The digest of one tensor, or of those parts of it that somebody holds. Plain data: pickles, needs no torch.
+
+    `parts` maps each part to the sum (modulo 2^64) of its elements' contributions. Two fingerprints of the same
+    tensor merge into one of all their parts; only a complete one has a `digest`.
+    """
+
+    dtype: str
+    """As `str(torch.dtype)` without the `torch.` prefix."""
+    shape: tuple[int, ...]
+    """Of the global tensor."""
+    parts: dict[Box, int]
+
+    def merge(self, other: Fingerprint) -> Fingerprint:
+        """The fingerprint of what either holds. Replicas count once.
+
+        Raises:
+            FormatError: the two differ in dtype or shape, or hold different bits for the same part.
+        """
+        if (self.dtype, self.shape) != (other.dtype, other.shape):
+            raise FormatError(
+                f"parts of different tensors: {self.dtype}{list(self.shape)} and {other.dtype}{list(other.shape)}"
+            )
+        for box in self.parts.keys() & other.parts.keys():
+            if self.parts[box] != other.parts[box]:
+                raise FormatError(f"replicas differ in the part at {box.offsets} of size {box.sizes}")
+        return Fingerprint(self.dtype, self.shape, {**self.parts, **other.parts})
+
+    @property
+    def digest(self) -> str:
+        """Dtype, shape and sum as text: equal texts mean equal bits.
+
+        Raises:
+            FormatError: the parts do not cover the tensor exactly once.
+        """
+        if problem := check_cover(self.shape, list(self.parts)):
+            raise FormatError(f"incomplete fingerprint: {problem}")
+        total = sum(self.parts.values()) & WORD_MASK
+        return f"{self.dtype}{list(self.shape)}:{total:016x}"
+
+
+def merge(fingerprints: Iterable[Fingerprint]) -> Fingerprint:
+    """The fingerprint of everything that the given ones hold together.
+
+    Raises:
+        FormatError: they are not of one tensor, or replicas among them differ.
+    """
+    first, *others = fingerprints
+    for other in others:
+        first = first.merge(other)
+    return first

@@ -1,0 +1,1 @@
+"""Getting bytes in and out: pyarrow filesystems behind DCP's storage interfaces."""
