@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from typing import Any
 
 __all__ = [
+    "DIED",
+    "SILENT",
     "CheckpointError",
     "CheckpointExistsError",
     "CheckpointNotFoundError",
@@ -80,6 +82,13 @@ class GroupTimeoutError(GroupError):
     """A call on the group outlasted its `timeout_s`."""
 
 
+DIED = "died"
+"""Error type of a rank whose process, or whose node, is gone."""
+
+SILENT = "silent"
+"""Error type of a rank that never answered while its peers lost the connection."""
+
+
 @dataclass(frozen=True)
 class RankFailure:
     """What is known of one failed rank, as plain data."""
@@ -88,7 +97,7 @@ class RankFailure:
     node: str
     """Host name and address of the rank's node."""
     error_type: str
-    """Qualified name of the exception's class; `"died"` when the process is gone, `"silent"` when it never answered."""
+    """Qualified name of the exception's class, or `DIED` or `SILENT`."""
     message: str
     traceback: str = ""
     """The rank's own traceback, or empty when its process left none."""

@@ -1,0 +1,250 @@
+"""WorkerGroup: a fixed number of worker processes on a Ray cluster that form one process group.
+
+    WorkerGroup(4)
+      connect      join or start a Ray cluster, if the process has none yet
+      place        one placement group, one bundle per worker; on an autoscaled cluster it is the demand
+      actors       one per bundle; ranks are ordered by node, then device
+      rendezvous   rank 0 opens a store on port 0; everybody joins torch.distributed through it
+    group.run(fn)  fn(ctx, *args) on every rank; results in rank order, or the error of the rank that failed
+    close          ask the ranks to leave, kill who does not, remove the placement group
+
+Knows nothing of checkpoints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from ray_ckpt.cluster.connect import connect
+from ray_ckpt.cluster.gather import gather
+from ray_ckpt.cluster.resources import choose_demand, describe, describe_nodes, explain_shortage
+from ray_ckpt.cluster.worker import Rendezvous, Worker, WorkerInfo
+from ray_ckpt.errors import GroupError, PlacementError, UsageError
+
+PATIENCE_S = 5.0
+"""How long the workers may take to leave the process group before they are killed."""
+
+REMOVAL_TIMEOUT_S = 10.0
+"""How long to wait for Ray to confirm that a removed placement group is gone."""
+
+
+@dataclass(frozen=True)
+class PlacementWait:
+    """Where a wait for placement stands."""
+
+    asked: str
+    """What the group asks for, such as `4 x {CPU: 1, GPU: 1}`."""
+    nodes: str
+    """What is up, such as `1 node with {CPU: 8, GPU: 0}`."""
+    waited_s: float
+
+
+class WorkerGroup:
+    """Worker processes on a Ray cluster that form one process group. A context manager.
+
+        with WorkerGroup(4) as group:
+            results = group.run(fn, *args)      # fn(ctx, *args) on every rank; results in rank order
+
+    Construction is all or nothing: when it raises, nothing of the group is left in the cluster. A group whose call
+    failed is closed, as its process group cannot be trusted any more; form a new one to go on.
+
+    Args:
+        num_workers: processes, and ranks of the process group.
+        cpus_per_worker: by default one, or the fraction that lets all workers fit on the cluster's cores.
+        gpus_per_worker: by default one where the cluster has GPUs, or the fraction that lets all workers fit.
+        backend: for `init_process_group`; by default `cpu:gloo,cuda:nccl` with a GPU per worker, else `gloo`.
+        start_timeout_s: for the cluster to place the workers (on an autoscaled cluster: to start nodes) and for the
+            workers to start.
+        call_timeout_s: for `run`, unless the call gives its own.
+        collective_timeout_s: for the rendezvous and every collective of the process group.
+        on_wait: called about once a second while the cluster cannot place the group yet.
+
+    Raises:
+        UsageError: the arguments contradict each other or what the cluster has.
+        PlacementError: the group could not be placed within `start_timeout_s`; says which resource is missing.
+        WorkerError: a worker failed to start or to join the process group.
+    """
+
+    def __init__(
+        self,
+        num_workers: int,
+        *,
+        cpus_per_worker: float | None = None,
+        gpus_per_worker: float | None = None,
+        backend: str | None = None,
+        start_timeout_s: float = 300.0,
+        call_timeout_s: float = 1800.0,
+        collective_timeout_s: float = 120.0,
+        on_wait: Callable[[PlacementWait], None] | None = None,
+    ) -> None:
+        if num_workers < 1:
+            raise UsageError(f"a group needs at least one worker, not {num_workers}")
+        self.call_timeout_s = call_timeout_s
+        self._resources = contextlib.ExitStack()
+        self._placement: PlacementGroup | None = None
+        self._actors: list[Any] = []
+        self.workers: tuple[WorkerInfo, ...] = ()
+        try:
+            if not ray.is_initialized():
+                self._resources.enter_context(connect(num_cpus=math.ceil(num_workers * (cpus_per_worker or 1))))
+            self.demand = choose_demand(_live_nodes(), num_workers, cpus_per_worker, gpus_per_worker, backend)
+            deadline = time.monotonic() + start_timeout_s
+            self._place(num_workers, start_timeout_s, on_wait)
+            self._start_actors(num_workers, deadline)
+            self._rendezvous(collective_timeout_s, deadline)
+        except BaseException:
+            self._tear_down()
+            raise
+
+    def __enter__(self) -> WorkerGroup:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # After an error, or Ctrl-C, the ranks may sit in a collective: asking them to leave would only cost time.
+        self.close(patience_s=PATIENCE_S if kind is None else 0.0)
+
+    @property
+    def num_workers(self) -> int:
+        return len(self.workers)
+
+    @property
+    def closed(self) -> bool:
+        return self._placement is None
+
+    def run(self, fn: Callable[..., Any], *args: Any, timeout_s: float | None = None) -> list[Any]:
+        """Call `fn(ctx, *args)` on every rank and return the results in rank order.
+
+        `fn` should be a top-level function that takes and returns plain data; `ctx` is a `WorkerContext`.
+
+        Raises:
+            WorkerError: one or more ranks raised or died. Names each within 5 s, though others may sit in a
+                collective; the group is closed.
+            GroupTimeoutError: the call outlasted `timeout_s` (by default the group's `call_timeout_s`); the group is
+                closed.
+            GroupError: the group is closed already.
+        """
+        if self.closed:
+            raise GroupError("the group is closed: form a new one")
+        timeout_s = self.call_timeout_s if timeout_s is None else timeout_s
+        return self._gather([actor.call.remote(fn, args) for actor in self._actors], timeout_s)
+
+    def close(self, patience_s: float = PATIENCE_S) -> None:
+        """End the workers and give their resources back. May be called twice.
+
+        Args:
+            patience_s: how long the ranks may take to leave the process group together; 0 kills them at once.
+        """
+        if patience_s > 0 and self._actors:
+            refs = [actor.leave.remote() for actor in self._actors]
+            ready, _ = ray.wait(refs, num_returns=len(refs), timeout=patience_s)
+            _drop_results(ready)
+        self._tear_down()
+
+    def _place(self, num_workers: int, timeout_s: float, on_wait: Callable[[PlacementWait], None] | None) -> None:
+        bundle = self.demand.bundle
+        if not bundle:
+            raise UsageError("a worker must ask for some CPU or GPU, or the cluster cannot place it")
+        placement = self._placement = placement_group([bundle] * num_workers, strategy="PACK")
+        start = time.monotonic()
+        while not placement.wait(timeout_seconds=1):
+            waited_s = time.monotonic() - start
+            if waited_s >= timeout_s:
+                shortage = explain_shortage(bundle, num_workers, _live_nodes(), ray.available_resources())
+                raise PlacementError(f"the group was not placed within {timeout_s:g} s: {shortage}")
+            if on_wait is not None:
+                asked = f"{num_workers} x {describe(bundle)}"
+                on_wait(PlacementWait(asked, describe_nodes(_live_nodes()), waited_s))
+
+    def _start_actors(self, num_workers: int, deadline: float) -> None:
+        assert self._placement is not None
+        actor_class: Any = ray.remote(max_restarts=0, max_task_retries=0)(Worker)
+        actors = [
+            actor_class.options(
+                num_cpus=self.demand.cpus,
+                num_gpus=self.demand.gpus,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=i),
+            ).remote()
+            for i in range(num_workers)
+        ]
+        self._actors = actors
+        refs = [actor.describe.remote() for actor in actors]
+        _, pending = ray.wait(refs, num_returns=len(refs), timeout=max(1.0, deadline - time.monotonic()))
+        if pending:
+            raise GroupError(f"{len(pending)} of {num_workers} workers did not start within the start timeout")
+        try:
+            infos: list[WorkerInfo] = ray.get(refs)
+        except RayError as error:
+            raise GroupError(f"a worker could not start: {error}") from error
+        order = sorted(range(num_workers), key=lambda i: (infos[i].node_ip, infos[i].node_id, infos[i].gpu_ids, i))
+        self._actors = [actors[i] for i in order]
+        self.workers = tuple(infos[i] for i in order)
+
+    def _rendezvous(self, collective_timeout_s: float, deadline: float) -> None:
+        timeout_s = max(1.0, deadline - time.monotonic())
+        ref = self._actors[0].serve_store.remote(self.num_workers, collective_timeout_s)
+        [(host, port)] = self._gather([ref], timeout_s)
+        rendezvous = Rendezvous(host, port, self.num_workers, self.demand.backend, collective_timeout_s)
+        local_ranks = [
+            sum(other.node_id == worker.node_id for other in self.workers[:rank])
+            for rank, worker in enumerate(self.workers)
+        ]
+        refs = [
+            actor.join.remote(rendezvous, rank, local_rank)
+            for rank, (actor, local_rank) in enumerate(zip(self._actors, local_ranks, strict=True))
+        ]
+        self._gather(refs, timeout_s)
+
+    def _gather(self, refs: list[Any], timeout_s: float) -> list[Any]:
+        try:
+            return gather(refs, self.workers, timeout_s)
+        except BaseException:
+            self._tear_down()
+            _drop_results(refs)
+            raise
+
+    def _tear_down(self) -> None:
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors = []
+        if self._placement is not None:
+            remove_placement_group(self._placement)
+            _wait_until_removed(self._placement)
+            self._placement = None
+        self._resources.close()
+
+
+def _live_nodes() -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _drop_results(refs: list[Any]) -> None:
+    """Look at results nobody wants: Ray prints a traceback at exit for every failed one that was never read."""
+    for ref in refs:
+        with contextlib.suppress(RayError):
+            ray.get(ref, timeout=1)
+
+
+def _wait_until_removed(placement: PlacementGroup) -> None:
+    deadline = time.monotonic() + REMOVAL_TIMEOUT_S
+    while placement_group_table(placement).get("state") != "REMOVED":
+        if time.monotonic() > deadline:
+            raise GroupError(f"Ray did not confirm within {REMOVAL_TIMEOUT_S:g} s that the placement group is removed")
+        time.sleep(0.01)

@@ -1,0 +1,147 @@
+"""What runs inside a worker process: the actor of one rank, and the context that its functions get."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from ray_ckpt.errors import RankFailure
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class WorkerInfo:
+    """Where a worker runs."""
+
+    node_id: str
+    node_ip: str
+    hostname: str
+    pid: int
+    gpu_ids: tuple[str, ...]
+
+    @property
+    def node(self) -> str:
+        """The node as a person reads it."""
+        return f"{self.hostname} ({self.node_ip})"
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where the ranks of a group find each other, and what they form there."""
+
+    host: str
+    port: int
+    world_size: int
+    backend: str
+    timeout_s: float
+    """For the rendezvous and for every collective after it."""
+
+
+@dataclass
+class WorkerContext:
+    """What `fn(ctx, *args)` knows of the worker it runs on."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    """Rank among the group's workers on this node."""
+    device: torch.device
+    """Where this rank's tensors belong: its GPU if it has one, else the CPU."""
+    backend: str
+    objects: dict[str, Any] = field(default_factory=dict)
+    """Keeps objects (a model, an optimizer) from one call to the next. Never leaves the process."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a call gave on one rank: a value or a failure, as plain data that always pickles."""
+
+    value: Any = None
+    failure: RankFailure | None = None
+
+
+class Worker:
+    """The actor of one rank. Every method runs on the process's main thread, one at a time."""
+
+    def __init__(self) -> None:
+        self._store: Any = None
+        self._context: WorkerContext | None = None
+
+    def describe(self) -> WorkerInfo:
+        runtime = ray.get_runtime_context()
+        return WorkerInfo(
+            node_id=runtime.get_node_id(),
+            node_ip=ray.util.get_node_ip_address(),
+            hostname=socket.gethostname() or platform.node(),
+            pid=os.getpid(),
+            gpu_ids=tuple(runtime.get_accelerator_ids().get("GPU", ())),
+        )
+
+    def serve_store(self, world_size: int, timeout_s: float) -> Outcome:
+        """Open the group's store in this process; the value is its host and port."""
+        return _attempt(0, self._serve_store, world_size, timeout_s)
+
+    def _serve_store(self, world_size: int, timeout_s: float) -> tuple[str, int]:
+        # torch is imported here rather than above, so that the driver, which also loads this module, goes without it.
+        from ray_ckpt.parallel.group import serve_store
+
+        host = ray.util.get_node_ip_address()
+        self._store = serve_store(host, world_size, timeout_s)
+        return host, self._store.port
+
+    def join(self, rendezvous: Rendezvous, rank: int, local_rank: int) -> Outcome:
+        """Become rank `rank` of the process group."""
+        return _attempt(rank, self._join, rendezvous, rank, local_rank)
+
+    def _join(self, rendezvous: Rendezvous, rank: int, local_rank: int) -> None:
+        import torch
+
+        from ray_ckpt.parallel.group import join
+
+        # Ray narrows CUDA_VISIBLE_DEVICES to this worker's GPU, which is therefore number 0. Without a GPU it leaves
+        # the variable alone, so `torch.cuda.is_available()` would not tell.
+        device = torch.device("cuda", 0) if self.describe().gpu_ids else torch.device("cpu")
+        join(
+            rendezvous.host,
+            rendezvous.port,
+            rank=rank,
+            world_size=rendezvous.world_size,
+            backend=rendezvous.backend,
+            device=device,
+            host=ray.util.get_node_ip_address(),
+            timeout_s=rendezvous.timeout_s,
+        )
+        self._context = WorkerContext(rank, rendezvous.world_size, local_rank, device, rendezvous.backend)
+
+    def call(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> Outcome:
+        """Run `fn(ctx, *args)`."""
+        assert self._context is not None, "the group calls functions only after every rank has joined"
+        return _attempt(self._context.rank, fn, self._context, *args)
+
+    def leave(self) -> None:
+        from ray_ckpt.parallel.group import leave
+
+        leave()
+
+
+def _attempt(rank: int, fn: Callable[..., Any], *args: Any) -> Outcome:
+    """Call `fn`; turn whatever it raises into plain data, as not every exception pickles.
+
+    `CheckpointException`, which DCP raises, is a BaseException and would otherwise end the process.
+    """
+    try:
+        return Outcome(value=fn(*args))
+    except BaseException as error:
+        kind = type(error)
+        name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+        node = f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"
+        return Outcome(failure=RankFailure(rank, node, name, str(error), traceback.format_exc()))

@@ -1,0 +1,150 @@
+"""A worker group on a local Ray: results, failures, time limits, and what is left behind."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+import ray
+from ray.util import placement_group_table
+
+from ray_ckpt.cluster.group import WorkerGroup
+from ray_ckpt.errors import DIED, GroupError, GroupTimeoutError, PlacementError, UsageError, WorkerError
+from tests import rank_functions
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+def assert_nothing_is_left(pids: list[int]) -> None:
+    """No placement group, no actor, no resource in use and no process of the group within five seconds."""
+    deadline = time.monotonic() + 5
+    while True:
+        actors = [actor for actor in ray._private.state.actors().values() if actor["State"] != "DEAD"]
+        placed = [entry for entry in placement_group_table().values() if entry["state"] != "REMOVED"]
+        free = ray.available_resources().get("CPU", 0)
+        alive = [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
+        if not actors and not placed and free == ray.cluster_resources()["CPU"] and not alive:
+            return
+        assert time.monotonic() < deadline, (actors, placed, free, alive)
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def group() -> Iterator[WorkerGroup]:
+    with WorkerGroup(4, start_timeout_s=60, call_timeout_s=60) as group:
+        pids = [worker.pid for worker in group.workers]
+        yield group
+    assert_nothing_is_left(pids)
+
+
+def test_results_come_in_rank_order_with_a_context(group: WorkerGroup) -> None:
+    results = group.run(rank_functions.describe, "a", 2)
+    assert [result["rank"] for result in results] == [0, 1, 2, 3]
+    assert [result["local_rank"] for result in results] == [0, 1, 2, 3]
+    assert {result["world_size"] for result in results} == {4}
+    assert {result["sum_of_ranks"] for result in results} == {6.0}
+    assert {result["device"] for result in results} == {"cpu"}
+    assert {result["backend"] for result in results} == {"gloo"}
+    assert {result["args"] for result in results} == {("a", 2)}
+    assert [result["pid"] for result in results] == [worker.pid for worker in group.workers]
+    # Objects stay on the worker from one call to the next.
+    group.run(rank_functions.remember, {"answer": 42})
+    assert group.run(rank_functions.recall) == [{"answer": 42}] * 4
+
+
+@pytest.mark.parametrize(
+    ("ranks", "kind", "error_type"),
+    [
+        ([2], "ValueError", "ValueError"),
+        ([0], "ValueError", "ValueError"),
+        ([1, 3], "ValueError", "ValueError"),
+        ([2], "unpicklable", "tests.rank_functions.UnpicklableError"),
+        ([1], "checkpoint", "torch.distributed.checkpoint.api.CheckpointException"),
+    ],
+)
+def test_a_raising_rank_is_named_while_others_sit_in_a_collective(
+    group: WorkerGroup, ranks: list[int], kind: str, error_type: str
+) -> None:
+    start = time.monotonic()
+    with pytest.raises(WorkerError) as caught:
+        group.run(rank_functions.raise_on, ranks, kind)
+    assert time.monotonic() - start < 5
+    assert caught.value.ranks == tuple(ranks)
+    assert {failure.error_type for failure in caught.value.failures} == {error_type}
+    assert {failure.node for failure in caught.value.failures} == {group.workers[0].node}
+    assert all("raise_on" in failure.traceback for failure in caught.value.failures)
+    # Equal errors are grouped: one text, all ranks.
+    assert str(caught.value).count(error_type) == 1
+    assert caught.value.tracebacks().count("raise_on") >= 1
+    with pytest.raises(GroupError, match="closed"):
+        group.run(rank_functions.recall)
+
+
+@pytest.mark.parametrize(("rank", "how"), [(0, "SIGKILL"), (2, "SIGKILL"), (3, "exit")])
+def test_a_dead_rank_is_named_within_five_seconds(group: WorkerGroup, rank: int, how: str) -> None:
+    start = time.monotonic()
+    with pytest.raises(WorkerError) as caught:
+        group.run(rank_functions.die_on, rank, how)
+    assert time.monotonic() - start < 5
+    assert caught.value.ranks == (rank,)
+    assert caught.value.failures[0].error_type == DIED
+    assert f"rank {rank} on {group.workers[rank].node}: died: process {group.workers[rank].pid}" in str(caught.value)
+
+
+def test_a_call_that_outlasts_its_timeout_names_who_is_silent(group: WorkerGroup) -> None:
+    start = time.monotonic()
+    with pytest.raises(GroupTimeoutError, match=r"no answer within 1\.5 s from rank 3 on "):
+        group.run(rank_functions.stop_answering, 3, timeout_s=1.5)
+    assert time.monotonic() - start < 5
+
+
+def test_a_group_may_be_closed_twice_and_formed_anew_with_another_size() -> None:
+    first = WorkerGroup(3, start_timeout_s=60)
+    pids = [worker.pid for worker in first.workers]
+    first.close()
+    first.close()
+    assert_nothing_is_left(pids)
+    with WorkerGroup(2, start_timeout_s=60) as second:
+        assert [result["world_size"] for result in second.run(rank_functions.describe)] == [2, 2]
+        assert not {worker.pid for worker in second.workers} & set(pids)
+
+
+def test_an_interrupted_driver_leaves_nothing() -> None:
+    pids: list[int] = []
+
+    def interrupt() -> None:
+        with WorkerGroup(2, start_timeout_s=60) as group:
+            pids.extend(worker.pid for worker in group.workers)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
+    assert_nothing_is_left(pids)
+
+
+def test_a_group_that_does_not_fit_says_what_is_missing_and_leaves_nothing() -> None:
+    waits = []
+    with pytest.raises(PlacementError) as caught:
+        WorkerGroup(4, cpus_per_worker=3, start_timeout_s=2, on_wait=waits.append)
+    total = ray.cluster_resources()["CPU"]
+    assert f"asked for 4 x {{CPU: 3}}; the cluster has 1 node with {{CPU: {total:g}" in str(caught.value)
+    assert f"CPU: needs 12, has {total:g}" in str(caught.value)
+    assert waits
+    assert waits[0].asked == "4 x {CPU: 3}"
+    assert_nothing_is_left([])
+
+
+def test_a_failing_rendezvous_leaves_nothing() -> None:
+    with pytest.raises(WorkerError, match="rank"):
+        WorkerGroup(2, backend="no-such-backend", start_timeout_s=60)
+    assert_nothing_is_left([])
+
+
+def test_wrong_use_is_said_before_anything_is_placed() -> None:
+    with pytest.raises(UsageError, match="at least one worker"):
+        WorkerGroup(0)
+    with pytest.raises(UsageError, match="needs GPUs"):
+        WorkerGroup(2, gpus_per_worker=0, backend="nccl")
+    assert_nothing_is_left([])
