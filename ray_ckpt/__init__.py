@@ -1,1 +1,85 @@
-"""Save a PyTorch training run from any parallel layout, load it into any other, and prove nothing changed."""
+"""Save a PyTorch training run from any parallel layout, load it into any other, and prove that nothing changed.
+
+Public names are loaded when they are first used: importing `ray_ckpt` imports neither ray nor torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ray_ckpt.errors import (
+    CheckpointError,
+    CheckpointExistsError,
+    CheckpointNotFoundError,
+    CommitError,
+    FormatError,
+    GroupError,
+    GroupTimeoutError,
+    IntegrityError,
+    PlacementError,
+    RankFailure,
+    RayCkptError,
+    StateMismatchError,
+    StorageError,
+    UnsafeCheckpointError,
+    UsageError,
+    WorkerError,
+)
+
+if TYPE_CHECKING:
+    from ray_ckpt.checkpoint import load, save
+    from ray_ckpt.cluster.group import WorkerGroup
+    from ray_ckpt.format.digest import fingerprint
+    from ray_ckpt.format.manifest import Manifest
+    from ray_ckpt.parallel.state import TrainState
+    from ray_ckpt.storage.reader import ArrowStorageReader
+    from ray_ckpt.storage.writer import ArrowStorageWriter
+
+__all__ = [
+    "ArrowStorageReader",
+    "ArrowStorageWriter",
+    "CheckpointError",
+    "CheckpointExistsError",
+    "CheckpointNotFoundError",
+    "CommitError",
+    "FormatError",
+    "GroupError",
+    "GroupTimeoutError",
+    "IntegrityError",
+    "Manifest",
+    "PlacementError",
+    "RankFailure",
+    "RayCkptError",
+    "StateMismatchError",
+    "StorageError",
+    "TrainState",
+    "UnsafeCheckpointError",
+    "UsageError",
+    "WorkerError",
+    "WorkerGroup",
+    "fingerprint",
+    "load",
+    "save",
+]
+
+_HOMES = {
+    "ArrowStorageReader": "ray_ckpt.storage.reader",
+    "ArrowStorageWriter": "ray_ckpt.storage.writer",
+    "Manifest": "ray_ckpt.format.manifest",
+    "TrainState": "ray_ckpt.parallel.state",
+    "WorkerGroup": "ray_ckpt.cluster.group",
+    "fingerprint": "ray_ckpt.format.digest",
+    "load": "ray_ckpt.checkpoint",
+    "save": "ray_ckpt.checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

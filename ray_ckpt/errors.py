@@ -143,11 +143,13 @@ def _ranks(ranks: list[int]) -> str:
 class StorageError(RayCkptError):
     """A storage operation failed for good: retries, if the cause was transient, are used up."""
 
-    def __init__(self, operation: str, path: str, cause: str) -> None:
+    def __init__(self, operation: str, path: str, cause: str, *, transient: bool = False) -> None:
         super().__init__(f"cannot {operation} {path}: {cause}")
         self.operation = operation
         self.path = path
         self.cause = cause
+        self.transient = transient
+        """Whether the cause may pass by itself (throttling, a reset connection): trying again later can succeed."""
 
 
 class CheckpointError(RayCkptError):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +20,12 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
 # Workers import the functions that the tests send them.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+
+# Where models that die on purpose leave a mark (tests/models.py). The environment of the workers is that of their Ray,
+# so it has to be set before one is started.
+MARKERS = Path(tempfile.mkdtemp(prefix="ray-ckpt-markers-"))
+os.environ["RAY_CKPT_TEST_MARKERS"] = str(MARKERS)
+atexit.register(shutil.rmtree, MARKERS, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")

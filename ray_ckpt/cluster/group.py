@@ -129,10 +129,11 @@ class WorkerGroup:
     def closed(self) -> bool:
         return self._placement is None
 
-    def run(self, fn: Callable[..., Any], *args: Any, timeout_s: float | None = None) -> list[Any]:
+    def run(self, fn: Callable[..., Any] | str, *args: Any, timeout_s: float | None = None) -> list[Any]:
         """Call `fn(ctx, *args)` on every rank and return the results in rank order.
 
-        `fn` should be a top-level function that takes and returns plain data; `ctx` is a `WorkerContext`.
+        `fn` should be a top-level function that takes and returns plain data; `ctx` is a `WorkerContext`. It may also
+        be named, as `"package.module:function"`: then only the workers load what its module imports.
 
         Raises:
             WorkerError: one or more ranks raised or died. Names each within 5 s, though others may sit in a

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pkgutil
 import platform
 import socket
 import traceback
@@ -122,10 +123,14 @@ class Worker:
         )
         self._context = WorkerContext(rank, rendezvous.world_size, local_rank, device, rendezvous.backend)
 
-    def call(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> Outcome:
-        """Run `fn(ctx, *args)`."""
+    def call(self, fn: Callable[..., Any] | str, args: tuple[Any, ...]) -> Outcome:
+        """Run `fn(ctx, *args)`, or the function of that name."""
         assert self._context is not None, "the group calls functions only after every rank has joined"
-        return _attempt(self._context.rank, fn, self._context, *args)
+        return _attempt(self._context.rank, self._call, fn, args)
+
+    def _call(self, fn: Callable[..., Any] | str, args: tuple[Any, ...]) -> Any:
+        found: Callable[..., Any] = pkgutil.resolve_name(fn) if isinstance(fn, str) else fn
+        return found(self._context, *args)
 
     def leave(self) -> None:
         from ray_ckpt.parallel.group import leave

@@ -8,6 +8,7 @@ are None. A stage is then the same model with the other stages' children taken o
 from __future__ import annotations
 
 import copy
+import itertools
 import zlib
 from collections.abc import Callable, Sequence
 
@@ -58,7 +59,7 @@ def cut_evenly(model: nn.Module, num_stages: int) -> list[list[str]]:
             "stages, one per worker: use fewer workers or more layers"
         )
     bounds = [len(children) * stage // num_stages for stage in range(num_stages + 1)]
-    return [children[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+    return [children[start:end] for start, end in itertools.pairwise(bounds)]
 
 
 def take_stage(model: nn.Module, children: Sequence[str]) -> nn.Module:
@@ -100,6 +101,7 @@ def _owns_state(module: nn.Module) -> bool:
 def _initialiser(module: nn.Module) -> Callable[[], object] | None:
     """torch's own modules are re-initialised by `reset_parameters`, a few (MultiheadAttention) by the private name."""
     for name in ("reset_parameters", "_reset_parameters"):
-        if callable(initialise := getattr(module, name, None)):
+        initialise: Callable[[], object] | None = getattr(module, name, None)
+        if callable(initialise):
             return initialise
     return None

@@ -1,0 +1,42 @@
+# One command each from a fresh clone: `make demo`, `make test`. Everything lives in .venv.
+# Pass options on with ARGS: `make demo ARGS="--target fsdp1"`, `make test ARGS="-k fingerprint"`.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint format clean constraints
+
+demo: .venv/.installed
+	$(BIN)/python jobs/pipeline_to_fsdp.py $(ARGS)
+
+test: .venv/.installed-dev
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# Installs again only when what is to be installed has changed.
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e .
+	touch $@
+
+.venv/.installed-dev: .venv/.installed
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+# Chooses the newest versions that go together. torch and ray are pinned by hand: everything here is measured with them.
+constraints:
+	$(PYTHON) -m venv .venv-uv && .venv-uv/bin/pip install -q uv
+	(sed -n '/^#/p' constraints.txt; printf 'torch==2.13.0\nray==2.60.0\n' | .venv-uv/bin/uv pip compile -q --universal \
+	  --python-version 3.10 --extra dev --constraints - --no-annotate --no-header pyproject.toml) > constraints.new
+	mv constraints.new constraints.txt && rm -rf .venv-uv

@@ -1,0 +1,402 @@
+"""The container that DCP puts around one tensor: a zip archive as `torch.save` writes it.
+
+    archive/data.pkl             how to rebuild the tensor: dtype, shape, strides
+    archive/.format_version      "1"
+    archive/.storage_alignment   "64"
+    archive/byteorder            "little"
+    archive/data/0               the elements, stored, aligned to 64 bytes
+    archive/version              "3"
+    archive/.data/serialization_id
+    central directory, zip64 end record and locator, end record
+
+Everything but the elements depends on dtype and shape alone, so `container` builds the bytes before and after them once
+and the writer streams the tensor's own memory between. The CRC-32 of the elements is 0, as torch leaves it under
+`torch.serialization.set_crc32_options(False)`: no torch reader looks at it, and the manifest holds better checksums.
+
+`find_data` is the way back: from the first bytes of anybody's container to where the elements start. It rebuilds
+nothing; the pickle is read by an unpickler that knows six names and calls none of them.
+
+Source of the format: PyTorch's `caffe2/serialize/inline_container.cc` and `torch/serialization.py`; PKWARE APPNOTE 6.3.
+"""
+
+from __future__ import annotations
+
+import binascii
+import io
+import pickle
+import struct
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from ray_ckpt.errors import FormatError
+
+__all__ = [
+    "ALIGNMENT",
+    "HEAD_BYTES",
+    "Container",
+    "StoredTensor",
+    "container",
+    "dtype_name",
+    "find_data",
+    "parse_dtype",
+]
+
+ALIGNMENT = 64
+"""Of the elements within a container, in bytes. The writer aligns containers likewise."""
+
+HEAD_BYTES = 2048
+"""As many of a container's first bytes as `find_data` usually needs."""
+
+_LOCAL = struct.Struct("<4s5H3I2H")
+_DESCRIPTOR = struct.Struct("<4s3I")
+_DESCRIPTOR64 = struct.Struct("<4sI2Q")
+_CENTRAL = struct.Struct("<4s6H3I5H2I")
+_END64 = struct.Struct("<4sQ2H2I4Q")
+_LOCATOR64 = struct.Struct("<4sIQI")
+_END = struct.Struct("<4s4H2IH")
+_UTF8_NAME = 0x0800
+_SIZES_FOLLOW = 0x0008
+_UINT32 = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Container:
+    """What stands before and after the elements of a tensor of one dtype and shape."""
+
+    head: bytes
+    tail: bytes
+    data_bytes: int
+
+    @property
+    def length(self) -> int:
+        return len(self.head) + self.data_bytes + len(self.tail)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """What a container says of the tensor inside it."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    """In elements."""
+    data_start: int
+    """Of the tensor's first element, in bytes from the start of the container."""
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """The dtype of that name.
+
+    Raises:
+        FormatError: this torch has none.
+    """
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise FormatError(f"torch {torch.__version__} has no dtype {name!r}; upgrade torch to read this checkpoint")
+    return dtype
+
+
+# ----------------------------------------------------------------------------------------------------- writing
+
+
+@lru_cache(maxsize=4096)
+def container(dtype: torch.dtype, shape: tuple[int, ...]) -> Container:
+    """The container of a contiguous tensor."""
+    data_bytes = dtype.itemsize
+    for size in shape:
+        data_bytes *= size
+    archive = _Archive()
+    archive.add("data.pkl", _pickle_tensor(dtype, shape))
+    archive.add(".format_version", b"1")
+    archive.add(".storage_alignment", str(ALIGNMENT).encode())
+    archive.add("byteorder", b"little")
+    archive.reserve("data/0", data_bytes)
+    head = archive.take()
+    archive.add_descriptor(0, data_bytes)
+    archive.add("version", b"3\n")
+    archive.add(".data/serialization_id", b"0" * 40)
+    archive.finish()
+    return Container(head, archive.take(), data_bytes)
+
+
+class _Archive:
+    """A zip archive in the making: uncompressed members, sizes behind the data, each one's data aligned."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+        self._position = 0
+        self._directory = bytearray()
+        self._num_members = 0
+
+    def take(self) -> bytes:
+        """What was appended since the last call."""
+        taken, self._bytes = bytes(self._bytes), bytearray()
+        return taken
+
+    def add(self, name: str, data: bytes) -> None:
+        crc = binascii.crc32(data)
+        self._append_header(name, len(data), crc)
+        self._append(data)
+        self.add_descriptor(crc, len(data))
+
+    def reserve(self, name: str, size: int) -> None:
+        """Append a member's header; its bytes and descriptor follow from elsewhere."""
+        self._append_header(name, size, 0)
+        self._position += size
+
+    def add_descriptor(self, crc: int, size: int) -> None:
+        if not size:
+            return  # an empty member has none, see `_flags`
+        layout = _DESCRIPTOR if size < _UINT32 else _DESCRIPTOR64
+        self._append(layout.pack(b"PK\7\x08", crc, size, size))
+
+    def finish(self) -> None:
+        start, length, count = self._position, len(self._directory), self._num_members
+        self._append(self._directory)
+        self._append(_END64.pack(b"PK\6\6", 44, 0x031E, 45, 0, 0, count, count, length, start))
+        self._append(_LOCATOR64.pack(b"PK\6\7", 0, start + length, 1))
+        self._append(_END.pack(b"PK\5\6", 0, 0, count, count, length, min(start, _UINT32), 0))
+
+    def _append_header(self, name: str, size: int, crc: int) -> None:
+        path = f"archive/{name}".encode()
+        start = self._position
+        zip64 = _zip64_extra([size, size] if size >= _UINT32 else [])
+        stated = _UINT32 if zip64 else 0
+        unpadded = start + _LOCAL.size + len(path) + len(zip64) + 4
+        padding = -unpadded % ALIGNMENT
+        extra = zip64 + b"FB" + struct.pack("<H", padding) + b"Z" * padding
+        self._append(
+            _LOCAL.pack(b"PK\3\4", 0, _flags(size), 0, 0, 0, 0, stated, stated, len(path), len(extra)) + path + extra
+        )
+        self._append_directory(path, start, size, crc)
+
+    def _append_directory(self, path: bytes, start: int, size: int, crc: int) -> None:
+        """Central directory record; values past 32 bits move to the zip64 extra field."""
+        large = ([size, size] if size >= _UINT32 else []) + ([start] if start >= _UINT32 else [])
+        extra = _zip64_extra(large)
+        stated = min(size, _UINT32)
+        fields = (
+            0,
+            0,
+            _flags(size),
+            0,
+            0,
+            0,
+            crc,
+            stated,
+            stated,
+            len(path),
+            len(extra),
+            0,
+            0,
+            0,
+            0,
+            min(start, _UINT32),
+        )
+        self._directory += _CENTRAL.pack(b"PK\1\2", *fields) + path + extra
+        self._num_members += 1
+
+    def _append(self, data: bytes | bytearray) -> None:
+        self._bytes += data
+        self._position += len(data)
+
+
+def _flags(size: int) -> int:
+    return _UTF8_NAME | (_SIZES_FOLLOW if size else 0)
+
+
+def _zip64_extra(numbers: list[int]) -> bytes:
+    return struct.pack(f"<HH{len(numbers)}Q", 1, 8 * len(numbers), *numbers) if numbers else b""
+
+
+class _Tensor:
+    """Stands for the tensor in `_TensorPickler`."""
+
+    def __init__(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        self.dtype = dtype
+        self.shape = shape
+
+
+class _Storage:
+    """Stands for the tensor's storage in `_TensorPickler`."""
+
+
+class _TensorPickler(pickle.Pickler):
+    """Writes what `torch.save` writes for a contiguous CPU tensor, without the tensor."""
+
+    def reducer_override(self, obj: object) -> Any:
+        if not isinstance(obj, _Tensor):
+            return NotImplemented
+        numel = 1
+        for size in obj.shape:
+            numel *= size
+        storage_class = torch.storage._dtype_to_storage_type_map().get(obj.dtype)
+        self._storage_id = (
+            ("storage", getattr(torch, storage_class), "0", "cpu", numel)
+            if storage_class
+            else ("storage", torch.UntypedStorage, "0", "cpu", numel * obj.dtype.itemsize)
+        )
+        common: tuple[Any, ...] = (_Storage(), 0, obj.shape, contiguous_strides(obj.shape), False, OrderedDict())
+        if storage_class:
+            return torch._utils._rebuild_tensor_v2, common
+        return torch._utils._rebuild_tensor_v3, (*common, obj.dtype)
+
+    def persistent_id(self, obj: object) -> Any:
+        return self._storage_id if isinstance(obj, _Storage) else None
+
+
+def _pickle_tensor(dtype: torch.dtype, shape: tuple[int, ...]) -> bytes:
+    stream = io.BytesIO()
+    _TensorPickler(stream, protocol=2).dump(_Tensor(dtype, shape))
+    return stream.getvalue()
+
+
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides, in elements, of a row-major tensor; dims of size 0 count as 1, as in torch."""
+    strides: list[int] = []
+    stride = 1
+    for size in reversed(shape):
+        strides.append(stride)
+        stride *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+# ----------------------------------------------------------------------------------------------------- reading
+
+
+def find_data(head: bytes | memoryview, length: int) -> StoredTensor | None:
+    """Read the first bytes of a container of `length` bytes.
+
+    Returns:
+        What it holds; None when `head` ends too early, or when this is not a container of one plain tensor: then only
+        `torch.load(weights_only=True)` of the whole can tell.
+    """
+    data = bytes(head)
+    if not data.startswith(b"PK\3\4"):
+        return None
+    members = _members(data)
+    name, position = next(members, ("", 0))
+    if not name.endswith("/data.pkl"):
+        return None
+    try:
+        spec = _TensorUnpickler(io.BytesIO(data[position:])).load()
+    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, IndexError, AttributeError, ImportError, KeyError):
+        return None
+    if not isinstance(spec, _Spec):
+        return None
+    wanted = name.removesuffix("data.pkl") + f"data/{spec.key}"
+    data_start = next((start for name, start in members if name == wanted), None)
+    if data_start is None:
+        return None
+    stored = spec.locate(data_start)
+    return stored if _fits(stored, spec, length) else None
+
+
+def _members(data: bytes) -> Iterator[tuple[str, int]]:
+    """Name and data start of the members of an archive, as far as its first bytes tell.
+
+    A local header does not know its member's size; the descriptor behind the data repeats it, which is how it is told
+    from the same four bytes within the data.
+    """
+    position = 0
+    while data[position : position + 4] == b"PK\3\4" and position + _LOCAL.size <= len(data):
+        _, _, flags, *_, size, _, name_length, extra_length = _LOCAL.unpack_from(data, position)
+        name_start = position + _LOCAL.size
+        start = name_start + name_length + extra_length
+        if start > len(data):
+            return
+        yield data[name_start : name_start + name_length].decode("utf-8", "replace"), start
+        if not flags & _SIZES_FOLLOW:
+            position = start + size
+            continue
+        end = data.find(b"PK\7\x08", start)
+        while end >= 0 and data[end + 8 : end + 12] != struct.pack("<I", end - start):
+            end = data.find(b"PK\7\x08", end + 1)
+        if end < 0:
+            return
+        position = end + _DESCRIPTOR.size
+
+
+def _fits(stored: StoredTensor, spec: _Spec, length: int) -> bool:
+    last = sum((size - 1) * stride for size, stride in zip(stored.shape, stored.strides, strict=True))
+    end = stored.data_start + (last + 1) * stored.dtype.itemsize if 0 not in stored.shape else stored.data_start
+    plain = all(type(n) is int and n >= 0 for n in (*stored.shape, *stored.strides, spec.storage_offset))
+    return plain and end <= length
+
+
+@dataclass(frozen=True)
+class _Spec:
+    """The arguments of `_rebuild_tensor_v2` or `_v3`, of which nothing was called."""
+
+    dtype: torch.dtype
+    key: str
+    storage_offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def locate(self, storage_start: int) -> StoredTensor:
+        start = storage_start + self.storage_offset * self.dtype.itemsize
+        return StoredTensor(self.dtype, self.shape, self.strides, start)
+
+
+def _rebuild_v2(storage: tuple[Any, str], offset: int, shape: Any, strides: Any, *rest: Any) -> _Spec | None:
+    dtype, key = storage
+    if len(rest) > 2 and rest[2]:
+        return None  # conjugate or negative bit: the elements are not what the bytes say
+    return _Spec(dtype, key, offset, tuple(shape), tuple(strides))
+
+
+def _rebuild_v3(
+    storage: tuple[Any, str],
+    offset: int,
+    shape: Any,
+    strides: Any,
+    requires_grad: Any,
+    hooks: Any,
+    dtype: Any,
+    *rest: Any,
+) -> _Spec | None:
+    if not isinstance(dtype, torch.dtype) or (rest and rest[0]):
+        return None
+    return _Spec(dtype, storage[1], offset, tuple(shape), tuple(strides))
+
+
+def _rebuild_parameter(tensor: Any, *_: Any) -> Any:
+    return tensor
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Reads a tensor's pickle into a `_Spec`. Names resolve to stand-ins, never to torch's functions."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _STAND_INS:
+            return _STAND_INS[module, name]
+        if module == "torch":
+            if name.endswith("Storage") and name in _STORAGE_DTYPES:
+                return _STORAGE_DTYPES[name]
+            if isinstance(dtype := getattr(torch, name, None), torch.dtype):
+                return dtype
+        raise pickle.UnpicklingError(f"{module}.{name} is no part of a plain tensor")
+
+    def persistent_load(self, pid: Any) -> Any:
+        _, dtype, key, *_ = pid
+        return dtype, str(key)
+
+
+_STAND_INS: dict[tuple[str, str], Any] = {
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_v2,
+    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_v3,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    ("torch.storage", "UntypedStorage"): None,
+    ("collections", "OrderedDict"): OrderedDict,
+}
+_STORAGE_DTYPES = {name: dtype for dtype, name in torch.storage._dtype_to_storage_type_map().items()}

@@ -1,0 +1,218 @@
+"""Stock DCP's `.metadata` <-> Manifest.
+
+    .metadata bytes ── loads ──> Metadata ── to_manifest ──> Manifest          somebody else's checkpoint
+    Manifest ── to_metadata ──> Metadata for a load planner                    any checkpoint
+    Metadata + Manifest ── dumps ──> .metadata bytes that stock DCP reads      our checkpoint
+
+`.metadata` is a pickle, and a pickle runs what it names. `loads` admits the classes that DCP's own metadata is made of
+and nothing else, and `to_manifest` trusts none of the values in them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import pathlib
+import pickle
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.serialization
+from torch.distributed.checkpoint import metadata as dcp
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+
+from ray_ckpt.errors import FormatError, UnsafeCheckpointError
+from ray_ckpt.format.blob import dtype_name, parse_dtype
+from ray_ckpt.format.boxes import Box
+from ray_ckpt.format.manifest import Chunk, Manifest, ObjectEntry, Path, TensorEntry
+
+METADATA_NAME = ".metadata"
+"""Where stock DCP keeps its record of a checkpoint."""
+
+_SIGNATURE = "ray_ckpt"
+"""Stands in `StorageMeta.modules` of the `.metadata` files that we write."""
+
+_ADMITTED: dict[tuple[str, str], Any] = {
+    **{
+        (dcp.__name__, name): getattr(dcp, name)
+        for name in (
+            "Metadata",
+            "MetadataIndex",
+            "TensorStorageMetadata",
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "TensorProperties",
+            "StorageMeta",
+            "_MEM_FORMAT_ENCODING",
+        )
+    },
+    (_StorageInfo.__module__, "_StorageInfo"): _StorageInfo,
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+    ("collections", "OrderedDict"): OrderedDict,
+    # The directory that the checkpoint was saved to; a pure path cannot touch a file.
+    **{
+        (module, name): pathlib.PurePosixPath
+        for module in ("pathlib", "pathlib._local")
+        for name in ("PosixPath", "PurePosixPath")
+    },
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _ADMITTED:
+            return _ADMITTED[module, name]
+        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            return dtype
+        raise UnsafeCheckpointError(
+            f"{METADATA_NAME} asks for {module}.{name}, which is no part of DCP's metadata and could run code; "
+            "if you trust its author, read it with trusted=True"
+        )
+
+
+def loads(data: bytes, *, trusted: bool = False) -> dcp.Metadata:
+    """Unpickle a `.metadata` file.
+
+    Args:
+        trusted: Unpickle whatever it holds, running whatever code it names.
+
+    Raises:
+        UnsafeCheckpointError: it names something that is no part of DCP's metadata.
+        FormatError: it is truncated, damaged or something else.
+    """
+    try:
+        metadata = pickle.loads(data) if trusted else _MetadataUnpickler(io.BytesIO(data)).load()
+    except UnsafeCheckpointError:
+        raise
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise FormatError(f"{METADATA_NAME} cannot be read: {type(error).__name__}: {error}") from error
+    if not isinstance(metadata, dcp.Metadata):
+        raise FormatError(f"{METADATA_NAME} holds a {type(metadata).__name__}, not DCP's Metadata")
+    return metadata
+
+
+def dumps(metadata: dcp.Metadata, manifest: Manifest) -> bytes:
+    """The `.metadata` that lets stock DCP read what the manifest describes."""
+    storage_data: dict[dcp.MetadataIndex, _StorageInfo] = {}
+    for name, tensor in manifest.tensors.items():
+        for chunk in tensor.chunks:
+            index = dcp.MetadataIndex(name, chunk.box.offsets)
+            storage_data[index] = _StorageInfo(chunk.file, chunk.start, chunk.length)
+    for name, entry in manifest.objects.items():
+        storage_data[dcp.MetadataIndex(name)] = _StorageInfo(entry.file, entry.start, entry.length)
+    stock = dataclasses.replace(
+        metadata,
+        storage_data=storage_data,
+        storage_meta=dcp.StorageMeta(save_id=manifest.attempt, modules=[_SIGNATURE]),
+        version=CURRENT_DCP_VERSION,
+    )
+    return pickle.dumps(stock)
+
+
+def is_ours(metadata: dcp.Metadata) -> bool:
+    """Whether ray_ckpt wrote this `.metadata`: then there is a manifest, or the save was never committed."""
+    storage_meta = getattr(metadata, "storage_meta", None)
+    return _SIGNATURE in (getattr(storage_meta, "modules", None) or ())
+
+
+def to_manifest(metadata: dcp.Metadata) -> Manifest:
+    """Describe a foreign checkpoint. Nothing in `metadata` is believed that `Manifest.check` has not checked.
+
+    Raises:
+        FormatError: the metadata does not hold together.
+        UnsafeCheckpointError: a file name leaves the checkpoint's directory.
+    """
+    try:
+        manifest = _to_manifest(metadata)
+    except (AttributeError, TypeError, ValueError, KeyError, OverflowError) as error:
+        raise FormatError(f"{METADATA_NAME} does not hold together: {type(error).__name__}: {error}") from error
+    manifest.check()
+    return manifest
+
+
+def _to_manifest(metadata: dcp.Metadata) -> Manifest:
+    storage: Mapping[dcp.MetadataIndex, _StorageInfo] = metadata.storage_data
+    paths = metadata.planner_data if isinstance(metadata.planner_data, Mapping) else {}
+    tensors: dict[str, TensorEntry] = {}
+    objects: dict[str, ObjectEntry] = {}
+    files: dict[str, int] = {}
+    for name, entry in metadata.state_dict_metadata.items():
+        path = _checked_path(paths.get(name))
+        if isinstance(entry, dcp.TensorStorageMetadata):
+            chunks = tuple(_to_chunk(name, chunk, storage) for chunk in entry.chunks)
+            tensors[name] = TensorEntry(dtype_name(entry.properties.dtype), _sizes(entry.size), chunks, path)
+        else:
+            info = _find(storage, dcp.MetadataIndex(name))
+            start, length = _sizes((info.offset, info.length))
+            objects[name] = ObjectEntry(info.relative_path, start, length, transforms=_transforms(info), path=path)
+    parts: list[Chunk | ObjectEntry] = [chunk for tensor in tensors.values() for chunk in tensor.chunks]
+    for part in (*parts, *objects.values()):
+        files[part.file] = max(files.get(part.file, 0), part.start + part.length)
+    return Manifest(tensors, objects, files)
+
+
+def _to_chunk(name: str, chunk: dcp.ChunkStorageMetadata, storage: Mapping[dcp.MetadataIndex, _StorageInfo]) -> Chunk:
+    info = _find(storage, dcp.MetadataIndex(name, chunk.offsets))
+    start, length = _sizes((info.offset, info.length))
+    box = Box(_sizes(chunk.offsets), _sizes(chunk.sizes))
+    return Chunk(box, info.relative_path, start, length, data_start=None, transforms=_transforms(info))
+
+
+def _find(storage: Mapping[dcp.MetadataIndex, _StorageInfo], index: dcp.MetadataIndex) -> _StorageInfo:
+    info = storage.get(index)
+    if info is None:
+        raise FormatError(
+            f"{METADATA_NAME} says nothing of where {index.fqn!r} at {index.offset} lies: it is incomplete; "
+            "stock DCP's threaded writer loses items like this when a thread fails"
+        )
+    if not isinstance(info, _StorageInfo) or type(info.relative_path) is not str:
+        raise FormatError(f"{METADATA_NAME} locates {index.fqn!r} by a {type(info).__name__}")
+    return info
+
+
+def _transforms(info: _StorageInfo) -> tuple[str, ...]:
+    return tuple(str(item) for item in getattr(info, "transform_descriptors", None) or ())
+
+
+def _sizes(numbers: Any) -> tuple[int, ...]:
+    """The numbers, when each is a size or an offset."""
+    sizes = tuple(numbers)
+    if any(type(size) is not int or not 0 <= size < 1 << 63 for size in sizes):
+        raise FormatError(f"{str(sizes)[:80]} are not sizes")
+    return sizes
+
+
+def _checked_path(path: Any) -> Path | None:
+    if path is None:
+        return None
+    parts = tuple(path)
+    if any(type(part) not in (str, int) for part in parts):
+        raise FormatError(f"{str(parts)[:80]} is not a path in a state dict")
+    return parts
+
+
+def to_metadata(manifest: Manifest) -> dcp.Metadata:
+    """What a load planner needs to know. `storage_data` maps each index to the manifest's own entry.
+
+    Raises:
+        FormatError: this torch lacks a dtype of the checkpoint.
+    """
+    entries: dict[str, dcp.TensorStorageMetadata | dcp.BytesStorageMetadata] = {}
+    storage_data: dict[dcp.MetadataIndex, Chunk | ObjectEntry] = {}
+    for name, tensor in manifest.tensors.items():
+        chunks = []
+        for chunk in tensor.chunks:
+            index = dcp.MetadataIndex(name, chunk.box.offsets)
+            storage_data[index] = chunk
+            chunks.append(dcp.ChunkStorageMetadata(torch.Size(chunk.box.offsets), torch.Size(chunk.box.sizes)))
+        properties = dcp.TensorProperties(dtype=parse_dtype(tensor.dtype))
+        entries[name] = dcp.TensorStorageMetadata(properties, torch.Size(tensor.shape), chunks)
+    for name, entry in manifest.objects.items():
+        storage_data[dcp.MetadataIndex(name)] = entry
+        entries[name] = dcp.BytesStorageMetadata()
+    paths = {name: tensor.path for name, tensor in manifest.tensors.items() if tensor.path}
+    paths |= {name: entry.path for name, entry in manifest.objects.items() if entry.path}
+    return dcp.Metadata(entries, planner_data=paths or None, storage_data=storage_data, storage_meta=dcp.StorageMeta())

@@ -1,0 +1,364 @@
+"""The manifest: everything there is to know about a checkpoint, as JSON that needs neither torch nor pyarrow.
+
+    {"format": "ray_ckpt", "version": 1, "attempt": ..., "layout": ..., "saved_by": {...},
+     "files":   {file: bytes},
+     "tensors": {name: {"dtype", "shape", "path", "chunks": [{"offsets", "sizes", "file", "start", "length",
+                                                              "data_start", "block_bytes", "checksums"}]}},
+     "objects": {name: {"path", "file", "start", "length", "value" | "blob" | "checksum"}}}
+
+A tensor is stored as disjoint chunks that cover it. A chunk is a box of the tensor in row-major order; its elements are
+the bytes `[data_start, data_start + data_bytes)` of `file`, inside the container `[start, start + length)` that stock
+DCP reads. `checksums` is base64 of one little-endian XXH3-64 per block of `block_bytes` data bytes, the last of which
+may be short. An object is a non-tensor: its value inline when JSON holds it exactly (`values.py`), else the container's
+bytes in base64 when they are few, else only in the file.
+
+`path` is where the entry stood in the nested state dict; it is left out when it is the name itself.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import PurePosixPath
+from typing import Any, TypeVar
+
+from ray_ckpt.errors import FormatError, UnsafeCheckpointError
+from ray_ckpt.format import values
+from ray_ckpt.format.boxes import Box, check_cover
+
+__all__ = ["MANIFEST_NAME", "VERSION", "BlockSums", "Chunk", "Manifest", "ObjectEntry", "TensorEntry"]
+
+MANIFEST_NAME = "manifest.json"
+"""A directory that holds a file of this name holds a committed checkpoint; any other does not."""
+
+VERSION = 1
+"""Raised when an older reader would misread what is written; readers accept every version up to their own."""
+
+Path = tuple[str | int, ...]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class BlockSums:
+    """One XXH3-64 per block of a chunk's data, or of an object's bytes."""
+
+    block_bytes: int
+    sums: bytes
+    """8 bytes per block, little-endian."""
+
+    def __getitem__(self, block: int) -> int:
+        return int.from_bytes(self.sums[8 * block : 8 * block + 8], "little")
+
+    def __len__(self) -> int:
+        return len(self.sums) // 8
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A saved box of a tensor and where its bytes lie."""
+
+    box: Box
+    file: str
+    start: int
+    """Of the container, in the file."""
+    length: int
+    """Of the container, in bytes."""
+    data_start: int | None
+    """Of the elements, in the file. None in a foreign checkpoint, where only the container itself tells."""
+    checksums: BlockSums | None = None
+    """None in a foreign checkpoint."""
+    transforms: tuple[str, ...] = ()
+    """Descriptors of the DCP stream extensions that encoded the container, outermost first."""
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """A tensor: its element type, its global shape and the chunks that cover it."""
+
+    dtype: str
+    """As `str(torch.dtype)` without the `torch.` prefix."""
+    shape: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+    path: Path | None = None
+    """Keys that lead to it in the nested state dict; None when nothing was flattened."""
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * itemsize(self.dtype)
+
+
+@dataclass(frozen=True)
+class Inline:
+    """A value that the manifest holds itself. A class of its own, because None is a value too."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class ObjectEntry:
+    """A non-tensor: a number, a text, a list, or an object that only `torch.save` can write."""
+
+    file: str
+    start: int
+    length: int
+    inline: Inline | None = None
+    blob: bytes | None = None
+    """The container's bytes, when they are few and the value is not inline."""
+    checksum: int | None = None
+    """XXH3-64 of the container, when the bytes must be read from the file; None in a foreign checkpoint."""
+    transforms: tuple[str, ...] = ()
+    path: Path | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A whole checkpoint: its tensors, objects and files."""
+
+    tensors: Mapping[str, TensorEntry]
+    objects: Mapping[str, ObjectEntry]
+    files: Mapping[str, int]
+    """Name -> bytes of every data file. In a foreign checkpoint: the bytes up to the end of the last container."""
+    attempt: str = ""
+    """Id of the attempt that wrote it; empty in a foreign checkpoint."""
+    layout: str | None = None
+    """How the model lay across ranks when it was saved, in the words of whoever saved it."""
+    saved_by: Mapping[str, str] = field(default_factory=dict)
+    """Name -> version of the software that wrote it; empty in a foreign checkpoint."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of the checkpoint: the sum of its data files."""
+        return sum(self.files.values())
+
+    def values(self) -> dict[str, Any]:
+        """Every non-tensor whose value the manifest holds itself, by name: no file is read for it."""
+        return {name: entry.inline.value for name, entry in self.objects.items() if entry.inline is not None}
+
+    def to_json(self) -> str:
+        tensors = {name: _tensor_to_json(name, entry) for name, entry in self.tensors.items()}
+        objects = {name: _object_to_json(name, entry) for name, entry in self.objects.items()}
+        head = {
+            "format": "ray_ckpt",
+            "version": VERSION,
+            "attempt": self.attempt,
+            "layout": self.layout,
+            "saved_by": dict(self.saved_by),
+            "files": dict(self.files),
+        }
+        return json.dumps({**head, "tensors": tensors, "objects": objects}, separators=(",", ":"), allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Manifest:
+        """Parse and check a manifest: what this returns points only inside its own files and covers every tensor.
+
+        Raises:
+            FormatError: it is not a manifest, of a later version, or does not hold together.
+            UnsafeCheckpointError: a file name leaves the checkpoint's directory.
+        """
+        try:
+            data = json.loads(text)
+            _expect(data.get("format") == "ray_ckpt", f"format is {data.get('format')!r}, not 'ray_ckpt'")
+            _expect(
+                type(data.get("version")) is int and 1 <= data["version"] <= VERSION,
+                f"version is {data.get('version')!r}, this reader knows 1 to {VERSION}; upgrade ray-ckpt",
+            )
+            manifest = cls(
+                tensors=_parse_each(data["tensors"], _tensor_from_json),
+                objects=_parse_each(data["objects"], _object_from_json),
+                files={name: _size(size) for name, size in data["files"].items()},
+                attempt=_text(data["attempt"]),
+                layout=None if data["layout"] is None else _text(data["layout"]),
+                saved_by={name: _text(version) for name, version in data["saved_by"].items()},
+            )
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
+            raise FormatError(f"not a manifest of ray_ckpt: {type(error).__name__}: {error}") from error
+        manifest.check()
+        return manifest
+
+    def check(self) -> None:
+        """Whether the parts fit each other.
+
+        Raises:
+            FormatError: a chunk points outside its file or container, or a tensor is not covered exactly once.
+            UnsafeCheckpointError: a file name leaves the checkpoint's directory.
+        """
+        for file in self.files:
+            check_file_name(file)
+        for name, tensor in self.tensors.items():
+            width = itemsize(tensor.dtype)
+            for chunk in tensor.chunks:
+                self._check_extent(name, chunk.file, chunk.start, chunk.length)
+                _check_chunk(name, chunk, chunk.box.num_elements * width)
+            if problem := check_cover(tensor.shape, [chunk.box for chunk in tensor.chunks]):
+                raise FormatError(f"tensor {name!r} does not hold together: {problem}")
+        for name, entry in self.objects.items():
+            self._check_extent(name, entry.file, entry.start, entry.length)
+
+    def _check_extent(self, name: str, file: str, start: int, length: int) -> None:
+        size = self.files.get(file)
+        if size is None:
+            raise FormatError(f"{name!r} lies in {file!r}, which is not among the checkpoint's files")
+        if start + length > size:
+            raise FormatError(
+                f"{name!r} is said to lie at [{start}, {start + length}) of {file!r}, which has {size} bytes"
+            )
+
+
+@lru_cache
+def itemsize(dtype: str) -> int:
+    """Bytes of an element, from the dtype's name: the first number in it counts bits. `bool` has one byte."""
+    digits = re.search(r"\d+", dtype)
+    if dtype != "bool" and not digits:
+        raise FormatError(f"{dtype!r} is not the name of a dtype")
+    return 1 if digits is None else max(8, int(digits.group())) // 8
+
+
+def check_file_name(name: str) -> str:
+    """The name itself, when it is a relative path of plain parts.
+
+    Raises:
+        UnsafeCheckpointError: it is absolute, climbs with `..`, or is a URI or a path of another system.
+    """
+    plain = all(part not in ("", ".", "..") for part in name.split("/"))
+    if not plain or re.search(r"[\\\0]|^[A-Za-z][A-Za-z0-9+.-]*:", name):
+        raise UnsafeCheckpointError(f"file name {name!r} leaves the checkpoint's directory; nothing was read from it")
+    return str(PurePosixPath(name))
+
+
+def _check_chunk(name: str, chunk: Chunk, data_bytes: int) -> None:
+    where = f"chunk of {name!r} at {chunk.box.offsets}"
+    if chunk.data_start is not None and not (
+        chunk.start <= chunk.data_start and chunk.data_start + data_bytes <= chunk.start + chunk.length
+    ):
+        raise FormatError(f"{where} has {data_bytes} bytes at {chunk.data_start}, outside its container")
+    if chunk.checksums is not None and len(chunk.checksums) != -(-data_bytes // chunk.checksums.block_bytes):
+        raise FormatError(f"{where} has {len(chunk.checksums)} checksums, which is not one per block")
+
+
+# ----------------------------------------------------------------------------------------------------- JSON
+
+
+def _tensor_to_json(name: str, entry: TensorEntry) -> dict[str, Any]:
+    data: dict[str, Any] = {"dtype": entry.dtype, "shape": entry.shape}
+    _put_path(data, name, entry.path)
+    data["chunks"] = [_chunk_to_json(chunk) for chunk in entry.chunks]
+    return data
+
+
+def _chunk_to_json(chunk: Chunk) -> dict[str, Any]:
+    data: dict[str, Any] = {
+        "offsets": chunk.box.offsets,
+        "sizes": chunk.box.sizes,
+        "file": chunk.file,
+        "start": chunk.start,
+        "length": chunk.length,
+    }
+    if chunk.data_start is not None:
+        data["data_start"] = chunk.data_start
+    if chunk.checksums is not None:
+        data["block_bytes"] = chunk.checksums.block_bytes
+        data["checksums"] = base64.b64encode(chunk.checksums.sums).decode()
+    if chunk.transforms:
+        data["transforms"] = chunk.transforms
+    return data
+
+
+def _object_to_json(name: str, entry: ObjectEntry) -> dict[str, Any]:
+    data: dict[str, Any] = {}
+    _put_path(data, name, entry.path)
+    if entry.inline is not None:
+        data["value"] = values.encode(entry.inline.value)
+    if entry.blob is not None:
+        data["blob"] = base64.b64encode(entry.blob).decode()
+    data |= {"file": entry.file, "start": entry.start, "length": entry.length}
+    if entry.checksum is not None:
+        data["checksum"] = f"{entry.checksum:016x}"
+    if entry.transforms:
+        data["transforms"] = entry.transforms
+    return data
+
+
+def _put_path(data: dict[str, Any], name: str, path: Path | None) -> None:
+    """`path` is absent when it is the name alone, null when nothing was flattened."""
+    if path != (name,):
+        data["path"] = path
+
+
+def _parse_each(data: Mapping[str, Any], parse: Callable[[str, Any], T]) -> dict[str, T]:
+    parsed = {}
+    for name, entry in data.items():
+        try:
+            parsed[name] = parse(name, entry)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise FormatError(f"the manifest's entry {name!r} is damaged: {type(error).__name__}: {error}") from error
+    return parsed
+
+
+def _tensor_from_json(name: str, data: Any) -> TensorEntry:
+    chunks = tuple(_chunk_from_json(chunk) for chunk in data["chunks"])
+    return TensorEntry(_text(data["dtype"]), _sizes(data["shape"]), chunks, _get_path(name, data))
+
+
+def _chunk_from_json(data: Any) -> Chunk:
+    checksums = None
+    if "checksums" in data:
+        block_bytes = _size(data["block_bytes"])
+        _expect(block_bytes > 0, "block_bytes is 0")
+        checksums = BlockSums(block_bytes, base64.b64decode(data["checksums"], validate=True))
+    return Chunk(
+        box=Box(_sizes(data["offsets"]), _sizes(data["sizes"])),
+        file=_text(data["file"]),
+        start=_size(data["start"]),
+        length=_size(data["length"]),
+        data_start=_size(data["data_start"]) if "data_start" in data else None,
+        checksums=checksums,
+        transforms=tuple(_text(item) for item in data.get("transforms", ())),
+    )
+
+
+def _object_from_json(name: str, data: Any) -> ObjectEntry:
+    return ObjectEntry(
+        file=_text(data["file"]),
+        start=_size(data["start"]),
+        length=_size(data["length"]),
+        inline=Inline(values.decode(data["value"])) if "value" in data else None,
+        blob=base64.b64decode(data["blob"], validate=True) if "blob" in data else None,
+        checksum=int(data["checksum"], 16) if "checksum" in data else None,
+        transforms=tuple(_text(item) for item in data.get("transforms", ())),
+        path=_get_path(name, data),
+    )
+
+
+def _get_path(name: str, data: Any) -> Path | None:
+    path = data.get("path", (name,))
+    if path is None:
+        return None
+    _expect(all(type(part) in (str, int) for part in path), f"path is {path!r}")
+    return tuple(path)
+
+
+def _sizes(data: Any) -> tuple[int, ...]:
+    return tuple([_size(item) for item in data])
+
+
+def _size(data: Any) -> int:
+    """A count or offset: an int (not a bool) that fits a file offset."""
+    if type(data) is not int or not 0 <= data < 1 << 63:
+        raise FormatError(f"{str(data)[:50]!r} is not a size or an offset")
+    return data
+
+
+def _text(data: Any) -> str:
+    if type(data) is not str:
+        raise FormatError(f"{str(data)[:50]!r} is not text")
+    return data
+
+
+def _expect(condition: bool, otherwise: str) -> None:
+    if not condition:
+        raise FormatError(f"not a manifest that this reader can use: {otherwise}")

@@ -1,0 +1,105 @@
+"""The model of the main job, and the contract of a user's own.
+
+`--model pkg.module:factory` names a callable without arguments that returns a `torch.nn.Module` whose direct children
+run in order (see `ray_ckpt.parallel.stages`) and that has
+
+    sample_batch(batch_size, generator) -> (inputs, targets)   CPU tensors; dim 0 is the batch
+    loss(outputs, targets) -> scalar                           optional: a mean over the batch; default mse_loss
+
+Its forward must be deterministic and treat samples alone (no dropout, no batch norm), or the micro-batches of a
+pipeline and one whole batch would not give the same loss.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ray_ckpt.errors import UsageError
+from ray_ckpt.parallel.stages import build_on_meta
+from ray_ckpt.recipes.pipeline_to_fsdp.workload import Workload
+
+BATCHES_PER_EPOCH = 2
+"""Few enough for the loss to fall within twenty steps."""
+
+
+class PipelineModel(nn.Module):
+    """`layers` square linear layers named `layer1`, `layer2`, ... with ReLU between. Learns to reverse its input.
+
+    Shapes: `[batch, dim]` to `[batch, dim]`. The model of PyTorch's own pipeline checkpoint test (four of 500).
+    """
+
+    def __init__(self, dim: int = 500, layers: int = 4) -> None:
+        super().__init__()
+        self.dim = dim
+        for number in range(1, layers + 1):
+            self.add_module(f"layer{number}", nn.Linear(dim, dim))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        # A pipeline stage holds some of the layers; only the very first takes its input as it is.
+        for name, layer in self.named_children():
+            hidden = layer(hidden if name == "layer1" else torch.relu(hidden))
+        return hidden
+
+    def sample_batch(self, batch_size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs = torch.randn(batch_size, self.dim, generator=generator)
+        return inputs, inputs.flip(-1)
+
+
+def build(workload: Workload) -> nn.Module:
+    """The whole model on the meta device.
+
+    Raises:
+        UsageError: the factory cannot be imported, or what it returns does not keep the contract.
+    """
+    if workload.model is None:
+        return build_on_meta(lambda: PipelineModel(workload.dim, workload.layers))
+    model = build_on_meta(import_factory(workload.model))
+    if not callable(getattr(model, "sample_batch", None)):
+        raise UsageError(
+            f"{type(model).__name__} has no sample_batch(batch_size, generator) -> (inputs, targets): "
+            "the job does not know what to train it on"
+        )
+    return model
+
+
+def batch(workload: Workload, model: Any, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets of one step: the same on every rank and in every run, and again in every epoch."""
+    generator = torch.Generator().manual_seed(workload.seed * BATCHES_PER_EPOCH + step % BATCHES_PER_EPOCH)
+    inputs, targets = model.sample_batch(workload.batch_size, generator)
+    return inputs, targets
+
+
+def stage_learning_rate(stage: int) -> float:
+    """Different for every stage, so that a load that takes one for all is found out."""
+    return 1e-3 * (stage + 1)
+
+
+def loss_function(model: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    return getattr(model, "loss", nn.functional.mse_loss)
+
+
+def import_factory(spec: str) -> Callable[[], nn.Module]:
+    """Import `pkg.module:factory`, also from the current directory.
+
+    Raises:
+        UsageError: there is no such module or attribute, or importing it fails.
+    """
+    module_name, _, attribute = spec.partition(":")
+    if not module_name or not attribute:
+        raise UsageError(f"--model must look like pkg.module:factory, not {spec!r}")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+    except Exception as error:
+        raise UsageError(f"cannot import the model factory {spec!r}: {type(error).__name__}: {error}") from error
+    if not callable(factory):
+        raise UsageError(f"the model factory {spec!r} is a {type(factory).__name__}, not a callable")
+    return factory  # type: ignore[no-any-return]

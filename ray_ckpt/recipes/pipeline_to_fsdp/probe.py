@@ -1,0 +1,41 @@
+"""What runs on each rank before the phases: load their code, and see who can write and see what at the storage."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+
+from ray_ckpt.cluster.worker import WorkerContext
+from ray_ckpt.format.manifest import MANIFEST_NAME
+from ray_ckpt.storage.files import Storage
+
+
+@dataclass(frozen=True)
+class StorageView:
+    """What one rank sees at the storage."""
+
+    probes: tuple[int, ...]
+    """Ranks whose probe file it sees."""
+    has_checkpoint: bool
+
+
+def load_module(ctx: WorkerContext, name: str) -> None:
+    importlib.import_module(name)
+
+
+def write_probe(ctx: WorkerContext, uri: str, token: str) -> None:
+    Storage(uri).write_atomic(_probe_name(token, ctx.rank), b"probe")
+
+
+def view_storage(ctx: WorkerContext, uri: str, token: str) -> StorageView:
+    storage = Storage(uri)
+    seen = tuple(rank for rank in range(ctx.world_size) if storage.exists(_probe_name(token, rank)))
+    return StorageView(seen, storage.exists(MANIFEST_NAME))
+
+
+def remove_probe(ctx: WorkerContext, uri: str, token: str) -> None:
+    Storage(uri).delete(_probe_name(token, ctx.rank))
+
+
+def _probe_name(token: str, rank: int) -> str:
+    return f"probe-{token}-{rank}"

@@ -1,0 +1,77 @@
+"""What a person sees of a job: one live line per phase on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.status import Status
+
+LOG_INTERVAL_S = 15.0
+"""A wait that goes on is reported at most this often in a log."""
+
+
+@dataclass
+class Line:
+    """The line of the phase in progress."""
+
+    console: Console
+    name: str
+    status: Status | None
+    """The spinner, on a terminal."""
+    result: str = ""
+    """What the phase will be said to have done."""
+    _last_logged: float = field(default=-LOG_INTERVAL_S)
+
+    def update(self, text: str) -> None:
+        """Say what the phase is waiting for."""
+        if self.status is not None:
+            self.status.update(f"{self.name}: {text}")
+        elif time.monotonic() - self._last_logged >= LOG_INTERVAL_S:
+            self._last_logged = time.monotonic()
+            self.note(text)
+
+    def note(self, text: str) -> None:
+        """Say something that stays on the screen."""
+        _print_plain(self.console, f"{self.name}: {text}")
+
+
+@dataclass
+class Screen:
+    """Shows the phases of a job and keeps their times."""
+
+    console: Console
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Phase name -> seconds, in order."""
+
+    @contextmanager
+    def phase(self, name: str, doing: str) -> Iterator[Line]:
+        """Show a line while the block runs, and what it did with its time when it ends well."""
+        text = f"{name}: {doing}"
+        line = Line(self.console, name, self.console.status(text) if self.console.is_terminal else None)
+        start = time.monotonic()
+        if line.status is None:
+            _print_plain(self.console, text)
+            yield line
+        else:
+            with line.status:
+                yield line
+        self.seconds[name] = time.monotonic() - start
+        line.note(f"{line.result or 'done'} ({self.seconds[name]:.1f} s)")
+
+
+def _print_plain(console: Console, text: str) -> None:
+    """One line however long, as it is: paths and numbers are neither wrapped, nor coloured, nor taken for markup."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def format_bytes(count: float) -> str:
+    """Binary units, three significant digits: `12.1 MiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1000 or unit == "TiB":
+            break
+        count /= 1024
+    return f"{count:.3g} {unit}"

@@ -1,0 +1,399 @@
+"""Where bytes lie: local paths, object stores and file servers behind one small class. The only home of pyarrow.
+
+    Storage(uri) ─┬─ read_bytes, open_input ── InputFile.read_into(offset, memory)
+                  ├─ create ── OutputFile.write(buffer), .close()       durable once closed
+                  ├─ write_atomic(name, data)                           all of it or nothing, durable once returned
+                  └─ exists, list, list_directories, delete, delete_tree
+    every one of them ── perform(operation, name, action)               errors become StorageError here, nowhere else
+                  some of them ── retried(action)                       transient ones are tried again
+
+The file system is built on first use inside the process that uses it, because pyarrow's file systems lose their retry
+strategy when pickled and their threads when forked. A Storage pickles as its address.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import urllib.parse
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import tenacity
+
+from ray_ckpt.errors import FormatError, StorageError, UsageError
+from ray_ckpt.format.manifest import check_file_name
+
+__all__ = ["InputFile", "OutputFile", "RetryPolicy", "Storage"]
+
+T = TypeVar("T")
+
+_ARROW_SCHEMES = frozenset({"file", "s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs"})
+_OBJECT_STORES = frozenset({"s3", "gcs", "abfs"})
+"""`FileSystem.type_name` of those without directories, where an object appears whole when its writer closes it."""
+_FILE_SERVERS = frozenset({"hdfs", "py::fsspec+sftp", "py::fsspec+ssh", "py::fsspec+smb", "py::fsspec+webhdfs"})
+"""Where a reader may see a file grow, and a rename replaces its target."""
+
+_TRANSIENT_ERRNOS = frozenset(
+    {
+        errno.EAGAIN,
+        errno.EINTR,
+        errno.ETIMEDOUT,
+        errno.ECONNRESET,
+        errno.ECONNABORTED,
+        errno.ECONNREFUSED,
+        errno.EPIPE,
+        errno.ESTALE,
+        errno.ENETRESET,
+        errno.ENETUNREACH,
+        errno.EHOSTUNREACH,
+    }
+)
+_TRANSIENT_TEXT = re.compile(
+    r"SLOW_?DOWN|THROTTL|TOO_?MANY_?REQUESTS|SERVICE_UNAVAILABLE|ServiceUnavailable|INTERNAL_FAILURE|InternalError"
+    r"|REQUEST_TIMEOUT|RequestTimeout|NETWORK_CONNECTION|HTTP (?:status|response code):? ?(?:408|429|500|502|503|504)"
+    r"|curlCode|[Tt]imed? ?out|[Cc]onnection (?:reset|aborted|refused|closed)"
+)
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """How a transient error is retried: exponential backoff with full jitter, up to a number of attempts."""
+
+    attempts: int = 7
+    first_wait_s: float = 0.2
+    """Upper end of the first random wait; it doubles with every attempt."""
+    max_wait_s: float = 20.0
+
+    def __post_init__(self) -> None:
+        if self.attempts < 1 or self.first_wait_s < 0 or self.max_wait_s < self.first_wait_s:
+            raise UsageError(f"{self} is not a policy: it needs attempts >= 1 and 0 <= first_wait_s <= max_wait_s")
+
+
+class Storage:
+    """A directory, or a prefix of an object store, and the files below it.
+
+    Args:
+        target: A local path, or a URI: `file://`, `s3://`, `gs://`, `abfs://`, `hdfs://` with the options that
+            `pyarrow.fs.FileSystem.from_uri` takes (for S3: `region`, `scheme`, `endpoint_override`, ...) plus
+            `anonymous=true` on S3; any other scheme goes to fsspec. Credentials come from the URI or the usual
+            environment variables.
+        retry: What is done about transient errors.
+
+    Names of files are relative to the target, with `/` between their parts; a name that leaves the target is refused.
+    """
+
+    def __init__(self, target: str | os.PathLike[str], *, retry: RetryPolicy | None = None) -> None:
+        text = os.fspath(target)
+        scheme, separator, _ = text.partition("://")
+        self.uri = text if separator else os.path.abspath(os.path.expanduser(text))
+        self.retry = retry or RetryPolicy()
+        self._scheme = scheme if separator else "file"
+        self._built: tuple[int, pafs.FileSystem, str] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), {**self.__dict__, "_built": None})
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.uri!r})"
+
+    def child(self, name: str) -> Storage:
+        """The storage of a directory below this one, with the same retry policy."""
+        base, mark, options = self.uri.partition("?") if "://" in self.uri else (self.uri, "", "")
+        return Storage(f"{base.rstrip('/')}/{check_file_name(name)}{mark}{options}", retry=self.retry)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether a read costs a system call rather than a request over a network. NFS counts as local."""
+        return self._scheme == "file"
+
+    # ------------------------------------------------------------------------------------------------- reading
+
+    def read_bytes(self, name: str) -> bytes:
+        """The whole file.
+
+        Raises:
+            StorageError: it cannot be read; `FileNotFoundError` is its cause when there is none of that name.
+        """
+
+        def read() -> bytes:
+            with self.filesystem.open_input_stream(self._path(name), compression=None) as stream:
+                return bytes(stream.read())
+
+        return self.retried(lambda: self.perform("read", name, read))
+
+    @contextmanager
+    def open_input(self, name: str) -> Iterator[InputFile]:
+        """Open a file for ranged reads by one thread at a time."""
+        path = self._path(name)
+        native = self.retried(lambda: self.perform("open", name, lambda: self.filesystem.open_input_file(path)))
+        with native:
+            yield InputFile(self, name, native)
+
+    def exists(self, name: str) -> bool:
+        return self.size(name) is not None
+
+    def size(self, name: str) -> int | None:
+        """Bytes in the file, or None when there is no file of that name."""
+        info = self._info(name)
+        return int(info.size or 0) if info.type == pafs.FileType.File else None
+
+    def list(self) -> dict[str, int]:
+        """Every file below the target, at any depth: name -> bytes. Empty when the target does not exist."""
+        return {name: int(info.size or 0) for name, info in self._entries(recursive=True) if info.is_file}
+
+    def list_directories(self) -> Sequence[str]:
+        """Names of the directories directly in the target, sorted."""
+        return sorted(name for name, info in self._entries(recursive=False) if not info.is_file)
+
+    # ------------------------------------------------------------------------------------------------- writing
+
+    def create(self, name: str) -> OutputFile:
+        """Start a new file. It is durable, and on an object store visible, once its `close` has returned.
+
+        What was written before a failure stays as an orphan that no manifest names.
+        """
+        path = self._path(name)
+
+        def start() -> pa.NativeFile:
+            self._make_directory(os.path.dirname(path))
+            return self.filesystem.open_output_stream(path, compression=None)
+
+        return OutputFile(self, name, self.perform("create", name, start))
+
+    def write_atomic(self, name: str, data: bytes) -> None:
+        """Publish a small file: a reader sees the old one or all of the new one, and it is durable on return.
+
+        Local: a temporary name in the same directory, fsync, rename, fsync of the directory. Object stores: one
+        put, which replaces the object at once. The price is that everything is held in memory.
+        """
+        if self._is_local_filesystem or self.filesystem.type_name in _FILE_SERVERS:
+            temporary = f"{name}.{uuid.uuid4().hex[:12]}.tmp"
+            self.retried(lambda: self._write_file(temporary, data))
+            self.retried(lambda: self.perform("rename", name, lambda: self._rename(temporary, name)))
+        else:
+            self.retried(lambda: self._write_file(name, data))
+
+    def delete(self, name: str) -> None:
+        """Remove a file. One that is already gone counts as removed."""
+
+        def delete() -> None:
+            try:
+                self.filesystem.delete_file(self._path(name))
+            except FileNotFoundError:
+                return
+
+        self.retried(lambda: self.perform("delete", name, delete))
+
+    def delete_tree(self) -> None:
+        """Remove the target and everything below it. One that is already gone counts as removed."""
+
+        def delete() -> None:
+            try:
+                self.filesystem.delete_dir(self._root)
+            except FileNotFoundError:
+                return
+
+        self.retried(lambda: self.perform("delete", "", delete))
+
+    # ------------------------------------------------------------------------------------------------- machinery
+
+    def perform(self, operation: str, name: str, action: Callable[[], T]) -> T:
+        """Run one operation on the file system. All of them pass through here, and all errors are translated here.
+
+        Args:
+            operation: A verb, for the message: "cannot {operation} {path}".
+            name: The file it touches; empty for the target itself.
+        """
+        try:
+            return action()
+        except (OSError, pa.ArrowException, ValueError, ImportError) as error:
+            where = f"{self.uri.partition('?')[0].rstrip('/')}/{name}".rstrip("/")
+            transient = _is_transient(error)
+            raise StorageError(operation, where, _describe(error), transient=transient) from error
+
+    def retried(self, action: Callable[[], T]) -> T:
+        """Run an action, again and again after transient errors, within the retry policy."""
+        try:
+            return action()
+        except StorageError as error:
+            if not error.transient or self.retry.attempts == 1:
+                raise
+        retrying = tenacity.Retrying(
+            stop=tenacity.stop_after_attempt(self.retry.attempts - 1),
+            wait=tenacity.wait_random_exponential(multiplier=self.retry.first_wait_s, max=self.retry.max_wait_s),
+            retry=tenacity.retry_if_exception(lambda error: isinstance(error, StorageError) and error.transient),
+            reraise=True,
+        )
+        return retrying(action)
+
+    @property
+    def filesystem(self) -> pafs.FileSystem:
+        return self._build()[1]
+
+    @property
+    def _root(self) -> str:
+        return self._build()[2]
+
+    @property
+    def _is_local_filesystem(self) -> bool:
+        return isinstance(self.filesystem, pafs.LocalFileSystem)
+
+    def _build(self) -> tuple[int, pafs.FileSystem, str]:
+        if self._built is None or self._built[0] != os.getpid():
+            filesystem, root = self.perform("open", "", lambda: _open_filesystem(self.uri, self._scheme))
+            self._built = (os.getpid(), filesystem, root)
+        return self._built
+
+    def _path(self, name: str) -> str:
+        return f"{self._root.rstrip('/')}/{check_file_name(name)}"
+
+    def _info(self, name: str) -> pafs.FileInfo:
+        path = self._path(name)
+        return self.retried(lambda: self.perform("look for", name, lambda: self.filesystem.get_file_info(path)))
+
+    def _entries(self, *, recursive: bool) -> Iterable[tuple[str, pafs.FileInfo]]:
+        selector = pafs.FileSelector(self._root, recursive=recursive, allow_not_found=True)
+        infos = self.retried(lambda: self.perform("list", "", lambda: self.filesystem.get_file_info(selector)))
+        prefix = self._root.strip("/") + "/"
+        return [(info.path.strip("/").removeprefix(prefix), info) for info in infos]
+
+    def _write_file(self, name: str, data: bytes) -> None:
+        with self.create(name) as file:
+            file.write(data)
+
+    def _rename(self, source: str, target: str) -> None:
+        if not self._is_local_filesystem:
+            self.filesystem.move(self._path(source), self._path(target))
+            return
+        os.replace(self._path(source), self._path(target))
+        _sync_directory(os.path.dirname(self._path(target)))
+
+    def _make_directory(self, path: str) -> None:
+        """Create a directory and its parents, durably; object stores have none."""
+        if self.filesystem.type_name in _OBJECT_STORES:
+            return
+        if not self._is_local_filesystem:
+            self.filesystem.create_dir(path, recursive=True)
+            return
+        missing = [parent for parent in (Path(path), *Path(path).parents) if not parent.exists()]
+        os.makedirs(path, exist_ok=True)
+        for directory in missing:
+            _sync_directory(str(directory.parent))
+
+
+def _rebuild(cls: type[Storage], state: dict[str, Any]) -> Storage:
+    storage = cls.__new__(cls)
+    storage.__dict__.update(state)
+    return storage
+
+
+class InputFile:
+    """An open file, for ranged reads. Not for two threads at a time: each opens its own."""
+
+    def __init__(self, storage: Storage, name: str, native: pa.NativeFile) -> None:
+        self.name = name
+        self._storage = storage
+        self._native = native
+
+    def read_into(self, offset: int, memory: memoryview) -> None:
+        """Fill `memory` with the bytes `[offset, offset + len(memory))`, without an intermediate copy.
+
+        Raises:
+            FormatError: the file ends before that. A short read is an error, never "the remainder".
+        """
+
+        def read() -> int:
+            self._native.seek(offset)
+            return int(self._native.readinto(memory))
+
+        num_read = self._storage.retried(lambda: self._storage.perform("read", self.name, read))
+        if num_read != len(memory):
+            raise FormatError(
+                f"{self.name} is too short: wanted bytes [{offset}, {offset + len(memory)}), "
+                f"it ends at {offset + num_read}; the file is truncated or the metadata that points into it is damaged"
+            )
+
+
+class OutputFile:
+    """A file being written. Leaving its `with` block by an error abandons it."""
+
+    def __init__(self, storage: Storage, name: str, native: pa.NativeFile) -> None:
+        self.name = name
+        self._storage = storage
+        self._native = native
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Append. The memory may be reused as soon as the call returns."""
+        self._storage.perform("write", self.name, lambda: self._native.write(data))
+
+    def close(self) -> None:
+        """Finish the file and make it durable: fsync of the file and of its directory where there are such things."""
+        self._storage.perform("finish", self.name, self._native.close)
+        if self._storage._is_local_filesystem:
+            self._storage.perform("sync", self.name, lambda: _sync_file(self._storage._path(self.name)))
+
+    def __enter__(self) -> OutputFile:
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        if error_type is None:
+            self.close()
+
+
+def _open_filesystem(uri: str, scheme: str) -> tuple[pafs.FileSystem, str]:
+    if "://" not in uri:
+        return pafs.LocalFileSystem(), uri
+    if scheme not in _ARROW_SCHEMES:
+        import fsspec  # only those who use such a URI need it
+
+        filesystem, path = fsspec.url_to_fs(uri)
+        return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
+    if scheme == "s3" and (anonymous := _open_anonymous_s3(uri)):
+        return anonymous
+    filesystem, path = pafs.FileSystem.from_uri(uri)
+    return filesystem, path
+
+
+def _open_anonymous_s3(uri: str) -> tuple[pafs.FileSystem, str] | None:
+    """What `from_uri` cannot say: S3 without credentials, asked for by `anonymous=true`."""
+    parts = urllib.parse.urlsplit(uri)
+    options = dict(urllib.parse.parse_qsl(parts.query))
+    if options.pop("anonymous", "false").lower() != "true":
+        return None
+    return pafs.S3FileSystem(anonymous=True, **options), parts.netloc + parts.path.rstrip("/")
+
+
+def _is_transient(error: BaseException) -> bool:
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _TRANSIENT_ERRNOS
+    return isinstance(error, TimeoutError) or bool(_TRANSIENT_TEXT.search(str(error)))
+
+
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _sync_file(path: str) -> None:
+    """fsync a finished file and its directory: fsync of any descriptor flushes all of the file's pages."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    _sync_directory(os.path.dirname(path))
+
+
+def _sync_directory(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,206 @@
+"""Non-tensors: numbers, texts, lists and whatever else `torch.save` takes.
+
+    saving    planner ── saved_object ──> container for stock DCP, and the plain value for the manifest
+    loading   manifest entry ── read_objects ──> value ──> planner
+
+No code runs from a checkpoint: containers are unpickled with `weights_only=True`, and a planner that insists on bytes
+gets those of a fresh `torch.save` of the result, because stock DCP's unpickles them without that guard.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.serialization
+from torch.distributed.checkpoint._extension import ExtensionRegistry, StreamTransformExtension
+from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem, SavePlanner, WriteItem
+
+from ray_ckpt.errors import FormatError, UnsafeCheckpointError, UsageError
+from ray_ckpt.format import values
+from ray_ckpt.format.boxes import Box
+from ray_ckpt.format.manifest import BlockSums, Inline, ObjectEntry
+from ray_ckpt.storage.fetch import Piece, Source, Tuning, fetch
+from ray_ckpt.storage.files import Storage
+
+INLINE_BLOB_BYTES = 4 << 10
+"""Objects whose container is no longer than this lie in the manifest too, so that reading them costs no request."""
+
+
+# ------------------------------------------------------------------------------------------------------ saving
+
+
+@dataclass(frozen=True)
+class SavedObject:
+    """A non-tensor on its way to disk."""
+
+    container: bytes
+    """As `torch.save` writes it, for stock DCP."""
+    inline: Inline | None
+
+
+def read_object(planner: SavePlanner, item: WriteItem) -> SavedObject:
+    """A non-tensor as bytes, and as a plain value where it is one."""
+    if _gives_values(planner):
+        value = planner.lookup_object(item.index)  # type: ignore[attr-defined]
+        try:
+            text = json.dumps(values.encode(value), allow_nan=False)
+        except values.NotPlainError:
+            return SavedObject(torch_save(value), None)
+        return SavedObject(save_plain(text), Inline(value))
+    data = planner.resolve_data(item)
+    if not isinstance(data, io.BytesIO):
+        raise UsageError(f"the save planner resolves {item.index.fqn!r} to {type(data).__name__}, not to BytesIO")
+    return SavedObject(data.getvalue(), None)
+
+
+def _gives_values(planner: SavePlanner) -> bool:
+    """Whether `resolve_data` is `torch.save` of what `lookup_object` finds, as in stock DCP's planner."""
+    return (
+        isinstance(planner, DefaultSavePlanner)
+        and type(planner).resolve_data is DefaultSavePlanner.resolve_data
+        and type(planner).transform_object is DefaultSavePlanner.transform_object
+    )
+
+
+_plain_containers: dict[str, bytes] = {}
+
+
+def save_plain(text: str) -> bytes:
+    """The container of an encoded value. Thousands of hyper-parameters share a few values: each is saved once."""
+    if text not in _plain_containers:
+        if len(_plain_containers) > 4096:
+            _plain_containers.clear()
+        _plain_containers[text] = torch_save(values.decode(json.loads(text)))
+    return _plain_containers[text]
+
+
+def torch_save(value: object) -> bytes:
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getvalue()
+
+
+# ----------------------------------------------------------------------------------------------------- loading
+
+
+class Decoder:
+    """Turns a container's bytes into what was saved.
+
+    Args:
+        extensions: Those that can undo what a stock writer's stream extensions did.
+        trusted: Unpickle without a guard.
+    """
+
+    def __init__(self, extensions: ExtensionRegistry, *, trusted: bool) -> None:
+        self.trusted = trusted
+        self._extensions = extensions
+
+    def decode(self, data: bytes, transforms: Sequence[str], name: str) -> bytes:
+        """Undo stream extensions.
+
+        Raises:
+            UsageError: an extension is not registered.
+            FormatError: the bytes are not what the extension writes.
+        """
+        if not transforms:
+            return data
+        try:
+            extensions = self._extensions.from_descriptor_list(transforms)
+        except ValueError as error:
+            raise UsageError(
+                f"{name!r} was saved through the stream extensions {list(transforms)}: {error}; "
+                "register them in an ExtensionRegistry and pass it as extensions="
+            ) from error
+        stream: Any = io.BytesIO(data)
+        try:
+            for extension in extensions:
+                if isinstance(extension, StreamTransformExtension):
+                    stream = extension.transform_from(stream)
+            return bytes(stream.read(-1))
+        except Exception as error:  # extensions are anybody's code and raise anything
+            raise FormatError(f"{name!r} cannot be decoded by {list(transforms)}: {error}") from error
+
+    def load(self, data: bytes, name: str) -> Any:
+        """Unpickle a container.
+
+        Raises:
+            UnsafeCheckpointError: it names something that `weights_only=True` does not admit.
+            FormatError: it is truncated, damaged or something else.
+        """
+        try:
+            with torch.serialization.safe_globals([io.BytesIO]):
+                return torch.load(io.BytesIO(data), map_location="cpu", weights_only=not self.trusted)
+        except Exception as error:  # a damaged container raises nearly anything
+            raise _explain(error, name) from error
+
+
+def _explain(error: Exception, name: str) -> Exception:
+    named = re.search(r"(?:GLOBAL|global|class) `?([\w.]+)`? was not an allowed|Unsupported class (\S+)", str(error))
+    if isinstance(error, pickle.UnpicklingError) and named:
+        return UnsafeCheckpointError(
+            f"reading {name!r} would run {named.group(1) or named.group(2)} from the checkpoint; if you trust its "
+            "author, read it with trusted=True, or admit that one name with torch.serialization.add_safe_globals"
+        )
+    return FormatError(f"{name!r} cannot be read: {type(error).__name__}: {str(error)[:300]}")
+
+
+def read_objects(
+    storage: Storage,
+    items: Sequence[tuple[ReadItem, ObjectEntry]],
+    planner: LoadPlanner,
+    decoder: Decoder,
+    tuning: Tuning,
+    *,
+    verify: bool,
+) -> None:
+    """Hand the planner its non-tensors. Those that the manifest holds itself cost no read."""
+    distant = {item.storage_index.fqn: entry for item, entry in items if entry.inline is None and entry.blob is None}
+    fetched = _fetch_containers(storage, distant, tuning, verify=verify)
+    for item, entry in items:
+        name = item.storage_index.fqn
+        if entry.inline is not None:
+            _hand_over(planner, item, copy.deepcopy(entry.inline.value))
+            continue
+        data = decoder.decode(entry.blob or fetched[name], entry.transforms, name)
+        if decoder.trusted:
+            planner.load_bytes(item, io.BytesIO(data))
+        else:
+            _hand_over(planner, item, decoder.load(data, name))
+
+
+def _fetch_containers(
+    storage: Storage, entries: Mapping[str, ObjectEntry], tuning: Tuning, *, verify: bool
+) -> dict[str, bytes]:
+    """The containers of these objects, in as few reads as their places allow."""
+    targets = {name: torch.empty(entry.length, dtype=torch.uint8) for name, entry in entries.items()}
+    pieces = []
+    for name, entry in entries.items():
+        checksums = None
+        if verify and entry.checksum is not None:
+            checksums = BlockSums(max(1, entry.length), entry.checksum.to_bytes(8, "little"))
+        source = Source(name, entry.file, entry.start, (1,), torch.uint8, entry.length, checksums)
+        pieces.append(Piece(source, Box((0,), (entry.length,)), targets[name]))
+    fetch(storage, pieces, tuning)
+    return {name: target.numpy().tobytes() for name, target in targets.items()}
+
+
+def _hand_over(planner: LoadPlanner, item: ReadItem, value: object) -> None:
+    """Put a value where the planner wants it; stock DCP's planner is spared a `torch.save` and `torch.load` of it."""
+    if isinstance(planner, DefaultLoadPlanner) and type(planner).load_bytes is DefaultLoadPlanner.load_bytes:
+        name = item.dest_index.fqn
+        if planner.flatten_state_dict:
+            set_element(planner.original_state_dict, planner.mappings[name], value)
+        else:
+            planner.state_dict[name] = value
+    else:
+        planner.load_bytes(item, io.BytesIO(torch_save(value)))

@@ -1,0 +1,169 @@
+"""Tensors -> the bytes of their elements, in row-major order, in host memory, piece by piece.
+
+A contiguous CPU tensor is handed out as views of its own memory. Everything else passes through bounded buffers: a
+strided CPU tensor through small copies, a CUDA tensor through two pinned buffers, so that the copy of the next piece
+(of the same tensor or of the next one) runs while the caller works on this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+import torch
+import xxhash
+
+from ray_ckpt.errors import UsageError
+from ray_ckpt.format.manifest import BlockSums
+
+PIECE_BYTES = 1 << 20
+"""Size of a view of CPU memory: what is hashed just before it is written is still in the cache."""
+
+STAGING_BYTES = 8 << 20
+"""Size of a staging buffer. A writing thread holds at most two."""
+
+_MIN_BLOCK_BYTES, _MAX_BLOCK_BYTES, _BLOCKS_PER_CHUNK = 4 << 10, 1 << 20, 256
+
+K = TypeVar("K")
+
+
+def block_size(data_bytes: int) -> int:
+    """Bytes per checksum block: a 256th of the chunk, in steps of 4 KiB, at most 1 MiB.
+
+    A ranged read is widened to whole blocks, so small blocks save reads; each costs 11 bytes of manifest.
+    """
+    blocks = -(-data_bytes // (_BLOCKS_PER_CHUNK * _MIN_BLOCK_BYTES))
+    return min(max(1, blocks) * _MIN_BLOCK_BYTES, _MAX_BLOCK_BYTES)
+
+
+class BlockHasher:
+    """Computes a chunk's block sums from pieces of any size."""
+
+    def __init__(self, block_bytes: int) -> None:
+        self._block_bytes = block_bytes
+        self._sums = bytearray()
+        self._open = xxhash.xxh3_64()
+        self._open_bytes = 0
+
+    def update(self, data: memoryview) -> None:
+        while len(data):
+            taken = min(self._block_bytes - self._open_bytes, len(data))
+            if taken == self._block_bytes:
+                self._append(xxhash.xxh3_64_intdigest(data[:taken]))
+            else:
+                self._open.update(data[:taken])
+                self._open_bytes += taken
+                if self._open_bytes == self._block_bytes:
+                    self._close_block()
+            data = data[taken:]
+
+    def finish(self) -> BlockSums:
+        if self._open_bytes:
+            self._close_block()
+        return BlockSums(self._block_bytes, bytes(self._sums))
+
+    def _close_block(self) -> None:
+        self._append(self._open.intdigest())
+        self._open.reset()
+        self._open_bytes = 0
+
+    def _append(self, digest: int) -> None:
+        self._sums += digest.to_bytes(8, "little")
+
+
+def host_pieces(tensors: Iterable[tuple[K, torch.Tensor]]) -> Iterator[tuple[K, memoryview]]:
+    """The bytes of many tensors, in order. Every tensor yields at least one piece, an empty one an empty piece.
+
+    A piece is valid until the next one is asked for.
+
+    Raises:
+        UsageError: a tensor is not made of strided elements with bits of their own.
+    """
+    staging = _PinnedStaging()
+    for key, tensor in tensors:
+        tensor = _plain(tensor)
+        if tensor.is_cuda:
+            yield from staging.push(key, tensor)
+            continue
+        yield from staging.drain()
+        yield from ((key, piece) for piece in _cpu_pieces(tensor))
+    yield from staging.drain()
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.detach()
+    if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
+        raise UsageError(
+            f"cannot save a tensor on {tensor.device} with layout {tensor.layout}: it has no plain elements; "
+            "materialise it, or leave it out of the state dict"
+        )
+    return tensor.resolve_conj().resolve_neg()
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def _cpu_pieces(tensor: torch.Tensor) -> Iterator[memoryview]:
+    if not tensor.is_contiguous():
+        for part in _row_major_parts(tensor, STAGING_BYTES):
+            yield bytes_of(part.contiguous())
+        return
+    data = bytes_of(tensor)
+    if len(data) <= PIECE_BYTES:
+        yield data
+        return
+    for start in range(0, len(data), PIECE_BYTES):
+        yield data[start : start + PIECE_BYTES]
+
+
+def _row_major_parts(tensor: torch.Tensor, max_bytes: int) -> Iterator[torch.Tensor]:
+    """Cut a tensor into parts whose elements follow each other in row-major order."""
+    if tensor.nbytes <= max_bytes:
+        yield tensor
+        return
+    row_bytes = tensor.nbytes // len(tensor)
+    if row_bytes > max_bytes:
+        for row in tensor:
+            yield from _row_major_parts(row, max_bytes)
+        return
+    yield from torch.split(tensor, max_bytes // row_bytes)
+
+
+class _PinnedStaging:
+    """A CUDA tensor's way to the host: two pinned buffers, one being filled while the other is handed out."""
+
+    def __init__(self) -> None:
+        self._buffers: list[torch.Tensor] = []
+        self._turn = 0
+        self._in_flight: tuple[object, torch.Tensor, torch.cuda.Event] | None = None
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def push(self, key: K, tensor: torch.Tensor) -> Iterator[tuple[K, memoryview]]:
+        """Start copying a tensor; yields the pieces that are complete meanwhile."""
+        for part in _row_major_parts(tensor, STAGING_BYTES):
+            started = self._start(key, part)
+            yield from self.drain()
+            self._in_flight = started
+
+    def drain(self) -> Iterator[tuple[K, memoryview]]:
+        """Wait for the piece in flight."""
+        if self._in_flight is not None:
+            key, host, copied = self._in_flight
+            self._in_flight = None
+            copied.synchronize()
+            yield key, memoryview(host.numpy())  # type: ignore[arg-type, misc]
+
+    def _start(self, key: object, part: torch.Tensor) -> tuple[object, torch.Tensor, torch.cuda.Event]:
+        if not self._buffers:
+            self._buffers = [torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        host = self._buffers[self._turn][: part.nbytes]
+        self._turn = 1 - self._turn
+        stream = self._streams.setdefault(part.device, torch.cuda.Stream(part.device))
+        stream.wait_stream(torch.cuda.current_stream(part.device))
+        with torch.cuda.stream(stream):
+            contiguous = part.contiguous()
+            host.copy_(contiguous.reshape(-1).view(torch.uint8), non_blocking=True)
+            contiguous.record_stream(stream)
+            return key, host, stream.record_event()

@@ -1,0 +1,250 @@
+"""The main job: what it proves, and that it says so when something is wrong.
+
+The job runs as a person runs it, as a process of its own, on one local Ray that this module's tests share; tampering
+between save and load calls its phases one by one.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import ray
+from rich.console import Console
+
+from ray_ckpt.cluster.group import WorkerGroup
+from ray_ckpt.errors import WorkerError
+from ray_ckpt.format.manifest import MANIFEST_NAME, Manifest
+from ray_ckpt.recipes.pipeline_to_fsdp import job
+from ray_ckpt.recipes.screen import Screen
+from tests.conftest import MARKERS, REPOSITORY
+from tests.models import DOOMED_RANK
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+SCRIPT = REPOSITORY / "jobs" / "pipeline_to_fsdp.py"
+
+
+def run_job(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The job as its own process, on this module's Ray."""
+    address = ray.get_runtime_context().gcs_address
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), "--address", address, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=110,
+        cwd=REPOSITORY,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize("target", ["fsdp2", "fsdp1"])
+def test_every_tensor_and_every_hyperparameter_arrives(tmp_path: Path, target: str, workers: int) -> None:
+    report_path, storage = tmp_path / "out.json", tmp_path / "run"
+    done = run_job(
+        *("--target", target, "--workers", str(workers), "--steps", "5"),
+        *("--storage", str(storage), "--json", str(report_path)),
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(report_path.read_text())
+    assert report["verified"] is True
+    assert report["mismatches"] == []
+    assert (report["target"], report["workers"], report["backend"]) == (target, workers, "gloo")
+    assert report["storage"] == str(storage)
+    # Four layers with weight and bias, each with exp_avg and exp_avg_sq: 24. Adam's step per parameter: 8 more.
+    assert report["tensors_compared"] == 24 + 8
+    assert report["objects_compared"] % 8 == 0
+    assert report["objects_compared"] >= 8 * 10
+    # Weights and both moments in float32.
+    assert report["checkpoint_bytes"] >= 3 * 4 * 4 * (500 * 500 + 500)
+    losses = report["losses"]
+    assert [len(losses[name]) for name in ("pipeline", "resumed", "reference")] == [5, 5, 10]
+    assert losses["pipeline"] + losses["resumed"] == pytest.approx(losses["reference"], rel=1e-4)
+    assert losses["resumed"][-1] < losses["pipeline"][0]
+    assert list(report["phases"]) == ["group", "train", "save", "regroup", "load", "verify", "resume", "reference"]
+    assert "verified: 32 tensors" in done.stdout
+    assert f"loss {losses['pipeline'][0]:.4f} -> " in done.stdout
+    assert done.stderr == ""
+
+
+def test_a_model_of_ones_own_with_buffers_and_uneven_stages() -> None:
+    done = run_job("--model", "tests.models:Perceptron", "--workers", "3", "--steps", "4", "--json", "-")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["verified"] is True
+    # Three linear layers: 6 parameters, each with two moments and a step; and the persistent buffer.
+    assert report["tensors_compared"] == 6 * 4 + 1
+    # What a person reads does not mix with the JSON.
+    assert "verified: 25 tensors" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def options() -> job.Options:
+    return job.Options(workers=2, steps=2, dim=32, layers=2)
+
+
+@pytest.fixture(scope="module")
+def saved(options: job.Options, local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> job.Saved:
+    uri = str(tmp_path_factory.mktemp("saved") / "run")
+    return job.train_and_save(options, quiet_screen(), uri)
+
+
+@pytest.fixture
+def copy_of_saved(saved: job.Saved, tmp_path: Path) -> job.Saved:
+    """The saved checkpoint, to be tampered with."""
+    shutil.copytree(saved.uri, tmp_path / "run")
+    return replace(saved, uri=str(tmp_path / "run"))
+
+
+@pytest.fixture
+def fresh_group(options: job.Options, local_ray: None) -> Iterator[WorkerGroup]:
+    with job.form_group(options, quiet_screen(), "regroup", job.SHARDED) as group:
+        yield group
+
+
+def quiet_screen() -> Screen:
+    return Screen(Console(file=io.StringIO()))
+
+
+def test_what_was_saved_is_what_is_loaded(
+    options: job.Options, copy_of_saved: job.Saved, fresh_group: WorkerGroup
+) -> None:
+    comparison = job.load_and_verify(options, quiet_screen(), fresh_group, copy_of_saved)
+    assert comparison.mismatches == ()
+    assert comparison.tensors_compared == 2 * 2 * 4
+    report = job.make_report(options, quiet_screen(), copy_of_saved, comparison, [], [])
+    assert report.verified
+
+
+def test_a_flipped_byte_of_a_tensor_is_found(
+    options: job.Options, copy_of_saved: job.Saved, fresh_group: WorkerGroup
+) -> None:
+    data_file, offset = middle_of_a_weight(copy_of_saved.uri)
+    data = bytearray(data_file.read_bytes())
+    data[offset] ^= 1
+    data_file.write_bytes(data)
+    with pytest.raises(WorkerError, match="IntegrityError") as caught:
+        job.load_and_verify(options, quiet_screen(), fresh_group, copy_of_saved)
+    assert data_file.name in str(caught.value)
+    assert "model.layer2.weight" in str(caught.value)
+
+
+def test_a_changed_learning_rate_is_found(
+    options: job.Options, copy_of_saved: job.Saved, fresh_group: WorkerGroup
+) -> None:
+    manifest = Path(copy_of_saved.uri) / MANIFEST_NAME
+    text = manifest.read_text()
+    assert text.count("0.002") == 2, "weight and bias of the second stage"
+    manifest.write_text(text.replace("0.002", "0.001"))
+    comparison = job.load_and_verify(options, quiet_screen(), fresh_group, copy_of_saved)
+    assert [(m.name, m.expected, m.found, m.ranks) for m in comparison.mismatches] == [
+        ("optim.param_groups.layer2.bias.lr", "0.002", "0.001", (0, 1)),
+        ("optim.param_groups.layer2.weight.lr", "0.002", "0.001", (0, 1)),
+    ]
+    report = job.make_report(options, quiet_screen(), copy_of_saved, comparison, [], [])
+    assert not report.verified
+    screen = Console(file=io.StringIO(), width=160)
+    report.show(screen)
+    assert isinstance(screen.file, io.StringIO)
+    shown = screen.file.getvalue()
+    assert "optim.param_groups.layer2.bias.lr" in shown
+    assert "NOT VERIFIED" in shown
+
+
+def test_a_dropped_stage_is_found(options: job.Options, copy_of_saved: job.Saved, fresh_group: WorkerGroup) -> None:
+    [_, dropped, *_] = sorted(Path(copy_of_saved.uri).glob("*.distcp"))
+    dropped.unlink()
+    with pytest.raises(WorkerError) as caught:
+        job.load_and_verify(options, quiet_screen(), fresh_group, copy_of_saved)
+    assert dropped.name in str(caught.value)
+
+
+def test_a_loss_curve_that_departs_from_the_reference_is_a_mismatch() -> None:
+    assert job.compare_losses([1.0, 0.5], [1.00005, 0.5]) == ()
+    [mismatch] = job.compare_losses([1.0, 0.5], [1.0, 0.5001])
+    assert mismatch.name == "loss of step 1"
+    [mismatch] = job.compare_losses([1.0, float("nan")], [1.0, 0.5])
+    assert mismatch.found == "nan"
+
+
+def test_a_mismatch_ends_with_exit_code_1_and_a_table(tmp_path: Path) -> None:
+    report_path = tmp_path / "out.json"
+    done = run_job("--model", "tests.models:Noisy", "--workers", "2", "--steps", "2", "--json", str(report_path))
+    assert done.returncode == 1
+    report = json.loads(report_path.read_text())
+    assert report["verified"] is False
+    assert {"name", "expected", "found", "ranks"} == report["mismatches"][0].keys()
+    assert all(mismatch["name"].startswith("loss of step ") for mismatch in report["mismatches"])
+    assert "loss of step " in done.stdout
+    assert "NOT VERIFIED" in done.stdout
+
+
+@pytest.mark.parametrize("moment", ["train", "save", "load"])
+def test_a_killed_worker_is_named_within_ten_seconds_and_a_second_run_succeeds(tmp_path: Path, moment: str) -> None:
+    arguments = ["--model", f"tests.models:dies_in_{moment}", "--workers", "2", "--steps", "2"]
+    arguments += ["--storage", str(tmp_path / "run")]
+    done = run_job(*arguments)
+    took_s = time.time() - float((MARKERS / moment).read_text())
+    assert done.returncode == 1
+    assert f"rank {DOOMED_RANK} on " in done.stderr.splitlines()[-1]
+    assert "died: process" in done.stderr.splitlines()[-1]
+    assert took_s < 10
+    # A kill after the commit leaves a checkpoint, which is replaced only on request.
+    second = run_job(*arguments, *(["--overwrite"] if moment == "load" else []))
+    assert second.returncode == 0, second.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target", "ddp"], "ddp"),
+        (["--workers", "4", "--layers", "3"], "cannot cut PipelineModel with 3 layers"),
+        (["--model", "tests.models"], "pkg.module:factory"),
+        (["--model", "no.such.module:factory"], "No module named 'no'"),
+        (["--model", "tests.models:no_such_factory"], "no_such_factory"),
+        (["--model", "tests.models:DOOMED_RANK"], "not a callable"),
+        (["--model", "tests.models:not_a_model"], "must return a torch.nn.Module, not str"),
+        (["--model", "tests.models:tied", "--workers", "2"], "tied weights"),
+        (["--model", "tests.models:Headed", "--workers", "2"], "beside its layers"),
+        (["--model", "tests.models:without_data", "--workers", "2"], "has no sample_batch"),
+        (["--workers", "2", "--storage", "/dev/null/run"], "cannot write to --storage /dev/null/run"),
+        (["--workers", "2", "--backend", "nccl"], "needs GPUs"),
+    ],
+)
+def test_bad_input_gets_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:
+    assert_refused(run_job(*arguments), message)
+
+
+def test_a_committed_checkpoint_is_not_replaced_unless_asked(saved: job.Saved) -> None:
+    before = tree(saved.uri)
+    arguments = ["--workers", "2", "--steps", "2", "--dim", "32", "--layers", "2", "--storage", saved.uri]
+    assert_refused(run_job(*arguments), "already holds a committed checkpoint")
+    assert tree(saved.uri) == before
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], message: str) -> None:
+    assert done.returncode == 2, (done.stdout, done.stderr)
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+def tree(root: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(root).iterdir()}
+
+
+def middle_of_a_weight(uri: str) -> tuple[Path, int]:
+    """A byte in the middle of a tensor's raw bytes, by the checkpoint's own record: its file and offset."""
+    manifest = Manifest.from_json((Path(uri) / MANIFEST_NAME).read_bytes())
+    [chunk] = manifest.tensors["model.layer2.weight"].chunks
+    assert chunk.data_start is not None
+    return Path(uri) / chunk.file, chunk.data_start + 32 * 32 * 2
