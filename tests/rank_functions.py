@@ -70,3 +70,10 @@ def stop_answering(ctx: WorkerContext, rank: int) -> None:
     """One rank never returns, as if its disk hung; the others do."""
     if ctx.rank == rank:
         signal.pause()
+
+
+def move_into_own_directory(ctx: WorkerContext, parent: str) -> None:
+    """Make relative places differ between ranks, as unshared disks would."""
+    own = os.path.join(parent, str(ctx.rank))
+    os.makedirs(own)
+    os.chdir(own)

@@ -21,10 +21,11 @@ import ray
 from rich.console import Console
 
 from ray_ckpt.cluster.group import WorkerGroup
-from ray_ckpt.errors import WorkerError
+from ray_ckpt.errors import UsageError, WorkerError
 from ray_ckpt.format.manifest import MANIFEST_NAME, Manifest
 from ray_ckpt.recipes.pipeline_to_fsdp import job
 from ray_ckpt.recipes.screen import Screen
+from tests import rank_functions
 from tests.conftest import MARKERS, REPOSITORY
 from tests.models import DOOMED_RANK
 
@@ -174,6 +175,18 @@ def test_a_loss_curve_that_departs_from_the_reference_is_a_mismatch() -> None:
     assert mismatch.name == "loss of step 1"
     [mismatch] = job.compare_losses([1.0, float("nan")], [1.0, 0.5])
     assert mismatch.found == "nan"
+
+
+def test_storage_that_nodes_do_not_share_is_found_before_a_byte_is_saved(
+    fresh_group: WorkerGroup, tmp_path: Path
+) -> None:
+    fresh_group.run(rank_functions.move_into_own_directory, str(tmp_path))
+    with pytest.raises(UsageError, match=r"not shared: rank 0 on .* does not see the file that rank 1 on ") as caught:
+        job.check_storage(fresh_group, "/proc/self/cwd/run", overwrite=False)
+    assert "mounted on every node, or an object store" in str(caught.value)
+    # The same group finds nothing wrong with a place that is shared, and leaves nothing there.
+    job.check_storage(fresh_group, str(tmp_path / "shared"), overwrite=False)
+    assert list((tmp_path / "shared").iterdir()) == []
 
 
 def test_a_mismatch_ends_with_exit_code_1_and_a_table(tmp_path: Path) -> None:

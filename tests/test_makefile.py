@@ -1,0 +1,69 @@
+"""`make` installs once, installs again when what is to be installed changes, and passes options on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+
+def would_run(directory: Path, *arguments: str) -> str:
+    """The commands that make would run."""
+    done = subprocess.run(
+        ["make", "--dry-run", *arguments], cwd=directory, capture_output=True, text=True, check=True, timeout=30
+    )
+    return done.stdout
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Path:
+    """A clone whose .venv is up to date."""
+    (tmp_path / ".venv").mkdir()
+    for age_s, name in ((300, "Makefile"), (300, "pyproject.toml"), (300, "constraints.txt")):
+        shutil.copy(REPOSITORY / name, tmp_path / name)
+        set_age(tmp_path / name, age_s)
+    for age_s, name in ((200, ".venv/.installed"), (100, ".venv/.installed-dev")):
+        (tmp_path / name).touch()
+        set_age(tmp_path / name, age_s)
+    return tmp_path
+
+
+def set_age(path: Path, age_s: float) -> None:
+    now = path.parent.stat().st_mtime
+    os.utime(path, (now - age_s, now - age_s))
+
+
+@pytest.mark.parametrize("target", ["demo", "test", "lint"])
+def test_the_second_call_installs_nothing(installed: Path, target: str) -> None:
+    assert "pip install" not in would_run(installed, target)
+
+
+@pytest.mark.parametrize("target", ["demo", "test", "lint"])
+@pytest.mark.parametrize("changed", ["pyproject.toml", "constraints.txt"])
+def test_a_change_of_what_is_needed_installs_again(installed: Path, target: str, changed: str) -> None:
+    set_age(installed / changed, 0)
+    assert "pip install --disable-pip-version-check -q -c constraints.txt -e" in would_run(installed, target)
+
+
+def test_the_demo_needs_no_test_dependencies(installed: Path) -> None:
+    shutil.rmtree(installed / ".venv")
+    assert "[dev]" not in would_run(installed, "demo")
+    assert "[dev]" in would_run(installed, "test")
+
+
+@pytest.mark.parametrize(
+    ("target", "arguments", "expected"),
+    [
+        ("test", "-k fingerprint -x", ".venv/bin/python -m pytest -k fingerprint -x"),
+        ("demo", "--target fsdp1", ".venv/bin/python jobs/pipeline_to_fsdp.py --target fsdp1"),
+        ("format", "", ".venv/bin/ruff format ."),
+        ("constraints", "", "uv pip compile"),
+    ],
+)
+def test_arguments_reach_the_commands(target: str, arguments: str, expected: str) -> None:
+    assert expected in would_run(REPOSITORY, target, f"ARGS={arguments}")

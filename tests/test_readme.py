@@ -1,0 +1,98 @@
+"""Every command of the README and of CONTRIBUTING is run by a test, and every Python block runs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+RUN_BY = {
+    "make demo": ".ci/run",
+    "make test": ".ci/run",
+    "make lint": ".ci/run",
+    'make demo ARGS="--target fsdp1"': "tests/test_makefile.py::test_arguments_reach_the_commands",
+    'make test ARGS="-k fingerprint -x"': "tests/test_makefile.py::test_arguments_reach_the_commands",
+    "make format": "tests/test_makefile.py::test_arguments_reach_the_commands",
+    "make constraints": "tests/test_makefile.py::test_arguments_reach_the_commands",
+    "python jobs/pipeline_to_fsdp.py": "tests/test_start_modes.py",
+    "export RAY_AUTH_MODE=token": "tests/test_start_modes.py",
+    "ray get-auth-token --generate": "tests/test_start_modes.py",
+    "ray start --head": "tests/test_start_modes.py",
+    "python jobs/pipeline_to_fsdp.py --storage /mnt/shared/run1": "tests/test_start_modes.py",
+    "ray job submit --working-dir . -- python jobs/pipeline_to_fsdp.py --storage /mnt/shared/run2": (
+        "tests/test_start_modes.py"
+    ),
+    # What Ray's launcher would do with the file is checked as far as that goes without an account.
+    "ray up cluster.yaml": "tests/test_cluster_yaml.py::test_it_keeps_rays_schema",
+    "ray submit cluster.yaml jobs/pipeline_to_fsdp.py --gpus-per-worker 1 --start-timeout 1200 "
+    "--storage s3://bucket/run1": "tests/test_readme.py::test_options_in_the_readme_exist",
+    "ray down cluster.yaml": "tests/test_cluster_yaml.py::test_it_keeps_rays_schema",
+}
+"""Command -> where it is run: a test, a test file, or CI itself."""
+
+
+def blocks(language: str) -> list[str]:
+    texts = [(REPOSITORY / name).read_text() for name in ("README.md", "CONTRIBUTING.md")]
+    return [block for text in texts for block in re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)]
+
+
+def commands() -> list[str]:
+    lines = [line.partition("  #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+def test_every_command_is_run_somewhere() -> None:
+    assert set(commands()) == RUN_BY.keys()
+
+
+@pytest.mark.parametrize("where", sorted(set(RUN_BY.values())))
+def test_that_place_exists(where: str) -> None:
+    file, _, name = where.partition("::")
+    text = (REPOSITORY / file).read_text()
+    assert not name or f"def {name}(" in text
+
+
+def test_ci_runs_what_it_is_said_to_run() -> None:
+    script = (REPOSITORY / ".ci" / "run").read_text()
+    assert {command for command, where in RUN_BY.items() if where == ".ci/run" and command in script} == {
+        "make demo",
+        "make test",
+        "make lint",
+    }
+
+
+def test_options_in_the_readme_exist() -> None:
+    done = subprocess.run(
+        [sys.executable, "jobs/pipeline_to_fsdp.py", "--help"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=30,
+    )
+    text = (REPOSITORY / "README.md").read_text()
+    options = set(re.findall(r"`(--[a-z-]+)", text))
+    options |= {
+        word for line in commands() if "pipeline_to_fsdp.py" in line for word in re.findall(r" (--[a-z-]+)", line)
+    }
+    options -= {"--working-dir", "--help"}
+    assert options
+    assert not {option for option in options if option not in done.stdout}
+
+
+@pytest.mark.parametrize("block", blocks("python"), ids=lambda block: block.split()[1])
+def test_every_python_block_runs(block: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", block],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
