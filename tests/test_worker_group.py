@@ -32,8 +32,9 @@ def assert_nothing_is_left(pids: list[int]) -> None:
 
 
 @pytest.fixture
-def group() -> Iterator[WorkerGroup]:
-    with WorkerGroup(4, start_timeout_s=60, call_timeout_s=60) as group:
+def group(request: pytest.FixtureRequest) -> Iterator[WorkerGroup]:
+    """Four workers, or as many as the test asks for: each takes a core two seconds to start."""
+    with WorkerGroup(getattr(request, "param", 4), start_timeout_s=60, call_timeout_s=60) as group:
         pids = [worker.pid for worker in group.workers]
         yield group
     assert_nothing_is_left(pids)
@@ -54,13 +55,13 @@ def test_results_come_in_rank_order_with_a_context(group: WorkerGroup) -> None:
     assert group.run(rank_functions.recall) == [{"answer": 42}] * 4
 
 
+@pytest.mark.parametrize("group", [2], indirect=True)
 @pytest.mark.parametrize(
     ("ranks", "kind", "error_type"),
     [
-        ([2], "ValueError", "ValueError"),
         ([0], "ValueError", "ValueError"),
-        ([1, 3], "ValueError", "ValueError"),
-        ([2], "unpicklable", "tests.rank_functions.UnpicklableError"),
+        ([0, 1], "ValueError", "ValueError"),
+        ([1], "unpicklable", "tests.rank_functions.UnpicklableError"),
         ([1], "checkpoint", "torch.distributed.checkpoint.api.CheckpointException"),
     ],
 )
@@ -82,7 +83,7 @@ def test_a_raising_rank_is_named_while_others_sit_in_a_collective(
         group.run(rank_functions.recall)
 
 
-@pytest.mark.parametrize(("rank", "how"), [(0, "SIGKILL"), (2, "SIGKILL"), (3, "exit")])
+@pytest.mark.parametrize(("rank", "how"), [(0, "SIGKILL"), (2, "exit")])
 def test_a_dead_rank_is_named_within_five_seconds(group: WorkerGroup, rank: int, how: str) -> None:
     start = time.monotonic()
     with pytest.raises(WorkerError) as caught:
@@ -93,15 +94,16 @@ def test_a_dead_rank_is_named_within_five_seconds(group: WorkerGroup, rank: int,
     assert f"rank {rank} on {group.workers[rank].node}: died: process {group.workers[rank].pid}" in str(caught.value)
 
 
+@pytest.mark.parametrize("group", [2], indirect=True)
 def test_a_call_that_outlasts_its_timeout_names_who_is_silent(group: WorkerGroup) -> None:
     start = time.monotonic()
-    with pytest.raises(GroupTimeoutError, match=r"no answer within 1\.5 s from rank 3 on "):
-        group.run(rank_functions.stop_answering, 3, timeout_s=1.5)
+    with pytest.raises(GroupTimeoutError, match=r"no answer within 1\.5 s from rank 1 on "):
+        group.run(rank_functions.stop_answering, 1, timeout_s=1.5)
     assert time.monotonic() - start < 5
 
 
 def test_a_group_may_be_closed_twice_and_formed_anew_with_another_size() -> None:
-    first = WorkerGroup(3, start_timeout_s=60)
+    first = WorkerGroup(1, start_timeout_s=60)
     pids = [worker.pid for worker in first.workers]
     first.close()
     first.close()
@@ -115,7 +117,7 @@ def test_an_interrupted_driver_leaves_nothing() -> None:
     pids: list[int] = []
 
     def interrupt() -> None:
-        with WorkerGroup(2, start_timeout_s=60) as group:
+        with WorkerGroup(1, start_timeout_s=60) as group:
             pids.extend(worker.pid for worker in group.workers)
             raise KeyboardInterrupt
 
