@@ -23,6 +23,7 @@ from rich.console import Console
 from ray_ckpt.cluster.group import WorkerGroup
 from ray_ckpt.errors import UsageError, WorkerError
 from ray_ckpt.format.manifest import MANIFEST_NAME, Manifest
+from ray_ckpt.format.snapshot import compare
 from ray_ckpt.recipes.pipeline_to_fsdp import job
 from ray_ckpt.recipes.screen import Screen
 from tests import rank_functions
@@ -167,6 +168,10 @@ def test_a_dropped_stage_is_found(options: job.Options, copy_of_saved: job.Saved
     with pytest.raises(WorkerError) as caught:
         job.load_and_verify(options, quiet_screen(), fresh_group, copy_of_saved)
     assert dropped.name in str(caught.value)
+
+
+def test_nothing_compared_is_not_verified(options: job.Options, saved: job.Saved) -> None:
+    assert not job.make_report(options, quiet_screen(), saved, compare([], []), [], []).verified
 
 
 def test_a_loss_curve_that_departs_from_the_reference_is_a_mismatch() -> None:
