@@ -7,7 +7,7 @@ Each saves and loads the same state dict in its own directory. `raw` is what the
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -91,9 +91,7 @@ def _local_rows(target: torch.Tensor) -> tuple[torch.Tensor, int]:
 def all_plugins(num_files: int) -> Mapping[str, Plugin]:
     plugins = (
         _with_dcp("ours", ArrowStorageWriter, ArrowStorageReader),
-        _with_dcp(
-            "ours, unchecked", ArrowStorageWriter, lambda path: ArrowStorageReader(path, verify_checksums=False)
-        ),
+        _with_dcp("ours, unchecked", ArrowStorageWriter, lambda path: ArrowStorageReader(path, verify_checksums=False)),
         _with_dcp("stock FileSystem", FileSystemWriter, FileSystemReader),
         _with_dcp("stock Fsspec", fsspec_plugin.FsspecWriter, fsspec_plugin.FsspecReader),
         _with_dcp("stock HuggingFace", HuggingFaceStorageWriter, HuggingFaceStorageReader),

@@ -1,7 +1,7 @@
 """Drives DCP's protocol over several ranks in one process, without a process group: every plan and result is pickled.
 
-    save(states, writers)    plans -> global plan -> writes -> commit, as `dcp.save` does it with collectives
-    load(states, readers)    each rank for itself
+save(states, writers)    plans -> global plan -> writes -> commit, as `dcp.save` does it with collectives
+load(states, readers)    each rank for itself
 """
 
 from __future__ import annotations

@@ -30,7 +30,9 @@ def _load(directory):
 
 
 def _save(directory, step, **options):
-    dcp.save({"weight": torch.arange(6.0) * step, "step": step}, storage_writer=ArrowStorageWriter(directory, **options))
+    dcp.save(
+        {"weight": torch.arange(6.0) * step, "step": step}, storage_writer=ArrowStorageWriter(directory, **options)
+    )
 
 
 def test_existing_checkpoint_is_refused_before_a_byte_is_written(tmp_path):

@@ -28,10 +28,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 WRITERS = {"ours": ArrowStorageWriter, "stock": dcp.FileSystemWriter}
 READERS = {"ours": ArrowStorageReader, "stock": dcp.FileSystemReader}
 WAYS = [("ours", "ours"), ("ours", "stock"), ("stock", "ours")]
-DTYPES = (
-    "float32 float64 float16 bfloat16 float8_e4m3fn float8_e5m2 complex64 complex128 "
-    "bool uint8 int8 int16 int32 int64 uint16 uint32 uint64"
-).split()
+DTYPES = [
+    *("float32", "float64", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "complex64", "complex128"),
+    *("bool", "uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64"),
+]
 
 
 def _filled(dtype, *shape):
@@ -236,7 +236,9 @@ def _sharded(rank, mesh, fill):
         "both": distribute_tensor(tensor(9, 7), mesh, [ShardOf(0), ShardOf(1)]),
         "empty shards": distribute_tensor(tensor(1, 5), mesh, [ShardOf(0), ShardOf(0)]),
         "submesh": distribute_tensor(tensor(5), line, [ShardOf(0)]),
-        "sharded tensor": init_from_local_shards([Shard.from_tensor_and_offsets(rows.clone(), [2 * rank, 0], rank)], 8, 3),
+        "sharded tensor": init_from_local_shards(
+            [Shard.from_tensor_and_offsets(rows.clone(), [2 * rank, 0], rank)], 8, 3
+        ),
     }
 
 

@@ -69,7 +69,7 @@ class ArrowStorageReader(StorageReader):
 
     @property
     def checkpoint_id(self) -> str:
-        return self.storage.uri
+        return self.storage.address
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -93,12 +93,12 @@ class ArrowStorageReader(StorageReader):
             return Manifest.from_json(self.storage.read_bytes(MANIFEST_NAME))
         if not self.storage.exists(METADATA_NAME):
             raise CheckpointNotFoundError(
-                f"no checkpoint in {self.storage.uri}: it holds neither {MANIFEST_NAME} nor {METADATA_NAME}"
+                f"no checkpoint in {self.storage.address}: it holds neither {MANIFEST_NAME} nor {METADATA_NAME}"
             )
         metadata = dcp_metadata.loads(self.storage.read_bytes(METADATA_NAME), trusted=self.trusted)
         if dcp_metadata.is_ours(metadata):
             raise CheckpointNotFoundError(
-                f"no committed checkpoint in {self.storage.uri}: a save by ray_ckpt was interrupted just before it "
+                f"no committed checkpoint in {self.storage.address}: a save by ray_ckpt was interrupted just before it "
                 f"wrote {MANIFEST_NAME}; load an earlier step"
             )
         return dcp_metadata.to_manifest(metadata)

@@ -77,14 +77,14 @@ class ArrowStorageWriter(StorageWriter):
 
     @property
     def checkpoint_id(self) -> str:
-        return self.storage.uri
+        return self.storage.address
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         return bool(os.fspath(checkpoint_id))
 
     def storage_meta(self) -> StorageMeta:
-        return StorageMeta(checkpoint_id=self.storage.uri, save_id=self._attempt)
+        return StorageMeta(checkpoint_id=self.storage.address, save_id=self._attempt)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         if checkpoint_id:
@@ -152,7 +152,7 @@ class ArrowStorageWriter(StorageWriter):
         taken = self.storage.exists(MANIFEST_NAME) or self._foreign_metadata() is not None
         if taken:
             raise CheckpointExistsError(
-                f"{self.storage.uri} already holds a committed checkpoint; save elsewhere, or pass overwrite=True"
+                f"{self.storage.address} already holds a committed checkpoint; save elsewhere, or pass overwrite=True"
             )
 
     def _foreign_metadata(self) -> Metadata | None:
