@@ -1,4 +1,4 @@
-"""A storage that fails where a test tells it to. A real Storage otherwise: it writes to real files or to a real server."""
+"""A storage that fails where a test tells it to. Otherwise a real Storage, of real files or a real server."""
 
 from __future__ import annotations
 

@@ -27,6 +27,7 @@ from ray_ckpt.errors import CheckpointError, CheckpointExistsError, UsageError
 from ray_ckpt.format import dcp_metadata
 from ray_ckpt.format.dcp_metadata import METADATA_NAME
 from ray_ckpt.format.manifest import MANIFEST_NAME, BlockSums, Chunk, Manifest, ObjectEntry
+from ray_ckpt.storage.collector import collector_paused
 from ray_ckpt.storage.commit import Replica, Written, build_manifest
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.objects import read_object
@@ -139,12 +140,14 @@ class ArrowStorageWriter(StorageWriter):
             CommitError: what the ranks wrote is not what was planned; nothing is committed.
             CheckpointExistsError: another attempt has committed meanwhile.
         """
-        manifest = build_manifest(metadata, results, attempt=self._attempt, layout=self.layout)
+        with collector_paused():
+            manifest = build_manifest(metadata, results, attempt=self._attempt, layout=self.layout)
+            records = dcp_metadata.dumps(metadata, manifest), manifest.to_json().encode()
         if not self.overwrite:
             self._refuse_if_taken()
         replaced = self._committed_files()
-        self.storage.write_atomic(METADATA_NAME, dcp_metadata.dumps(metadata, manifest))
-        self.storage.write_atomic(MANIFEST_NAME, manifest.to_json().encode())
+        self.storage.write_atomic(METADATA_NAME, records[0])
+        self.storage.write_atomic(MANIFEST_NAME, records[1])
         for file in sorted(replaced - manifest.files.keys()):
             self.storage.delete(file)
 
