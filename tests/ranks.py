@@ -73,8 +73,9 @@ class _Rank:
     ) -> None:
         self.rank = rank
         self.pipe, child_pipe = context.Pipe(duplex=False)
+        # Not daemonic: a rank may start processes of its own, as a process-based `async_save` does.
         self.process: ForkServerProcess = context.Process(
-            target=_main, args=(child_pipe, rank, world_size, str(store), function, args), daemon=True
+            target=_main, args=(child_pipe, rank, world_size, str(store), function, args), daemon=False
         )
         self.process.start()
         child_pipe.close()

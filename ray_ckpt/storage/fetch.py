@@ -22,6 +22,7 @@ from ray_ckpt.errors import IntegrityError
 from ray_ckpt.format import ranges
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.manifest import BlockSums
+from ray_ckpt.storage.collector import collector_paused
 from ray_ckpt.storage.files import InputFile, Storage
 from ray_ckpt.storage.staging import bytes_of
 
@@ -49,7 +50,7 @@ REMOTE = Tuning(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Source:
     """A saved chunk as its bytes lie in a file."""
 
@@ -66,7 +67,7 @@ class Source:
     """Over `[data_start, data_start + data_bytes)`; None when there are none or nobody wants them checked."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
     """A box of a saved chunk and the tensor of its shape that wants it."""
 
@@ -76,7 +77,7 @@ class Piece:
     target: torch.Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Range:
     """Bytes `[start, end)` of a file, on whole blocks, and who wants what of them."""
 
@@ -87,7 +88,7 @@ class _Range:
     """Takes the bytes of the range; None when they were read where they belong."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Read:
     """One request: a run of a file that serves these ranges."""
 
@@ -99,15 +100,16 @@ class _Read:
     """Where it goes; None for scratch."""
 
 
-def fetch(storage: Storage, pieces: Iterable[Piece], tuning: Tuning) -> None:
+def fetch(storage: Storage, pieces: Sequence[Piece], tuning: Tuning) -> None:
     """Fill the targets of all pieces.
 
     Raises:
         IntegrityError: a block differs from its checksum.
         StorageError, FormatError: a file cannot be read, or is too short.
     """
-    reads = plan(pieces, tuning)
-    _run(storage, reads, min(tuning.threads, len(reads)))
+    with collector_paused():
+        reads = plan(pieces, tuning)
+    _run(storage, reads, min(tuning.threads, len(reads)), pinned=any(piece.target.is_cuda for piece in pieces))
 
 
 def plan(pieces: Iterable[Piece], tuning: Tuning) -> list[_Read]:
@@ -204,7 +206,7 @@ def _plan_scattered(piece: Piece, tuning: Tuning) -> Iterator[_Range]:
         yield _widened(source, part.start, part.end, _Scatter(target, source.dtype, source.strides))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Scatter:
     """Copies elements out of the bytes that enclose them."""
 
@@ -253,14 +255,14 @@ def _group(scattered: Sequence[_Range], tuning: Tuning) -> Iterator[_Read]:
 # ----------------------------------------------------------------------------------------------------- doing it
 
 
-def _run(storage: Storage, reads: Sequence[_Read], threads: int) -> None:
+def _run(storage: Storage, reads: Sequence[_Read], threads: int, *, pinned: bool) -> None:
     """Run all reads on a few threads; the first failure stops the others and is raised."""
     todo: queue.SimpleQueue[_Read] = queue.SimpleQueue()
     for read in reads:
         todo.put(read)
 
     def work() -> None:
-        with _Worker(storage) as worker:
+        with _Worker(storage, pinned=pinned) as worker:
             while True:
                 try:
                     read = todo.get_nowait()
@@ -290,13 +292,17 @@ def _clear(todo: queue.SimpleQueue[_Read]) -> None:
 
 
 class _Worker:
-    """One thread's open files and scratch buffer."""
+    """One thread's open file and scratch buffer.
 
-    def __init__(self, storage: Storage) -> None:
+    The buffer is pinned when a target is on CUDA: one thread's copy to the device then runs while others read.
+    """
+
+    def __init__(self, storage: Storage, *, pinned: bool) -> None:
         self._storage = storage
+        self._pinned = pinned
         self._files = ExitStack()
         self._open: tuple[str, InputFile] | None = None
-        self._scratch = bytearray()
+        self._scratch = torch.empty(0, dtype=torch.uint8)
 
     def __enter__(self) -> _Worker:
         return self
@@ -323,8 +329,8 @@ class _Worker:
 
     def _scratch_of(self, size: int) -> memoryview:
         if len(self._scratch) < size:
-            self._scratch = bytearray(size)
-        return memoryview(self._scratch)[:size]
+            self._scratch = torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
+        return bytes_of(self._scratch[:size])
 
 
 def _verify(wanted: _Range, data: memoryview) -> None:

@@ -102,7 +102,14 @@ class Storage:
         return _rebuild, (type(self), {**self.__dict__, "_built": None})
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.uri!r})"
+        return f"{type(self).__name__}({self.address!r})"
+
+    @property
+    def address(self) -> str:
+        """The target without credentials and options: what messages and logs may show."""
+        scheme, separator, rest = self.uri.partition("?")[0].rstrip("/").rpartition("://")
+        host, slash, path = rest.partition("/")
+        return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"
 
     def child(self, name: str) -> Storage:
         """The storage of a directory below this one, with the same retry policy."""
@@ -215,7 +222,7 @@ class Storage:
         try:
             return action()
         except (OSError, pa.ArrowException, ValueError, ImportError) as error:
-            where = f"{self.uri.partition('?')[0].rstrip('/')}/{name}".rstrip("/")
+            where = f"{self.address}/{name}".rstrip("/")
             transient = _is_transient(error)
             raise StorageError(operation, where, _describe(error), transient=transient) from error
 

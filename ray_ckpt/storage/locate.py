@@ -25,7 +25,7 @@ from ray_ckpt.storage.objects import Decoder
 K = TypeVar("K")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SavedChunk:
     """A chunk and the tensor that it is part of."""
 

@@ -145,11 +145,11 @@ class Decoder:
 
 
 def _explain(error: Exception, name: str) -> Exception:
-    named = re.search(r"(?:GLOBAL|global|class) `?([\w.]+)`? was not an allowed|Unsupported class (\S+)", str(error))
+    named = re.search(r"(?:GLOBAL|[Uu]nsupported class) `?([\w.]+)", str(error))
     if isinstance(error, pickle.UnpicklingError) and named:
         return UnsafeCheckpointError(
-            f"reading {name!r} would run {named.group(1) or named.group(2)} from the checkpoint; if you trust its "
-            "author, read it with trusted=True, or admit that one name with torch.serialization.add_safe_globals"
+            f"reading {name!r} would run {named.group(1)} from the checkpoint; if you trust its author, read it with "
+            "trusted=True, or admit that one name with torch.serialization.add_safe_globals"
         )
     return FormatError(f"{name!r} cannot be read: {type(error).__name__}: {str(error)[:300]}")
 

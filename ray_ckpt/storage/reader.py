@@ -26,6 +26,7 @@ from ray_ckpt.format import dcp_metadata
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.dcp_metadata import METADATA_NAME
 from ray_ckpt.format.manifest import MANIFEST_NAME, Chunk, Manifest, ObjectEntry
+from ray_ckpt.storage.collector import collector_paused
 from ray_ckpt.storage.fetch import LOCAL, REMOTE, Piece, Tuning, fetch
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.locate import SavedChunk, load_whole, locate
@@ -69,7 +70,7 @@ class ArrowStorageReader(StorageReader):
 
     @property
     def checkpoint_id(self) -> str:
-        return self.storage.uri
+        return self.storage.address
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -90,15 +91,17 @@ class ArrowStorageReader(StorageReader):
             FormatError, UnsafeCheckpointError: there is one, but it is damaged or not safe to read.
         """
         if self.storage.exists(MANIFEST_NAME):
-            return Manifest.from_json(self.storage.read_bytes(MANIFEST_NAME))
+            data = self.storage.read_bytes(MANIFEST_NAME)
+            with collector_paused():
+                return Manifest.from_json(data)
         if not self.storage.exists(METADATA_NAME):
             raise CheckpointNotFoundError(
-                f"no checkpoint in {self.storage.uri}: it holds neither {MANIFEST_NAME} nor {METADATA_NAME}"
+                f"no checkpoint in {self.storage.address}: it holds neither {MANIFEST_NAME} nor {METADATA_NAME}"
             )
         metadata = dcp_metadata.loads(self.storage.read_bytes(METADATA_NAME), trusted=self.trusted)
         if dcp_metadata.is_ours(metadata):
             raise CheckpointNotFoundError(
-                f"no committed checkpoint in {self.storage.uri}: a save by ray_ckpt was interrupted just before it "
+                f"no committed checkpoint in {self.storage.address}: a save by ray_ckpt was interrupted just before it "
                 f"wrote {MANIFEST_NAME}; load an earlier step"
             )
         return dcp_metadata.to_manifest(metadata)
@@ -109,7 +112,9 @@ class ArrowStorageReader(StorageReader):
         The catch-all must not be called `kwargs`: DCP would take that as an offer of rank-local metadata, and a rank
         that meets a passing error would leave the collectives while the others wait in them.
         """
-        return dcp_metadata.to_metadata(self.read_manifest())
+        manifest = self.read_manifest()
+        with collector_paused():
+            return dcp_metadata.to_metadata(manifest)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         if metadata.storage_data is None:
@@ -143,13 +148,13 @@ class ArrowStorageReader(StorageReader):
         """Resolve the items' targets and read into them."""
         chunks = {item.storage_index: self._chunk(item) for item in items}
         sources = locate(self.storage, chunks, self._tuning, verify=self.verify_checksums)
-        targets: list[torch.Tensor] = []
+        with collector_paused():
+            targets = [planner.resolve_tensor(item).detach() for item in items]
+            boxes = [Box(tuple(item.storage_offsets), tuple(item.lengths)) for item in items]
+            for item, box, target in zip(items, boxes, targets, strict=True):
+                _check(item, box, target, chunks[item.storage_index])
         pieces: list[Piece] = []
-        for item in items:
-            box = Box(tuple(item.storage_offsets), tuple(item.lengths))
-            target = planner.resolve_tensor(item).detach()
-            _check(item, box, target, chunks[item.storage_index])
-            targets.append(target)
+        for item, box, target in zip(items, boxes, targets, strict=True):
             if source := sources.get(item.storage_index):
                 pieces.append(Piece(source, box, target))
             else:

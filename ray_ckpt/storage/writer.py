@@ -27,6 +27,7 @@ from ray_ckpt.errors import CheckpointError, CheckpointExistsError, UsageError
 from ray_ckpt.format import dcp_metadata
 from ray_ckpt.format.dcp_metadata import METADATA_NAME
 from ray_ckpt.format.manifest import MANIFEST_NAME, BlockSums, Chunk, Manifest, ObjectEntry
+from ray_ckpt.storage.collector import collector_paused
 from ray_ckpt.storage.commit import Replica, Written, build_manifest
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.objects import read_object
@@ -77,14 +78,14 @@ class ArrowStorageWriter(StorageWriter):
 
     @property
     def checkpoint_id(self) -> str:
-        return self.storage.uri
+        return self.storage.address
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         return bool(os.fspath(checkpoint_id))
 
     def storage_meta(self) -> StorageMeta:
-        return StorageMeta(checkpoint_id=self.storage.uri, save_id=self._attempt)
+        return StorageMeta(checkpoint_id=self.storage.address, save_id=self._attempt)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         if checkpoint_id:
@@ -139,12 +140,14 @@ class ArrowStorageWriter(StorageWriter):
             CommitError: what the ranks wrote is not what was planned; nothing is committed.
             CheckpointExistsError: another attempt has committed meanwhile.
         """
-        manifest = build_manifest(metadata, results, attempt=self._attempt, layout=self.layout)
+        with collector_paused():
+            manifest = build_manifest(metadata, results, attempt=self._attempt, layout=self.layout)
+            records = dcp_metadata.dumps(metadata, manifest), manifest.to_json().encode()
         if not self.overwrite:
             self._refuse_if_taken()
         replaced = self._committed_files()
-        self.storage.write_atomic(METADATA_NAME, dcp_metadata.dumps(metadata, manifest))
-        self.storage.write_atomic(MANIFEST_NAME, manifest.to_json().encode())
+        self.storage.write_atomic(METADATA_NAME, records[0])
+        self.storage.write_atomic(MANIFEST_NAME, records[1])
         for file in sorted(replaced - manifest.files.keys()):
             self.storage.delete(file)
 
@@ -152,7 +155,7 @@ class ArrowStorageWriter(StorageWriter):
         taken = self.storage.exists(MANIFEST_NAME) or self._foreign_metadata() is not None
         if taken:
             raise CheckpointExistsError(
-                f"{self.storage.uri} already holds a committed checkpoint; save elsewhere, or pass overwrite=True"
+                f"{self.storage.address} already holds a committed checkpoint; save elsewhere, or pass overwrite=True"
             )
 
     def _foreign_metadata(self) -> Metadata | None:

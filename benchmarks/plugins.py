@@ -1,0 +1,100 @@
+"""The contestants of the storage benchmark, and the raw limit beside them.
+
+Each saves and loads the same state dict in its own directory. `raw` is what the hardware and the kernel allow: plain
+`write` and `fsync` of the tensors' memory, `preadv` of the wanted bytes into the targets' memory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import _fsspec_filesystem as fsspec_plugin
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.tensor import DTensor
+
+from ray_ckpt.storage.reader import ArrowStorageReader
+from ray_ckpt.storage.writer import ArrowStorageWriter
+
+State = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """One way to save and load a state dict of tensors."""
+
+    name: str
+    save: Callable[[State, str], None]
+    load: Callable[[State, str], None]
+
+
+def _with_dcp(
+    name: str,
+    writer: Callable[[str], dcp.StorageWriter],
+    reader: Callable[[str], dcp.StorageReader],
+    around_save: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Plugin:
+    def save(state: State, directory: str) -> None:
+        with around_save():
+            dcp.save(dict(state), storage_writer=writer(directory))
+
+    return Plugin(name, save, lambda state, directory: dcp.load(state, storage_reader=reader(directory)))
+
+
+def _raw_save(state: State, directory: str) -> None:
+    os.makedirs(directory, exist_ok=True)
+    descriptor = os.open(os.path.join(directory, f"{dist.get_rank()}.raw"), os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    for tensor in state.values():
+        data = memoryview(tensor.numpy()).cast("B")
+        while len(data):
+            data = data[os.write(descriptor, data) :]
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _raw_load(state: State, directory: str) -> None:
+    """Stage k wrote its tensors in order, so the place of each is known; the targets are shards of rows."""
+    for file, entries in _stages(state).items():
+        descriptor = os.open(os.path.join(directory, f"{file}.raw"), os.O_RDONLY)
+        position = 0
+        for target in entries:
+            local, first_row = _local_rows(target)
+            data = memoryview(local.numpy()).cast("B")
+            offset = position + first_row * (local.nbytes // max(1, len(local)))
+            while len(data):
+                num_read = os.preadv(descriptor, [data[: 8 << 20]], offset)
+                data, offset = data[num_read:], offset + num_read
+            position += target.numel() * target.element_size()
+        os.close(descriptor)
+
+
+def _stages(state: State) -> dict[int, list[torch.Tensor]]:
+    stages: dict[int, list[torch.Tensor]] = {}
+    for name, tensor in state.items():
+        stages.setdefault(int(name.split(".")[0].removeprefix("stage")), []).append(tensor)
+    return stages
+
+
+def _local_rows(target: torch.Tensor) -> tuple[torch.Tensor, int]:
+    if not isinstance(target, DTensor):
+        return target, 0
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    return target.to_local(), min(rank * -(-len(target) // world_size), len(target))
+
+
+def all_plugins(num_files: int) -> Mapping[str, Plugin]:
+    plugins = (
+        _with_dcp("ours", ArrowStorageWriter, ArrowStorageReader),
+        _with_dcp("ours, unchecked", ArrowStorageWriter, lambda path: ArrowStorageReader(path, verify_checksums=False)),
+        _with_dcp("stock FileSystem", FileSystemWriter, FileSystemReader),
+        _with_dcp("stock Fsspec", fsspec_plugin.FsspecWriter, fsspec_plugin.FsspecReader),
+        _with_dcp("stock HuggingFace", HuggingFaceStorageWriter, HuggingFaceStorageReader),
+        Plugin("raw", _raw_save, _raw_load),
+    )
+    return {plugin.name: plugin for plugin in plugins}

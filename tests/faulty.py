@@ -1,0 +1,81 @@
+"""A storage that fails where a test tells it to. Otherwise a real Storage, of real files or a real server."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from ray_ckpt.storage.files import RetryPolicy, Storage
+
+T = TypeVar("T")
+
+AT_ONCE = RetryPolicy(attempts=5, first_wait_s=0.001, max_wait_s=0.002)
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+ACTIONS: dict[str, tuple[int, Callable[[], None]]] = {
+    "raises": (10**9, lambda: _raise(PermissionError(errno.EACCES, "Permission denied"))),
+    "no space": (10**9, lambda: _raise(OSError(errno.ENOSPC, "No space left on device"))),
+    "throttled": (3, lambda: _raise(OSError("AWS Error SLOW_DOWN: Please reduce your request rate"))),
+    "slow": (5, lambda: time.sleep(0.05)),
+    "killed": (10**9, _die),
+}
+"""What happens -> how often, and how."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that goes wrong on one rank in some operations of its storage."""
+
+    action: str
+    operations: tuple[str, ...]
+    rank: int = 0
+    name: str = ""
+    """Only files whose name contains this."""
+
+
+class FaultyStorage(Storage):
+    """Carries out a fault on the rank that it is for."""
+
+    def __init__(self, target: str, fault: Fault, rank: int) -> None:
+        super().__init__(target, retry=AT_ONCE)
+        self.fault = fault
+        self.happened = False
+        self.left = ACTIONS[fault.action][0] if rank == fault.rank else 0
+
+    def perform(self, operation: str, name: str, action: Callable[[], T]) -> T:
+        def faulty() -> T:
+            if self.left and operation in self.fault.operations and self.fault.name in name:
+                self.left -= 1
+                self.happened = True
+                ACTIONS[self.fault.action][1]()
+            return action()
+
+        return super().perform(operation, name, faulty)
+
+
+class CountedStorage(Storage):
+    """Counts operations, and dies by SIGKILL at the one that it is told."""
+
+    def __init__(self, target: str, die_at: int | None = None) -> None:
+        super().__init__(target)
+        self.die_at = die_at
+        self.num_operations = 0
+
+    def perform(self, operation: str, name: str, action: Callable[[], T]) -> T:
+        self.num_operations += 1
+        if self.num_operations == self.die_at:
+            _die()
+        return super().perform(operation, name, action)

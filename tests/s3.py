@@ -1,0 +1,74 @@
+"""A real S3 server on loopback: moto behind HTTP, with its requests counted and, where a test asks, failed."""
+
+from __future__ import annotations
+
+import collections
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow.fs as pafs
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import make_server
+
+Environment = dict[str, Any]
+_BUCKET = "bucket"
+_SLOW_DOWN = (
+    b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+)
+
+
+@dataclass
+class S3:
+    """The server, as tests see it."""
+
+    port: int
+    requests: collections.Counter[str] = field(default_factory=collections.Counter)
+    """Number of requests by method."""
+    sent_bytes: int = 0
+    """Bytes of all GET responses."""
+    throttle: Callable[[Environment], bool] = lambda environment: False
+    """Whether to answer a request with 503 SlowDown."""
+
+    def uri(self, path: str, *, key: str = "key", bucket: str = _BUCKET) -> str:
+        options = f"scheme=http&endpoint_override=127.0.0.1:{self.port}&region=us-east-1"
+        return f"s3://{key}:secret@{bucket}/{path}?{options}"
+
+    def reset(self) -> None:
+        self.requests.clear()
+        self.sent_bytes = 0
+
+
+@contextmanager
+def run_s3() -> Iterator[S3]:
+    """Serve until the block ends."""
+    moto = DomainDispatcherApplication(create_backend_app)
+    state: S3
+
+    def application(environment: Environment, start_response: Callable[..., Any]) -> Iterable[bytes]:
+        state.requests[environment["REQUEST_METHOD"]] += 1
+        if state.throttle(environment):
+            start_response("503 Slow Down", [("Content-Type", "application/xml")])
+            return [_SLOW_DOWN]
+        body = list(moto(environment, start_response))
+        if environment["REQUEST_METHOD"] == "GET":
+            state.sent_bytes += sum(map(len, body))
+        return body
+
+    server = make_server("127.0.0.1", 0, application, threaded=True)
+    state = S3(server.port)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        filesystem, _ = pafs.FileSystem.from_uri(
+            state.uri("", bucket="any").replace("?", "?allow_bucket_creation=true&")
+        )
+        filesystem.create_dir(_BUCKET)
+        state.reset()
+        yield state
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(10)
