@@ -7,6 +7,7 @@ load(state, uri)   hyper-parameters -> match groups -> DCP plans, ranks read -> 
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from ray_ckpt.errors import CheckpointError, StateMismatchError
 from ray_ckpt.format.manifest import MANIFEST_NAME, Manifest
@@ -34,10 +34,10 @@ def save(state: TrainState, uri: str, *, overwrite: bool = False) -> SaveReport:
     """
     writer = ArrowStorageWriter(uri, overwrite=overwrite)
     start = time.monotonic()
-    with _translated("save"):
+    with _dcp("save"):
         dcp.save(state.state_dict(), storage_writer=writer, no_dist=not dist.is_initialized())
     manifest = Manifest.from_json(writer.storage.read_bytes(MANIFEST_NAME))
-    return SaveReport(writer.storage.uri, manifest.total_bytes, len(manifest.files), time.monotonic() - start)
+    return SaveReport(writer.storage.address, manifest.total_bytes, len(manifest.files), time.monotonic() - start)
 
 
 def load(state: TrainState, uri: str) -> None:
@@ -51,20 +51,24 @@ def load(state: TrainState, uri: str) -> None:
         CheckpointError: a rank failed; names each of them.
     """
     reader = ArrowStorageReader(uri)
-    with _translated("load"):
-        metadata = reader.read_metadata()
-        state.match_hyperparameters(_read_hyperparameters(reader, metadata))
+    with _dcp("load"):
+        manifest = reader.read_manifest()
+        state.match_hyperparameters(_read_hyperparameters(reader, manifest))
         target = state.state_dict()
-        _check_same_tensors(metadata, target)
+        _check_same_tensors(manifest, target)
         dcp.load(target, storage_reader=reader, no_dist=not dist.is_initialized())
     state.load_state_dict(target)
 
 
-def _read_hyperparameters(reader: ArrowStorageReader, metadata: Metadata) -> dict[str, dict[str, Any]]:
+def _read_hyperparameters(reader: ArrowStorageReader, manifest: Manifest) -> dict[str, dict[str, Any]]:
     """Parameter name -> hyper-parameter name -> value, as every rank that saved had them."""
     prefix = f"optim.{PARAM_GROUPS}"
-    found: dict[str, Any] = {name: None for name in metadata.state_dict_metadata if name.startswith(prefix)}
-    dcp.load(found, storage_reader=reader, no_dist=True)
+    names = [name for name in manifest.objects if name.startswith(prefix)]
+    found = {name: value for name, value in manifest.values().items() if name.startswith(prefix)}
+    if len(found) < len(names):
+        # A foreign checkpoint, whose values stand in its data files.
+        found = dict.fromkeys(names)
+        dcp.load(found, storage_reader=reader, no_dist=True)
     hyperparameters: dict[str, dict[str, Any]] = {}
     for name, value in found.items():
         parameter, _, key = name.removeprefix(prefix).rpartition(".")
@@ -72,15 +76,11 @@ def _read_hyperparameters(reader: ArrowStorageReader, metadata: Metadata) -> dic
     return hyperparameters
 
 
-def _check_same_tensors(metadata: Metadata, target: Mapping[str, Mapping[str, Any]]) -> None:
+def _check_same_tensors(manifest: Manifest, target: Mapping[str, Mapping[str, Any]]) -> None:
     """DCP casts dtypes silently and ignores what the target has no place for, so compare before it loads."""
-    saved = {
-        name: _describe(entry.properties.dtype, entry.size)
-        for name, entry in metadata.state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
+    saved = {name: f"{entry.dtype}{list(entry.shape)}" for name, entry in manifest.tensors.items()}
     wanted = {
-        f"{part}.{name}": _describe(value.dtype, value.shape)
+        f"{part}.{name}": f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
         for part, entries in target.items()
         for name, value in entries.items()
         if isinstance(value, torch.Tensor)
@@ -95,15 +95,14 @@ def _check_same_tensors(metadata: Metadata, target: Mapping[str, Mapping[str, An
         raise StateMismatchError(f"the checkpoint does not fit the model and optimizer it is loaded into: {shown}")
 
 
-def _describe(dtype: torch.dtype, shape: torch.Size) -> str:
-    return f"{str(dtype).removeprefix('torch.')}{list(shape)}"
-
-
 @contextmanager
-def _translated(operation: str) -> Iterator[None]:
-    """Turn DCP's exception, which is a BaseException, into ours. Every failed rank is named, equal errors once."""
+def _dcp(operation: str) -> Iterator[None]:
+    """Call DCP in here. Its exception, a BaseException, becomes ours: every failed rank is named, equal errors once."""
     try:
-        yield
+        with warnings.catch_warnings():
+            # One process without a process group is as good as any other layout.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+            yield
     except CheckpointException as error:
         ranks_of: dict[str, list[int]] = {}
         for rank, (cause, _) in error.failures.items():

@@ -29,6 +29,7 @@ from ray_ckpt.recipes.screen import Screen
 from tests import rank_functions
 from tests.conftest import MARKERS, REPOSITORY
 from tests.models import DOOMED_RANK
+from tests.s3 import run_s3
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -87,6 +88,17 @@ def test_a_model_of_ones_own_with_buffers_and_uneven_stages() -> None:
     assert report["tensors_compared"] == 6 * 4 + 1
     # What a person reads does not mix with the JSON.
     assert "verified: 25 tensors" in done.stderr
+
+
+def test_it_saves_to_and_loads_from_s3() -> None:
+    with run_s3() as s3:
+        done = run_job("--workers", "2", "--steps", "2", "--dim", "32", "--storage", s3.uri("run"), "--json", "-")
+        assert done.returncode == 0, done.stderr
+        assert s3.requests["PUT"] >= 4
+    report = json.loads(done.stdout)
+    assert report["verified"] is True
+    assert report["storage"].startswith("s3://")
+    assert "secret" not in done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")

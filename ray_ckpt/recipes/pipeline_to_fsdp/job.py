@@ -27,6 +27,7 @@ from ray_ckpt.recipes.pipeline_to_fsdp import probe
 from ray_ckpt.recipes.pipeline_to_fsdp.report import JobReport
 from ray_ckpt.recipes.pipeline_to_fsdp.workload import Workload
 from ray_ckpt.recipes.screen import Line, Screen, format_bytes
+from ray_ckpt.storage.files import Storage
 
 PIPELINE = "ray_ckpt.recipes.pipeline_to_fsdp.pipeline"
 SHARDED = "ray_ckpt.recipes.pipeline_to_fsdp.sharded"
@@ -67,6 +68,7 @@ class Saved:
     """What the pipeline group left behind, beside the checkpoint itself."""
 
     uri: str
+    """May hold credentials: shown to nobody. `Storage(uri).address` is what may be."""
     backend: str
     checkpoint_bytes: int
     snapshots: list[Snapshot]
@@ -115,11 +117,11 @@ def train_and_save(options: Options, screen: Screen, uri: str) -> Saved:
             results = group.run(f"{PIPELINE}:train", options.workload, options.steps, timeout_s=options.timeout_s)
             losses: list[float] = results[-1]
             line.result = f"{len(losses)} steps, loss {losses[0]:.4f} -> {losses[-1]:.4f}"
-        with screen.phase("save", f"each stage to {uri}") as line:
+        with screen.phase("save", f"each stage to {Storage(uri).address}") as line:
             results = group.run(f"{PIPELINE}:save_checkpoint", uri, options.overwrite, timeout_s=options.timeout_s)
             checkpoint_bytes: int = results[0][0]
             snapshots: list[Snapshot] = [snapshot for _, snapshot in results]
-            line.result = f"{format_bytes(checkpoint_bytes)} to {uri}"
+            line.result = f"{format_bytes(checkpoint_bytes)} to {Storage(uri).address}"
         return Saved(uri, group.demand.backend, checkpoint_bytes, snapshots, losses)
 
 
@@ -172,7 +174,7 @@ def make_report(
         workers=options.workers,
         backend=saved.backend,
         target=options.target,
-        storage=saved.uri,
+        storage=Storage(saved.uri).address,
         checkpoint_bytes=saved.checkpoint_bytes,
         tensors_compared=comparison.tensors_compared,
         objects_compared=comparison.objects_compared,
@@ -236,23 +238,21 @@ def check_storage(group: WorkerGroup, uri: str, overwrite: bool) -> None:
         UsageError: a worker cannot write there, or the workers' nodes do not share it.
         CheckpointExistsError: it holds a committed checkpoint already.
     """
-    token = secrets.token_hex(6)
+    token, place = secrets.token_hex(6), f"--storage {Storage(uri).address}"
     try:
         group.run(probe.write_probe, uri, token)
         views: list[probe.StorageView] = group.run(probe.view_storage, uri, token)
         group.run(probe.remove_probe, uri, token)
     except WorkerError as error:
         if any(failure.error_type.endswith(StorageError.__qualname__) for failure in error.failures):
-            raise UsageError(f"the workers cannot write to --storage {uri}: {error}") from error
+            raise UsageError(f"the workers cannot write to {place}: {error}") from error
         raise
     for rank, view in enumerate(views):
         if unseen := sorted(set(range(group.num_workers)) - set(view.probes)):
             raise UsageError(
-                f"--storage {uri} is not shared: rank {rank} on {group.workers[rank].node} does not see the file that "
+                f"{place} is not shared: rank {rank} on {group.workers[rank].node} does not see the file that "
                 f"rank {unseen[0]} on {group.workers[unseen[0]].node} wrote there. Give a directory that is mounted on "
                 "every node, or an object store such as s3://bucket/path"
             )
     if views[0].has_checkpoint and not overwrite:
-        raise CheckpointExistsError(
-            f"--storage {uri} already holds a committed checkpoint: give another place, or --overwrite"
-        )
+        raise CheckpointExistsError(f"{place} already holds a committed checkpoint: give another place, or --overwrite")

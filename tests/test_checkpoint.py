@@ -1,0 +1,88 @@
+"""The verbs in one process, without a process group: what arrives, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemWriter
+
+import ray_ckpt
+from ray_ckpt.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    StateMismatchError,
+)
+from ray_ckpt.parallel.state import TrainState
+from ray_ckpt.recipes.pipeline_to_fsdp.model import PipelineModel
+from tests.test_state import fresh, train, trained
+
+
+def test_a_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    source, target = trained(), fresh()
+    report = ray_ckpt.save(source, str(tmp_path / "run"))
+    assert report.total_bytes == sum(path.stat().st_size for path in (tmp_path / "run").glob("*.distcp"))
+    assert (report.num_files, report.uri) == (1, str(tmp_path / "run"))
+    assert source.snapshot(0) != target.snapshot(0)
+    # A snapshot of an unused optimizer gives it state; a load into one that is still fresh is what is meant here.
+    target = fresh()
+    ray_ckpt.load(target, str(tmp_path / "run"))
+    assert source.snapshot(0) == target.snapshot(0)
+    train(source, 2)
+    train(target, 2)
+    assert source.snapshot(0) == target.snapshot(0)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_what_stock_dcp_wrote_is_loaded_with_every_learning_rate(tmp_path: Path) -> None:
+    source, target = trained(), fresh()
+    dcp.save(source.state_dict(), storage_writer=FileSystemWriter(tmp_path / "run"), no_dist=True)
+    ray_ckpt.load(target, str(tmp_path / "run"))
+    assert source.snapshot(0) == target.snapshot(0)
+
+
+def test_a_second_save_needs_overwrite(tmp_path: Path) -> None:
+    first, second = trained(), trained(steps=3)
+    ray_ckpt.save(first, str(tmp_path / "run"))
+    with pytest.raises(CheckpointError, match="already holds a committed checkpoint"):
+        ray_ckpt.save(second, str(tmp_path / "run"))
+    target = fresh()
+    ray_ckpt.load(target, str(tmp_path / "run"))
+    assert first.snapshot(0) == target.snapshot(0)
+    ray_ckpt.save(second, str(tmp_path / "run"), overwrite=True)
+    target = fresh()
+    ray_ckpt.load(target, str(tmp_path / "run"))
+    assert second.snapshot(0) == target.snapshot(0)
+
+
+def test_nothing_there_is_said_so(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointNotFoundError):
+        ray_ckpt.load(fresh(), str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize(
+    ("dim", "layers", "dtype", "message"),
+    [
+        (7, 2, torch.float32, r"model\.layer1\.bias: saved float32\[5\], wanted float32\[7\]"),
+        (5, 1, torch.float32, r"model\.layer2\.bias: saved float32\[5\], wanted not at all"),
+        (5, 2, torch.bfloat16, r"model\.layer1\.bias: saved float32\[5\], wanted bfloat16\[5\]"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_and_left_alone(
+    tmp_path: Path, dim: int, layers: int, dtype: torch.dtype, message: str
+) -> None:
+    ray_ckpt.save(trained(), str(tmp_path / "run"))
+    model = PipelineModel(dim, layers).to(dtype)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(StateMismatchError, match=message):
+        ray_ckpt.load(TrainState(model, torch.optim.Adam(model.parameters())), str(tmp_path / "run"))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_more_parameters_than_were_saved_are_refused(tmp_path: Path) -> None:
+    ray_ckpt.save(trained(), str(tmp_path / "run"))
+    model = PipelineModel(5, 3)
+    with pytest.raises(StateMismatchError, match=r"no hyper-parameters for layer3\.weight, layer3\.bias"):
+        ray_ckpt.load(TrainState(model, torch.optim.Adam(model.parameters())), str(tmp_path / "run"))
