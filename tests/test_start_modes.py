@@ -41,7 +41,7 @@ FAILS_ONCE_JOINED = ("--workers", "2", "--backend", "nccl")
 """Wrong use that only a look at the cluster's resources can find: proof that the job got there, in a second."""
 
 OUR_LINE = re.compile(
-    r"(group|train|save|regroup|load|verify|resume|reference|loss|verified)[: ].*|[┏┃┡│└].*",
+    r"(ray|group|train|save|regroup|load|verify|resume|reference|loss|verified)[: ].*|[┏┃┡│└].*",
 )
 """What the job prints: a line per phase, the table, the verdict."""
 
@@ -87,6 +87,12 @@ def test_alone_the_job_starts_its_own_ray_and_leaves_nothing(sandbox: Sandbox, t
     assert Path(report["storage"]).parent == sandbox.tmp
     assert not Path(report["storage"]).exists()
     wait_until(lambda: not sandbox.processes(), 15, sandbox.processes)
+
+
+def test_verbose_lets_rays_own_lines_through(sandbox: Sandbox) -> None:
+    done = sandbox.run_job(*FAILS_ONCE_JOINED, "--verbose", timeout_s=60)
+    assert done.wait(0) == 2
+    assert "Started a local Ray instance" in done.stdout + done.stderr
 
 
 def test_ctrl_c_in_mid_training_ends_the_job_and_its_ray(sandbox: Sandbox) -> None:

@@ -1,6 +1,7 @@
 """The main job on the driver.
 
     run(options)
+      connected         ray                          the cluster that is there, or a local one
       train_and_save    group -> train -> save       a group of workers, one pipeline stage each
       load_and_verify   regroup -> load -> verify    fresh processes, FSDP; the driver compares fingerprints
       resume            resume -> reference          the same training, uninterrupted, gives the same losses
@@ -15,7 +16,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,8 +99,7 @@ def run(options: Options, screen: Screen) -> JobReport:
         UsageError: the options cannot work; nothing was saved.
         RayCkptError: a phase failed.
     """
-    num_cpus = math.ceil(options.workers * (options.cpus_per_worker or 1))
-    with connect(options.address, num_cpus=num_cpus, verbose=options.verbose), storage_of(options) as uri:
+    with connected(options, screen), storage_of(options) as uri:
         saved = train_and_save(options, screen, uri)
         with form_group(options, screen, "regroup", SHARDED) as group:
             comparison = load_and_verify(options, screen, group, saved)
@@ -107,6 +107,17 @@ def run(options: Options, screen: Screen) -> JobReport:
                 return make_report(options, screen, saved, comparison, [], [])
             resumed, reference = resume(options, screen, group)
     return make_report(options, screen, saved, comparison, resumed, reference)
+
+
+@contextmanager
+def connected(options: Options, screen: Screen) -> Iterator[None]:
+    """Join a Ray cluster for the block, or start a local one with a CPU for every worker."""
+    num_cpus = math.ceil(options.workers * (options.cpus_per_worker or 1))
+    with ExitStack() as stack:
+        with screen.phase("ray", "looking for a cluster, or starting a local one") as line:
+            is_local = stack.enter_context(connect(options.address, num_cpus=num_cpus, verbose=options.verbose))
+            line.result = "started a local Ray" if is_local else "joined a running cluster"
+        yield
 
 
 def train_and_save(options: Options, screen: Screen, uri: str) -> Saved:
