@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
@@ -11,6 +13,7 @@ import ray
 from ray.util import placement_group_table
 
 from ray_ckpt.cluster.group import WorkerGroup
+from ray_ckpt.cluster.worker import WorkerInfo
 from ray_ckpt.errors import DIED, GroupError, GroupTimeoutError, PlacementError, UsageError, WorkerError
 from tests import rank_functions
 
@@ -24,11 +27,18 @@ def assert_nothing_is_left(pids: list[int]) -> None:
         actors = [actor for actor in ray._private.state.actors().values() if actor["State"] != "DEAD"]
         placed = [entry for entry in placement_group_table().values() if entry["state"] != "REMOVED"]
         free = ray.available_resources().get("CPU", 0)
-        alive = [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
+        alive = [pid for pid in pids if is_alive(pid)]
         if not actors and not placed and free == ray.cluster_resources()["CPU"] and not alive:
             return
         assert time.monotonic() < deadline, (actors, placed, free, alive)
         time.sleep(0.05)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @pytest.fixture
@@ -150,3 +160,33 @@ def test_wrong_use_is_said_before_anything_is_placed() -> None:
     with pytest.raises(UsageError, match="needs GPUs"):
         WorkerGroup(2, gpus_per_worker=0, backend="nccl")
     assert_nothing_is_left([])
+
+
+ALONE = """
+import os, signal
+import ray
+from ray_ckpt import WorkerError, WorkerGroup
+
+def die(ctx):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+try:
+    with WorkerGroup(1) as group:
+        group.run(die)
+except WorkerError as error:
+    print(error.ranks, ray.is_initialized())
+"""
+
+
+def test_a_group_that_started_ray_itself_also_stops_it_after_a_failure() -> None:
+    done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "(0,) False"
+
+
+def test_ranks_follow_node_and_device() -> None:
+    workers = [
+        WorkerInfo("a", "10.0.0.2", "two", 1, ("0",)),
+        WorkerInfo("b", "10.0.0.1", "one", 2, ("10",)),
+        WorkerInfo("b", "10.0.0.1", "one", 3, ("2",)),
+    ]
+    assert [worker.pid for worker in sorted(workers, key=lambda worker: worker.position)] == [3, 2, 1]

@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import grpc
 import ray
 from ray._private import ray_constants, services
 from ray._private.grpc_utils import init_grpc_channel
+from ray._private.ray_logging import stdout_deduplicator
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 from ray.exceptions import AuthenticationError, RayError
@@ -59,15 +61,30 @@ def connect(address: str | None = None, *, num_cpus: int = 1, verbose: bool = Fa
             )
         found = None
     options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
-    if found in (None, "local"):
-        with _private_token(), _local_ray(num_cpus, options):
-            yield True
-        return
-    _init(str(found), options)
+    with nullcontext() if verbose else _without_daemon_messages():
+        if found in (None, "local"):
+            with _private_token(), _local_ray(num_cpus, options):
+                yield True
+            return
+        _init(str(found), options)
+        try:
+            yield False
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _without_daemon_messages() -> Iterator[None]:
+    """Keep what Ray's daemons say of a dead worker, a paragraph on standard output whatever `log_to_driver` is, away.
+
+    RAY_DEDUP_LOGS_SKIP_REGEX does this too, but Ray reads it when it is imported.
+    """
+    before = stdout_deduplicator.skip_re
+    stdout_deduplicator.skip_re = re.compile("")
     try:
-        yield False
+        yield
     finally:
-        ray.shutdown()
+        stdout_deduplicator.skip_re = before
 
 
 @contextmanager

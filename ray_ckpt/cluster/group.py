@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -194,7 +194,7 @@ class WorkerGroup:
             infos: list[WorkerInfo] = ray.get(refs)
         except RayError as error:
             raise GroupError(f"a worker could not start: {error}") from error
-        order = sorted(range(num_workers), key=lambda i: (infos[i].node_ip, infos[i].node_id, infos[i].gpu_ids, i))
+        order = sorted(range(num_workers), key=lambda i: (infos[i].position, i))
         self._actors = [actors[i] for i in order]
         self.workers = tuple(infos[i] for i in order)
 
@@ -217,14 +217,14 @@ class WorkerGroup:
         try:
             return gather(refs, self.workers, timeout_s)
         except BaseException:
-            self._tear_down()
-            _drop_results(refs)
+            self._tear_down(refs)
             raise
 
-    def _tear_down(self) -> None:
+    def _tear_down(self, unread: Sequence[Any] = ()) -> None:
         for actor in self._actors:
             ray.kill(actor)
         self._actors = []
+        _drop_results(unread)
         if self._placement is not None:
             remove_placement_group(self._placement)
             _wait_until_removed(self._placement)
@@ -236,7 +236,7 @@ def _live_nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def _drop_results(refs: list[Any]) -> None:
+def _drop_results(refs: Sequence[Any]) -> None:
     """Look at results nobody wants: Ray prints a traceback at exit for every failed one that was never read."""
     for ref in refs:
         with contextlib.suppress(RayError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import pkgutil
 import platform
@@ -33,6 +34,11 @@ class WorkerInfo:
     def node(self) -> str:
         """The node as a person reads it."""
         return f"{self.hostname} ({self.node_ip})"
+
+    @property
+    def position(self) -> tuple[object, ...]:
+        """Sorts by node, then by device; GPU 10 comes after GPU 2."""
+        return self.node_ip, self.node_id, [(len(gpu), gpu) for gpu in self.gpu_ids]
 
 
 @dataclass(frozen=True)
@@ -78,13 +84,15 @@ class Worker:
         self._context: WorkerContext | None = None
 
     def describe(self) -> WorkerInfo:
+        # The slow part of joining the process group: here all ranks do it at the same time.
+        importlib.import_module("ray_ckpt.parallel.group")
         runtime = ray.get_runtime_context()
         return WorkerInfo(
             node_id=runtime.get_node_id(),
             node_ip=ray.util.get_node_ip_address(),
             hostname=socket.gethostname() or platform.node(),
             pid=os.getpid(),
-            gpu_ids=tuple(runtime.get_accelerator_ids().get("GPU", ())),
+            gpu_ids=_gpu_ids(),
         )
 
     def serve_store(self, world_size: int, timeout_s: float) -> Outcome:
@@ -110,7 +118,7 @@ class Worker:
 
         # Ray narrows CUDA_VISIBLE_DEVICES to this worker's GPU, which is therefore number 0. Without a GPU it leaves
         # the variable alone, so `torch.cuda.is_available()` would not tell.
-        device = torch.device("cuda", 0) if self.describe().gpu_ids else torch.device("cpu")
+        device = torch.device("cuda", 0) if _gpu_ids() else torch.device("cpu")
         join(
             rendezvous.host,
             rendezvous.port,
@@ -136,6 +144,10 @@ class Worker:
         from ray_ckpt.parallel.group import leave
 
         leave()
+
+
+def _gpu_ids() -> tuple[str, ...]:
+    return tuple(ray.get_runtime_context().get_accelerator_ids().get("GPU", ()))
 
 
 def _attempt(rank: int, fn: Callable[..., Any], *args: Any) -> Outcome:
