@@ -44,7 +44,7 @@ Path = tuple[str | int, ...]
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class BlockSums:
     """One XXH3-64 per block of a chunk's data, or of an object's bytes."""
 
@@ -59,7 +59,7 @@ class BlockSums:
         return len(self.sums) // 8
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Chunk:
     """A saved box of a tensor and where its bytes lie."""
 
@@ -77,7 +77,7 @@ class Chunk:
     """Descriptors of the DCP stream extensions that encoded the container, outermost first."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TensorEntry:
     """A tensor: its element type, its global shape and the chunks that cover it."""
 
@@ -93,14 +93,14 @@ class TensorEntry:
         return math.prod(self.shape) * itemsize(self.dtype)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Inline:
     """A value that the manifest holds itself. A class of its own, because None is a value too."""
 
     value: Any
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ObjectEntry:
     """A non-tensor: a number, a text, a list, or an object that only `torch.save` can write."""
 

@@ -21,7 +21,7 @@ _MAX_NAMES = 5
 """As many names as an error message lists."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Written:
     """`WriteResult.storage_data` of an item that its rank wrote."""
 
@@ -30,7 +30,7 @@ class Written:
     """Of dtype, shape and bytes: equal things have equal digests."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Replica:
     """`WriteResult.storage_data` of an item that its rank holds too, but that another rank was to write."""
 
