@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import _fsspec_filesystem as fsspec_plugin
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
@@ -35,14 +34,10 @@ class Plugin:
 
 
 def _with_dcp(
-    name: str,
-    writer: Callable[[str], dcp.StorageWriter],
-    reader: Callable[[str], dcp.StorageReader],
-    around_save: Callable[[], AbstractContextManager[None]] = nullcontext,
+    name: str, writer: Callable[[str], dcp.StorageWriter], reader: Callable[[str], dcp.StorageReader]
 ) -> Plugin:
     def save(state: State, directory: str) -> None:
-        with around_save():
-            dcp.save(dict(state), storage_writer=writer(directory))
+        dcp.save(dict(state), storage_writer=writer(directory))
 
     return Plugin(name, save, lambda state, directory: dcp.load(state, storage_reader=reader(directory)))
 
@@ -88,13 +83,18 @@ def _local_rows(target: torch.Tensor) -> tuple[torch.Tensor, int]:
     return target.to_local(), min(rank * -(-len(target) // world_size), len(target))
 
 
-def all_plugins(num_files: int) -> Mapping[str, Plugin]:
-    plugins = (
+PLUGINS: Mapping[str, Plugin] = {
+    plugin.name: plugin
+    for plugin in (
         _with_dcp("ours", ArrowStorageWriter, ArrowStorageReader),
         _with_dcp("ours, unchecked", ArrowStorageWriter, lambda path: ArrowStorageReader(path, verify_checksums=False)),
         _with_dcp("stock FileSystem", FileSystemWriter, FileSystemReader),
-        _with_dcp("stock Fsspec", fsspec_plugin.FsspecWriter, fsspec_plugin.FsspecReader),
-        _with_dcp("stock HuggingFace", HuggingFaceStorageWriter, HuggingFaceStorageReader),
+        _with_dcp("stock Fsspec", FsspecWriter, FsspecReader),
+        _with_dcp(
+            "stock HuggingFace",
+            lambda path: HuggingFaceStorageWriter(path, save_distributed=True),
+            HuggingFaceStorageReader,
+        ),
         Plugin("raw", _raw_save, _raw_load),
     )
-    return {plugin.name: plugin for plugin in plugins}
+}

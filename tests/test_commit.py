@@ -10,6 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from ray_ckpt.errors import CheckpointExistsError, CheckpointNotFoundError, CommitError, UsageError
+from ray_ckpt.format.digest import fingerprint
 from ray_ckpt.format.manifest import MANIFEST_NAME, Manifest
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.reader import ArrowStorageReader
@@ -169,6 +170,19 @@ def test_equal_replicas_are_saved_once(tmp_path):
     manifest = ArrowStorageReader(tmp_path).read_manifest()
     assert len(manifest.tensors["replica"].chunks) == 1
     assert manifest.total_bytes < 2 * 4000 + 4 * 2048
+
+
+def test_layout_and_fingerprints_are_kept(tmp_path):
+    weight = torch.arange(6.0)
+    digest = fingerprint(weight).digest
+    writer = ArrowStorageWriter(tmp_path, layout="pp=4", fingerprints={"weight": digest})
+    driver.save([{"weight": weight}], [writer])
+    manifest = ArrowStorageReader(tmp_path).read_manifest()
+    assert manifest.layout == "pp=4"
+    assert manifest.fingerprints == {"weight": digest}
+    writer = ArrowStorageWriter(tmp_path / "other", fingerprints={"stranger": digest})
+    with pytest.raises(CommitError, match="stranger"):
+        driver.save([{"weight": weight}], [writer])
 
 
 def test_rank_local_metadata_is_refused(tmp_path):

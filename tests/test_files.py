@@ -154,6 +154,7 @@ def test_retries_end(tmp_path, error):
     with pytest.raises(StorageError) as raised:
         storage.read_bytes("a")
     assert raised.value.transient
+    assert "attempt 4" in str(raised.value)
     assert storage.read_bytes("a") == b"1"
 
 

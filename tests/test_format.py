@@ -228,6 +228,7 @@ def test_manifest_comes_back():
         attempt="1",
         layout="pp=4",
         saved_by={"torch": "2"},
+        fingerprints={"c": "bool[0]:0"},
     )
     assert Manifest.from_json(manifest.to_json()) == manifest
     assert manifest.total_bytes == 3050

@@ -1,6 +1,7 @@
 """The manifest: everything there is to know about a checkpoint, as JSON that needs neither torch nor pyarrow.
 
     {"format": "ray_ckpt", "version": 1, "attempt": ..., "layout": ..., "saved_by": {...},
+     "fingerprints": {name: digest},
      "files":   {file: bytes},
      "tensors": {name: {"dtype", "shape", "path", "chunks": [{"offsets", "sizes", "file", "start", "length",
                                                               "data_start", "block_bytes", "checksums"}]}},
@@ -43,7 +44,7 @@ Path = tuple[str | int, ...]
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class BlockSums:
     """One XXH3-64 per block of a chunk's data, or of an object's bytes."""
 
@@ -58,7 +59,7 @@ class BlockSums:
         return len(self.sums) // 8
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Chunk:
     """A saved box of a tensor and where its bytes lie."""
 
@@ -76,7 +77,7 @@ class Chunk:
     """Descriptors of the DCP stream extensions that encoded the container, outermost first."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TensorEntry:
     """A tensor: its element type, its global shape and the chunks that cover it."""
 
@@ -92,14 +93,14 @@ class TensorEntry:
         return math.prod(self.shape) * itemsize(self.dtype)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Inline:
     """A value that the manifest holds itself. A class of its own, because None is a value too."""
 
     value: Any
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ObjectEntry:
     """A non-tensor: a number, a text, a list, or an object that only `torch.save` can write."""
 
@@ -129,6 +130,8 @@ class Manifest:
     """How the model lay across ranks when it was saved, in the words of whoever saved it."""
     saved_by: Mapping[str, str] = field(default_factory=dict)
     """Name -> version of the software that wrote it; empty in a foreign checkpoint."""
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+    """Tensor -> `Fingerprint.digest` of what the ranks held; it does not depend on the layout."""
 
     @property
     def total_bytes(self) -> int:
@@ -148,6 +151,7 @@ class Manifest:
             "attempt": self.attempt,
             "layout": self.layout,
             "saved_by": dict(self.saved_by),
+            "fingerprints": dict(self.fingerprints),
             "files": dict(self.files),
         }
         return json.dumps({**head, "tensors": tensors, "objects": objects}, separators=(",", ":"), allow_nan=False)
@@ -174,6 +178,7 @@ class Manifest:
                 attempt=_text(data["attempt"]),
                 layout=None if data["layout"] is None else _text(data["layout"]),
                 saved_by={name: _text(version) for name, version in data["saved_by"].items()},
+                fingerprints={name: _text(digest) for name, digest in data["fingerprints"].items()},
             )
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
             raise FormatError(f"not a manifest of ray_ckpt: {type(error).__name__}: {error}") from error

@@ -21,7 +21,7 @@ _MAX_NAMES = 5
 """As many names as an error message lists."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Written:
     """`WriteResult.storage_data` of an item that its rank wrote."""
 
@@ -30,7 +30,7 @@ class Written:
     """Of dtype, shape and bytes: equal things have equal digests."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Replica:
     """`WriteResult.storage_data` of an item that its rank holds too, but that another rank was to write."""
 
@@ -38,12 +38,18 @@ class Replica:
 
 
 def build_manifest(
-    metadata: Metadata, results: Sequence[Sequence[WriteResult]], *, attempt: str, layout: str | None
+    metadata: Metadata,
+    results: Sequence[Sequence[WriteResult]],
+    *,
+    attempt: str,
+    layout: str | None,
+    fingerprints: Mapping[str, str],
 ) -> Manifest:
     """The manifest of what was written, once it is what was planned.
 
     Args:
         results: What `write_data` returned, by rank.
+        fingerprints: Digests of tensors, kept in the manifest for whoever loads it.
 
     Raises:
         CommitError: an item has no result or two, a tensor is not covered exactly once, or two ranks hold different
@@ -70,7 +76,9 @@ def build_manifest(
             for part in parts:
                 if isinstance(part, ObjectEntry):
                     objects[name] = replace(part, path=path)
-    return Manifest(tensors, objects, files, attempt, layout, {"torch": torch.__version__})
+    if strangers := sorted(fingerprints.keys() - tensors.keys()):
+        raise CommitError(f"refusing to commit: fingerprints of tensors that were not saved: {_listed(strangers)}")
+    return Manifest(tensors, objects, files, attempt, layout, {"torch": torch.__version__}, fingerprints)
 
 
 def _planned(name: str, entry: STORAGE_TYPES) -> list[MetadataIndex]:

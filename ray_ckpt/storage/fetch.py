@@ -46,7 +46,7 @@ class Tuning:
 
 LOCAL = Tuning(threads=4, max_gap_bytes=16 << 10, max_read_bytes=2 << 20, edge_bytes=0, min_direct_bytes=256 << 10)
 REMOTE = Tuning(
-    threads=16, max_gap_bytes=512 << 10, max_read_bytes=8 << 20, edge_bytes=2 << 20, min_direct_bytes=4 << 20
+    threads=12, max_gap_bytes=512 << 10, max_read_bytes=4 << 20, edge_bytes=1 << 20, min_direct_bytes=4 << 20
 )
 
 

@@ -239,7 +239,13 @@ class Storage:
             retry=tenacity.retry_if_exception(lambda error: isinstance(error, StorageError) and error.transient),
             reraise=True,
         )
-        return retrying(action)
+        try:
+            return retrying(action)
+        except StorageError as error:
+            if not error.transient:
+                raise
+            cause = f"{error.cause} (still so at attempt {self.retry.attempts})"
+            raise StorageError(error.operation, error.path, cause, transient=True) from error
 
     @property
     def filesystem(self) -> pafs.FileSystem:

@@ -10,13 +10,15 @@ dcp.save ─┬─ every rank    set_up_storage_writer    a fresh attempt id; th
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import torch
 import xxhash
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
@@ -54,6 +56,8 @@ class ArrowStorageWriter(StorageWriter):
         threads: Files that a rank writes at the same time.
         max_file_bytes: Limit of a data file's size, see `MAX_FILE_BYTES`.
         layout: How the model lies across ranks, in the caller's words; kept in the manifest.
+        fingerprints: `Fingerprint.digest` of tensors by name; kept in the manifest. Only the coordinator's count, and
+            they may be assigned until `finish`, because a driver learns them from the ranks.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class ArrowStorageWriter(StorageWriter):
         threads: int = 1,
         max_file_bytes: int = MAX_FILE_BYTES,
         layout: str | None = None,
+        fingerprints: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
         if threads < 1 or max_file_bytes < 1:
@@ -73,6 +78,7 @@ class ArrowStorageWriter(StorageWriter):
         self.threads = threads
         self.max_file_bytes = max_file_bytes
         self.layout = layout
+        self.fingerprints = dict(fingerprints or {})
         self._attempt = ""
         self._held: list[WriteItem] = []
 
@@ -124,14 +130,25 @@ class ArrowStorageWriter(StorageWriter):
             return [_result(item, part) for item, part in pack_file(self.storage, name, items, planner)]
 
         batches = _assign(plan.items, self.threads, self.max_file_bytes)
-        with ThreadPoolExecutor(self.threads, thread_name_prefix="ray_ckpt-write") as pool:
-            writes = [pool.submit(self.storage.retried, lambda items=items: write(items)) for items in batches]
-            results = [result for future in writes for result in future.result()]
+        results = self._in_threads([functools.partial(write, items) for items in batches])
         written = {item.index for item in plan.items}
         results += _digest_replicas([item for item in self._held if item.index not in written], planner)
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
+
+    def _in_threads(self, writes: Sequence[Callable[[], list[WriteResult]]]) -> list[WriteResult]:
+        """Run the writes, each again after transient errors; every one's failure is raised here.
+
+        A single thread is the caller's own, whose current CUDA stream has produced the tensors.
+        """
+        if self.threads == 1:
+            return [result for write in writes for result in self.storage.retried(write)]
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize()
+        with ThreadPoolExecutor(self.threads, thread_name_prefix="ray_ckpt-write") as pool:
+            futures = [pool.submit(self.storage.retried, write) for write in writes]
+            return [result for future in futures for result in future.result()]
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Check, then commit.
@@ -141,7 +158,13 @@ class ArrowStorageWriter(StorageWriter):
             CheckpointExistsError: another attempt has committed meanwhile.
         """
         with collector_paused():
-            manifest = build_manifest(metadata, results, attempt=self._attempt, layout=self.layout)
+            manifest = build_manifest(
+                metadata,
+                results,
+                attempt=self._attempt,
+                layout=self.layout,
+                fingerprints=self.fingerprints,
+            )
             records = dcp_metadata.dumps(metadata, manifest), manifest.to_json().encode()
         if not self.overwrite:
             self._refuse_if_taken()
