@@ -4,13 +4,20 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format clean constraints
+.PHONY: demo test test-slow bench lint format clean constraints
 
 demo: .venv/.installed
 	$(BIN)/python jobs/pipeline_to_fsdp.py $(ARGS)
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+# More of the same fault matrix than `make test` has time for.
+test-slow: .venv/.installed-dev
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+bench: .venv/.installed-dev
+	PYTHONPATH=. $(BIN)/python benchmarks/storage.py $(ARGS)
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

@@ -59,7 +59,8 @@ def test_the_demo_needs_no_test_dependencies(installed: Path) -> None:
 @pytest.mark.parametrize(
     ("target", "arguments", "expected"),
     [
-        ("test", "-k fingerprint -x", ".venv/bin/python -m pytest -k fingerprint -x"),
+        ("test", "-k fingerprint -x", '.venv/bin/python -m pytest -m "not slow" -k fingerprint -x'),
+        ("bench", "--sizes 0.1", ".venv/bin/python benchmarks/storage.py --sizes 0.1"),
         ("demo", "--target fsdp1", ".venv/bin/python jobs/pipeline_to_fsdp.py --target fsdp1"),
         ("format", "", ".venv/bin/ruff format ."),
         ("constraints", "", "uv pip compile"),

@@ -14,7 +14,9 @@ from tests.conftest import REPOSITORY
 RUN_BY = {
     "make demo": ".ci/run",
     "make test": ".ci/run",
+    "make test-slow": ".ci/run",
     "make lint": ".ci/run",
+    'make bench ARGS="--sizes 0.1"': "tests/test_makefile.py::test_arguments_reach_the_commands",
     'make demo ARGS="--target fsdp1"': "tests/test_makefile.py::test_arguments_reach_the_commands",
     'make test ARGS="-k fingerprint -x"': "tests/test_makefile.py::test_arguments_reach_the_commands",
     "make format": "tests/test_makefile.py::test_arguments_reach_the_commands",
@@ -62,6 +64,7 @@ def test_ci_runs_what_it_is_said_to_run() -> None:
     assert {command for command, where in RUN_BY.items() if where == ".ci/run" and command in script} == {
         "make demo",
         "make test",
+        "make test-slow",
         "make lint",
     }
 

@@ -144,7 +144,7 @@ class ArrowStorageWriter(StorageWriter):
         """
         if self.threads == 1:
             return [result for write in writes for result in self.storage.retried(write)]
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         with ThreadPoolExecutor(self.threads, thread_name_prefix="ray_ckpt-write") as pool:
             futures = [pool.submit(self.storage.retried, write) for write in writes]
