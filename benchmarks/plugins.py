@@ -34,12 +34,19 @@ class Plugin:
 
 
 def _with_dcp(
-    name: str, writer: Callable[[str], dcp.StorageWriter], reader: Callable[[str], dcp.StorageReader]
+    name: str,
+    writer: Callable[[str], dcp.StorageWriter],
+    reader: Callable[[str], dcp.StorageReader],
+    *,
+    load_alone: bool = False,
 ) -> Plugin:
     def save(state: State, directory: str) -> None:
         dcp.save(dict(state), storage_writer=writer(directory))
 
-    return Plugin(name, save, lambda state, directory: dcp.load(state, storage_reader=reader(directory)))
+    def load(state: State, directory: str) -> None:
+        dcp.load(state, storage_reader=reader(directory), no_dist=load_alone)
+
+    return Plugin(name, save, load)
 
 
 def _raw_save(state: State, directory: str) -> None:
@@ -88,6 +95,8 @@ PLUGINS: Mapping[str, Plugin] = {
     plugin.name: plugin
     for plugin in (
         _with_dcp("ours", ArrowStorageWriter, ArrowStorageReader),
+        # As `ray_ckpt.load` does it: every rank plans and reads by itself.
+        _with_dcp("ours, load alone", ArrowStorageWriter, ArrowStorageReader, load_alone=True),
         _with_dcp("ours, unchecked", ArrowStorageWriter, lambda path: ArrowStorageReader(path, verify_checksums=False)),
         _with_dcp("stock FileSystem", FileSystemWriter, FileSystemReader),
         _with_dcp("stock Fsspec", FsspecWriter, FsspecReader),

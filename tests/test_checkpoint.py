@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +13,15 @@ from torch.distributed.checkpoint import FileSystemWriter
 import ray_ckpt
 from ray_ckpt.errors import (
     CheckpointError,
+    CheckpointExistsError,
     CheckpointNotFoundError,
+    IntegrityError,
     StateMismatchError,
 )
+from ray_ckpt.format.manifest import MANIFEST_NAME, Manifest
 from ray_ckpt.parallel.state import TrainState
 from ray_ckpt.recipes.pipeline_to_fsdp.model import PipelineModel
+from tests.ranks import run_ranks
 from tests.test_state import fresh, train, trained
 
 
@@ -46,7 +51,7 @@ def test_what_stock_dcp_wrote_is_loaded_with_every_learning_rate(tmp_path: Path)
 def test_a_second_save_needs_overwrite(tmp_path: Path) -> None:
     first, second = trained(), trained(steps=3)
     ray_ckpt.save(first, str(tmp_path / "run"))
-    with pytest.raises(CheckpointError, match="already holds a committed checkpoint"):
+    with pytest.raises(CheckpointExistsError, match="already holds a committed checkpoint"):
         ray_ckpt.save(second, str(tmp_path / "run"))
     target = fresh()
     ray_ckpt.load(target, str(tmp_path / "run"))
@@ -86,3 +91,54 @@ def test_more_parameters_than_were_saved_are_refused(tmp_path: Path) -> None:
     model = PipelineModel(5, 3)
     with pytest.raises(StateMismatchError, match=r"no hyper-parameters for layer3\.weight, layer3\.bias"):
         ray_ckpt.load(TrainState(model, torch.optim.Adam(model.parameters())), str(tmp_path / "run"))
+
+
+def test_a_damaged_byte_is_an_integrity_error_that_names_the_tensor(tmp_path: Path) -> None:
+    ray_ckpt.save(trained(), str(tmp_path / "run"))
+    flip_a_byte_of(tmp_path / "run", "model.layer2.weight")
+    with pytest.raises(IntegrityError, match=r"model\.layer2\.weight"):
+        ray_ckpt.load(fresh(), str(tmp_path / "run"))
+
+
+def flip_a_byte_of(directory: Path, tensor: str) -> None:
+    [chunk] = Manifest.from_json((directory / MANIFEST_NAME).read_bytes()).tensors[tensor].chunks
+    assert chunk.data_start is not None
+    data = bytearray((directory / chunk.file).read_bytes())
+    data[chunk.data_start] ^= 1
+    (directory / chunk.file).write_bytes(data)
+
+
+class Unsavable(TrainState):
+    def state_dict(self) -> dict[str, Any]:
+        raise MemoryError("no room for the optimizer")
+
+
+def fail_on_rank_1(rank: int, directory: str) -> list[str]:
+    """What this rank is told when rank 1 cannot give its state, and when rank 1 cannot take what is loaded."""
+    good = trained()
+    ray_ckpt.save(good, f"{directory}/good")
+    unsavable = good if rank == 0 else Unsavable(good.model, good.optimizer)
+    target = fresh()
+    if rank == 1:
+        model = PipelineModel(7, 2)
+        target = TrainState(model, torch.optim.Adam(model.parameters()))
+    said = []
+    for attempt in (
+        lambda: ray_ckpt.save(unsavable, f"{directory}/bad"),
+        lambda: ray_ckpt.load(target, f"{directory}/good"),
+    ):
+        with pytest.raises(CheckpointError) as caught:
+            attempt()
+        said.append(str(caught.value))
+    # Nobody left the collectives: a load that all can do still works.
+    last = fresh()
+    ray_ckpt.load(last, f"{directory}/good")
+    assert last.snapshot(0) == good.snapshot(0)
+    return said
+
+
+def test_every_rank_learns_which_rank_failed_and_none_hangs(tmp_path: Path) -> None:
+    for saving, loading in run_ranks(fail_on_rank_1, 2, tmp_path, str(tmp_path), timeout_s=60):
+        assert saving == "save failed on rank 1: MemoryError: no room for the optimizer"
+        assert loading.startswith("load failed on rank 1: StateMismatchError: the checkpoint does not fit")
+    assert not (tmp_path / "bad").exists()
