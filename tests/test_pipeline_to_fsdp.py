@@ -234,6 +234,7 @@ def test_a_killed_worker_is_named_within_ten_seconds_and_a_second_run_succeeds(t
     ("arguments", "message"),
     [
         (["--target", "ddp"], "ddp"),
+        (["--json", "/no/such/directory/out.json"], "no such directory"),
         (["--workers", "4", "--layers", "3"], "cannot cut PipelineModel with 3 layers"),
         (["--model", "tests.models"], "pkg.module:factory"),
         (["--model", "no.such.module:factory"], "No module named 'no'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -23,7 +24,7 @@ import click
 @click.option("--start-timeout", "start_timeout_s", type=click.FloatRange(min=1), default=300.0, help="Seconds.")
 @click.option("--timeout", "timeout_s", type=click.FloatRange(min=1), default=1800.0, help="Seconds for each phase.")
 @click.option("--json", "json_path", metavar="PATH", help="Write the results as JSON; - for standard output.")
-@click.option("--verbose", is_flag=True, help="Show what Ray and the workers print, and full tracebacks.")
+@click.option("--verbose", is_flag=True, help="Show what Ray and the workers print.")
 def pipeline_to_fsdp(json_path: str | None, **options: Any) -> int:
     """Save a pipeline-parallel run stage by stage, load it with FSDP, and prove that nothing changed."""
     # Imported here, so that a wrong option costs no second of loading.
@@ -33,6 +34,8 @@ def pipeline_to_fsdp(json_path: str | None, **options: Any) -> int:
     from ray_ckpt.recipes.pipeline_to_fsdp.report import write_json
     from ray_ckpt.recipes.screen import Screen
 
+    if json_path not in (None, "-") and not Path(str(json_path)).absolute().parent.is_dir():
+        raise click.UsageError(f"--json {json_path}: there is no such directory to write it to")
     console = Console(stderr=json_path == "-")
     asked = job.Options(**options)
     job.check(asked)
