@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 
+from ray_ckpt.parallel.load_plan import ShardLoadPlanner
 from ray_ckpt.storage.reader import ArrowStorageReader
 from ray_ckpt.storage.writer import ArrowStorageWriter
 
@@ -44,7 +45,8 @@ def _with_dcp(
         dcp.save(dict(state), storage_writer=writer(directory))
 
     def load(state: State, directory: str) -> None:
-        dcp.load(state, storage_reader=reader(directory), no_dist=load_alone)
+        planner = ShardLoadPlanner() if load_alone else None
+        dcp.load(state, storage_reader=reader(directory), planner=planner, no_dist=load_alone)
 
     return Plugin(name, save, load)
 

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from ray_ckpt.errors import CheckpointError, RayCkptError, StateMismatchError, UsageError
 from ray_ckpt.format.manifest import MANIFEST_NAME, Manifest
+from ray_ckpt.parallel.load_plan import ShardLoadPlanner
 from ray_ckpt.parallel.state import PARAM_GROUPS, TrainState
 from ray_ckpt.report import SaveReport
 from ray_ckpt.storage.reader import ArrowStorageReader
@@ -62,7 +63,7 @@ def load(state: TrainState, uri: str) -> None:
         _check_same_tensors(manifest, target)
         # The manifest tells every rank where its bytes are: nobody has to be asked, or can keep others waiting.
         with _alone_with_dcp():
-            dcp.load(target, storage_reader=reader, no_dist=True)
+            dcp.load(target, storage_reader=reader, planner=ShardLoadPlanner(), no_dist=True)
     state.load_state_dict(target)
 
 

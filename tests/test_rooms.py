@@ -14,6 +14,7 @@ import ray_ckpt
 PACKAGE = Path(ray_ckpt.__file__).parent
 
 FLOORS = {
+    "collector": 0,
     "errors": 0,
     "report": 0,
     "format": 1,

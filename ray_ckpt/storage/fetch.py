@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 import torch
 import xxhash
 
+from ray_ckpt.collector import collector_paused
 from ray_ckpt.errors import IntegrityError
 from ray_ckpt.format import ranges
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.manifest import BlockSums
-from ray_ckpt.storage.collector import collector_paused
 from ray_ckpt.storage.files import InputFile, Storage
 from ray_ckpt.storage.staging import bytes_of
 

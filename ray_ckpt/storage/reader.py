@@ -21,12 +21,12 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
+from ray_ckpt.collector import collector_paused
 from ray_ckpt.errors import CheckpointNotFoundError, FormatError, UsageError
 from ray_ckpt.format import dcp_metadata
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.dcp_metadata import METADATA_NAME
 from ray_ckpt.format.manifest import MANIFEST_NAME, Chunk, Manifest, ObjectEntry
-from ray_ckpt.storage.collector import collector_paused
 from ray_ckpt.storage.fetch import LOCAL, REMOTE, Piece, Tuning, fetch
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.locate import SavedChunk, load_whole, locate

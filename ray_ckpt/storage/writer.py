@@ -25,11 +25,11 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
+from ray_ckpt.collector import collector_paused
 from ray_ckpt.errors import CheckpointError, CheckpointExistsError, UsageError
 from ray_ckpt.format import dcp_metadata
 from ray_ckpt.format.dcp_metadata import METADATA_NAME
 from ray_ckpt.format.manifest import MANIFEST_NAME, BlockSums, Chunk, Manifest, ObjectEntry
-from ray_ckpt.storage.collector import collector_paused
 from ray_ckpt.storage.commit import Replica, Written, build_manifest
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.objects import read_object
