@@ -57,7 +57,7 @@ def _raw_save(state: State, directory: str) -> None:
     for tensor in state.values():
         data = memoryview(tensor.numpy()).cast("B")
         while len(data):
-            # In pieces: one write of a whole tensor takes longer (1.4 times, measured on tmpfs).
+            # In pieces as large as ours; one write per tensor measured within a tenth of that.
             data = data[os.write(descriptor, data[: 1 << 20]) :]
     os.fsync(descriptor)
     os.close(descriptor)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
-import platform
 import socket
 import traceback
 from collections.abc import Callable
@@ -33,7 +32,7 @@ class WorkerInfo:
     @property
     def node(self) -> str:
         """The node as a person reads it."""
-        return f"{self.hostname} ({self.node_ip})"
+        return _node_name(self.hostname, self.node_ip)
 
     @property
     def position(self) -> tuple[object, ...]:
@@ -90,7 +89,7 @@ class Worker:
         return WorkerInfo(
             node_id=runtime.get_node_id(),
             node_ip=ray.util.get_node_ip_address(),
-            hostname=socket.gethostname() or platform.node(),
+            hostname=socket.gethostname(),
             pid=os.getpid(),
             gpu_ids=_gpu_ids(),
         )
@@ -146,6 +145,10 @@ class Worker:
         leave()
 
 
+def _node_name(hostname: str, address: str) -> str:
+    return f"{hostname} ({address})"
+
+
 def _gpu_ids() -> tuple[str, ...]:
     return tuple(ray.get_runtime_context().get_accelerator_ids().get("GPU", ()))
 
@@ -160,5 +163,5 @@ def _attempt(rank: int, fn: Callable[..., Any], *args: Any) -> Outcome:
     except BaseException as error:
         kind = type(error)
         name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-        node = f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"
+        node = _node_name(socket.gethostname(), ray.util.get_node_ip_address())
         return Outcome(failure=RankFailure(rank, node, name, str(error), traceback.format_exc()))
