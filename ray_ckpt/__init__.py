@@ -28,7 +28,8 @@ from ray_ckpt.errors import (
 )
 
 if TYPE_CHECKING:
-    from ray_ckpt.checkpoint import load, save
+    from ray_ckpt.checkpoint.loading import load
+    from ray_ckpt.checkpoint.saving import save
     from ray_ckpt.cluster.group import WorkerGroup
     from ray_ckpt.format.digest import fingerprint
     from ray_ckpt.format.manifest import Manifest
@@ -70,8 +71,8 @@ _HOMES = {
     "TrainState": "ray_ckpt.parallel.state",
     "WorkerGroup": "ray_ckpt.cluster.group",
     "fingerprint": "ray_ckpt.format.digest",
-    "load": "ray_ckpt.checkpoint",
-    "save": "ray_ckpt.checkpoint",
+    "load": "ray_ckpt.checkpoint.loading",
+    "save": "ray_ckpt.checkpoint.saving",
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
-from ray_ckpt.checkpoint import save
+from ray_ckpt.checkpoint.saving import save
 from ray_ckpt.cluster.worker import WorkerContext
 from ray_ckpt.format.snapshot import Snapshot
 from ray_ckpt.parallel.stages import cut_evenly, materialise, take_stage

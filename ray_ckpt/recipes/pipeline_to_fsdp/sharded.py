@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ray_ckpt.checkpoint import load
+from ray_ckpt.checkpoint.loading import load
 from ray_ckpt.cluster.worker import WorkerContext
 from ray_ckpt.format.snapshot import Snapshot
 from ray_ckpt.parallel.stages import cut_evenly, materialise
