@@ -1,24 +1,23 @@
 """One data file: containers of tensors and objects, one after the other.
 
-pack_file(storage, name, items) ─┬─ objects: one container per distinct value
+pack_file(storage, name, ...) ─┬─ objects: one container per distinct value
                                  └─ tensors: head, elements straight from their memory, tail; hashed on the way
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 import xxhash
-from torch.distributed.checkpoint.planner import SavePlanner, WriteItem, WriteItemType
 
-from ray_ckpt.errors import UsageError
 from ray_ckpt.format.blob import ALIGNMENT, Container, container
 from ray_ckpt.format.boxes import Box
-from ray_ckpt.format.manifest import Chunk, ObjectEntry
+from ray_ckpt.format.manifest import BlockSums, Chunk, ObjectEntry
 from ray_ckpt.storage.files import OutputFile, Storage
-from ray_ckpt.storage.objects import INLINE_BLOB_BYTES, SavedObject, read_object
+from ray_ckpt.storage.objects import INLINE_BLOB_BYTES, SavedObject
 from ray_ckpt.storage.staging import BlockHasher, block_size, host_pieces
 
 _BUFFER_BYTES = 1 << 20
@@ -27,47 +26,65 @@ _BUFFER_BYTES = 1 << 20
 _DIRECT_BYTES = 128 << 10
 """Writes of at least this size go out as they are."""
 
+K = TypeVar("K")
+
+
+@dataclass(frozen=True)
+class Part(Generic[K]):
+    """A box of a tensor that is about to be written."""
+
+    key: K
+    """The caller's name for it."""
+    dtype: torch.dtype
+    box: Box
+
+
+@dataclass(frozen=True)
+class Packed(Generic[K]):
+    """What went into one file, by the caller's keys, in the order given."""
+
+    tensors: list[tuple[K, Chunk]]
+    objects: list[tuple[K, ObjectEntry]]
+
 
 def pack_file(
-    storage: Storage, name: str, items: Sequence[WriteItem], planner: SavePlanner
-) -> list[tuple[WriteItem, Chunk | ObjectEntry]]:
-    """Write one file with these items. It is durable on return."""
-    objects = [item for item in items if item.type == WriteItemType.BYTE_IO]
-    tensors = [item for item in items if item.type != WriteItemType.BYTE_IO]
+    storage: Storage,
+    name: str,
+    objects: Iterable[tuple[K, SavedObject]],
+    tensors: Iterable[tuple[Part[K], torch.Tensor]],
+) -> Packed[K]:
+    """Write one file. It is durable on return. Each tensor has the dtype and the sizes of its part."""
     with storage.create(name) as file:
         packer = _Packer(file)
-        packed: list[tuple[WriteItem, Chunk | ObjectEntry]] = [
-            (item, packer.add_object(read_object(planner, item))) for item in objects
-        ]
-        packed += packer.add_tensors(tensors, planner)
+        packed = Packed(
+            objects=[(key, packer.add_object(saved)) for key, saved in objects], tensors=packer.add_tensors(tensors)
+        )
         packer.flush()
     return packed
 
 
-def planned_chunk(item: WriteItem) -> tuple[torch.dtype, Box]:
-    """Dtype and box of a planned tensor write."""
-    data = item.tensor_data
-    if data is None:
-        raise UsageError(f"the plan's item {item.index} is a tensor without `tensor_data`")
-    return data.properties.dtype, Box(tuple(data.chunk.offsets), tuple(data.chunk.sizes))
+def digest(part: Part[K], sums: BlockSums | None) -> str:
+    """Of a part's dtype, shape and bytes: equal things have equal digests.
 
-
-def resolve_tensors(planner: SavePlanner, items: Iterable[WriteItem]) -> Iterator[tuple[WriteItem, torch.Tensor]]:
-    """The tensors of these items, each resolved when its turn comes, because that may allocate memory.
-
-    Raises:
-        UsageError: a tensor is not what the plan says.
+    Args:
+        sums: block sums of its bytes; None where there are none, as in an empty part.
     """
-    for item in items:
-        tensor = planner.resolve_data(item)
-        dtype, box = planned_chunk(item)
-        if not isinstance(tensor, torch.Tensor) or tensor.dtype != dtype or tuple(tensor.shape) != box.sizes:
-            raise UsageError(
-                f"{item.index.fqn!r} was planned as {dtype} of shape {box.sizes} but is now "
-                f"{getattr(tensor, 'dtype', type(tensor))} of shape {tuple(getattr(tensor, 'shape', ()))}; "
-                "do not change the state dict during a save"
-            )
-        yield item, tensor
+    return f"{part.dtype}{list(part.box.sizes)}:{xxhash.xxh3_128_hexdigest(b'' if sums is None else sums.sums)}"
+
+
+def digest_tensors(tensors: Iterable[tuple[Part[K], torch.Tensor]]) -> list[tuple[K, str]]:
+    """Digests of parts, as they would be written."""
+    digests: list[tuple[K, str]] = []
+    opened: tuple[Part[K], BlockHasher] | None = None
+    for part, piece in host_pieces(tensors):
+        if opened is None or part is not opened[0]:
+            if opened is not None:
+                digests.append((opened[0].key, digest(opened[0], opened[1].finish())))
+            opened = part, BlockHasher(block_size(part.box.num_elements * part.dtype.itemsize))
+        opened[1].update(piece)
+    if opened is not None:
+        digests.append((opened[0].key, digest(opened[0], opened[1].finish())))
+    return digests
 
 
 class _Packer:
@@ -96,15 +113,15 @@ class _Packer:
             checksum=xxhash.xxh3_64_intdigest(data),
         )
 
-    def add_tensors(self, items: Sequence[WriteItem], planner: SavePlanner) -> list[tuple[WriteItem, Chunk]]:
+    def add_tensors(self, tensors: Iterable[tuple[Part[K], torch.Tensor]]) -> list[tuple[K, Chunk]]:
         """Append tensors, hashing their bytes on the way."""
-        packed: list[tuple[WriteItem, Chunk]] = []
-        opened: _OpenTensor | None = None
-        for item, piece in host_pieces(resolve_tensors(planner, items)):
-            if opened is None or item is not opened.item:
+        packed: list[tuple[K, Chunk]] = []
+        opened: _OpenTensor[K] | None = None
+        for part, piece in host_pieces(tensors):
+            if opened is None or part is not opened.part:
                 if opened is not None:
                     packed.append(self._finish_tensor(opened))
-                opened = self._start_tensor(item)
+                opened = self._start_tensor(part)
             opened.hasher.update(piece)
             self._append(piece)
         if opened is not None:
@@ -116,18 +133,17 @@ class _Packer:
             self._file.write(self._buffer)
             self._buffer = bytearray()
 
-    def _start_tensor(self, item: WriteItem) -> _OpenTensor:
-        dtype, box = planned_chunk(item)
-        wrapping = container(dtype, box.sizes)
+    def _start_tensor(self, part: Part[K]) -> _OpenTensor[K]:
+        wrapping = container(part.dtype, part.box.sizes)
         self._align()
-        opened = _OpenTensor(item, box, wrapping, self._position, BlockHasher(block_size(wrapping.data_bytes)))
+        opened = _OpenTensor(part, wrapping, self._position, BlockHasher(block_size(wrapping.data_bytes)))
         self._append(wrapping.head)
         return opened
 
-    def _finish_tensor(self, opened: _OpenTensor) -> tuple[WriteItem, Chunk]:
+    def _finish_tensor(self, opened: _OpenTensor[K]) -> tuple[K, Chunk]:
         self._append(opened.container.tail)
-        return opened.item, Chunk(
-            box=opened.box,
+        return opened.part.key, Chunk(
+            box=opened.part.box,
             file=self._file.name,
             start=opened.start,
             length=opened.container.length,
@@ -151,11 +167,10 @@ class _Packer:
 
 
 @dataclass
-class _OpenTensor:
+class _OpenTensor(Generic[K]):
     """A tensor whose head is written and whose elements are on their way."""
 
-    item: WriteItem
-    box: Box
+    part: Part[K]
     container: Container
     start: int
     hasher: BlockHasher

@@ -14,7 +14,7 @@ import functools
 import itertools
 import os
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -28,13 +28,13 @@ from torch.futures import Future
 from ray_ckpt.collector import collector_paused
 from ray_ckpt.errors import CheckpointError, CheckpointExistsError, UsageError
 from ray_ckpt.format import dcp_metadata
+from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.dcp_metadata import METADATA_NAME
-from ray_ckpt.format.manifest import MANIFEST_NAME, BlockSums, Chunk, Manifest, ObjectEntry
+from ray_ckpt.format.manifest import MANIFEST_NAME, Chunk, Manifest, ObjectEntry
 from ray_ckpt.storage.commit import Replica, Written, build_manifest
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.objects import read_object
-from ray_ckpt.storage.pack import pack_file, planned_chunk, resolve_tensors
-from ray_ckpt.storage.staging import BlockHasher, block_size, host_pieces
+from ray_ckpt.storage.pack import Part, digest, digest_tensors, pack_file
 
 __all__ = ["ArrowStorageWriter"]
 
@@ -127,7 +127,10 @@ class ArrowStorageWriter(StorageWriter):
         def write(items: Sequence[WriteItem]) -> list[WriteResult]:
             # A retry takes another name: a broken upload may still finish in the background, over the new file.
             name = f"__{plan.storage_data}_{next(numbers)}-{self._attempt}.distcp"
-            return [_result(item, part) for item, part in pack_file(self.storage, name, items, planner)]
+            objects = ((item, read_object(planner, item)) for item in items if item.type == WriteItemType.BYTE_IO)
+            packed = pack_file(self.storage, name, objects, _resolve_tensors(planner, items))
+            results = [_object_result(item, entry) for item, entry in packed.objects]
+            return results + [_tensor_result(item, chunk) for item, chunk in packed.tensors]
 
         batches = _assign(plan.items, self.threads, self.max_file_bytes)
         results = self._in_threads([functools.partial(write, items) for items in batches])
@@ -229,33 +232,53 @@ def _batches(items: Sequence[WriteItem], max_bytes: int) -> list[list[WriteItem]
 def _item_bytes(item: WriteItem) -> int:
     if item.tensor_data is None:
         return 1
-    dtype, box = planned_chunk(item)
-    return max(1, box.num_elements * dtype.itemsize)
+    part = _part(item)
+    return max(1, part.box.num_elements * part.dtype.itemsize)
 
 
-def _result(item: WriteItem, part: Chunk | ObjectEntry) -> WriteResult:
-    if isinstance(part, ObjectEntry):
-        return WriteResult(item.index, part.length, Written(part, f"{part.checksum:016x}"))
-    return WriteResult(item.index, part.length, Written(part, _digest(item, part.checksums)))
+def _part(item: WriteItem) -> Part[WriteItem]:
+    data = item.tensor_data
+    if data is None:
+        raise UsageError(f"the plan's item {item.index} is a tensor without `tensor_data`")
+    return Part(item, data.properties.dtype, Box(tuple(data.chunk.offsets), tuple(data.chunk.sizes)))
+
+
+def _resolve_tensors(
+    planner: SavePlanner, items: Iterable[WriteItem]
+) -> Iterator[tuple[Part[WriteItem], torch.Tensor]]:
+    """The tensors among these items, each resolved when its turn comes, because that may allocate memory.
+
+    Raises:
+        UsageError: a tensor is not what the plan says.
+    """
+    for item in items:
+        if item.type == WriteItemType.BYTE_IO:
+            continue
+        part = _part(item)
+        tensor = planner.resolve_data(item)
+        if not isinstance(tensor, torch.Tensor) or (tensor.dtype, tuple(tensor.shape)) != (part.dtype, part.box.sizes):
+            raise UsageError(
+                f"{item.index.fqn!r} was planned as {part.dtype} of shape {part.box.sizes} but is now "
+                f"{getattr(tensor, 'dtype', type(tensor))} of shape {tuple(getattr(tensor, 'shape', ()))}; "
+                "do not change the state dict during a save"
+            )
+        yield part, tensor
+
+
+def _object_result(item: WriteItem, entry: ObjectEntry) -> WriteResult:
+    return WriteResult(item.index, entry.length, Written(entry, f"{entry.checksum:016x}"))
+
+
+def _tensor_result(item: WriteItem, chunk: Chunk) -> WriteResult:
+    return WriteResult(item.index, chunk.length, Written(chunk, digest(_part(item), chunk.checksums)))
 
 
 def _digest_replicas(items: Sequence[WriteItem], planner: SavePlanner) -> list[WriteResult]:
     """Digests of what this rank holds and another rank writes: the coordinator compares (see `commit`)."""
-    results = []
-    for item in items:
-        if item.type == WriteItemType.BYTE_IO:
-            digest = f"{xxhash.xxh3_64_intdigest(read_object(planner, item).container):016x}"
-            results.append(WriteResult(item.index, 0, Replica(digest)))
-    tensors = [item for item in items if item.type != WriteItemType.BYTE_IO]
-    for item, pieces in itertools.groupby(host_pieces(resolve_tensors(planner, tensors)), key=lambda pair: pair[0]):
-        hasher = BlockHasher(block_size(_item_bytes(item)))
-        for _, piece in pieces:
-            hasher.update(piece)
-        results.append(WriteResult(item.index, 0, Replica(_digest(item, hasher.finish()))))
-    return results
-
-
-def _digest(item: WriteItem, sums: BlockSums | None) -> str:
-    dtype, box = planned_chunk(item)
-    blocks = b"" if sums is None else sums.sums
-    return f"{dtype}{list(box.sizes)}:{xxhash.xxh3_128_hexdigest(blocks)}"
+    digests = digest_tensors(_resolve_tensors(planner, items))
+    digests += [
+        (item, f"{xxhash.xxh3_64_intdigest(read_object(planner, item).container):016x}")
+        for item in items
+        if item.type == WriteItemType.BYTE_IO
+    ]
+    return [WriteResult(item.index, 0, Replica(text)) for item, text in digests]
