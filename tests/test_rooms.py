@@ -20,8 +20,9 @@ FLOORS = {
     "format": 1,
     "storage": 2,
     "parallel": 2,
-    "checkpoint": 3,
-    "cluster": 3,
+    "protocol": 3,
+    "checkpoint": 4,
+    "cluster": 4,
     "recipes": 5,
     "__init__": 6,
 }

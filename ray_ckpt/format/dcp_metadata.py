@@ -2,7 +2,7 @@
 
     .metadata bytes ── loads ──> Metadata ── to_manifest ──> Manifest          somebody else's checkpoint
     Manifest ── to_metadata ──> Metadata for a load planner                    any checkpoint
-    Metadata + Manifest ── dumps ──> .metadata bytes that stock DCP reads      our checkpoint
+    Manifest ── dumps ──> .metadata bytes that stock DCP reads      our checkpoint
 
 `.metadata` is a pickle, and a pickle runs what it names. `loads` admits the classes that DCP's own metadata is made of
 and nothing else, and `to_manifest` trusts none of the values in them.
@@ -94,7 +94,7 @@ def loads(data: bytes, *, trusted: bool = False) -> dcp.Metadata:
     return metadata
 
 
-def dumps(metadata: dcp.Metadata, manifest: Manifest) -> bytes:
+def dumps(manifest: Manifest) -> bytes:
     """The `.metadata` that lets stock DCP read what the manifest describes."""
     storage_data: dict[dcp.MetadataIndex, _StorageInfo] = {}
     for name, tensor in manifest.tensors.items():
@@ -104,7 +104,7 @@ def dumps(metadata: dcp.Metadata, manifest: Manifest) -> bytes:
     for name, entry in manifest.objects.items():
         storage_data[dcp.MetadataIndex(name)] = _StorageInfo(entry.file, entry.start, entry.length)
     stock = dataclasses.replace(
-        metadata,
+        to_metadata(manifest),
         storage_data=storage_data,
         storage_meta=dcp.StorageMeta(save_id=manifest.attempt, modules=[_SIGNATURE]),
         version=CURRENT_DCP_VERSION,

@@ -51,16 +51,19 @@ class SavedObject:
 def read_object(planner: SavePlanner, item: WriteItem) -> SavedObject:
     """A non-tensor as bytes, and as a plain value where it is one."""
     if _gives_values(planner):
-        value = planner.lookup_object(item.index)  # type: ignore[attr-defined]
-        try:
-            text = json.dumps(values.encode(value), allow_nan=False)
-        except values.NotPlainError:
-            return SavedObject(torch_save(value), None)
-        return SavedObject(save_plain(text), Inline(value))
+        return saved_object(planner.lookup_object(item.index))  # type: ignore[attr-defined]
     data = planner.resolve_data(item)
     if not isinstance(data, io.BytesIO):
         raise UsageError(f"the save planner resolves {item.index.fqn!r} to {type(data).__name__}, not to BytesIO")
     return SavedObject(data.getvalue(), None)
+
+
+def saved_object(value: object) -> SavedObject:
+    try:
+        text = json.dumps(values.encode(value), allow_nan=False)
+    except values.NotPlainError:
+        return SavedObject(torch_save(value), None)
+    return SavedObject(save_plain(text), Inline(value))
 
 
 def _gives_values(planner: SavePlanner) -> bool:

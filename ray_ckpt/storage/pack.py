@@ -6,7 +6,8 @@ pack_file(storage, name, ...) ─┬─ objects: one container per distinct valu
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -20,6 +21,9 @@ from ray_ckpt.storage.files import OutputFile, Storage
 from ray_ckpt.storage.objects import INLINE_BLOB_BYTES, SavedObject
 from ray_ckpt.storage.staging import BlockHasher, block_size, host_pieces
 
+MAX_FILE_BYTES = 16 << 30
+"""A rank starts another file before one grows past this; a single tensor may be larger."""
+
 _BUFFER_BYTES = 1 << 20
 """Small writes are collected up to this size."""
 
@@ -27,6 +31,7 @@ _DIRECT_BYTES = 128 << 10
 """Writes of at least this size go out as they are."""
 
 K = TypeVar("K")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -72,19 +77,61 @@ def digest(part: Part[K], sums: BlockSums | None) -> str:
     return f"{part.dtype}{list(part.box.sizes)}:{xxhash.xxh3_128_hexdigest(b'' if sums is None else sums.sums)}"
 
 
-def digest_tensors(tensors: Iterable[tuple[Part[K], torch.Tensor]]) -> list[tuple[K, str]]:
-    """Digests of parts, as they would be written."""
-    digests: list[tuple[K, str]] = []
+def hash_tensors(tensors: Iterable[tuple[Part[K], torch.Tensor]]) -> list[tuple[Part[K], BlockSums]]:
+    """Block sums of parts, as writing them would give."""
+    hashed: list[tuple[Part[K], BlockSums]] = []
     opened: tuple[Part[K], BlockHasher] | None = None
     for part, piece in host_pieces(tensors):
         if opened is None or part is not opened[0]:
             if opened is not None:
-                digests.append((opened[0].key, digest(opened[0], opened[1].finish())))
+                hashed.append((opened[0], opened[1].finish()))
             opened = part, BlockHasher(block_size(part.box.num_elements * part.dtype.itemsize))
         opened[1].update(piece)
     if opened is not None:
-        digests.append((opened[0].key, digest(opened[0], opened[1].finish())))
-    return digests
+        hashed.append((opened[0], opened[1].finish()))
+    return hashed
+
+
+def share_out(sizes: Sequence[int], threads: int, max_file_bytes: int) -> list[list[int]]:
+    """Indices of items per file: the largest first, each to the emptiest thread; a thread's share is cut into files.
+
+    Args:
+        sizes: bytes of each item.
+    """
+    shares: list[list[int]] = [[] for _ in range(threads)]
+    loads = [0] * threads
+    order = sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True) if threads > 1 else range(len(sizes))
+    for index in order:
+        emptiest = loads.index(min(loads))
+        shares[emptiest].append(index)
+        loads[emptiest] += sizes[index]
+    return [batch for share in shares for batch in _batches(share, sizes, max_file_bytes)]
+
+
+def _batches(share: Sequence[int], sizes: Sequence[int], max_bytes: int) -> list[list[int]]:
+    batches: list[list[int]] = []
+    size = max_bytes
+    for index in share:
+        size += sizes[index]
+        if size > max_bytes:
+            batches.append([])
+            size = sizes[index]
+        batches[-1].append(index)
+    return batches
+
+
+def write_in_threads(storage: Storage, writes: Sequence[Callable[[], T]], threads: int) -> list[T]:
+    """Run the writes, each again after transient errors; every one's failure is raised here.
+
+    A single thread is the caller's own, whose current CUDA stream has produced the tensors.
+    """
+    if threads == 1:
+        return [storage.retried(write) for write in writes]
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    with ThreadPoolExecutor(threads, thread_name_prefix="ray_ckpt-write") as pool:
+        futures = [pool.submit(storage.retried, write) for write in writes]
+        return [future.result() for future in futures]
 
 
 class _Packer:

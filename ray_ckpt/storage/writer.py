@@ -14,8 +14,7 @@ import functools
 import itertools
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,20 +25,17 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from ray_ckpt.collector import collector_paused
-from ray_ckpt.errors import CheckpointError, CheckpointExistsError, UsageError
+from ray_ckpt.errors import UsageError
 from ray_ckpt.format import dcp_metadata
 from ray_ckpt.format.boxes import Box
-from ray_ckpt.format.dcp_metadata import METADATA_NAME
-from ray_ckpt.format.manifest import MANIFEST_NAME, Chunk, Manifest, ObjectEntry
+from ray_ckpt.format.manifest import Chunk, ObjectEntry
 from ray_ckpt.storage.commit import Replica, Written, build_manifest
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.objects import read_object
-from ray_ckpt.storage.pack import Part, digest, digest_tensors, pack_file
+from ray_ckpt.storage.pack import MAX_FILE_BYTES, Part, digest, hash_tensors, pack_file, share_out, write_in_threads
+from ray_ckpt.storage.publish import publish, refuse_if_taken
 
 __all__ = ["ArrowStorageWriter"]
-
-MAX_FILE_BYTES = 16 << 30
-"""A rank starts another file before one grows past this; a single tensor may be larger."""
 
 
 class ArrowStorageWriter(StorageWriter):
@@ -110,7 +106,7 @@ class ArrowStorageWriter(StorageWriter):
             )
         self._attempt = uuid.uuid4().hex[:12]
         if is_coordinator and not self.overwrite:
-            self._refuse_if_taken()
+            refuse_if_taken(self.storage)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         if plan.usable:  # a planner that caches plans sends an empty one when nothing has changed
@@ -132,26 +128,14 @@ class ArrowStorageWriter(StorageWriter):
             results = [_object_result(item, entry) for item, entry in packed.objects]
             return results + [_tensor_result(item, chunk) for item, chunk in packed.tensors]
 
-        batches = _assign(plan.items, self.threads, self.max_file_bytes)
-        results = self._in_threads([functools.partial(write, items) for items in batches])
+        shares = share_out([_item_bytes(item) for item in plan.items], self.threads, self.max_file_bytes)
+        writes = [functools.partial(write, [plan.items[index] for index in share]) for share in shares]
+        results = list(itertools.chain.from_iterable(write_in_threads(self.storage, writes, self.threads)))
         written = {item.index for item in plan.items}
         results += _digest_replicas([item for item in self._held if item.index not in written], planner)
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
-
-    def _in_threads(self, writes: Sequence[Callable[[], list[WriteResult]]]) -> list[WriteResult]:
-        """Run the writes, each again after transient errors; every one's failure is raised here.
-
-        A single thread is the caller's own, whose current CUDA stream has produced the tensors.
-        """
-        if self.threads == 1:
-            return [result for write in writes for result in self.storage.retried(write)]
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        with ThreadPoolExecutor(self.threads, thread_name_prefix="ray_ckpt-write") as pool:
-            futures = [pool.submit(self.storage.retried, write) for write in writes]
-            return [result for future in futures for result in future.result()]
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Check, then commit.
@@ -168,65 +152,8 @@ class ArrowStorageWriter(StorageWriter):
                 layout=self.layout,
                 fingerprints=self.fingerprints,
             )
-            records = dcp_metadata.dumps(metadata, manifest), manifest.to_json().encode()
-        if not self.overwrite:
-            self._refuse_if_taken()
-        replaced = self._committed_files()
-        self.storage.write_atomic(METADATA_NAME, records[0])
-        self.storage.write_atomic(MANIFEST_NAME, records[1])
-        for file in sorted(replaced - manifest.files.keys()):
-            self.storage.delete(file)
-
-    def _refuse_if_taken(self) -> None:
-        taken = self.storage.exists(MANIFEST_NAME) or self._foreign_metadata() is not None
-        if taken:
-            raise CheckpointExistsError(
-                f"{self.storage.address} already holds a committed checkpoint; save elsewhere, or pass overwrite=True"
-            )
-
-    def _foreign_metadata(self) -> Metadata | None:
-        """The `.metadata` of a stock checkpoint in the target. Ours means nothing: it is written before the commit."""
-        if not self.storage.exists(METADATA_NAME):
-            return None
-        try:
-            metadata = dcp_metadata.loads(self.storage.read_bytes(METADATA_NAME))
-        except CheckpointError:
-            return Metadata({})  # somebody's, and not for us to judge
-        return None if dcp_metadata.is_ours(metadata) else metadata
-
-    def _committed_files(self) -> set[str]:
-        """Data files of the checkpoint that is about to be replaced. A damaged one names none."""
-        try:
-            if self.storage.exists(MANIFEST_NAME):
-                return set(Manifest.from_json(self.storage.read_bytes(MANIFEST_NAME)).files)
-            foreign = self._foreign_metadata()
-            return set(dcp_metadata.to_manifest(foreign).files) if foreign is not None else set()
-        except CheckpointError:
-            return set()
-
-
-def _assign(items: Sequence[WriteItem], threads: int, max_file_bytes: int) -> list[list[WriteItem]]:
-    """Items per file: the largest tensors first, each to the emptiest thread; a thread's share is cut into files."""
-    shares: list[list[WriteItem]] = [[] for _ in range(threads)]
-    loads = [0] * threads
-    ordered = sorted(items, key=_item_bytes, reverse=True) if threads > 1 else items
-    for item in ordered:
-        emptiest = loads.index(min(loads))
-        shares[emptiest].append(item)
-        loads[emptiest] += _item_bytes(item)
-    return [batch for share in shares for batch in _batches(share, max_file_bytes)]
-
-
-def _batches(items: Sequence[WriteItem], max_bytes: int) -> list[list[WriteItem]]:
-    batches: list[list[WriteItem]] = []
-    size = max_bytes
-    for item in items:
-        size += _item_bytes(item)
-        if size > max_bytes:
-            batches.append([])
-            size = _item_bytes(item)
-        batches[-1].append(item)
-    return batches
+            stock_record = dcp_metadata.dumps(manifest)
+        publish(self.storage, manifest, stock_record, overwrite=self.overwrite)
 
 
 def _item_bytes(item: WriteItem) -> int:
@@ -275,7 +202,8 @@ def _tensor_result(item: WriteItem, chunk: Chunk) -> WriteResult:
 
 def _digest_replicas(items: Sequence[WriteItem], planner: SavePlanner) -> list[WriteResult]:
     """Digests of what this rank holds and another rank writes: the coordinator compares (see `commit`)."""
-    digests = digest_tensors(_resolve_tensors(planner, items))
+    hashed = hash_tensors(_resolve_tensors(planner, items))
+    digests = [(part.key, digest(part, sums)) for part, sums in hashed]
     digests += [
         (item, f"{xxhash.xxh3_64_intdigest(read_object(planner, item).container):016x}")
         for item in items

@@ -1,0 +1,12 @@
+"""How ranks and a coordinator save a checkpoint together. Who carries their messages is somebody else's business.
+
+    every rank     RankSave.plan        what it holds            -> LocalPlan      (rank.py, holdings.py)
+    coordinator    Coordinator.merge    who writes what          -> Assignment     (coordinator.py)
+    every rank     RankSave.write       files, with checksums    -> RankRecord
+    coordinator    Coordinator.check    is all of it there?
+    coordinator    Coordinator.publish  the commit               -> SaveReport
+
+`checkpoint/` carries them by collectives, `cluster/` by actor calls. Messages (messages.py) are plain columns: one
+record per file rather than one object per tensor, because pickling plans is most of what a save of many small tensors
+costs. The coordinator needs no torch.
+"""

@@ -1,0 +1,80 @@
+"""What ranks and the coordinator tell each other. Plain data, and little of it for many tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ray_ckpt.format.manifest import ObjectEntry, Path
+
+
+class TensorSpec(NamedTuple):
+    """A part of a tensor. Equal ones of a plan are one object, which pickle then sends once."""
+
+    dtype: str
+    """As `str(torch.dtype)` without the `torch.` prefix."""
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+class Item(NamedTuple):
+    """What a rank holds under one name."""
+
+    name: str
+    path: Path | None
+    """Keys that lead to it in the nested state dict; None when that is the name alone."""
+    spec: TensorSpec | None
+    """None: not a tensor."""
+
+
+@dataclass(frozen=True)
+class LocalPlan:
+    """What a rank holds. Positions in `items` are how both sides refer to an item from here on."""
+
+    token: str
+    """Names this plan: a rank that holds the same things again sends the same token."""
+    items: tuple[Item, ...] | None
+    """None: as sent before under this token."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What the coordinator tells a rank: write everything you hold, except for what another rank writes."""
+
+    attempt: str
+    """Id of the attempt, which is part of every file's name."""
+    rank: int
+    skipped: tuple[int, ...]
+    """Positions in the rank's plan, ascending."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One written file; the columns run over the tensors in it."""
+
+    name: str
+    positions: Sequence[int]
+    starts: Sequence[int]
+    """Of the container, in the file, in bytes."""
+    lengths: Sequence[int]
+    """Of the container, in bytes."""
+    data_starts: Sequence[int]
+    """Of the elements, in the file, in bytes."""
+    block_bytes: Sequence[int]
+    """Of a checksum block."""
+    sums: bytes
+    """All block sums, one tensor's after the other's."""
+    objects: Mapping[int, ObjectEntry]
+    """By position."""
+
+
+@dataclass(frozen=True)
+class RankRecord:
+    """What a rank wrote, and what it would have written."""
+
+    files: tuple[FileRecord, ...]
+    replicas: bytes
+    """16 bytes for every skipped position: XXH3-128 of a tensor's block sums, or XXH3-64 of an object's container."""

@@ -1,0 +1,169 @@
+"""One rank's side of a save."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import uuid
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import xxhash
+from torch.distributed.checkpoint.stateful import Stateful
+
+from ray_ckpt.collector import collector_paused
+from ray_ckpt.errors import StorageError, UsageError
+from ray_ckpt.format.blob import parse_dtype
+from ray_ckpt.format.boxes import Box
+from ray_ckpt.format.manifest import Chunk, ObjectEntry
+from ray_ckpt.protocol.holdings import Holdings, hold
+from ray_ckpt.protocol.messages import Assignment, FileRecord, Item, LocalPlan, RankRecord, TensorSpec
+from ray_ckpt.storage.files import Storage
+from ray_ckpt.storage.objects import saved_object
+from ray_ckpt.storage.pack import MAX_FILE_BYTES, Packed, Part, hash_tensors, pack_file, share_out, write_in_threads
+
+
+class PlanMemory:
+    """Remembers what a rank planned last, so that a plan which has not changed travels as its token.
+
+    An equal plan is recognised by comparing all of it: a state that has changed is never saved under an old plan.
+    """
+
+    def __init__(self) -> None:
+        self._token = ""
+        self._items: tuple[Item, ...] | None = None
+
+    def plan(self, holdings: Holdings, known: frozenset[str]) -> LocalPlan:
+        """The plan of these holdings.
+
+        Args:
+            known: tokens that the coordinator still has the items of.
+        """
+        if self._items != holdings.items:
+            self._token, self._items = uuid.uuid4().hex, holdings.items
+        return LocalPlan(self._token, None if self._token in known else holdings.items)
+
+
+class RankSave:
+    """Writes what a rank holds, as the coordinator assigns it.
+
+    Args:
+        storage: of the checkpoint.
+        threads: files that are written at the same time.
+        max_file_bytes: another file is started before one grows past this; a single tensor may be larger.
+    """
+
+    def __init__(self, storage: Storage, *, threads: int = 1, max_file_bytes: int = MAX_FILE_BYTES) -> None:
+        self._storage = storage
+        self._threads = threads
+        self._max_file_bytes = max_file_bytes
+        self._holdings = Holdings((), ())
+        self._numbers = itertools.count()
+        self._begun: list[str] = []
+
+    def plan(self, state: Stateful | Mapping[str, Any], memory: PlanMemory, known: frozenset[str]) -> LocalPlan:
+        """Look through the state. Neither its tensors nor their shapes may change before `write` has returned.
+
+        Args:
+            memory: of this rank's plans before.
+            known: tokens of plans that the coordinator still has.
+
+        Raises:
+            UsageError: as `hold`.
+        """
+        with collector_paused():
+            self._holdings = hold(state.state_dict() if isinstance(state, Stateful) else state)
+            return memory.plan(self._holdings, known)
+
+    def write(self, assignment: Assignment) -> RankRecord:
+        """Write everything but what is skipped; durable on return. May be called again after a failure.
+
+        Raises:
+            StorageError: a file could not be written.
+            UsageError: a tensor has no plain elements, or is no longer what was planned.
+        """
+        with collector_paused():
+            items = self._holdings.items
+            skipped = set(assignment.skipped)
+            positions = [position for position in range(len(items)) if position not in skipped]
+            shares = share_out([_num_bytes(items[p].spec) for p in positions], self._threads, self._max_file_bytes)
+            writes: list[Callable[[], FileRecord]] = [
+                functools.partial(self._write_file, assignment, [positions[index] for index in share])
+                for share in shares
+            ]
+            files = write_in_threads(self._storage, writes, self._threads)
+            return RankRecord(tuple(files), self._digest_replicas(assignment.skipped))
+
+    def discard(self) -> None:
+        """Remove the files that were begun, which no manifest will ever name. What cannot be removed stays."""
+        for name in self._begun:
+            with contextlib.suppress(StorageError):
+                self._storage.delete(name)
+
+    def _write_file(self, assignment: Assignment, positions: Sequence[int]) -> FileRecord:
+        # A retry takes another name: a broken upload may still finish in the background, over the new file.
+        name = f"__{assignment.rank}_{next(self._numbers)}-{assignment.attempt}.distcp"
+        self._begun.append(name)
+        items, values = self._holdings.items, self._holdings.values
+        objects = ((p, saved_object(values[p])) for p in positions if items[p].spec is None)
+        return _record(name, pack_file(self._storage, name, objects, self._tensors(positions)))
+
+    def _tensors(self, positions: Sequence[int]) -> Iterator[tuple[Part[int], torch.Tensor]]:
+        for position in positions:
+            name, _, spec = self._holdings.items[position]
+            if spec is None:
+                continue
+            part, value = Part(position, parse_dtype(spec.dtype), _box(spec)), self._holdings.values[position]
+            if (value.dtype, tuple(value.shape)) != (part.dtype, spec.sizes):
+                raise UsageError(
+                    f"{name!r} was planned as {spec.dtype}{list(spec.sizes)} but is now {value.dtype}"
+                    f"{list(value.shape)}; do not change the state dict during a save"
+                )
+            yield part, value
+
+    def _digest_replicas(self, positions: Sequence[int]) -> bytes:
+        values = self._holdings.values
+        hashed = hash_tensors(self._tensors(positions))
+        digests = {part.key: xxhash.xxh3_128_digest(sums.sums) for part, sums in hashed}
+        return b"".join(digests[p] if p in digests else _digest_object(values[p]) for p in positions)
+
+
+def _digest_object(value: object) -> bytes:
+    return xxhash.xxh3_64_intdigest(saved_object(value).container).to_bytes(16, "little")
+
+
+def _record(name: str, packed: Packed[int]) -> FileRecord:
+    chunks: list[Chunk] = [chunk for _, chunk in packed.tensors]
+    first_at: dict[int, ObjectEntry] = {}
+    return FileRecord(
+        name=name,
+        positions=array("q", [position for position, _ in packed.tensors]),
+        starts=array("q", [chunk.start for chunk in chunks]),
+        lengths=array("q", [chunk.length for chunk in chunks]),
+        data_starts=array("q", [_known(chunk.data_start) for chunk in chunks]),
+        block_bytes=array("q", [_known(chunk.checksums).block_bytes for chunk in chunks]),
+        sums=b"".join(_known(chunk.checksums).sums for chunk in chunks),
+        # Objects that share a container are one entry, which pickle then sends once.
+        objects={position: first_at.setdefault(entry.start, entry) for position, entry in packed.objects},
+    )
+
+
+def _known(value: Any) -> Any:
+    assert value is not None, "what was just written has its place and its checksums"
+    return value
+
+
+@functools.lru_cache(maxsize=4096)
+def _box_of(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Box:
+    return Box(offsets, sizes)
+
+
+def _box(spec: TensorSpec) -> Box:
+    return _box_of(spec.offsets, spec.sizes)
+
+
+def _num_bytes(spec: TensorSpec | None) -> int:
+    return 1 if spec is None else max(1, _box(spec).num_elements * parse_dtype(spec.dtype).itemsize)
