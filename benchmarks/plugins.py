@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 
+import ray_ckpt
 from ray_ckpt.parallel.load_plan import ShardLoadPlanner
 from ray_ckpt.storage.reader import ArrowStorageReader
 from ray_ckpt.storage.writer import ArrowStorageWriter
@@ -38,17 +39,23 @@ def _with_dcp(
     name: str,
     writer: Callable[[str], dcp.StorageWriter],
     reader: Callable[[str], dcp.StorageReader],
-    *,
-    load_alone: bool = False,
 ) -> Plugin:
     def save(state: State, directory: str) -> None:
         dcp.save(dict(state), storage_writer=writer(directory))
 
     def load(state: State, directory: str) -> None:
-        planner = ShardLoadPlanner() if load_alone else None
-        dcp.load(state, storage_reader=reader(directory), planner=planner, no_dist=load_alone)
+        dcp.load(state, storage_reader=reader(directory))
 
     return Plugin(name, save, load)
+
+
+def _save_in_phases(state: State, directory: str) -> None:
+    ray_ckpt.save(state, directory, overwrite=True)
+
+
+def _load_alone(state: State, directory: str) -> None:
+    """As `ray_ckpt.load` does it: every rank plans and reads by itself."""
+    dcp.load(state, storage_reader=ArrowStorageReader(directory), planner=ShardLoadPlanner(), no_dist=True)
 
 
 def _raw_save(state: State, directory: str) -> None:
@@ -97,8 +104,7 @@ PLUGINS: Mapping[str, Plugin] = {
     plugin.name: plugin
     for plugin in (
         _with_dcp("ours", ArrowStorageWriter, ArrowStorageReader),
-        # As `ray_ckpt.load` does it: every rank plans and reads by itself.
-        _with_dcp("ours, load alone", ArrowStorageWriter, ArrowStorageReader, load_alone=True),
+        Plugin("ours, our verbs", _save_in_phases, _load_alone),
         _with_dcp("ours, unchecked", ArrowStorageWriter, lambda path: ArrowStorageReader(path, verify_checksums=False)),
         _with_dcp("stock FileSystem", FileSystemWriter, FileSystemReader),
         _with_dcp("stock Fsspec", FsspecWriter, FsspecReader),
