@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ ACTIONS: dict[str, tuple[int, Callable[[], None]]] = {
     "throttled": (3, lambda: _raise(OSError("AWS Error SLOW_DOWN: Please reduce your request rate"))),
     "slow": (5, lambda: time.sleep(0.05)),
     "killed": (10**9, _die),
+    "hangs": (10**9, lambda: threading.Event().wait() and None),
+    "raises twice": (2, lambda: _raise(PermissionError(errno.EACCES, "Permission denied"))),
 }
 """What happens -> how often, and how."""
 
@@ -64,6 +67,22 @@ class FaultyStorage(Storage):
             return action()
 
         return super().perform(operation, name, faulty)
+
+
+here: int | None = None
+"""Rank of this process, where a storage arrives from a driver that cannot know which one it will be."""
+
+
+class TravellingStorage(FaultyStorage):
+    """Carries out its fault in the process whose `here` is the fault's rank."""
+
+    def __init__(self, target: str, fault: Fault) -> None:
+        super().__init__(target, fault, fault.rank)
+
+    def perform(self, operation: str, name: str, action: Callable[[], T]) -> T:
+        if here != self.fault.rank:
+            return action()
+        return super().perform(operation, name, action)
 
 
 class CountedStorage(Storage):

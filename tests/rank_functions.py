@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ray_ckpt.cluster.worker import WorkerContext
+from tests import faulty
 
 
 def describe(ctx: WorkerContext, *args: Any) -> dict[str, Any]:
@@ -77,3 +79,47 @@ def move_into_own_directory(ctx: WorkerContext, parent: str) -> None:
     own = os.path.join(parent, str(ctx.rank))
     os.makedirs(own)
     os.chdir(own)
+
+
+def stage_of(ctx: WorkerContext) -> dict[str, Any]:
+    """A pipeline stage of this rank's own, one replica, and a row shard of a common tensor."""
+    faulty.here = ctx.rank
+    step = ctx.objects.get("value", 0)
+    stage = torch.arange(1000.0 + ctx.rank) + step
+    return {f"stage{ctx.rank}": stage, "common": torch.full((7,), float(step)), "step": step}
+
+
+def grown_stage_of(ctx: WorkerContext) -> dict[str, Any]:
+    """As `stage_of`, but one tensor has another shape, and one is new."""
+    return {**stage_of(ctx), "common": torch.ones(8), f"new{ctx.rank}": torch.ones(3, ctx.rank + 1)}
+
+
+def differing_replicas_of(ctx: WorkerContext) -> dict[str, Any]:
+    return {"common": torch.full((7,), float(ctx.rank))}
+
+
+def failing_state_of(ctx: WorkerContext, rank: int = 1) -> dict[str, Any]:
+    if ctx.rank == rank:
+        raise ValueError("the model is gone")
+    return stage_of(ctx)
+
+
+def dying_state_of(ctx: WorkerContext, rank: int = 1) -> dict[str, Any]:
+    if ctx.rank == rank:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return stage_of(ctx)
+
+
+def hanging_state_of(ctx: WorkerContext, rank: int = 1) -> dict[str, Any]:
+    if ctx.rank == rank:
+        threading.Event().wait()
+    return stage_of(ctx)
+
+
+def has_process_group(ctx: WorkerContext) -> bool:
+    return dist.is_initialized()
+
+
+def held_saves(ctx: WorkerContext) -> int:
+    """Saves that still hold on to the state."""
+    return len(ctx.objects["ray_ckpt.saves"])

@@ -51,7 +51,7 @@ class Ranks:
     def save(self, target: Path, states: list[Any], **options: Any) -> None:
         coordinator, records = self.write(target, states, **options)
         coordinator.check(records)
-        coordinator.publish(dcp_metadata.dumps)
+        coordinator.publish(dcp_metadata.dumps(coordinator.manifest))
 
 
 def states() -> list[dict[str, Any]]:

@@ -44,4 +44,4 @@ def save(state: Stateful | Mapping[str, Any], uri: str, *, overwrite: bool = Fal
     except BaseException:
         writer.discard()
         raise
-    return ranks.broadcast(lambda: coordinator.publish(dcp_metadata.dumps))
+    return ranks.broadcast(lambda: coordinator.publish(dcp_metadata.dumps(coordinator.manifest)))

@@ -1,1 +1,9 @@
-"""Ray, and its only home: worker groups, and how to reach a cluster."""
+"""Ray, and its only home: how to reach a cluster, worker groups, and the verbs driven by actor calls.
+
+from ray_ckpt import cluster
+cluster.save(group, state_of, target)       state_of(ctx) returns what a worker holds
+"""
+
+from ray_ckpt.cluster.saving import save
+
+__all__ = ["save"]

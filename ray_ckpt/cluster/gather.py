@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,29 +48,42 @@ class _Progress:
         return any(_severity(failure) < 2 for failure in self.failures.values())
 
 
-def gather(refs: Sequence[Any], workers: Sequence[WorkerInfo], timeout_s: float) -> list[Any]:
-    """The values of one call in rank order.
+def gather(
+    refs: Mapping[int, Any],
+    workers: Sequence[WorkerInfo],
+    timeout_s: float,
+    again: Callable[[int], Any | None] = lambda rank: None,
+) -> dict[int, Any]:
+    """The values of one call, by rank.
 
     Args:
-        refs: one object reference to an `Outcome` per rank.
+        refs: rank -> object reference to its `Outcome`.
         workers: where each rank runs.
         timeout_s: for the whole call.
+        again: called with a rank that raised an error of its own; calls it once more and returns the new reference, or
+            None to let the failure stand.
 
     Raises:
         WorkerError: one or more ranks failed; `failures` has the causes first and names every rank that failed.
         GroupTimeoutError: nobody failed, but not all ranks answered in time.
     """
-    ranks = {ref: rank for rank, ref in enumerate(refs)}
+    ranks = {ref: rank for rank, ref in refs.items()}
     progress = _Progress()
-    pending = list(refs)
+    pending = list(ranks)
     deadline = time.monotonic() + timeout_s
     while pending and (left := deadline - time.monotonic()) > 0:
         ready, pending = ray.wait(pending, num_returns=1, timeout=min(left, 0.5))
         for ref in ready:
+            rank = ranks[ref]
             failed_before = bool(progress.failures)
             had_cause = progress.has_cause
-            _take(ref, ranks[ref], workers[ranks[ref]], progress)
-            if progress.has_cause and not had_cause:
+            _take(ref, rank, workers[rank], progress)
+            failure = progress.failures.get(rank)
+            if failure is not None and _severity(failure) == 1 and (repeated := again(rank)) is not None:
+                del progress.failures[rank]
+                ranks[repeated] = rank
+                pending.append(repeated)
+            elif progress.has_cause and not had_cause:
                 deadline = min(deadline, time.monotonic() + CAUSE_GRACE_S)
             elif progress.failures and not failed_before:
                 deadline = min(deadline, time.monotonic() + VICTIM_GRACE_S)
@@ -80,7 +93,7 @@ def gather(refs: Sequence[Any], workers: Sequence[WorkerInfo], timeout_s: float)
     if silent:
         names = ", ".join(f"rank {rank} on {workers[rank].node}" for rank in silent)
         raise GroupTimeoutError(f"no answer within {timeout_s:g} s from {names}")
-    return [progress.values[rank] for rank in range(len(refs))]
+    return {rank: progress.values[rank] for rank in refs}
 
 
 def _take(ref: Any, rank: int, worker: WorkerInfo, progress: _Progress) -> None:

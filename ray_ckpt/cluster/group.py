@@ -1,4 +1,4 @@
-"""WorkerGroup: a fixed number of worker processes on a Ray cluster that form one process group.
+"""WorkerGroup: a fixed number of worker processes on a Ray cluster, which form one process group.
 
     WorkerGroup(4)
       connect      join or start a Ray cluster, if the process has none yet
@@ -6,6 +6,7 @@
       actors       one per bundle; ranks are ordered by node, then device
       rendezvous   rank 0 opens a store on port 0; everybody joins torch.distributed through it
     group.run(fn)  fn(ctx, *args) on every rank; results in rank order, or the error of the rank that failed
+    group.call(fn) the same with arguments of each rank's own, and no harm to the group when a rank fails
     close          ask the ranks to leave, kill who does not, remove the placement group
 
 Knows nothing of checkpoints.
@@ -16,7 +17,8 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -34,7 +36,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ray_ckpt.cluster.connect import connect
 from ray_ckpt.cluster.gather import gather
 from ray_ckpt.cluster.resources import choose_demand, describe, describe_nodes, explain_shortage
-from ray_ckpt.cluster.worker import Rendezvous, Worker, WorkerInfo
+from ray_ckpt.cluster.worker import BESIDE, Rendezvous, Worker, WorkerInfo
 from ray_ckpt.errors import GroupError, PlacementError, UsageError
 
 PATIENCE_S = 5.0
@@ -69,6 +71,7 @@ class WorkerGroup:
         cpus_per_worker: by default one, or the fraction that lets all workers fit on the cluster's cores.
         gpus_per_worker: by default one where the cluster has GPUs, or the fraction that lets all workers fit.
         backend: for `init_process_group`; by default `cpu:gloo,cuda:nccl` with a GPU per worker, else `gloo`.
+        process_group: whether the workers form a process group at all. Without one, each trains by itself.
         start_timeout_s: for the cluster to place the workers (on an autoscaled cluster: to start nodes) and for the
             workers to start.
         call_timeout_s: for `run`, unless the call gives its own.
@@ -88,6 +91,7 @@ class WorkerGroup:
         cpus_per_worker: float | None = None,
         gpus_per_worker: float | None = None,
         backend: str | None = None,
+        process_group: bool = True,
         start_timeout_s: float = 300.0,
         call_timeout_s: float = 1800.0,
         collective_timeout_s: float = 120.0,
@@ -107,7 +111,7 @@ class WorkerGroup:
             deadline = time.monotonic() + start_timeout_s
             self._place(num_workers, start_timeout_s, on_wait)
             self._start_actors(num_workers, deadline)
-            self._rendezvous(collective_timeout_s, deadline)
+            self._enlist(collective_timeout_s if process_group else None, deadline)
         except BaseException:
             self._tear_down()
             raise
@@ -147,6 +151,48 @@ class WorkerGroup:
         timeout_s = self.call_timeout_s if timeout_s is None else timeout_s
         return self._gather([actor.call.remote(fn, args) for actor in self._actors], timeout_s)
 
+    def call(
+        self,
+        fn: Callable[..., Any] | str,
+        args_of: Mapping[int, tuple[Any, ...]],
+        *,
+        timeout_s: float | None = None,
+        beside: bool = False,
+        retries: int = 0,
+    ) -> dict[int, Any]:
+        """Call `fn(ctx, *args)` on some ranks, each with arguments of its own. The group stays as it is, come what may.
+
+        Use no collectives in `fn`: after a failure the other ranks would sit in them.
+
+        Args:
+            args_of: rank -> arguments. Ranks that are not in it are left alone.
+            beside: run on a second thread of each worker, beside the calls without `beside`; one at a time as well.
+            retries: how often a rank that raises is called once more, in all; the others are not called again.
+
+        Returns:
+            Rank -> result.
+
+        Raises:
+            WorkerError, GroupTimeoutError: as `run`, but the group is not closed, and ranks that have not answered yet
+                go on with what they do.
+            GroupError: the group is closed.
+        """
+        if self.closed:
+            raise GroupError("the group is closed: form a new one")
+        timeout_s = self.call_timeout_s if timeout_s is None else timeout_s
+        options = {"concurrency_group": BESIDE} if beside else {}
+        actors = dict(enumerate(self._actors))
+        tries: Counter[int] = Counter()
+
+        def start(rank: int) -> Any:
+            return actors[rank].call.options(**options).remote(fn, args_of[rank])
+
+        def again(rank: int) -> Any | None:
+            tries[rank] += 1
+            return start(rank) if tries[rank] <= retries else None
+
+        return gather({rank: start(rank) for rank in args_of}, self.workers, timeout_s, again)
+
     def close(self, patience_s: float = PATIENCE_S) -> None:
         """End the workers and give their resources back. May be called twice.
 
@@ -176,7 +222,9 @@ class WorkerGroup:
 
     def _start_actors(self, num_workers: int, deadline: float) -> None:
         assert self._placement is not None
-        actor_class: Any = ray.remote(max_restarts=0, max_task_retries=0)(Worker)
+        # As a mapping, because the types that Ray ships leave `concurrency_groups` out.
+        settings: dict[str, Any] = {"max_restarts": 0, "max_task_retries": 0, "concurrency_groups": {BESIDE: 1}}
+        actor_class: Any = ray.remote(**settings)(Worker)
         actors = [
             actor_class.options(
                 num_cpus=self.demand.cpus,
@@ -198,24 +246,27 @@ class WorkerGroup:
         self._actors = [actors[i] for i in order]
         self.workers = tuple(infos[i] for i in order)
 
-    def _rendezvous(self, collective_timeout_s: float, deadline: float) -> None:
+    def _enlist(self, collective_timeout_s: float | None, deadline: float) -> None:
+        """Tell every worker its rank, and let them form their process group unless `collective_timeout_s` is None."""
         timeout_s = max(1.0, deadline - time.monotonic())
-        ref = self._actors[0].serve_store.remote(self.num_workers, collective_timeout_s)
-        [(host, port)] = self._gather([ref], timeout_s)
-        rendezvous = Rendezvous(host, port, self.num_workers, self.demand.backend, collective_timeout_s)
         local_ranks = [
             sum(other.node_id == worker.node_id for other in self.workers[:rank])
             for rank, worker in enumerate(self.workers)
         ]
-        refs = [
-            actor.join.remote(rendezvous, rank, local_rank)
-            for rank, (actor, local_rank) in enumerate(zip(self._actors, local_ranks, strict=True))
-        ]
-        self._gather(refs, timeout_s)
+        placed = list(enumerate(zip(self._actors, local_ranks, strict=True)))
+        if collective_timeout_s is None:
+            self._gather(
+                [actor.enlist.remote(rank, self.num_workers, local) for rank, (actor, local) in placed], timeout_s
+            )
+            return
+        ref = self._actors[0].serve_store.remote(self.num_workers, collective_timeout_s)
+        [(host, port)] = self._gather([ref], timeout_s)
+        rendezvous = Rendezvous(host, port, self.num_workers, self.demand.backend, collective_timeout_s)
+        self._gather([actor.join.remote(rendezvous, rank, local) for rank, (actor, local) in placed], timeout_s)
 
     def _gather(self, refs: list[Any], timeout_s: float) -> list[Any]:
         try:
-            return gather(refs, self.workers, timeout_s)
+            return list(gather(dict(enumerate(refs)), self.workers, timeout_s).values())
         except BaseException:
             self._tear_down(refs)
             raise

@@ -63,6 +63,7 @@ class WorkerContext:
     device: torch.device
     """Where this rank's tensors belong: its GPU if it has one, else the CPU."""
     backend: str
+    """Of the process group; empty where the workers form none."""
     objects: dict[str, Any] = field(default_factory=dict)
     """Keeps objects (a model, an optimizer) from one call to the next. Never leaves the process."""
 
@@ -75,8 +76,12 @@ class Outcome:
     failure: RankFailure | None = None
 
 
+BESIDE = "beside"
+"""Ray's concurrency group for calls that run beside the others, on a second thread of the worker's process."""
+
+
 class Worker:
-    """The actor of one rank. Every method runs on the process's main thread, one at a time."""
+    """The actor of one rank. Calls run one at a time and always on the same thread, those `BESIDE` on another."""
 
     def __init__(self) -> None:
         self._store: Any = None
@@ -106,18 +111,27 @@ class Worker:
         self._store = serve_store(host, world_size, timeout_s)
         return host, self._store.port
 
+    def enlist(self, rank: int, world_size: int, local_rank: int) -> Outcome:
+        """Become rank `rank` of the workers, without a process group."""
+        return _attempt(rank, self._enlist, rank, world_size, local_rank)
+
+    def _enlist(self, rank: int, world_size: int, local_rank: int, backend: str = "") -> torch.device:
+        import torch
+
+        # Ray narrows CUDA_VISIBLE_DEVICES to this worker's GPU, which is therefore number 0. Without a GPU it leaves
+        # the variable alone, so `torch.cuda.is_available()` would not tell.
+        device = torch.device("cuda", 0) if _gpu_ids() else torch.device("cpu")
+        self._context = WorkerContext(rank, world_size, local_rank, device, backend)
+        return device
+
     def join(self, rendezvous: Rendezvous, rank: int, local_rank: int) -> Outcome:
         """Become rank `rank` of the process group."""
         return _attempt(rank, self._join, rendezvous, rank, local_rank)
 
     def _join(self, rendezvous: Rendezvous, rank: int, local_rank: int) -> None:
-        import torch
-
         from ray_ckpt.parallel.group import join
 
-        # Ray narrows CUDA_VISIBLE_DEVICES to this worker's GPU, which is therefore number 0. Without a GPU it leaves
-        # the variable alone, so `torch.cuda.is_available()` would not tell.
-        device = torch.device("cuda", 0) if _gpu_ids() else torch.device("cpu")
+        device = self._enlist(rank, rendezvous.world_size, local_rank, rendezvous.backend)
         join(
             rendezvous.host,
             rendezvous.port,
@@ -128,7 +142,6 @@ class Worker:
             host=ray.util.get_node_ip_address(),
             timeout_s=rendezvous.timeout_s,
         )
-        self._context = WorkerContext(rank, rendezvous.world_size, local_rank, device, rendezvous.backend)
 
     def call(self, fn: Callable[..., Any] | str, args: tuple[Any, ...]) -> Outcome:
         """Run `fn(ctx, *args)`, or the function of that name."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import xxhash
@@ -114,19 +114,24 @@ class Coordinator:
         with collector_paused():
             self._manifest = self._describe(self._merged, records)
 
-    def publish(self, stock_record: Callable[[Manifest], bytes]) -> SaveReport:
+    @property
+    def manifest(self) -> Manifest:
+        """What was checked, and will be committed."""
+        assert self._manifest is not None, "check comes first"
+        return self._manifest
+
+    def publish(self, stock_record: bytes) -> SaveReport:
         """Commit what was checked. Once this has begun, no file of the attempt may be removed.
 
         Args:
-            stock_record: makes the `.metadata` that lets stock DCP read the same files.
+            stock_record: of the manifest: the `.metadata` that lets stock DCP read the same files.
 
         Raises:
             CheckpointExistsError: another attempt has committed meanwhile.
             StorageError: a record could not be written. The checkpoint may be committed all the same.
         """
-        assert self._manifest is not None, "check comes first"
-        manifest = self._manifest
-        publish(self._storage, manifest, stock_record(manifest), overwrite=self._overwrite)
+        manifest = self.manifest
+        publish(self._storage, manifest, stock_record, overwrite=self._overwrite)
         seconds = time.monotonic() - self._start
         return SaveReport(self._storage.address, manifest.total_bytes, len(manifest.files), seconds)
 

@@ -1,0 +1,92 @@
+"""save(group, state_of, target): the phases of `protocol/`, carried by actor calls. No collective, no process group.
+
+driver                                    every worker
+    plan    ── state_of ───────────────>  look through the state          <── LocalPlan ──
+    merge, refuse what does not fit
+    write   ── Assignment ─────────────>  write files (again, if asked)   <── RankRecord ──
+    check; publish
+
+The driver loads no torch: its part is merging and checking names, shapes and checksums.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from ray_ckpt.cluster import rank_side
+from ray_ckpt.cluster.group import WorkerGroup
+from ray_ckpt.errors import GroupError
+from ray_ckpt.protocol.coordinator import Coordinator, PlanCache
+from ray_ckpt.report import SaveReport
+from ray_ckpt.storage.files import Storage
+
+DISCARD_PATIENCE_S = 3.0
+"""After a failure: how long the workers may take to remove what they have written."""
+
+_plans: WeakKeyDictionary[WorkerGroup, PlanCache] = WeakKeyDictionary()
+"""Of the last save of each group: a worker whose plan has not changed sends a token instead."""
+
+
+def save(
+    group: WorkerGroup,
+    state_of: rank_side.StateOf | str,
+    target: str | os.PathLike[str] | Storage,
+    *,
+    overwrite: bool = False,
+    layout: str | None = None,
+    retries: int = 0,
+    timeout_s: float | None = None,
+) -> SaveReport:
+    """Save what the workers hold as one checkpoint at `target`. The group stays open, whatever happens.
+
+    Args:
+        state_of: a top-level function that returns a worker's state, given its `WorkerContext`: a `TrainState`,
+            anything else with a `state_dict`, or a state dict. By name (`"package.module:function"`) the driver need
+            not load its module.
+        target: URI or path of the checkpoint's directory, as every worker's node knows it.
+        layout: how the model lies across the workers, for the manifest.
+        retries: how often a worker whose write failed writes once more, by itself.
+        timeout_s: for the whole save; by default the group's `call_timeout_s`.
+
+    Raises:
+        CheckpointExistsError: `target` holds a committed checkpoint already and `overwrite` was not given.
+        CommitError: the workers' parts do not fit together, or differ under one name.
+        WorkerError: workers failed or died; names each. Nothing was committed.
+        GroupTimeoutError: workers did not answer in time; names each. Nothing was committed.
+    """
+    storage = target if isinstance(target, Storage) else Storage(target)
+    ranks = range(group.num_workers)
+    deadline = time.monotonic() + (group.call_timeout_s if timeout_s is None else timeout_s)
+    cache = _plans.setdefault(group, PlanCache())
+    saved_by = {"torch": importlib.metadata.version("torch")}
+    coordinator = Coordinator(storage, overwrite=overwrite, layout=layout, saved_by=saved_by, cache=cache)
+
+    def call(fn: Callable[..., Any], args_of: Mapping[int, tuple[Any, ...]], **options: Any) -> dict[int, Any]:
+        return group.call(fn, args_of, timeout_s=max(0.0, deadline - time.monotonic()), **options)
+
+    try:
+        plans = call(rank_side.plan, dict.fromkeys(ranks, (coordinator.attempt, state_of, storage, cache.tokens)))
+        assignments = coordinator.merge(list(plans.values()))
+        args_of = {assignment.rank: (assignment,) for assignment in assignments}
+        records = call(rank_side.write, args_of, beside=True, retries=retries)
+        coordinator.check(list(records.values()))
+        [stock_record] = call(rank_side.stock_record, {0: (coordinator.manifest,)}, beside=True).values()
+    except BaseException:
+        _tell_all(group, rank_side.discard, coordinator.attempt)
+        raise
+    report = coordinator.publish(stock_record)
+    _tell_all(group, rank_side.finish, coordinator.attempt)
+    return report
+
+
+def _tell_all(group: WorkerGroup, fn: Callable[..., None], attempt: str) -> None:
+    """Call `fn` on every worker that answers soon. What a dead one leaves behind is for the store's clean-up."""
+    with contextlib.suppress(GroupError):
+        args_of = dict.fromkeys(range(group.num_workers), (attempt,))
+        group.call(fn, args_of, timeout_s=DISCARD_PATIENCE_S, beside=True)

@@ -1,0 +1,216 @@
+"""Saves that the driver coordinates by actor calls: what arrives, who is named when it fails, and who can go on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from ray_ckpt import cluster
+from ray_ckpt.cluster.group import WorkerGroup
+from ray_ckpt.errors import (
+    DIED,
+    CheckpointExistsError,
+    CheckpointNotFoundError,
+    CommitError,
+    GroupError,
+    GroupTimeoutError,
+    WorkerError,
+)
+from ray_ckpt.storage.reader import ArrowStorageReader
+from tests import rank_functions
+from tests.faulty import Fault, TravellingStorage
+
+pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
+
+NUM_WORKERS = 3
+WRITE = ("create", "write", "finish", "sync")
+
+
+def make_group() -> WorkerGroup:
+    # Half a core each: two groups fit.
+    return WorkerGroup(NUM_WORKERS, cpus_per_worker=0.5, process_group=False, start_timeout_s=60, call_timeout_s=60)
+
+
+@pytest.fixture(scope="module")
+def group(local_ray: None) -> Iterator[WorkerGroup]:
+    """Shared by the tests whose failures it must survive."""
+    with make_group() as group:
+        yield group
+
+
+@pytest.fixture
+def doomed_group() -> Iterator[WorkerGroup]:
+    """For a test that takes a worker away from it."""
+    with make_group() as group:
+        yield group
+
+
+def load_step(target: Path, step: int) -> bool:
+    """Whether what stock DCP reads is what the workers held at this step."""
+    state = {f"stage{rank}": torch.full((1000 + rank,), -1.0) for rank in range(NUM_WORKERS)}
+    state |= {"common": torch.full((7,), -1.0), "step": -1}
+    dcp.load(state, storage_reader=dcp.FileSystemReader(str(target)), no_dist=True)
+    return (
+        all(torch.equal(state[f"stage{rank}"], torch.arange(1000.0 + rank) + step) for rank in range(NUM_WORKERS))
+        and torch.equal(state["common"], torch.full((7,), float(step)))
+        and state["step"] == step
+    )
+
+
+def assert_nothing_was_committed(target: Path) -> None:
+    with pytest.raises(CheckpointNotFoundError):
+        ArrowStorageReader(target).read_manifest()
+
+
+def assert_can_go_on(group: WorkerGroup, ranks: list[int], target: Path) -> None:
+    """These workers still answer, on both of their threads."""
+    args_of = dict.fromkeys(ranks, (100,))
+    assert group.call(rank_functions.remember, args_of, timeout_s=10) == dict.fromkeys(ranks)
+    recalled = group.call(rank_functions.recall, dict.fromkeys(ranks, ()), timeout_s=10, beside=True)
+    assert recalled == dict.fromkeys(ranks, 100)
+    # Their own files of the failed attempt are gone.
+    assert [path.name for path in target.glob("*.distcp") if int(path.name[2]) in ranks] == []
+
+
+def test_workers_without_a_process_group_save_one_checkpoint(group: WorkerGroup, tmp_path: Path) -> None:
+    assert group.run(rank_functions.has_process_group) == [False] * NUM_WORKERS
+    group.run(rank_functions.remember, 5)
+    report = cluster.save(group, rank_functions.stage_of, tmp_path / "a", layout="pp3")
+    assert report.num_files == NUM_WORKERS
+    assert load_step(tmp_path / "a", 5)
+    assert not load_step(tmp_path / "a", 6)
+    assert ArrowStorageReader(tmp_path / "a").read_manifest().layout == "pp3"
+    assert group.run(rank_functions.held_saves) == [0] * NUM_WORKERS
+    # Unchanged plans travel as tokens now; what they are filled with is new.
+    group.run(rank_functions.remember, 6)
+    cluster.save(group, "tests.rank_functions:stage_of", tmp_path / "b")
+    assert load_step(tmp_path / "b", 6)
+    assert load_step(tmp_path / "a", 5)
+
+
+def test_a_changed_state_is_never_saved_under_an_old_plan(group: WorkerGroup, tmp_path: Path) -> None:
+    group.run(rank_functions.remember, 1)
+    cluster.save(group, rank_functions.stage_of, tmp_path / "before")
+    cluster.save(group, rank_functions.grown_stage_of, tmp_path / "grown")
+    cluster.save(group, rank_functions.stage_of, tmp_path / "after")
+    grown = ArrowStorageReader(tmp_path / "grown").read_manifest()
+    assert grown.tensors["common"].shape == (8,)
+    assert [grown.tensors[f"new{rank}"].shape for rank in range(NUM_WORKERS)] == [(3, 1), (3, 2), (3, 3)]
+    assert load_step(tmp_path / "before", 1)
+    assert load_step(tmp_path / "after", 1)
+
+
+def test_wrong_use_is_refused_by_the_driver(group: WorkerGroup, tmp_path: Path) -> None:
+    group.run(rank_functions.remember, 2)
+    cluster.save(group, rank_functions.stage_of, tmp_path)
+    with pytest.raises(CheckpointExistsError, match="already holds a committed checkpoint"):
+        cluster.save(group, rank_functions.stage_of, tmp_path)
+    group.run(rank_functions.remember, 3)
+    with pytest.raises(CommitError, match="'common' on ranks"):
+        cluster.save(group, rank_functions.differing_replicas_of, tmp_path, overwrite=True)
+    assert load_step(tmp_path, 2)
+    cluster.save(group, rank_functions.stage_of, tmp_path, overwrite=True)
+    assert load_step(tmp_path, 3)
+    assert len(list(tmp_path.glob("*.distcp"))) == NUM_WORKERS
+
+
+def test_a_rank_that_raises_while_planning_is_named_and_all_go_on(group: WorkerGroup, tmp_path: Path) -> None:
+    with pytest.raises(WorkerError, match=r"rank 1 on .*: ValueError: the model is gone") as caught:
+        cluster.save(group, rank_functions.failing_state_of, tmp_path)
+    assert caught.value.ranks == (1,)
+    assert_nothing_was_committed(tmp_path)
+    assert_can_go_on(group, [0, 1, 2], tmp_path)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("action", ["raises", "no space"])
+def test_a_rank_that_cannot_write_is_named_and_all_go_on(
+    group: WorkerGroup, tmp_path: Path, rank: int, action: str
+) -> None:
+    cause = {"raises": "Permission denied", "no space": "No space left on device"}[action]
+    with pytest.raises(WorkerError, match=f"rank {rank} on .*StorageError: cannot .*{cause}") as caught:
+        cluster.save(group, rank_functions.stage_of, TravellingStorage(str(tmp_path), Fault(action, WRITE, rank)))
+    assert caught.value.ranks == (rank,)
+    assert_nothing_was_committed(tmp_path)
+    assert_can_go_on(group, [0, 1, 2], tmp_path)
+    group.run(rank_functions.remember, 4)
+    cluster.save(group, rank_functions.stage_of, tmp_path)
+    assert load_step(tmp_path, 4)
+
+
+@pytest.mark.parametrize("action", ["throttled", "slow"])
+def test_what_passes_by_itself_does_not_end_a_save(group: WorkerGroup, tmp_path: Path, action: str) -> None:
+    group.run(rank_functions.remember, 8)
+    cluster.save(group, rank_functions.stage_of, TravellingStorage(str(tmp_path), Fault(action, WRITE, 2)))
+    assert load_step(tmp_path, 8)
+
+
+def test_a_failed_write_is_retried_on_that_rank_alone(group: WorkerGroup, tmp_path: Path) -> None:
+    group.run(rank_functions.remember, 7)
+    fails_twice = Fault("raises twice", ("finish",), rank=1)
+    with pytest.raises(WorkerError, match=r"rank 1 .*Permission denied"):
+        cluster.save(group, rank_functions.stage_of, TravellingStorage(str(tmp_path / "a"), fails_twice), retries=1)
+    assert_nothing_was_committed(tmp_path / "a")
+    cluster.save(group, rank_functions.stage_of, TravellingStorage(str(tmp_path / "b"), fails_twice), retries=2)
+    assert load_step(tmp_path / "b", 7)
+    # File names count the tries: rank 1 needed a third, the others wrote once.
+    manifest = ArrowStorageReader(tmp_path / "b").read_manifest()
+    assert sorted(name.partition("-")[0] for name in manifest.files) == ["__0_0", "__1_2", "__2_0"]
+
+
+def in_planning(state_of: Callable[..., object], action: str, target: Path) -> tuple[object, object]:
+    return state_of, target
+
+
+def in_writing(state_of: Callable[..., object], action: str, target: Path) -> tuple[object, object]:
+    return rank_functions.stage_of, TravellingStorage(str(target), Fault(action, WRITE, rank=1))
+
+
+PHASES = [in_writing, pytest.param(in_planning, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_rank_that_dies_is_named_within_ten_seconds(
+    doomed_group: WorkerGroup, tmp_path: Path, phase: Callable[..., tuple[object, object]]
+) -> None:
+    state_of, target = phase(rank_functions.dying_state_of, "killed", tmp_path)
+    start = time.monotonic()
+    with pytest.raises(WorkerError) as caught:
+        cluster.save(doomed_group, state_of, target)
+    assert time.monotonic() - start < 10
+    assert caught.value.ranks == (1,)
+    assert caught.value.failures[0].error_type == DIED
+    assert_nothing_was_committed(tmp_path)
+    assert_can_go_on(doomed_group, [0, 2], tmp_path)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_rank_that_hangs_is_named_when_the_time_is_up(
+    doomed_group: WorkerGroup, tmp_path: Path, phase: Callable[..., tuple[object, object]]
+) -> None:
+    state_of, target = phase(rank_functions.hanging_state_of, "hangs", tmp_path)
+    start = time.monotonic()
+    with pytest.raises(GroupTimeoutError, match=r"no answer within .* from rank 1 on"):
+        cluster.save(doomed_group, state_of, target, timeout_s=2)
+    assert time.monotonic() - start < 2 + 10
+    assert_nothing_was_committed(tmp_path)
+    assert_can_go_on(doomed_group, [0, 2], tmp_path)
+
+
+def test_a_closed_group_saves_nothing(tmp_path: Path) -> None:
+    group = WorkerGroup(1, cpus_per_worker=0.5, process_group=False, start_timeout_s=60)
+    group.close()
+    with pytest.raises(GroupError, match="closed"):
+        cluster.save(group, rank_functions.stage_of, tmp_path)
+
+
+def test_the_driver_needs_no_torch() -> None:
+    code = "import sys, ray_ckpt.cluster; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
