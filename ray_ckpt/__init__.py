@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ray_ckpt.format.manifest import Manifest
     from ray_ckpt.parallel.state import TrainState
     from ray_ckpt.storage.reader import ArrowStorageReader
+    from ray_ckpt.storage.store import CheckpointStore
     from ray_ckpt.storage.writer import ArrowStorageWriter
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointExistsError",
     "CheckpointNotFoundError",
+    "CheckpointStore",
     "CommitError",
     "FormatError",
     "GroupError",
@@ -67,6 +69,7 @@ __all__ = [
 _HOMES = {
     "ArrowStorageReader": "ray_ckpt.storage.reader",
     "ArrowStorageWriter": "ray_ckpt.storage.writer",
+    "CheckpointStore": "ray_ckpt.storage.store",
     "Manifest": "ray_ckpt.format.manifest",
     "TrainState": "ray_ckpt.parallel.state",
     "WorkerGroup": "ray_ckpt.cluster.group",
