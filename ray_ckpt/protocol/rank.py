@@ -34,7 +34,8 @@ class PlanMemory:
     """
 
     def __init__(self) -> None:
-        self._token = ""
+        self.token = ""
+        """Of the last plan."""
         self._items: tuple[Item, ...] | None = None
 
     def plan(self, holdings: Holdings, known: frozenset[str]) -> LocalPlan:
@@ -44,8 +45,8 @@ class PlanMemory:
             known: tokens that the coordinator still has the items of.
         """
         if self._items != holdings.items:
-            self._token, self._items = uuid.uuid4().hex, holdings.items
-        return LocalPlan(self._token, None if self._token in known else holdings.items)
+            self.token, self._items = uuid.uuid4().hex, holdings.items
+        return LocalPlan(self.token, None if self.token in known else holdings.items)
 
 
 class RankSave:
