@@ -8,7 +8,6 @@ every rank     write files ── gather ──> coordinator: check ── broad
 from __future__ import annotations
 
 import functools
-import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from ray_ckpt.checkpoint.background import SaveHandle, Saver, saver
 from ray_ckpt.checkpoint.carriers import Carrier, carrier
+from ray_ckpt.checkpoint.target import Target, destination
 from ray_ckpt.checkpoint.together import Exchange
 from ray_ckpt.errors import RayCkptError, UsageError
 from ray_ckpt.format import dcp_metadata
@@ -26,10 +26,8 @@ from ray_ckpt.protocol.coordinator import Coordinator
 from ray_ckpt.protocol.messages import Assignment, LocalPlan, RankRecord
 from ray_ckpt.protocol.rank import RankSave
 from ray_ckpt.report import SaveReport
-from ray_ckpt.storage.files import Storage
 
 State = Stateful | Mapping[str, Any]
-Target = str | os.PathLike[str] | Storage
 
 
 @dataclass(frozen=True)
@@ -56,6 +54,7 @@ def save(
     state: State,
     target: Target,
     *,
+    step: int | None = ...,
     overwrite: bool = ...,
     blocking: Literal[True] = ...,
     if_busy: Literal["wait"] = ...,
@@ -72,6 +71,7 @@ def save(
     state: State,
     target: Target,
     *,
+    step: int | None = None,
     overwrite: bool = False,
     blocking: bool = True,
     if_busy: Literal["wait", "skip"] = "wait",
@@ -86,7 +86,8 @@ def save(
         state: a `TrainState`, anything else with a `state_dict`, or a state dict: nested dicts and lists of tensors
             (plain, DTensor, ShardedTensor) and other objects. Ranks may hold different things; what several hold under
             one name is saved once.
-        target: the checkpoint's directory: a local path or a URI as `Storage` takes it, or a `Storage`.
+        target: the checkpoint's directory (a local path, a URI as `Storage` takes it, or a `Storage`), or with `step`
+            the store that it is a step of (the same, or a `CheckpointStore`).
         overwrite: replace a committed checkpoint; it stays valid until the new one is committed.
         if_busy: whether a save waits for one that is still being written on some rank, or is skipped: a warning, and
             None instead of a report or a handle.
@@ -99,7 +100,7 @@ def save(
     """
     if if_busy not in ("wait", "skip"):
         raise UsageError(f"if_busy={if_busy!r} is neither 'wait' nor 'skip'")
-    storage = target if isinstance(target, Storage) else Storage(target)
+    storage = destination(target, step)
     mine = saver()
     mine.meet()
     writer = RankSave(storage)
