@@ -20,6 +20,7 @@ from ray_ckpt.errors import (
     PlacementError,
     RankFailure,
     RayCkptError,
+    SavePendingError,
     StateMismatchError,
     StorageError,
     UnsafeCheckpointError,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from ray_ckpt.format.manifest import Manifest
     from ray_ckpt.parallel.state import TrainState
     from ray_ckpt.storage.reader import ArrowStorageReader
+    from ray_ckpt.storage.store import CheckpointStore
     from ray_ckpt.storage.writer import ArrowStorageWriter
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointExistsError",
     "CheckpointNotFoundError",
+    "CheckpointStore",
     "CommitError",
     "FormatError",
     "GroupError",
@@ -52,6 +55,7 @@ __all__ = [
     "PlacementError",
     "RankFailure",
     "RayCkptError",
+    "SavePendingError",
     "StateMismatchError",
     "StorageError",
     "TrainState",
@@ -67,6 +71,7 @@ __all__ = [
 _HOMES = {
     "ArrowStorageReader": "ray_ckpt.storage.reader",
     "ArrowStorageWriter": "ray_ckpt.storage.writer",
+    "CheckpointStore": "ray_ckpt.storage.store",
     "Manifest": "ray_ckpt.format.manifest",
     "TrainState": "ray_ckpt.parallel.state",
     "WorkerGroup": "ray_ckpt.cluster.group",

@@ -7,6 +7,7 @@
     │   ├── PlacementError         the cluster cannot place the group, or not in time
     │   ├── GroupTimeoutError      a call outlasted its timeout
     │   └── WorkerError            one or more ranks failed; `failures` names each of them
+    ├── SavePendingError           a save in the background has not ended within the time given; it goes on
     ├── StorageError               a storage operation failed: operation, path, cause
     └── CheckpointError            a checkpoint is not what it should be
         ├── CheckpointNotFoundError  no committed checkpoint where one was asked for
@@ -39,6 +40,7 @@ __all__ = [
     "PlacementError",
     "RankFailure",
     "RayCkptError",
+    "SavePendingError",
     "StateMismatchError",
     "StorageError",
     "UnsafeCheckpointError",
@@ -80,6 +82,10 @@ class PlacementError(GroupError):
 
 class GroupTimeoutError(GroupError):
     """A call on the group outlasted its `timeout_s`."""
+
+
+class SavePendingError(RayCkptError, TimeoutError):
+    """A save in the background has not ended within the time given. It goes on, and may be asked again."""
 
 
 DIED = "died"

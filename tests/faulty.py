@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from ray_ckpt.storage.files import RetryPolicy, Storage
@@ -98,3 +99,25 @@ class CountedStorage(Storage):
         if self.num_operations == self.die_at:
             _die()
         return super().perform(operation, name, action)
+
+
+class GatedStorage(Storage):
+    """Waits before it creates a data file, until a gate is opened: as slow as a test needs it, and no slower."""
+
+    def __init__(self, target: str | os.PathLike[str], gate: Path) -> None:
+        super().__init__(target)
+        self.gate = gate
+        self.waiting = False
+
+    def perform(self, operation: str, name: str, action: Callable[[], T]) -> T:
+        if operation == "create" and name.endswith(".distcp"):
+            self.waiting = True
+            wait_until(self.gate.exists)
+        return super().perform(operation, name, action)
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"{condition} did not come true within {timeout_s} s"
+        time.sleep(0.002)

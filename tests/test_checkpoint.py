@@ -17,6 +17,7 @@ from ray_ckpt.errors import (
     CheckpointNotFoundError,
     IntegrityError,
     StateMismatchError,
+    UsageError,
 )
 from ray_ckpt.format.manifest import MANIFEST_NAME, Manifest
 from ray_ckpt.parallel.state import TrainState
@@ -65,6 +66,29 @@ def test_a_second_save_needs_overwrite(tmp_path: Path) -> None:
 def test_nothing_there_is_said_so(tmp_path: Path) -> None:
     with pytest.raises(CheckpointNotFoundError):
         ray_ckpt.load(fresh(), str(tmp_path / "nothing"))
+
+
+def test_steps_of_a_store_are_saved_by_number_and_the_latest_committed_one_is_loaded(tmp_path: Path) -> None:
+    states = {step: trained(steps=step) for step in (2, 10, 9)}
+    for step, state in states.items():
+        report = ray_ckpt.save(state, tmp_path, step=step)
+        assert report.uri == str(tmp_path / f"step-{step}")
+    # An attempt that was never committed does not count.
+    (tmp_path / "step-11").mkdir()
+    for given in (tmp_path, ray_ckpt.CheckpointStore(tmp_path)):
+        latest, ninth = fresh(), fresh()
+        ray_ckpt.load(latest, given)
+        ray_ckpt.load(ninth, given, step=9)
+        assert latest.snapshot(0) == states[10].snapshot(0)
+        assert ninth.snapshot(0) == states[9].snapshot(0)
+    assert states[9].snapshot(0) != states[10].snapshot(0)
+    with pytest.raises(CheckpointExistsError):
+        ray_ckpt.save(states[2], ray_ckpt.CheckpointStore(tmp_path), step=2)
+    with pytest.raises(UsageError, match=r"which step of .* is to be saved\? Say save\(\.\.\., step=N\)"):
+        ray_ckpt.save(states[2], ray_ckpt.CheckpointStore(tmp_path))
+    for step in (11, 12):
+        with pytest.raises(CheckpointNotFoundError):
+            ray_ckpt.load(fresh(), tmp_path, step=step)
 
 
 @pytest.mark.parametrize(

@@ -48,8 +48,9 @@ def test_nothing_there_yet(storage):
     assert storage.size("a") is None
     with pytest.raises(StorageError, match=r"cannot read .*a.*FileNotFoundError"):
         storage.read_bytes("a")
+    assert list(storage.directories_with("a")) == []
     storage.delete("a")
-    storage.delete_tree()
+    storage.delete_empty_directory("a")
 
 
 def test_write_list_read_delete(storage):
@@ -58,13 +59,20 @@ def test_write_list_read_delete(storage):
     storage.write_atomic("c.json", b"{}")
     assert storage.list() == {"a": 10, "sub/b": 100_000, "c.json": 2}
     assert list(storage.list_directories()) == ["sub"]
+    assert list(storage.directories_with("b")) == ["sub"]
+    assert list(storage.directories_with("a")) == []
+    assert {name: scanned.num_bytes for name, scanned in storage.scan().items()} == storage.list()
     assert storage.size("sub/b") == 100_000
     assert storage.read_bytes("a") == b"0123456789"
-    assert Storage.child(storage, "sub").read_bytes("b") == b"x" * 100_000
+    assert storage.child("sub").read_bytes("b") == b"x" * 100_000
     storage.delete("a")
     assert not storage.exists("a")
-    storage.delete_tree()
-    assert storage.list() == {}
+    storage.delete_empty_directory("sub")
+    storage.delete("sub/b", durable=True)
+    assert storage.list() == {"c.json": 2}
+    storage.delete_empty_directory("sub")
+    _write(storage, "sub/b", b"again")
+    assert storage.read_bytes("sub/b") == b"again"
 
 
 def test_ranged_reads(storage):

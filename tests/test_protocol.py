@@ -19,6 +19,7 @@ from ray_ckpt.format import dcp_metadata
 from ray_ckpt.format.manifest import MANIFEST_NAME
 from ray_ckpt.protocol.coordinator import Coordinator, PlanCache
 from ray_ckpt.protocol.holdings import hold
+from ray_ckpt.protocol.host_copy import HostCopy
 from ray_ckpt.protocol.messages import Item, LocalPlan, RankRecord, TensorSpec
 from ray_ckpt.protocol.rank import PlanMemory, RankSave
 from ray_ckpt.storage.files import Storage
@@ -203,6 +204,41 @@ def test_a_rank_may_write_again_and_discard_what_it_began(tmp_path: Path) -> Non
     assert len(storage.list()) == 2
     writer.discard()
     assert storage.list() == {}
+
+
+def test_what_was_staged_is_saved_as_it_was_though_training_went_on(tmp_path: Path) -> None:
+    storage, held = Storage(tmp_path / "run"), states()
+    coordinator, writers = Coordinator(storage), [RankSave(storage) for _ in held]
+    plans = [writer.plan(state, PlanMemory(), frozenset()) for writer, state in zip(writers, held, strict=True)]
+    assignments = coordinator.merge(plans)
+    for writer, assignment in zip(writers, assignments, strict=True):
+        writer.stage(assignment, HostCopy())
+    for state in held:
+        state["shared"] += 1
+        state["nested"]["list"][1]["a"] = "changed"
+    coordinator.check([writer.write(given) for writer, given in zip(writers, assignments, strict=True)])
+    coordinator.publish(dcp_metadata.dumps)
+    found = load(tmp_path / "run", states()[0], ray_ckpt.ArrowStorageReader(tmp_path / "run"))
+    assert torch.equal(found["shared"], torch.arange(5000.0))
+    assert not torch.equal(found["shared"], held[0]["shared"])
+    assert found["nested"]["list"][1]["a"] == "text"
+
+
+@pytest.mark.parametrize("changed", ["shared", "step"])
+def test_staged_replicas_that_differ_are_not_committed(tmp_path: Path, changed: str) -> None:
+    storage, held = Storage(tmp_path / "run"), states()
+    held[1][changed] = held[1][changed] + 1
+    coordinator, writers = Coordinator(storage), [RankSave(storage) for _ in held]
+    plans = [writer.plan(state, PlanMemory(), frozenset()) for writer, state in zip(writers, held, strict=True)]
+    assignments = coordinator.merge(plans)
+    for writer, assignment in zip(writers, assignments, strict=True):
+        writer.stage(assignment, HostCopy())
+    # The ranks agree now, but they did not when the save began.
+    if changed == "shared":
+        held[1]["shared"].copy_(held[0]["shared"])
+    held[1][changed] = held[0][changed]
+    with pytest.raises(CommitError, match=f"'{changed}' on ranks"):
+        coordinator.check([writer.write(given) for writer, given in zip(writers, assignments, strict=True)])
 
 
 def test_two_entries_of_one_flat_name_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""load(state, uri): hyper-parameters -> match groups -> DCP plans, ranks read -> set (ArrowStorageReader)."""
+"""load(state, target): hyper-parameters -> match groups -> DCP plans, ranks read -> set (ArrowStorageReader)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
+from ray_ckpt.checkpoint.target import Target, source
 from ray_ckpt.checkpoint.together import alone_with_dcp, together
 from ray_ckpt.errors import StateMismatchError
 from ray_ckpt.format.manifest import Manifest
@@ -16,28 +17,32 @@ from ray_ckpt.parallel.state import PARAM_GROUPS, TrainState
 from ray_ckpt.storage.reader import ArrowStorageReader
 
 
-def load(state: TrainState, uri: str) -> None:
-    """Load the checkpoint at `uri` into the live model and optimizer, whatever layout saved it. All ranks call it.
+def load(state: TrainState, target: Target, step: int | None = None) -> None:
+    """Load a checkpoint into the live model and optimizer, whatever layout saved it. All ranks call it.
 
     The optimizer's parameter groups are split where the checkpoint has different hyper-parameters for their members.
     Bytes go straight into the live tensors: after an error during the reading they hold parts of two states.
 
+    Args:
+        target: the checkpoint's directory, or a store: a local path, a URI, a `Storage` or a `CheckpointStore`.
+        step: of the store; None for the checkpoint at `target` itself, or else the latest committed step.
+
     Raises:
-        CheckpointNotFoundError: there is no committed checkpoint at `uri`.
+        CheckpointNotFoundError: there is no committed checkpoint.
         StateMismatchError: names, shapes or dtypes differ, or the groups of a used optimizer would have to be split.
         CheckpointError: a rank failed; names each of them, on every rank.
     """
-    reader = ArrowStorageReader(uri)
+    reader = ArrowStorageReader(source(target, step))
     with together("load"):
         manifest = reader.read_manifest()
         state.match_hyperparameters(_read_hyperparameters(reader, manifest))
-    target = state.state_dict()
+    wanted = state.state_dict()
     with together("load"):
-        _check_same_tensors(manifest, target)
+        _check_same_tensors(manifest, wanted)
         # The manifest tells every rank where its bytes are: nobody has to be asked, or can keep others waiting.
         with alone_with_dcp():
-            dcp.load(target, storage_reader=reader, planner=ShardLoadPlanner(), no_dist=True)
-    state.load_state_dict(target)
+            dcp.load(wanted, storage_reader=reader, planner=ShardLoadPlanner(), no_dist=True)
+    state.load_state_dict(wanted)
 
 
 def _read_hyperparameters(reader: ArrowStorageReader, manifest: Manifest) -> dict[str, dict[str, Any]]:

@@ -1,47 +1,175 @@
-"""save(state, uri): the phases of `protocol/`, carried by collectives.
+"""save(state, target): the phases of `protocol/`, carried by collectives, and by messages beside training.
 
-every rank     hold -> plan ── gather ──> coordinator: merge ── scatter ──>
-every rank     write files  ── gather ──> coordinator: check, publish ── broadcast ──> SaveReport
+every rank     settle the save before, hold -> plan ── gather ──> coordinator: merge ── scatter ──>
+every rank     if training goes on meanwhile: copy (blocking=False); from here on in a thread (background.py)
+every rank     write files ── gather ──> coordinator: check ── broadcast ──> publish ── broadcast ──> SaveReport
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import functools
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, overload
 
 import torch
 from torch.distributed.checkpoint.stateful import Stateful
 
+from ray_ckpt.checkpoint.background import SaveHandle, Saver, saver
+from ray_ckpt.checkpoint.carriers import Carrier, carrier
+from ray_ckpt.checkpoint.target import Target, destination
 from ray_ckpt.checkpoint.together import Exchange
+from ray_ckpt.errors import RayCkptError, UsageError
 from ray_ckpt.format import dcp_metadata
 from ray_ckpt.protocol.coordinator import Coordinator
-from ray_ckpt.protocol.rank import PlanMemory, RankSave
+from ray_ckpt.protocol.messages import Assignment, LocalPlan, RankRecord
+from ray_ckpt.protocol.rank import RankSave
 from ray_ckpt.report import SaveReport
-from ray_ckpt.storage.files import Storage
+
+State = Stateful | Mapping[str, Any]
 
 
-def save(state: Stateful | Mapping[str, Any], uri: str, *, overwrite: bool = False) -> SaveReport:
-    """Save what every rank holds as one checkpoint at `uri`. All ranks call it.
+@dataclass(frozen=True)
+class _Offer:
+    """What a rank brings to a save."""
+
+    plan: LocalPlan | None
+    """None: it is busy with the save before, which is not to be waited for."""
+    has_carrier: bool
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What a rank is to do."""
+
+    assignment: Assignment | None
+    """None: nothing, because some rank is busy."""
+    new_carrier: bool
+    """Some rank cannot talk to the others beside training yet, or no longer."""
+
+
+@overload
+def save(
+    state: State,
+    target: Target,
+    *,
+    step: int | None = ...,
+    overwrite: bool = ...,
+    blocking: Literal[True] = ...,
+    if_busy: Literal["wait"] = ...,
+) -> SaveReport: ...
+@overload
+def save(
+    state: State, target: Target, *, overwrite: bool = ..., blocking: Literal[False], if_busy: Literal["wait"] = ...
+) -> SaveHandle: ...
+@overload
+def save(
+    state: State, target: Target, *, overwrite: bool = ..., blocking: bool = ..., if_busy: Literal["wait", "skip"]
+) -> SaveReport | SaveHandle | None: ...
+def save(
+    state: State,
+    target: Target,
+    *,
+    step: int | None = None,
+    overwrite: bool = False,
+    blocking: bool = True,
+    if_busy: Literal["wait", "skip"] = "wait",
+) -> SaveReport | SaveHandle | None:
+    """Save what every rank holds as one checkpoint at `target`. All ranks call it, with the same options.
+
+    One save is in flight at a time. With `blocking=False` the call returns as soon as this rank's part lies in host
+    memory of its own (as much as this rank writes; used again by the next save): what training changes afterwards is
+    not in the checkpoint. Writing and committing go on in a thread; ask the handle, or the next `save`, how it went.
 
     Args:
         state: a `TrainState`, anything else with a `state_dict`, or a state dict: nested dicts and lists of tensors
             (plain, DTensor, ShardedTensor) and other objects. Ranks may hold different things; what several hold under
             one name is saved once.
+        target: the checkpoint's directory (a local path, a URI as `Storage` takes it, or a `Storage`), or with `step`
+            the store that it is a step of (the same, or a `CheckpointStore`).
+        overwrite: replace a committed checkpoint; it stays valid until the new one is committed.
+        if_busy: whether a save waits for one that is still being written on some rank, or is skipped: a warning, and
+            None instead of a report or a handle.
 
     Raises:
-        CheckpointExistsError: `uri` holds a committed checkpoint already and `overwrite` was not given.
+        CheckpointExistsError: `target` holds a committed checkpoint already and `overwrite` was not given.
         CommitError: the ranks' parts do not fit together, or ranks hold different things under one name.
-        CheckpointError: a rank failed; names each of them, on every rank. Nothing was committed.
+        CheckpointError: a rank failed; names each of them, on every rank. Nothing was committed. Or the save in the
+            background before this one failed and some rank has not seen that yet; this one was not begun.
     """
-    storage, ranks = Storage(uri), Exchange("save")
+    if if_busy not in ("wait", "skip"):
+        raise UsageError(f"if_busy={if_busy!r} is neither 'wait' nor 'skip'")
+    storage = destination(target, step)
+    mine = saver()
+    mine.meet()
     writer = RankSave(storage)
-    coordinator = Coordinator(storage, overwrite=overwrite, saved_by={"torch": torch.__version__})
-    plans = ranks.gather(lambda: writer.plan(state, PlanMemory(), frozenset()))
-    assignment = ranks.scatter(lambda: coordinator.merge(plans))
+    coordinator = Coordinator(storage, overwrite=overwrite, saved_by={"torch": torch.__version__}, cache=mine.cache)
+    trainers = carrier()
+    order = _agree(trainers, mine, writer, coordinator, state, skip=if_busy == "skip")
+    if order.assignment is None:
+        if trainers.rank == 0:
+            text = f"the save of {storage.address} is skipped: the one before is still being written"
+            warnings.warn(text, stacklevel=2)
+        return None
+    if blocking:
+        return _finish(
+            Exchange("save", trainers), coordinator, writer, functools.partial(writer.write, order.assignment)
+        )
+    ranks = Exchange("save", mine.carrier(anew=order.new_carrier))
+    write = _staged(writer, order.assignment, mine)
+    handle = SaveHandle(storage.address)
+    mine.start(handle, functools.partial(_finish, ranks, coordinator, writer, write))
+    return handle
+
+
+def _agree(
+    trainers: Carrier, mine: Saver, writer: RankSave, coordinator: Coordinator, state: State, *, skip: bool
+) -> _Order:
+    """Plan together, unless a rank is busy, or a save in the background has failed."""
+
+    def offer() -> _Offer:
+        if skip and mine.busy:
+            return _Offer(None, mine.has_carrier)
+        mine.settle()
+        plan = writer.plan(state, mine.memory, mine.known)
+        return _Offer(plan, mine.has_carrier)
+
+    def give_orders() -> Sequence[_Order]:
+        plans = [offer.plan for offer in offers if offer.plan is not None]
+        if len(plans) < len(offers):
+            return [_Order(None, False)] * len(offers)
+        new_carrier = not all(offer.has_carrier for offer in offers)
+        return [_Order(assignment, new_carrier) for assignment in coordinator.merge(plans)]
+
+    ranks = Exchange("save", trainers)
+    offers = ranks.gather(offer)
+    order = ranks.scatter(give_orders)
+    if order.assignment is not None:
+        mine.known = frozenset({mine.memory.token})
+    return order
+
+
+def _staged(writer: RankSave, assignment: Assignment, mine: Saver) -> Callable[[], RankRecord]:
+    """Copy this rank's part. A failure is raised by what is returned, where the other ranks learn of it too."""
     try:
-        records = ranks.gather(lambda: writer.write(assignment))
+        writer.stage(assignment, mine.host_copy)
+    except Exception as error:
+        failure = error
+
+        def fail() -> RankRecord:
+            raise failure
+
+        return fail
+    return functools.partial(writer.write, assignment)
+
+
+def _finish(ranks: Exchange, coordinator: Coordinator, writer: RankSave, write: Callable[[], RankRecord]) -> SaveReport:
+    try:
+        records = ranks.gather(write)
         ranks.broadcast(lambda: coordinator.check(records))
-    except BaseException:
+    except RayCkptError:
+        # All ranks have agreed not to commit. After a lost connection that is not known, and the files stay.
         writer.discard()
         raise
     return ranks.broadcast(lambda: coordinator.publish(dcp_metadata.dumps(coordinator.manifest)))

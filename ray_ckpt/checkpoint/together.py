@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from ray_ckpt.checkpoint.carriers import Carrier, LostContact
 from ray_ckpt.errors import CheckpointError, RayCkptError
 
 T = TypeVar("T")
@@ -34,44 +34,32 @@ def together(operation: str) -> Iterator[None]:
 
 
 class Exchange:
-    """Values between the coordinator, which is rank 0, and all ranks of a process group; or of one process alone.
+    """Values between the coordinator and all ranks, and failures with them.
 
     What a rank's function raises travels as well: a round in which anybody failed raises on every rank, with every
     failure named, so nobody waits for somebody who has given up. All ranks make the same calls.
 
     Args:
         operation: for the messages: "{operation} failed on rank 2: ...".
-        group: of the process group; None for the default one.
     """
 
-    def __init__(self, operation: str, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, operation: str, carrier: Carrier) -> None:
         self._operation = operation
-        self._group = group
-        distributed = dist.is_initialized()
-        self.rank = dist.get_rank(group) if distributed else 0
-        self.num_ranks = dist.get_world_size(group) if distributed else 1
+        self._carrier = carrier
         self._failures: dict[int, Exception] = {}
-
-    @property
-    def is_coordinator(self) -> bool:
-        return self.rank == 0
 
     def gather(self, of_rank: Callable[[], T]) -> list[T]:
         """Call `of_rank` on every rank. The coordinator gets the values by rank, the others an empty list.
 
         A failure is raised by the call that follows, `scatter` or `broadcast`.
         """
-        value, failure = _attempt(of_rank)
-        outcomes: list[Any] = [None] * self.num_ranks
-        if self.num_ranks == 1:
-            outcomes = [(value, failure)]
-        else:
-            dist.gather_object((value, failure), outcomes if self.is_coordinator else None, 0, self._group)
-        if not self.is_coordinator:
-            return []
-        self._failures = {rank: failure for rank, (_, failure) in enumerate(outcomes) if failure is not None}
-        values: list[T] = [value for value, _ in outcomes]
-        return values
+        outcomes = self._carrier.gather(_attempt(of_rank))
+        # In place of a rank that is lost stands how it was lost.
+        pairs: list[tuple[Any, Exception | None]] = [
+            (None, outcome) if isinstance(outcome, LostContact) else outcome for outcome in outcomes
+        ]
+        self._failures = {rank: failure for rank, (_, failure) in enumerate(pairs) if failure is not None}
+        return [value for value, _ in pairs]
 
     def scatter(self, of_coordinator: Callable[[], Sequence[T]]) -> T:
         """Call `of_coordinator` there, unless a rank has failed, and give every rank its own of the values.
@@ -80,13 +68,8 @@ class Exchange:
             RayCkptError: a rank failed in the `gather` before, or the coordinator did just now.
         """
         values, failure = self._coordinate(of_coordinator)
-        received: list[Any] = [(None, failure)]
-        if self.num_ranks > 1:
-            outcomes = [(value, failure) for value in values or itertools.repeat(None, self.num_ranks)]
-            dist.scatter_object_list(received, outcomes if self.is_coordinator else None, 0, self._group)
-        elif values is not None:
-            received = [(values[0], None)]
-        return _take(received[0])  # type: ignore[no-any-return]
+        several = values if values is not None else [None] * self._carrier.num_ranks
+        return _take(self._carrier.scatter([(value, failure) for value in several]))  # type: ignore[no-any-return]
 
     def broadcast(self, of_coordinator: Callable[[], T]) -> T:
         """Call `of_coordinator` there, unless a rank has failed, and give every rank its value.
@@ -94,21 +77,18 @@ class Exchange:
         Raises:
             RayCkptError: a rank failed in the `gather` before, or the coordinator did just now.
         """
-        received: list[Any] = [self._coordinate(of_coordinator)]
-        if self.num_ranks > 1:
-            dist.broadcast_object_list(received, 0, self._group)
-        return _take(received[0])  # type: ignore[no-any-return]
+        return _take(self._carrier.broadcast(self._coordinate(of_coordinator)))  # type: ignore[no-any-return]
 
     def _coordinate(self, of_coordinator: Callable[[], T]) -> tuple[T | None, Exception | None]:
-        if not self.is_coordinator:
+        if self._carrier.rank != 0:
             return None, None
         if self._failures:
             texts = {rank: _describe(failure) for rank, failure in self._failures.items()}
             example = next(iter(self._failures.values()))
-            return None, _combine(self._operation, texts, self.num_ranks, example)
+            return None, _combine(self._operation, texts, self._carrier.num_ranks, example)
         value, failure = _attempt(of_coordinator)
         if failure is not None and not isinstance(failure, RayCkptError):
-            failure = _combine(self._operation, {self.rank: _describe(failure)}, self.num_ranks, failure)
+            failure = _combine(self._operation, {0: _describe(failure)}, self._carrier.num_ranks, failure)
         return value, failure
 
 

@@ -2,6 +2,7 @@
 
     every rank     RankSave.plan        what it holds            -> LocalPlan      (rank.py, holdings.py)
     coordinator    Coordinator.merge    who writes what          -> Assignment     (coordinator.py)
+    every rank     RankSave.stage       only if training goes on meanwhile: a private copy       (host_copy.py)
     every rank     RankSave.write       files, with checksums    -> RankRecord
     coordinator    Coordinator.check    is all of it there?
     coordinator    Coordinator.publish  the commit               -> SaveReport

@@ -30,7 +30,7 @@ class Holdings:
 
     items: tuple[Item, ...]
     values: tuple[Any, ...]
-    """A plain tensor of the item's box on this rank's device, or the object itself."""
+    """A plain tensor of the item's box on this rank's device, or the object itself, or that as a `SavedObject`."""
 
 
 def hold(state_dict: Mapping[str, Any]) -> Holdings:

@@ -20,9 +20,10 @@ from ray_ckpt.format.blob import parse_dtype
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.manifest import Chunk, ObjectEntry
 from ray_ckpt.protocol.holdings import Holdings, hold
+from ray_ckpt.protocol.host_copy import HostCopy
 from ray_ckpt.protocol.messages import Assignment, FileRecord, Item, LocalPlan, RankRecord, TensorSpec
 from ray_ckpt.storage.files import Storage
-from ray_ckpt.storage.objects import saved_object
+from ray_ckpt.storage.objects import SavedObject, saved_object
 from ray_ckpt.storage.pack import MAX_FILE_BYTES, Packed, Part, hash_tensors, pack_file, share_out, write_in_threads
 
 
@@ -33,7 +34,8 @@ class PlanMemory:
     """
 
     def __init__(self) -> None:
-        self._token = ""
+        self.token = ""
+        """Of the last plan."""
         self._items: tuple[Item, ...] | None = None
 
     def plan(self, holdings: Holdings, known: frozenset[str]) -> LocalPlan:
@@ -43,8 +45,8 @@ class PlanMemory:
             known: tokens that the coordinator still has the items of.
         """
         if self._items != holdings.items:
-            self._token, self._items = uuid.uuid4().hex, holdings.items
-        return LocalPlan(self._token, None if self._token in known else holdings.items)
+            self.token, self._items = uuid.uuid4().hex, holdings.items
+        return LocalPlan(self.token, None if self.token in known else holdings.items)
 
 
 class RankSave:
@@ -61,11 +63,12 @@ class RankSave:
         self._threads = threads
         self._max_file_bytes = max_file_bytes
         self._holdings = Holdings((), ())
+        self._digests: bytes | None = None
         self._numbers = itertools.count()
         self._begun: list[str] = []
 
     def plan(self, state: Stateful | Mapping[str, Any], memory: PlanMemory, known: frozenset[str]) -> LocalPlan:
-        """Look through the state. Neither its tensors nor their shapes may change before `write` has returned.
+        """Look through the state. It may not change before `stage` has returned, or `write` where nothing is staged.
 
         Args:
             memory: of this rank's plans before.
@@ -78,6 +81,19 @@ class RankSave:
             self._holdings = hold(state.state_dict() if isinstance(state, Stateful) else state)
             return memory.plan(self._holdings, known)
 
+    def stage(self, assignment: Assignment, host_copy: HostCopy) -> None:
+        """Copy what is to be written, and digest what is not, so that the state may change before `write`.
+
+        Args:
+            host_copy: its memory may not be used for another copy before the last `write` has returned.
+
+        Raises:
+            UsageError: a tensor has no plain elements, or is no longer what was planned.
+        """
+        with collector_paused():
+            self._digests = self._digest_replicas(assignment.skipped)
+            self._holdings = host_copy.take(self._holdings, assignment.skipped)
+
     def write(self, assignment: Assignment) -> RankRecord:
         """Write everything but what is skipped; durable on return. May be called again after a failure.
 
@@ -85,7 +101,9 @@ class RankSave:
             StorageError: a file could not be written.
             UsageError: a tensor has no plain elements, or is no longer what was planned.
         """
-        with collector_paused():
+        staged = self._digests is not None
+        # What was staged is written beside training, for which the collector may not stand still so long.
+        with contextlib.nullcontext() if staged else collector_paused():
             items = self._holdings.items
             skipped = set(assignment.skipped)
             positions = [position for position in range(len(items)) if position not in skipped]
@@ -95,7 +113,8 @@ class RankSave:
                 for share in shares
             ]
             files = write_in_threads(self._storage, writes, self._threads)
-            return RankRecord(tuple(files), self._digest_replicas(assignment.skipped))
+            digests = self._digests if self._digests is not None else self._digest_replicas(assignment.skipped)
+            return RankRecord(tuple(files), digests)
 
     def discard(self) -> None:
         """Remove the files that were begun, which no manifest will ever name. What cannot be removed stays."""
@@ -108,7 +127,7 @@ class RankSave:
         name = f"__{assignment.rank}_{next(self._numbers)}-{assignment.attempt}.distcp"
         self._begun.append(name)
         items, values = self._holdings.items, self._holdings.values
-        objects = ((p, saved_object(values[p])) for p in positions if items[p].spec is None)
+        objects = ((p, _saved(values[p])) for p in positions if items[p].spec is None)
         return _record(name, pack_file(self._storage, name, objects, self._tensors(positions)))
 
     def _tensors(self, positions: Sequence[int]) -> Iterator[tuple[Part[int], torch.Tensor]]:
@@ -131,8 +150,12 @@ class RankSave:
         return b"".join(digests[p] if p in digests else _digest_object(values[p]) for p in positions)
 
 
+def _saved(value: object) -> SavedObject:
+    return value if isinstance(value, SavedObject) else saved_object(value)
+
+
 def _digest_object(value: object) -> bytes:
-    return xxhash.xxh3_64_intdigest(saved_object(value).container).to_bytes(16, "little")
+    return xxhash.xxh3_64_intdigest(_saved(value).container).to_bytes(16, "little")
 
 
 def _record(name: str, packed: Packed[int]) -> FileRecord:

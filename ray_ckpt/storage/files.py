@@ -3,7 +3,7 @@
     Storage(uri) ─┬─ read_bytes, open_input ── InputFile.read_into(offset, memory)
                   ├─ create ── OutputFile.write(buffer), .close()       durable once closed
                   ├─ write_atomic(name, data)                           all of it or nothing, durable once returned
-                  └─ exists, list, list_directories, delete, delete_tree
+                  └─ exists, list, scan, list_directories, directories_with, delete
     every one of them ── perform(operation, name, action)               errors become StorageError here, nowhere else
                   some of them ── retried(action)                       transient ones are tried again
 
@@ -13,6 +13,8 @@ strategy when pickled and their threads when forked. A Storage pickles as its ad
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import errno
 import os
 import re
@@ -77,6 +79,15 @@ class RetryPolicy:
             raise UsageError(f"{self} is not a policy: it needs attempts >= 1 and 0 <= first_wait_s <= max_wait_s")
 
 
+@dataclass(frozen=True)
+class Scanned:
+    """A file as a listing shows it."""
+
+    num_bytes: int
+    modified_s: float | None
+    """When it was written last, in seconds since the epoch by the storage's clock; None where that is not kept."""
+
+
 class Storage:
     """A directory, or a prefix of an object store, and the files below it.
 
@@ -112,9 +123,15 @@ class Storage:
         return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"
 
     def child(self, name: str) -> Storage:
-        """The storage of a directory below this one, with the same retry policy."""
+        """The storage of a directory below this one: of the same class and retry policy, on the same connections."""
         base, mark, options = self.uri.partition("?") if "://" in self.uri else (self.uri, "", "")
-        return Storage(f"{base.rstrip('/')}/{check_file_name(name)}{mark}{options}", retry=self.retry)
+        child = copy.copy(self)
+        child.uri = f"{base.rstrip('/')}/{check_file_name(name)}{mark}{options}"
+        child._built = None
+        if self._built is not None:
+            process, filesystem, root = self._built
+            child._built = (process, filesystem, f"{root.rstrip('/')}/{name}")
+        return child
 
     @property
     def is_local(self) -> bool:
@@ -154,11 +171,33 @@ class Storage:
 
     def list(self) -> dict[str, int]:
         """Every file below the target, at any depth: name -> bytes. Empty when the target does not exist."""
-        return {name: int(info.size or 0) for name, info in self._entries(recursive=True) if info.is_file}
+        return {name: scanned.num_bytes for name, scanned in self.scan().items()}
+
+    def scan(self) -> dict[str, Scanned]:
+        """As `list`, with times: one listing, whatever lies below the target."""
+        return {
+            name: Scanned(int(info.size or 0), None if info.mtime_ns is None else info.mtime_ns / 1e9)
+            for name, info in self._entries(recursive=True)
+            if info.is_file
+        }
 
     def list_directories(self) -> Sequence[str]:
-        """Names of the directories directly in the target, sorted."""
-        return sorted(name for name, info in self._entries(recursive=False) if not info.is_file)
+        """Names of the directories directly in the target, sorted. Object stores make them up from longer names."""
+        return sorted(name for name, info in self._entries(recursive=False) if info.type == pafs.FileType.Directory)
+
+    def directories_with(self, file: str) -> Sequence[str]:
+        """Names of the directories directly in the target that hold a file of this name, sorted.
+
+        One listing. Local: of the target alone, then a look into each directory. Elsewhere: of everything below the
+        target, because a look costs a request, and a request lists a thousand files.
+        """
+        if not self._is_local_filesystem:
+            split = (name.split("/") for name in self.list())
+            return sorted(parts[0] for parts in split if len(parts) == 2 and parts[1] == file)
+        directories = self.list_directories()
+        paths = [self._path(f"{directory}/{file}") for directory in directories]
+        infos = self.retried(lambda: self.perform("look for", file, lambda: self.filesystem.get_file_info(paths)))
+        return [directory for directory, info in zip(directories, infos, strict=True) if info.is_file]
 
     # ------------------------------------------------------------------------------------------------- writing
 
@@ -170,8 +209,13 @@ class Storage:
         path = self._path(name)
 
         def start() -> pa.NativeFile:
-            self._make_directory(os.path.dirname(path))
-            return self.filesystem.open_output_stream(path, compression=None)
+            directory = os.path.dirname(path)
+            self._make_directory(directory)
+            try:
+                return self.filesystem.open_output_stream(path, compression=None)
+            except FileNotFoundError:  # somebody found the directory empty and removed it
+                self._make_directory(directory)
+                return self.filesystem.open_output_stream(path, compression=None)
 
         return OutputFile(self, name, self.perform("create", name, start))
 
@@ -188,27 +232,37 @@ class Storage:
         else:
             self.retried(lambda: self._write_file(name, data))
 
-    def delete(self, name: str) -> None:
-        """Remove a file. One that is already gone counts as removed."""
+    def delete(self, name: str, *, durable: bool = False) -> None:
+        """Remove a file. One that is already gone counts as removed.
+
+        Args:
+            durable: return only when no loss of power can bring it back.
+        """
 
         def delete() -> None:
-            try:
+            with contextlib.suppress(FileNotFoundError):
                 self.filesystem.delete_file(self._path(name))
-            except FileNotFoundError:
-                return
+                if durable and self._is_local_filesystem:
+                    _sync_directory(os.path.dirname(self._path(name)))
 
         self.retried(lambda: self.perform("delete", name, delete))
 
-    def delete_tree(self) -> None:
-        """Remove the target and everything below it. One that is already gone counts as removed."""
+    def delete_empty_directory(self, name: str) -> None:
+        """Remove a local directory with nothing in it; any other stays.
+
+        An object store keeps an empty object in place of the directory: removing that by what pyarrow offers would
+        take along whatever has been put below it meanwhile.
+        """
 
         def delete() -> None:
             try:
-                self.filesystem.delete_dir(self._root)
-            except FileNotFoundError:
-                return
+                os.rmdir(self._path(name))
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENOTEMPTY, errno.EEXIST):
+                    raise
 
-        self.retried(lambda: self.perform("delete", "", delete))
+        if self._is_local_filesystem:
+            self.perform("delete", name, delete)
 
     # ------------------------------------------------------------------------------------------------- machinery
 

@@ -81,7 +81,7 @@ def host_pieces(tensors: Iterable[tuple[K, torch.Tensor]]) -> Iterator[tuple[K, 
     """
     staging = _PinnedStaging()
     for key, tensor in tensors:
-        tensor = _plain(tensor)
+        tensor = plain(tensor)
         if tensor.is_cuda:
             yield from staging.push(key, tensor)
             continue
@@ -90,7 +90,12 @@ def host_pieces(tensors: Iterable[tuple[K, torch.Tensor]]) -> Iterator[tuple[K, 
     yield from staging.drain()
 
 
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor without what stands between it and its bits: gradients, pending conjugations and negations.
+
+    Raises:
+        UsageError: it is not made of strided elements with bits of their own.
+    """
     tensor = tensor.detach()
     if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
         raise UsageError(

@@ -1,0 +1,206 @@
+"""Saves beside training: one at a time per process, in a thread, with a group of their own.
+
+save(blocking=False) ── Saver.start ── thread: write, check, publish ──> SaveHandle.result
+next save            ── Saver.settle: wait for it, and raise what became of it if nobody has seen that yet
+end of the process   ── Python waits for the thread; a failure that nobody saw is told, and the exit code is 1
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+
+import torch.distributed as dist
+
+from ray_ckpt.checkpoint.carriers import Alone, Carrier, LostContact, Star, timeout_of
+from ray_ckpt.errors import CheckpointError, SavePendingError
+from ray_ckpt.protocol.coordinator import PlanCache
+from ray_ckpt.protocol.host_copy import HostCopy
+from ray_ckpt.protocol.rank import PlanMemory
+from ray_ckpt.report import SaveReport
+
+
+class SaveHandle:
+    """A save that is being written beside training."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._ended = threading.Event()
+        self._report: SaveReport | None = None
+        self._failure: BaseException | None = None
+        self._seen = False
+        self._told = False
+
+    def staged(self, timeout_s: float | None = None) -> None:
+        """Return once the state may change. It may already: `save` has copied it before it gave this handle."""
+
+    def done(self) -> bool:
+        """Whether it has ended, well or not."""
+        return self._ended.is_set()
+
+    def result(self, timeout_s: float | None = None) -> SaveReport:
+        """Wait for the commit. An interrupt, as by Ctrl-C, ends the waiting and not the save.
+
+        Args:
+            timeout_s: None: as long as it takes.
+
+        Raises:
+            SavePendingError: it is still being written; it goes on, and may be asked again.
+            CheckpointError: it failed, as `save` would have; what was wrong with each rank is said on every rank.
+        """
+        if not self._ended.wait(timeout_s):
+            raise SavePendingError(f"the save of {self._address} has not ended within {timeout_s} s; it goes on")
+        if self._report is None:
+            self._seen = True
+            assert self._failure is not None, "what has ended has a report or a failure"
+            raise self._failure
+        return self._report
+
+    def wait(self) -> None:
+        self._ended.wait()
+
+    def start(self, work: Callable[[], SaveReport]) -> None:
+        """Do it in a thread that Python waits for before the process ends."""
+        threading.Thread(target=self._run, args=(work,), name="ray_ckpt-save", daemon=False).start()
+
+    def take_failure(self) -> CheckpointError | None:
+        """What went wrong, unless `result` has raised it already; to be raised now."""
+        if self._failure is None or self._seen:
+            return None
+        self._seen = True
+        return CheckpointError(f"{self._described()}; what was asked for now was not begun")
+
+    @property
+    def failed(self) -> bool:
+        return self._failure is not None
+
+    def tell(self) -> bool:
+        """Say on standard error what went wrong, if nobody has seen it. Whether there was such a thing."""
+        if self._failure is None or self._seen:
+            return False
+        if not self._told:
+            self._told = True
+            print(f"ray_ckpt: {self._described()}", file=sys.stderr, flush=True)
+        return True
+
+    def _run(self, work: Callable[[], SaveReport]) -> None:
+        try:
+            self._report = work()
+        except LostContact as error:
+            self._failure = CheckpointError(f"save failed: {error}; whether it was committed is not known here")
+        except BaseException as error:
+            self._failure = error
+        self._ended.set()
+        if not threading.main_thread().is_alive():
+            # The process ends, and may be a child of `multiprocessing` that runs no exit handlers.
+            self.tell()
+
+    def _described(self) -> str:
+        error = self._failure
+        return f"the save of {self._address} in the background failed: {type(error).__name__}: {error}"
+
+
+class Saver:
+    """What a process keeps from one save to the next: plans, the memory of copies, a group, the save in flight."""
+
+    def __init__(self) -> None:
+        self.host_copy = HostCopy()
+        self._pending: SaveHandle | None = None
+        self._meet(None)
+
+    def meet(self) -> None:
+        """Forget what was agreed with other ranks when they are others now than at the save before."""
+        group = dist.group.WORLD if dist.is_initialized() else None
+        if group is not self._trainers_group():
+            self._meet(group)
+
+    def _meet(self, group: dist.ProcessGroup | None) -> None:
+        # Weakly: the trainer may destroy its group, and then nothing may keep its connections open.
+        self._trainers_group: Callable[[], dist.ProcessGroup | None] = weakref.ref(group) if group else lambda: None
+        self._background: Carrier | None = Alone() if group is None or group.size() == 1 else None
+        self.memory = PlanMemory()
+        self.cache = PlanCache()
+        self.known: frozenset[str] = frozenset()
+        """Tokens of this rank's plans that the coordinator's cache holds."""
+
+    @property
+    def busy(self) -> bool:
+        return self._pending is not None and not self._pending.done()
+
+    @property
+    def has_carrier(self) -> bool:
+        """Whether ranks can talk beside training."""
+        return self._background is not None
+
+    def settle(self) -> None:
+        """Wait for the save in flight.
+
+        Raises:
+            CheckpointError: it failed, and nobody on this rank has seen that yet.
+        """
+        handle = self._pending
+        if handle is None:
+            return
+        handle.wait()
+        self._pending = None
+        if handle.failed and not isinstance(self._background, Alone):
+            # Some ranks may have stopped in the middle of an exchange.
+            self._background = None
+        if (failure := handle.take_failure()) is not None:
+            raise failure
+
+    def carrier(self, *, anew: bool) -> Carrier:
+        """For the thread beside training. All ranks call it.
+
+        Args:
+            anew: some rank has none.
+        """
+        if self._background is None or (anew and not isinstance(self._background, Alone)):
+            trainers = dist.group.WORLD
+            assert trainers is not None, "several ranks have a group"
+            self._background = Star(dist.new_group(backend="gloo", timeout=timeout_of(trainers)))
+        return self._background
+
+    def start(self, handle: SaveHandle, work: Callable[[], SaveReport]) -> None:
+        self._pending = handle
+        handle.start(work)
+
+    def tell(self) -> bool:
+        """Wait for the save in flight, then as `SaveHandle.tell`."""
+        if self._pending is None:
+            return False
+        self._pending.wait()
+        return self._pending.tell()
+
+
+_saver = Saver()
+
+
+def saver() -> Saver:
+    """This process's own."""
+    return _saver
+
+
+def _begin_in_child() -> None:
+    """A forked process has neither the thread nor the memory of its parent's."""
+    global _saver
+    _saver = Saver()
+
+
+def _tell_at_exit() -> None:
+    """Python has waited for the thread before this, but need not have in a child of `multiprocessing`."""
+    if _saver.tell():
+        # What an exit handler raises does not reach the exit code.
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+os.register_at_fork(after_in_child=_begin_in_child)
+atexit.register(_tell_at_exit)

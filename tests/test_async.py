@@ -1,0 +1,464 @@
+"""Saves beside training: what is in them, who learns of their failures, and what is left when a process ends."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+import ray_ckpt
+from ray_ckpt.checkpoint.background import SaveHandle, saver
+from ray_ckpt.errors import CheckpointError, CheckpointExistsError, SavePendingError, StorageError, UsageError
+from ray_ckpt.format.manifest import MANIFEST_NAME
+from ray_ckpt.report import SaveReport
+from ray_ckpt.storage.files import Storage
+from ray_ckpt.storage.reader import ArrowStorageReader
+from tests.conftest import REPOSITORY
+from tests.faulty import Fault, FaultyStorage, GatedStorage, wait_until
+from tests.ranks import RanksError, run_ranks
+from tests.test_state import fresh, train, trained
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+def loaded(target: Path, like: dict[str, Any]) -> dict[str, Any]:
+    dcp.load(like, storage_reader=ArrowStorageReader(target), no_dist=True)
+    return like
+
+
+def committed(target: Path) -> bool:
+    return (target / MANIFEST_NAME).exists()
+
+
+# --------------------------------------------------------------------------------------------- one process
+
+
+def test_training_goes_on_and_none_of_it_is_in_the_checkpoint(tmp_path: Path) -> None:
+    state, gate = trained(), tmp_path / "gate"
+    ray_ckpt.save(state, tmp_path / "blocking")
+    handle = ray_ckpt.save(state, GatedStorage(tmp_path / "async", gate), blocking=False)
+    handle.staged(timeout_s=1.0)
+    train(state, 3)
+    assert not handle.done()
+    assert not committed(tmp_path / "async")
+    gate.touch()
+    report = handle.result(timeout_s=30.0)
+    assert handle.done()
+    assert (report.uri, report.num_files) == (str(tmp_path / "async"), 1)
+    blocking, background = fresh(), fresh()
+    ray_ckpt.load(blocking, str(tmp_path / "blocking"))
+    ray_ckpt.load(background, str(tmp_path / "async"))
+    assert background.snapshot(0) == blocking.snapshot(0)
+    assert background.snapshot(0) != state.snapshot(0)
+
+
+def test_asking_too_early_says_so_and_the_save_goes_on(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    handle = ray_ckpt.save({"w": torch.ones(3)}, GatedStorage(tmp_path / "run", gate), blocking=False)
+    with pytest.raises(SavePendingError, match=r"the save of .*/run has not ended within 0\.01 s; it goes on"):
+        handle.result(timeout_s=0.01)
+    gate.touch()
+    assert handle.result(timeout_s=30.0).num_files == 1
+
+
+def test_an_interrupt_ends_the_waiting_and_not_the_save(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    storage = GatedStorage(tmp_path / "run", gate)
+    handle = ray_ckpt.save({"w": torch.ones(3)}, storage, blocking=False)
+
+    def interrupt() -> None:
+        wait_until(lambda: storage.waiting)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def wait_for_the_result() -> None:
+        threading.Thread(target=interrupt).start()
+        handle.result(timeout_s=30.0)
+
+    with pytest.raises(KeyboardInterrupt):
+        wait_for_the_result()
+    assert not handle.done()
+    gate.touch()
+    assert handle.result(timeout_s=30.0).num_files == 1
+
+
+def test_the_next_save_waits_for_the_one_in_flight(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    storage = GatedStorage(tmp_path / "first", gate)
+    first = ray_ckpt.save({"w": torch.ones(3)}, storage, blocking=False)
+    opener = threading.Timer(0.05, gate.touch)
+    opener.start()
+    second = ray_ckpt.save({"w": torch.zeros(3)}, tmp_path / "second", blocking=False)
+    assert first.done()
+    second.result(timeout_s=30.0)
+    assert torch.equal(loaded(tmp_path / "first", {"w": torch.zeros(3)})["w"], torch.ones(3))
+    assert torch.equal(loaded(tmp_path / "second", {"w": torch.ones(3)})["w"], torch.zeros(3))
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+def test_the_next_save_is_skipped_with_a_warning_where_that_was_asked_for(tmp_path: Path, blocking: bool) -> None:
+    gate = tmp_path / "gate"
+    first = ray_ckpt.save({"w": torch.ones(3)}, GatedStorage(tmp_path / "first", gate), blocking=False)
+    with pytest.warns(UserWarning, match=r"/second is skipped: the one before is still being written"):
+        skipped = ray_ckpt.save({"w": torch.ones(3)}, tmp_path / "second", blocking=blocking, if_busy="skip")
+    assert skipped is None
+    assert not (tmp_path / "second").exists()
+    gate.touch()
+    first.result(timeout_s=30.0)
+    assert ray_ckpt.save({"w": torch.ones(3)}, tmp_path / "second", blocking=True, if_busy="skip") is not None
+
+
+def test_wrong_use_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="if_busy='later' is neither"):
+        ray_ckpt.save({"w": torch.ones(3)}, tmp_path / "run", blocking=False, if_busy="later")  # type: ignore[call-overload]
+    ray_ckpt.save({"w": torch.ones(3)}, tmp_path / "run")
+    with pytest.raises(CheckpointExistsError):
+        ray_ckpt.save({"w": torch.ones(3)}, tmp_path / "run", blocking=False)
+
+
+def no_space(target: Path, rank: int = 0) -> FaultyStorage:
+    return FaultyStorage(str(target), Fault("no space", ("write",), 0, name=".distcp"), rank)
+
+
+def test_a_failure_is_raised_by_the_result_and_not_again(tmp_path: Path) -> None:
+    handle = ray_ckpt.save({"w": torch.ones(3)}, no_space(tmp_path / "bad"), blocking=False)
+    for _ in range(2):
+        with pytest.raises(StorageError, match="No space left on device"):
+            handle.result(timeout_s=30.0)
+    assert list((tmp_path / "bad").iterdir()) == []
+    ray_ckpt.save({"w": torch.ones(3)}, tmp_path / "good")
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+def test_a_failure_that_nobody_has_seen_is_raised_by_the_next_save(tmp_path: Path, blocking: bool) -> None:
+    ray_ckpt.save({"w": torch.ones(3)}, no_space(tmp_path / "bad"), blocking=False)
+    said = (
+        r"the save of .*/bad in the background failed: StorageError: .*No space left.*; what was asked for now was not"
+    )
+    with pytest.raises(CheckpointError, match=said):
+        ray_ckpt.save({"w": torch.ones(3)}, tmp_path / "good", blocking=blocking)
+    assert not (tmp_path / "good").exists()
+    ray_ckpt.save({"w": torch.ones(3)}, tmp_path / "good")
+
+
+def test_what_cannot_be_copied_is_a_failure_of_that_save(tmp_path: Path) -> None:
+    handle = ray_ckpt.save({"w": torch.eye(3).to_sparse()}, tmp_path / "bad", blocking=False)
+    with pytest.raises(UsageError, match="it has no plain elements"):
+        handle.result(timeout_s=30.0)
+    assert not (tmp_path / "bad").exists()
+
+
+def test_a_state_that_changes_between_saves_is_saved_as_it_is(tmp_path: Path) -> None:
+    states: list[dict[str, Any]] = [
+        {"w": torch.arange(6.0)},
+        {"w": torch.arange(6.0) * 2},
+        {"w": torch.arange(6.0).reshape(2, 3)},
+        {"w": torch.arange(6, dtype=torch.int32).reshape(2, 3), "added": torch.full((1000,), 7.0)},
+        {"added": torch.full((1000,), 8.0)},
+        {"added": torch.full((1000,), 9.0), "step": [1, {"a": "text"}]},
+    ]
+    for number, state in enumerate(states):
+        handle = ray_ckpt.save(state, tmp_path / str(number), blocking=False)
+        expected = {name: value.clone() if name != "step" else [1, {"a": "text"}] for name, value in state.items()}
+        for name, value in state.items():
+            if name == "step":
+                value[1]["a"] = "changed"
+            else:
+                value.zero_()
+        handle.result(timeout_s=30.0)
+        like = {name: torch.ones_like(value) if name != "step" else [0, {"a": ""}] for name, value in state.items()}
+        found = loaded(tmp_path / str(number), like)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert found[name] == value if name == "step" else torch.equal(found[name], value)
+
+
+def test_a_hundred_saves_use_the_same_memory(tmp_path: Path) -> None:
+    state = {str(number): torch.zeros(64 << 10) for number in range(32)}  # 8 MiB
+    process = psutil.Process()
+
+    def save(number: int) -> None:
+        for tensor in state.values():
+            tensor += 1
+        ray_ckpt.save(state, tmp_path / "run", overwrite=True, blocking=False).result(timeout_s=30.0)
+
+    for number in range(10):
+        save(number)
+    held, resident = saver().host_copy.num_bytes, process.memory_info().rss
+    merged = saver().cache.merged
+    for number in range(100):
+        save(number)
+    assert saver().host_copy.num_bytes == held
+    assert saver().cache.merged is merged
+    # A copy that is not used again would make it grow by 800 MiB, a list of them by as much.
+    assert process.memory_info().rss - resident < 16 << 20
+    assert torch.equal(loaded(tmp_path / "run", {"3": torch.zeros(64 << 10)})["3"], torch.full((64 << 10,), 110.0))
+
+
+# --------------------------------------------------------------------------------------------- several ranks
+
+
+def parts(rank: int, value: float) -> dict[str, Any]:
+    """A sharded tensor, a replica, and something of this rank's own."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return {
+        "sharded": distribute_tensor(torch.arange(30_000.0).reshape(300, 100) + value, mesh, [Shard(0)]),
+        "replica": torch.full((5000,), value),
+        f"own{rank}": torch.full((rank + 1,), value),
+        "step": value,
+    }
+
+
+def step(state: dict[str, Any]) -> None:
+    """Training, as far as a save can tell: collectives of the trainer's group, and tensors that change in place."""
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor):
+            value += 1
+            if name == "replica":
+                dist.all_reduce(value, op=dist.ReduceOp.MAX)
+
+
+def is_at(target: Path, value: float, world_size: int) -> bool:
+    like = {"sharded": torch.zeros(300, 100), "replica": torch.zeros(5000), "step": -1.0}
+    like |= {f"own{rank}": torch.zeros(rank + 1) for rank in range(world_size)}
+    found = loaded(target, dict(like))
+    return (
+        torch.equal(found["sharded"], torch.arange(30_000.0).reshape(300, 100) + value)
+        and torch.equal(found["replica"], torch.full((5000,), value))
+        and all(torch.equal(found[f"own{rank}"], torch.full((rank + 1,), value)) for rank in range(world_size))
+        and found["step"] == value
+    )
+
+
+def train_beside_saves(rank: int, directory: str) -> list[bool]:
+    root, state, handles = Path(directory), parts(rank, 1.0), []
+    for number in range(3):
+        gate = root / f"gate{number}"
+        storage = GatedStorage(root / f"run{number}", gate) if rank == 1 else Storage(root / f"run{number}")
+        handles.append(ray_ckpt.save({**state, "step": 1.0 + 5 * number}, storage, blocking=False))
+        for _ in range(5):
+            step(state)
+        assert not handles[-1].done()
+        dist.barrier()
+        gate.touch()
+    for handle in handles:
+        handle.result(timeout_s=30.0)
+    # The memory of the saves holds what this rank writes, and the replica is written by one of them.
+    sharded, replica = state["sharded"].to_local().nbytes, 20_000
+    assert saver().host_copy.num_bytes <= sharded + 4 * 64 + (replica if "replica" in written(root, rank) else 0)
+    return [is_at(root / f"run{number}", 1.0 + 5 * number, 2) for number in range(3)]
+
+
+def written(root: Path, rank: int) -> set[str]:
+    manifest = ArrowStorageReader(root / "run2").read_manifest()
+    return {
+        name
+        for name, entry in manifest.tensors.items()
+        for chunk in entry.chunks
+        if chunk.file.startswith(f"__{rank}_")
+    }
+
+
+def test_ranks_train_with_collectives_while_they_are_saved(tmp_path: Path) -> None:
+    assert run_ranks(train_beside_saves, 2, tmp_path, str(tmp_path)) == [[True] * 3] * 2
+
+
+def fail_beside_training(rank: int, directory: str) -> list[str]:
+    root, state, said = Path(directory), parts(rank, 1.0), []
+    storage = FaultyStorage(str(root / "full"), Fault("no space", ("write",), 1, name=".distcp"), rank)
+    handle = ray_ckpt.save(state, storage, blocking=False)
+    with pytest.raises(CheckpointError) as caught:
+        handle.result(timeout_s=30.0)
+    said.append(str(caught.value))
+    # Rank 1 cannot even copy its part, and rank 0 alone asks how it went.
+    bad = {**state, "odd": torch.eye(3).to_sparse()} if rank == 1 else state
+    handle = ray_ckpt.save(bad, root / "odd", blocking=False)
+    if rank == 0:
+        with pytest.raises(CheckpointError) as caught:
+            handle.result(timeout_s=30.0)
+        said.append(str(caught.value))
+    with pytest.raises(CheckpointError) as caught:
+        ray_ckpt.save(state, root / "next", blocking=False)
+    said.append(str(caught.value))
+    # All of them have seen it now.
+    ray_ckpt.save(state, root / "good", blocking=False).result(timeout_s=30.0)
+    assert is_at(root / "good", 1.0, 2)
+    return said
+
+
+def test_every_rank_gets_every_failure(tmp_path: Path) -> None:
+    for rank, said in enumerate(run_ranks(fail_beside_training, 2, tmp_path, str(tmp_path))):
+        assert re.fullmatch(r"save failed on rank 1: StorageError: cannot write .*No space left on device", said[0])
+        assert re.match(r"save failed on rank 1: UsageError: cannot save a tensor on cpu", said[1]) or rank == 1
+        unseen = r"save failed on rank 1: CheckpointError: the save of .*/odd in the background failed: "
+        assert re.match(unseen + "CheckpointError: save failed on rank 1: UsageError: cannot save", said[-1])
+    assert not any(committed(tmp_path / name) for name in ("full", "odd", "next"))
+    assert list((tmp_path / "full").iterdir()) == []
+
+
+def skip_when_one_is_busy(rank: int, directory: str) -> bool:
+    """Rank 1's thread is late, rank 0 has nothing to do."""
+    gate = Path(directory) / "gate"
+
+    def late() -> SaveReport:
+        wait_until(gate.exists)
+        return SaveReport("elsewhere", 0, 0, 0.0)
+
+    if rank == 1:
+        saver().meet()
+        saver().start(SaveHandle("elsewhere"), late)
+    if rank == 0:
+        with pytest.warns(UserWarning, match="is skipped"):
+            skipped = ray_ckpt.save(parts(rank, 1.0), f"{directory}/run", blocking=False, if_busy="skip")
+    else:
+        skipped = ray_ckpt.save(parts(rank, 1.0), f"{directory}/run", blocking=False, if_busy="skip")
+    gate.touch()
+    ray_ckpt.save(parts(rank, 1.0), f"{directory}/run", blocking=False).result(timeout_s=30.0)
+    return skipped is None
+
+
+def test_all_ranks_skip_when_one_is_busy(tmp_path: Path) -> None:
+    assert run_ranks(skip_when_one_is_busy, 2, tmp_path, str(tmp_path)) == [True, True]
+    assert is_at(tmp_path / "run", 1.0, 2)
+
+
+def leave_the_group(rank: int, directory: str) -> int:
+    """The trainer destroys its group while a save is pending, and forms another one."""
+    root = Path(directory)
+    gate = root / "gate"
+    storage = GatedStorage(root / "run", gate) if rank == 1 else Storage(root / "run")
+    handle = ray_ckpt.save(parts(rank, 1.0), storage, blocking=False)
+    dist.barrier()
+    dist.destroy_process_group()
+    if rank == 1:
+        assert not handle.done()
+        gate.touch()
+    num_files = handle.result(timeout_s=30.0).num_files
+    dist.init_process_group("gloo", store=dist.FileStore(str(root / "other"), 3), rank=rank, world_size=3)
+    ray_ckpt.save(parts(rank, 2.0), root / "run2", blocking=False).result(timeout_s=30.0)
+    return num_files
+
+
+def test_a_pending_save_outlives_the_trainers_group(tmp_path: Path) -> None:
+    assert run_ranks(leave_the_group, 3, tmp_path, str(tmp_path)) == [3] * 3
+    assert is_at(tmp_path / "run", 1.0, 3)
+    assert is_at(tmp_path / "run2", 2.0, 3)
+
+
+def lose_rank_2(rank: int, directory: str) -> None:
+    root = Path(directory)
+    survivors = dist.new_group([0, 1], backend="gloo")
+    storage = FaultyStorage(str(root / "run"), Fault("killed", ("create",), 2, name=".distcp"), rank)
+    handle = ray_ckpt.save(parts(rank, 1.0), storage, blocking=False)
+    with pytest.raises(CheckpointError) as caught:
+        handle.result(timeout_s=20.0)
+    total = torch.ones(1)
+    dist.all_reduce(total, group=survivors)
+    (root / f"rank{rank}").write_text(f"{total.item()} {caught.value}")
+
+
+def test_a_rank_that_dies_beside_training_is_named_to_the_others_at_once(tmp_path: Path) -> None:
+    with pytest.raises(RanksError) as raised:
+        run_ranks(lose_rank_2, 3, tmp_path, str(tmp_path))
+    assert raised.value.failures[2] == f"died with exit code {-signal.SIGKILL}"
+    for rank in (0, 1):
+        wait_until((tmp_path / f"rank{rank}").exists)
+        text = (tmp_path / f"rank{rank}").read_text()
+        assert re.match(r"2\.0 save failed on rank 2: LostContact: rank 2 cannot be heard: .*Connection", text)
+    assert not committed(tmp_path / "run")
+
+
+# ------------------------------------------------------------------------------------------- ends of processes
+
+
+def run_script(body: str, directory: Path) -> subprocess.CompletedProcess[str]:
+    script = "\n".join(
+        [
+            "import sys, torch, ray_ckpt",
+            "from pathlib import Path",
+            "from tests.faulty import *",
+            f"root = Path({str(directory)!r})",
+            "state = {'w': torch.arange(1e6)}",
+            body,
+        ]
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False, env=environment
+    )
+
+
+SLOW = "storage = FaultyStorage(str(root / 'run'), Fault('slow', ('write',)), 0)\n"
+BAD = "storage = FaultyStorage(str(root / 'run'), Fault('no space', ('write',)), 0)\n"
+
+
+def test_a_process_that_ends_right_after_the_save_leaves_a_checkpoint(tmp_path: Path) -> None:
+    done = run_script(SLOW + "ray_ckpt.save(state, storage, blocking=False); state['w'].zero_()", tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert torch.equal(loaded(tmp_path / "run", {"w": torch.zeros(1_000_000)})["w"], torch.arange(1e6))
+
+
+def test_a_process_that_raises_after_the_save_leaves_a_checkpoint(tmp_path: Path) -> None:
+    done = run_script(SLOW + "ray_ckpt.save(state, storage, blocking=False); 1 / 0", tmp_path)
+    assert done.returncode == 1
+    assert "ZeroDivisionError" in done.stderr
+    assert committed(tmp_path / "run")
+
+
+@pytest.mark.parametrize("when", ["after the end", "before the end"])
+def test_a_failure_that_nobody_saw_is_told_at_the_end_and_by_the_exit_code(tmp_path: Path, when: str) -> None:
+    wait = "\nwait_until(handle.done); print('trained')" if when == "before the end" else "\nprint('trained')"
+    done = run_script(BAD + "handle = ray_ckpt.save(state, storage, blocking=False)" + wait, tmp_path)
+    assert (done.returncode, done.stdout) == (1, "trained\n")
+    assert re.fullmatch(r"ray_ckpt: the save of .*/run in the background failed: .*No space left.*\n", done.stderr)
+    assert not committed(tmp_path / "run")
+
+
+def test_a_failure_that_was_seen_is_the_callers_business(tmp_path: Path) -> None:
+    ask = "try:\n    handle.result(30)\nexcept ray_ckpt.StorageError:\n    pass"
+    done = run_script(BAD + "handle = ray_ckpt.save(state, storage, blocking=False)\n" + ask, tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_failure_is_told_in_a_child_that_runs_no_exit_handlers(tmp_path: Path) -> None:
+    body = (
+        "import multiprocessing\n"
+        "def save():\n"
+        "    ray_ckpt.save({'w': torch.ones(3)}, storage, blocking=False)\n"
+        "child = multiprocessing.get_context('fork').Process(target=save)\n"
+        "child.start()\n"
+        "child.join(30)"
+    )
+    done = run_script(BAD + body, tmp_path)
+    assert re.fullmatch(r"ray_ckpt: the save of .*/run in the background failed: .*No space left.*\n", done.stderr)
+
+
+def test_a_forked_child_saves_on_its_own(tmp_path: Path) -> None:
+    body = (
+        "import os\n"
+        "gate = root / 'gate'\n"
+        "handle = ray_ckpt.save(state, GatedStorage(root / 'parent', gate), blocking=False)\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    ray_ckpt.save({'w': torch.ones(3)}, root / 'child', blocking=False).result(30)\n"
+        "    os._exit(0)\n"
+        "assert os.waitpid(child, 0)[1] == 0\n"
+        "gate.touch()\n"
+        "handle.result(30)"
+    )
+    done = run_script(body, tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert committed(tmp_path / "parent")
+    assert committed(tmp_path / "child")

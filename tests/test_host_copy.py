@@ -1,0 +1,140 @@
+"""The private copy that a background save writes from: exact, untouched by what training does, in the same memory."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+
+from ray_ckpt.errors import UsageError
+from ray_ckpt.format.blob import parse_dtype
+from ray_ckpt.protocol.holdings import Holdings, hold
+from ray_ckpt.protocol.host_copy import HostCopy
+from ray_ckpt.storage.objects import saved_object
+from tests.test_kinds import DTYPES
+
+
+def bits(tensor: torch.Tensor) -> list[int]:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).tolist()
+
+
+def state() -> dict[str, Any]:
+    return {
+        "matrix": torch.arange(12.0).reshape(3, 4),
+        "transposed": torch.arange(12.0).reshape(3, 4).t(),
+        "scalar": torch.tensor(7, dtype=torch.int64),
+        "empty": torch.zeros(0, 5, dtype=torch.bfloat16),
+        "conjugate": torch.tensor([1 + 2j, 3 - 4j]).conj(),
+        "parameter": torch.nn.Parameter(torch.ones(3)),
+    }
+
+
+def by_name(holdings: Holdings) -> dict[str, Any]:
+    return {item.name: value for item, value in zip(holdings.items, holdings.values, strict=True)}
+
+
+def test_every_kind_of_tensor_is_copied_exactly_and_keeps_its_values() -> None:
+    original = state()
+    expected = {name: tensor.detach().clone() for name, tensor in original.items()}
+    copied = by_name(HostCopy().take(hold(original)))
+    with torch.no_grad():
+        for tensor in original.values():
+            tensor.fill_(99)
+    for name, tensor in expected.items():
+        assert torch.equal(copied[name], tensor)
+        assert (copied[name].dtype, copied[name].shape) == (tensor.dtype, tensor.shape)
+        assert tensor.numel() == 0 or not torch.equal(copied[name], original[name])
+
+
+@pytest.mark.parametrize("name", [*DTYPES, "uint4"])
+def test_every_dtype_is_copied_bit_for_bit(name: str) -> None:
+    dtype = parse_dtype(name)
+    raw = torch.arange(6 * dtype.itemsize, dtype=torch.uint8) % (2 if dtype == torch.bool else 251)
+    tensor = raw.view(dtype)
+    [copied] = HostCopy().take(hold({"w": tensor})).values
+    assert copied.data_ptr() != tensor.data_ptr()
+    assert bits(copied) == raw.tolist()
+
+
+def test_objects_keep_the_value_they_had() -> None:
+    options, extra = {"betas": [0.9, 0.999]}, {"seen": {1, 2}}
+    original = {"options": (options,), "lr": 1e-3, "name": "adam", "extra": (extra,)}
+    expected = {
+        "options": saved_object(({"betas": [0.9, 0.999]},)),
+        "extra": saved_object(({"seen": {1, 2}},)),
+    }
+    copied = by_name(HostCopy().take(hold(original)))
+    options["betas"][0] = 0.5
+    extra["seen"].add(3)
+    assert (copied["lr"], copied["name"]) == (1e-3, "adam")
+    assert copied["options"] == expected["options"] != saved_object((options,))
+    assert copied["extra"] == expected["extra"] != saved_object((extra,))
+
+
+def test_what_is_skipped_is_not_copied() -> None:
+    holdings = hold({"a": torch.ones(1000), "b": torch.ones(500), "c": [1]})
+    host_copy = HostCopy()
+    copied = host_copy.take(holdings, (0,))
+    assert copied.items == holdings.items
+    assert copied.values[0] is None
+    assert torch.equal(copied.values[1], torch.ones(500))
+    assert 2000 <= host_copy.num_bytes <= 2000 + 2 * 64
+
+
+def test_copies_of_an_unchanged_state_use_the_same_tensors_in_the_same_memory() -> None:
+    host_copy = HostCopy()
+    tensors = {str(number): torch.full((100,), float(number)) for number in range(10)}
+    first = host_copy.take(hold(tensors)).values
+    places = [value.data_ptr() for value in first]
+    for tensor in tensors.values():
+        tensor += 1
+    second = host_copy.take(hold(tensors)).values
+    assert all(a is b for a, b in zip(first, second, strict=True))
+    assert [value.data_ptr() for value in second] == places
+    assert all(torch.equal(a, b) for a, b in zip(second, tensors.values(), strict=True))
+
+
+def test_a_changed_state_is_laid_out_anew_in_what_it_needs() -> None:
+    host_copy = HostCopy()
+    host_copy.take(hold({"a": torch.ones(1000)}))
+    held = host_copy.num_bytes
+    for changed in (
+        {"a": torch.full((1000,), 2.0, dtype=torch.bfloat16)},
+        {"a": torch.full((10, 100), 3.0)},
+        {"a": torch.full((400,), 4.0), "b": torch.full((500,), 5.0)},
+        {"b": torch.full((1000,), 6.0)},
+    ):
+        copied = by_name(host_copy.take(hold(changed)))
+        assert all(torch.equal(copied[name], tensor) for name, tensor in changed.items())
+        assert host_copy.num_bytes == held
+    copied = by_name(host_copy.take(hold({"a": torch.arange(5000.0)})))
+    assert torch.equal(copied["a"], torch.arange(5000.0))
+    assert 20_000 <= host_copy.num_bytes <= 20_064
+
+
+def test_a_tensor_that_is_not_what_was_planned_is_refused_by_name() -> None:
+    holdings = hold({"a": torch.ones(3)})
+    changed = Holdings(holdings.items, (torch.ones(4),))
+    with pytest.raises(UsageError, match=r"'a' was planned as float32\[3\] but is now torch\.float32\[4\]"):
+        HostCopy().take(changed)
+    with pytest.raises(UsageError, match="it has no plain elements"):
+        HostCopy().take(hold({"a": torch.eye(3).to_sparse()}))
+
+
+def test_a_copy_that_was_refused_leaves_the_next_one_right() -> None:
+    host_copy = HostCopy()
+    with pytest.raises(UsageError):
+        host_copy.take(hold({"a": torch.ones(3), "b": torch.eye(3).to_sparse()}))
+    [copied] = host_copy.take(hold({"a": torch.ones(3)})).values
+    assert torch.equal(copied, torch.ones(3))
+
+
+def test_the_memory_is_given_back_with_the_copy() -> None:
+    host_copy = HostCopy()
+    [copied] = host_copy.take(hold({"a": torch.ones(3)})).values
+    del host_copy
+    gc.collect()
+    # A view keeps its memory alive, and stays what it was.
+    assert torch.equal(copied, torch.ones(3))
