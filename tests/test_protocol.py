@@ -217,7 +217,7 @@ def test_what_was_staged_is_saved_as_it_was_though_training_went_on(tmp_path: Pa
         state["shared"] += 1
         state["nested"]["list"][1]["a"] = "changed"
     coordinator.check([writer.write(given) for writer, given in zip(writers, assignments, strict=True)])
-    coordinator.publish(dcp_metadata.dumps)
+    coordinator.publish(dcp_metadata.dumps(coordinator.manifest))
     found = load(tmp_path / "run", states()[0], ray_ckpt.ArrowStorageReader(tmp_path / "run"))
     assert torch.equal(found["shared"], torch.arange(5000.0))
     assert not torch.equal(found["shared"], held[0]["shared"])
