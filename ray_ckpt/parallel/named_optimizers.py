@@ -116,7 +116,7 @@ class NamedOptimizers:
         self, optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, Sequence[str]], index: SavedOptimizers
     ) -> list[str]:
         problems = []
-        required = sorted(hyperparameters.of_group(optimizer.defaults))
+        required = hyperparameters.numbers_of(optimizer.defaults)
         for group in optimizer.param_groups:
             saved = index.hyperparameters(name for parameter in group["params"] for name in names[parameter])
             kind = type(optimizer).__name__
@@ -261,7 +261,7 @@ def _fill_blanks(
     dist.all_gather_object(of_ranks, remembered)
     anywhere = set().union(*of_ranks)
     example: dict[str, Any] = next((state for state in states.values() if state), {})
-    blank = set()
+    blank: set[str] = set()
     for number, parameter in enumerate(_members(optimizer)):
         if anywhere and not anywhere.intersection(names[parameter]):
             blank.update(names[parameter])
