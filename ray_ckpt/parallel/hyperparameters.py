@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 Values = Mapping[str, Any]
 """Hyper-parameter name -> value."""
@@ -73,11 +74,16 @@ def split(saved: Mapping[str, Values]) -> list[tuple[list[str], Values]]:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two values are equal. Those that are tensors are compared by their elements."""
+    """Whether two values are equal. Those that are tensors are compared by their elements, of DTensors on this rank."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+    if one is other:
+        return True
+    if isinstance(one, DTensor) and isinstance(other, DTensor):
+        # Of whole ones torch would ask the other ranks, which may not be here.
+        return same(one._local_tensor, other._local_tensor)
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return torch.equal(one, other)
+        return one.shape == other.shape and torch.equal(one, other)
     return type(one) is type(other) and bool(one == other)
 
 
