@@ -58,6 +58,7 @@ class NamedModel:
         self.modules = tuple(modules)
         self._tied = {alias: name for module in modules for alias, name in _declared_ties(module).items()}
         self._tied |= tied or {}
+        self._known_names: dict[tuple[nn.Module, str], list[str]] = {}
 
     def leaves(self) -> dict[str, Any]:
         """Live tensors, and sealed values of what is none, without what is on the meta device.
@@ -102,7 +103,7 @@ class NamedModel:
         found: dict[nn.Parameter, tuple[str, ...]] = {}
         for module in self.modules:
             for key, parameter in module.named_parameters():
-                names = _names(module, key)
+                names = self._names(module, key)
                 found.setdefault(parameter, tuple(canonical.get(name, name) for name in names))
         return found
 
@@ -147,9 +148,19 @@ class NamedModel:
             with sharded_state_dicts(module):
                 state = module.state_dict()
             for key, value in state.items():
-                [name] = _names(module, key)
+                [name] = self._names(module, key)
                 found.setdefault(canonical.get(name, name), []).append(_Entry(module, key, value))
         return found
+
+    def _names(self, module: nn.Module, key: str) -> list[str]:
+        """The names that an entry has in the unwrapped module: one, or those that FSDP1 has flattened into it."""
+        known = self._known_names.get((module, key))
+        if known is None:
+            inner, inner_key = module, key
+            if isinstance(module, AveragedModel) and key.startswith("module."):
+                inner, inner_key = module.module, key.removeprefix("module.")
+            known = self._known_names[module, key] = sorted(_get_fqns(inner, inner_key))
+        return known
 
     def _canonical_names(self) -> dict[str, str]:
         """Alias -> canonical name."""
@@ -159,7 +170,7 @@ class NamedModel:
                 *module.named_parameters(remove_duplicate=False),
                 *module.named_buffers(remove_duplicate=False),
             ):
-                if len(names := _names(module, key)) == 1:
+                if len(names := self._names(module, key)) == 1:
                     shared.setdefault(id(tensor), []).extend(names)
         canonical = dict(self._tied)
         declared = set(self._tied.values())
@@ -183,13 +194,6 @@ def sharded_state_dicts(module: nn.Module) -> Iterator[None]:
             module, StateDictType.SHARDED_STATE_DICT, ShardedStateDictConfig(), ShardedOptimStateDictConfig()
         ):
             yield
-
-
-def _names(module: nn.Module, key: str) -> list[str]:
-    """The names that an entry has in the unwrapped module: one, or those that FSDP1 has flattened into it."""
-    if isinstance(module, AveragedModel) and key.startswith("module."):
-        module, key = module.module, key.removeprefix("module.")
-    return sorted(_get_fqns(module, key))
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:

@@ -85,11 +85,14 @@ class TrainState:
         self.optimizers = _listed(optimizers)
         self.step = step
         self.layout = None if layout is None else str(layout)
-        self._optim = NamedOptimizers(self.optimizers, NamedModel(self.models, tied))
-        schedules = NamedSchedulers(schedulers, self._optim)
-        self._parts: list[Part] = [NamedModel(self.models, tied)]
+        named = NamedModel(self.models, tied)
+        optim = NamedOptimizers(self.optimizers, named)
+        # In the order in which they are loaded: an optimizer's state takes after the parameters, schedulers follow its
+        # groups, and nothing may draw random numbers after the generators.
+        self._parts: list[Part] = [named]
+        schedules = NamedSchedulers(schedulers, optim)
         if self.optimizers:
-            self._parts += [self._optim, schedules]
+            self._parts += [optim, schedules]
         if ema is not None:
             self._parts.append(NamedModel([ema], tied, "ema"))
         if scaler is not None:
