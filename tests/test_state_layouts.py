@@ -25,103 +25,103 @@ NAMES = list(LAYOUTS)
 
 
 def chosen(source: str, target: str) -> str:
-    """An optimizer for this pair, so that every layout meets six of them on either side."""
+    """An optimizer for this pair, so that all of them have their turn."""
     return EVERYWHERE[(NAMES.index(source) + 3 * NAMES.index(target)) % len(EVERYWHERE)]
 
 
-def save_each(rank: int, layout: str, directory: str, optimizers: list[str]) -> dict[str, Any]:
-    """Optimizer -> what this rank held when it saved, its next loss, and what it held after that step."""
+def save_each(rank: int, directory: str, pairs: list[tuple[str, str]]) -> dict[tuple[str, str], Any]:
+    """(Layout, optimizer) -> what this rank held when it saved, its next loss, and what it held after that step."""
     found = {}
-    for optimizer in optimizers:
+    for layout, optimizer in pairs:
         state, module = build(layout, optimizer, seed=0)
         train(state, module, 2)
         before = state.snapshot(rank)
         ray_ckpt.save(state, f"{directory}/{layout}-{optimizer}")
         assert state.snapshot(rank) == before
-        found[optimizer] = (before, train(state, module, 1, seed=1), state.snapshot(rank))
+        found[layout, optimizer] = (before, train(state, module, 1, seed=1), state.snapshot(rank))
     return found
 
 
-def load_each(rank: int, layout: str, directory: str, pairs: list[tuple[str, str]]) -> dict[tuple[str, str], Any]:
-    """(Source, optimizer) -> what this rank held before and after the load, and what became of it by another step."""
+def load_each(rank: int, directory: str, triples: list[tuple[str, str, str]]) -> dict[tuple[str, str, str], Any]:
+    """(Source, target, optimizer) -> what this rank held before and after the load, and after another step."""
     found = {}
-    for source, optimizer in pairs:
-        state, module = build(layout, optimizer, seed=1)
+    for source, target, optimizer in triples:
+        state, module = build(target, optimizer, seed=1)
         before = state.snapshot(rank)
         report = ray_ckpt.load(state, f"{directory}/{source}-{optimizer}")
         assert not report.missing + report.unexpected + report.cast
         loaded = state.snapshot(rank)
-        found[source, optimizer] = (before, loaded, train(state, module, 1, seed=1), state.snapshot(rank))
+        found[source, target, optimizer] = (before, loaded, train(state, module, 1, seed=1), state.snapshot(rank))
     return found
 
 
-def check_pairs(tmp_path: Path, wanted: dict[tuple[str, str], list[str]]) -> None:
-    """Wanted: (source, target) -> optimizers."""
-    saved: dict[str, list[dict[str, Any]]] = {}
-    for source, num_ranks in LAYOUTS.items():
-        needed = sorted({name for (other, _), names in wanted.items() if other == source for name in names})
-        saved[source] = run_ranks(save_each, num_ranks, tmp_path, source, str(tmp_path), needed, timeout_s=300)
-    for target, num_ranks in LAYOUTS.items():
-        pairs = [(source, name) for (source, other), names in wanted.items() if other == target for name in names]
-        loaded = run_ranks(load_each, num_ranks, tmp_path, target, str(tmp_path), pairs, timeout_s=300)
-        for source, optimizer in pairs:
-            befores, afters, losses, continued = zip(*[rank[source, optimizer] for rank in loaded], strict=True)
-            originals = [rank[optimizer] for rank in saved[source]]
-            pair = f"{source} -> {target} with {optimizer}"
-            assert len(differing([o[0] for o in originals], befores)) > 5, pair
-            assert differing([o[0] for o in originals], afters) == [], pair
-            if "pp2" not in (source, target):
-                # There a rank alone has no loss: half of the model is another's.
-                assert losses[0] == pytest.approx(originals[0][1], rel=1e-5), pair
-                if source == target:
-                    assert differing([o[2] for o in originals], continued) == [], pair
+def check(tmp_path: Path, triples: list[tuple[str, str, str]]) -> None:
+    """Save and load in each (source, target, optimizer): one group of processes for all layouts of a size."""
+    saved: dict[tuple[str, str], list[Any]] = {}
+    loaded: dict[tuple[str, str, str], list[Any]] = {}
+    for size in sorted(set(LAYOUTS.values())):
+        pairs = sorted({(source, name) for source, _, name in triples if LAYOUTS[source] == size})
+        ranks = run_ranks(save_each, size, tmp_path, str(tmp_path), pairs, timeout_s=400)
+        saved |= {pair: [rank[pair] for rank in ranks] for pair in pairs}
+    for size in sorted(set(LAYOUTS.values())):
+        chosen = [triple for triple in triples if LAYOUTS[triple[1]] == size]
+        ranks = run_ranks(load_each, size, tmp_path, str(tmp_path), chosen, timeout_s=400)
+        loaded |= {triple: [rank[triple] for rank in ranks] for triple in chosen}
+    for (source, target, optimizer), found in loaded.items():
+        originals, losses, continued = zip(*saved[source, optimizer], strict=True)
+        befores, afters, target_losses, target_continued = zip(*found, strict=True)
+        where = f"{source} -> {target} with {optimizer}"
+        assert len(differing(originals, befores)) > 5, where
+        assert differing(originals, afters) == [], where
+        if "pp2" not in (source, target):
+            # There a rank alone has no loss: half of the model is another's.
+            assert target_losses[0] == pytest.approx(losses[0], rel=1e-5), where
+            if source == target:
+                assert differing(continued, target_continued) == [], where
 
 
-def test_each_layout_loads_what_each_other_saved(tmp_path: Path) -> None:
-    check_pairs(tmp_path, {(source, target): [chosen(source, target)] for source in NAMES for target in NAMES})
+def test_each_layout_loads_its_own_and_its_neighbours(tmp_path: Path) -> None:
+    pairs = [*zip(NAMES, NAMES, strict=True), *zip(NAMES, NAMES[1:] + NAMES[:1], strict=True)]
+    check(tmp_path, [(source, target, chosen(source, target)) for source, target in pairs])
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_each_layout_loads_what_each_other_saved_with_every_optimizer(tmp_path: Path) -> None:
-    check_pairs(tmp_path, {(source, target): EVERYWHERE for source in NAMES for target in NAMES})
+    check(tmp_path, [(source, target, name) for source in NAMES for target in NAMES for name in EVERYWHERE])
 
 
-def adafactor_everywhere(rank: int, layout: str, directory: str, sources: list[str]) -> list[tuple[Snapshot, Any]]:
-    state, module = build(layout, "adafactor", seed=0)
-    train(state, module, 2)
-    ray_ckpt.save(state, f"{directory}/{layout}-adafactor")
-    found = [(state.snapshot(rank), [])]
-    for source in sources:
-        target, module = build(layout, "adafactor", seed=1)
-        ray_ckpt.load(target, f"{directory}/{source}-adafactor")
-        found.append((target.snapshot(rank), train(target, module, 1)))
+def adafactor_of_two(rank: int, directory: str) -> dict[str, Snapshot]:
+    """What stages, replicas and shards held of it when they saved or had loaded."""
+    found = {}
+    stage, module = build("pp2", "adafactor", seed=0)
+    train(stage, module, 2)
+    ray_ckpt.save(stage, f"{directory}/pp2")
+    found["pp2"] = stage.snapshot(rank)
+    for source, target in (("single", "pp2"), ("single", "ddp2"), ("pp2", "ddp2"), ("single", "fsdp2x2")):
+        state, module = build(target, "adafactor", seed=1)
+        ray_ckpt.load(state, f"{directory}/{source}")
+        found[f"{source} -> {target}"] = state.snapshot(rank)
+        if target != "fsdp2x2":
+            train(state, module, 1)
+    flat, _ = build("fsdp1x2", "adafactor", seed=1)
+    for attempt in (flat.state_dict, lambda: ray_ckpt.load(flat, f"{directory}/single")):
+        with pytest.raises(ray_ckpt.UsageError, match="under FSDP1 Adafactor works on flattened pieces"):
+            attempt()
     return found
 
 
-def adafactor_in_shards(rank: int, directory: str) -> Snapshot:
-    """What FSDP2 holds of it after a load, where it cannot be stepped; and what is said under FSDP1."""
-    state, _ = build("fsdp2x2", "adafactor", seed=1)
-    ray_ckpt.load(state, f"{directory}/single-adafactor")
-    snapshot = state.snapshot(rank)
-    flat, _ = build("fsdp1x2", "adafactor", seed=1)
-    with pytest.raises(ray_ckpt.UsageError, match="under FSDP1 Adafactor works on flattened pieces"):
-        flat.state_dict()
-    with pytest.raises(ray_ckpt.UsageError, match="under FSDP1 Adafactor works on flattened pieces"):
-        ray_ckpt.load(flat, f"{directory}/single-adafactor")
-    return snapshot
-
-
-def test_adafactors_factors_arrive_where_torch_can_step_it(tmp_path: Path) -> None:
-    [[(single, _)]] = run_ranks(adafactor_everywhere, 1, tmp_path, "single", str(tmp_path), [])
-    stages = run_ranks(adafactor_everywhere, 2, tmp_path, "pp2", str(tmp_path), ["single"])
-    replicas = run_ranks(adafactor_everywhere, 2, tmp_path, "ddp2", str(tmp_path), ["single", "pp2"])
-    assert "optim.state.second.weight.row_var" in single.fingerprints
-    assert differing([single], [rank[1][0] for rank in stages]) == []
-    assert differing([single], [rank[1][0] for rank in replicas]) == []
-    assert differing([rank[0][0] for rank in stages], [rank[2][0] for rank in replicas]) == []
-    # State of another shape than its parameter's is whole on every shard.
-    assert differing([single], run_ranks(adafactor_in_shards, 2, tmp_path, str(tmp_path))) == []
+def test_adafactors_factors_arrive(tmp_path: Path) -> None:
+    """State of another shape than its parameter's is whole on every shard."""
+    single, module = build("single", "adafactor", seed=0)
+    train(single, module, 2)
+    ray_ckpt.save(single, tmp_path / "single")
+    assert "optim.state.second.weight.row_var" in single.snapshot(0).fingerprints
+    ranks = run_ranks(adafactor_of_two, 2, tmp_path, str(tmp_path))
+    stages = [rank.pop("pp2") for rank in ranks]
+    for turn in ranks[0]:
+        source = [single.snapshot(0)] if turn.startswith("single") else stages
+        assert differing(source, [rank[turn] for rank in ranks]) == [], turn
 
 
 class Halves(nn.Module):
