@@ -8,13 +8,14 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
-from ray_ckpt.checkpoint.target import Target, source
+from ray_ckpt.checkpoint.target import source
 from ray_ckpt.checkpoint.together import alone_with_dcp, together
 from ray_ckpt.errors import StateMismatchError
 from ray_ckpt.format.manifest import Manifest
 from ray_ckpt.parallel.load_plan import ShardLoadPlanner
 from ray_ckpt.parallel.state import PARAM_GROUPS, TrainState
 from ray_ckpt.storage.reader import ArrowStorageReader
+from ray_ckpt.storage.target import Target
 
 
 def load(state: TrainState, target: Target, step: int | None = None) -> None:
@@ -32,7 +33,7 @@ def load(state: TrainState, target: Target, step: int | None = None) -> None:
         StateMismatchError: names, shapes or dtypes differ, or the groups of a used optimizer would have to be split.
         CheckpointError: a rank failed; names each of them, on every rank.
     """
-    reader = ArrowStorageReader(source(target, step))
+    reader = ArrowStorageReader(source("load", target, step))
     with together("load"):
         manifest = reader.read_manifest()
         state.match_hyperparameters(_read_hyperparameters(reader, manifest))
