@@ -113,6 +113,19 @@ def test_steps_of_a_store_are_saved_by_number(group: WorkerGroup, tmp_path: Path
         cluster.save(group, rank_functions.stage_of, store)
 
 
+def test_the_workers_share_the_files_of_a_checkpoint_that_is_verified(group: WorkerGroup, tmp_path: Path) -> None:
+    group.run(rank_functions.remember, 3)
+    cluster.save(group, rank_functions.stage_of, tmp_path, step=1)
+    report = cluster.verify(group, tmp_path)
+    assert report.verified
+    files = sorted((tmp_path / "step-1").glob("*.distcp"))
+    assert report.total_bytes == sum(path.stat().st_size for path in files)
+    for path in files:
+        data = path.read_bytes()
+        path.write_bytes(data[:1100] + bytes([data[1100] ^ 1]) + data[1101:])
+    assert cluster.verify(group, CheckpointStore(tmp_path), 1).damaged == ("stage0", "stage1", "stage2")
+
+
 def test_a_driver_that_does_not_see_the_workers_files_commits_nothing(group: WorkerGroup, tmp_path: Path) -> None:
     group.run(rank_functions.move_into, str(tmp_path))
     with pytest.raises(CommitError, match="where the driver sees no such file; give a directory that is mounted on"):
