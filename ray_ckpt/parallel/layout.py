@@ -95,6 +95,24 @@ class Layout:
                 f"layout {self} needs {self.world_size} ranks ({_SHOWN_AXES} = {degrees}), but there are {world_size}"
             )
 
+    def check_supported(self) -> None:
+        """Refuse what torch cannot combine, by name.
+
+        Raises:
+            UsageError: with what to use instead.
+        """
+        reasons = {
+            "context parallel splits activations, not weights; leave it out": self.cp > 1,
+            "torch's FSDP1 does not combine with other axes; use fsdp2": self.dp == "fsdp1"
+            and self.world_size != self.dp_shard,
+            "torch's DDP does not combine with other axes; use hsdpRx1, replicas made by fully_shard": self.dp == "ddp"
+            and self.world_size != self.dp_replicate,
+            "experts that ep has split cannot be split by tp again; combine ep with fsdp2 or pp": self.ep > 1
+            and self.tp > 1,
+        }
+        if wrong := [reason for reason, applies in reasons.items() if applies]:
+            raise UsageError(f"layout {self} is not supported: {'; '.join(wrong)}")
+
     def coordinate(self, rank: int) -> dict[str, int]:
         """Axis -> where on it a rank lies.
 
