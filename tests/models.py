@@ -141,6 +141,16 @@ class Noisy(PipelineModel):
         return nn.functional.mse_loss(outputs, targets) * (1 + torch.rand(()))
 
 
+class Failing(PipelineModel):
+    """Fails in its first step, in every process."""
+
+    def __init__(self) -> None:
+        super().__init__(dim=8, layers=2)
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        raise ValueError(f"process {os.getpid()} cannot learn this")
+
+
 def tied() -> nn.Module:
     model = PipelineModel(dim=8, layers=2)
     model.layer2.weight = model.layer1.weight

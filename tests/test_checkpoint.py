@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from ray_ckpt.recipes.pipeline_to_fsdp.model import PipelineModel
 from torch.distributed.checkpoint import FileSystemWriter
 
 import ray_ckpt
@@ -21,7 +22,6 @@ from ray_ckpt.errors import (
 )
 from ray_ckpt.format.manifest import MANIFEST_NAME, Manifest
 from ray_ckpt.parallel.state import TrainState
-from ray_ckpt.recipes.pipeline_to_fsdp.model import PipelineModel
 from tests.ranks import run_ranks
 from tests.test_state import fresh, train, trained
 

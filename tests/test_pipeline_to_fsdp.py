@@ -68,7 +68,8 @@ def test_every_tensor_and_every_hyperparameter_arrives(tmp_path: Path, target: s
     assert report["storage"] == str(storage)
     # Four layers with weight and bias, each with exp_avg and exp_avg_sq: 24. Adam's step per parameter: 8 more.
     assert report["tensors_compared"] == 24 + 8
-    assert report["objects_compared"] % 8 == 0
+    # Hyper-parameters of eight parameters, and the number of steps.
+    assert report["objects_compared"] % 8 == 1
     assert report["objects_compared"] >= 8 * 10
     # Weights and both moments in float32.
     assert report["checkpoint_bytes"] >= 3 * 4 * 4 * (500 * 500 + 500)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ray_ckpt.recipes.pipeline_to_fsdp.model import PipelineModel
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -18,7 +19,6 @@ import ray_ckpt
 from ray_ckpt.errors import StateMismatchError
 from ray_ckpt.parallel.stages import build_on_meta, materialise, take_stage
 from ray_ckpt.parallel.state import TrainState
-from ray_ckpt.recipes.pipeline_to_fsdp.model import PipelineModel
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 NAMES = ["layer1.weight", "layer1.bias", "layer2.weight", "layer2.bias"]

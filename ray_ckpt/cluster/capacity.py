@@ -1,18 +1,24 @@
-"""How many workers the cluster could take right now."""
+"""How many workers the cluster could take."""
 
 from __future__ import annotations
 
+import ray
 from ray._private.state import available_resources_per_node
 
 from ray_ckpt.cluster.resources import Resources
 
 
-def num_placeable(bundle: Resources) -> int:
+def free_slots(bundle: Resources) -> int:
     """Workers of this demand that fit into what is free, node by node, as no worker can be split over two.
 
-    A node that has just died counts until Ray has noticed: seconds, as a rule.
+    Ray learns with a delay, of about a second each, what was given back and which node has died.
     """
     return sum(fitting(bundle, free) for free in available_resources_per_node().values())
+
+
+def all_slots(bundle: Resources) -> int:
+    """Workers of this demand that would fit if nothing else ran on the nodes that are up."""
+    return sum(fitting(bundle, node["Resources"]) for node in ray.nodes() if node["Alive"])
 
 
 def fitting(bundle: Resources, free: Resources) -> int:

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ray_ckpt import cluster
-from ray_ckpt.cluster.capacity import num_placeable
+from ray_ckpt.cluster.capacity import all_slots, free_slots
 from ray_ckpt.cluster.group import PlacementWait, WorkerGroup
 from ray_ckpt.errors import GroupError, UsageError, WorkerError
 from ray_ckpt.parallel.layout import Layout
@@ -35,6 +35,9 @@ from ray_ckpt.storage.store import CheckpointStore
 
 RANKS = "ray_ckpt.recipes.train_elastic.ranks"
 """Module of the rank functions. By name, so that the driver loads neither torch nor what is built on it."""
+
+SETTLE_S = 5.0
+"""What a group has just given back does not count as free yet: for so long, all that is there is taken to be free."""
 
 
 @dataclass(frozen=True)
@@ -195,8 +198,9 @@ def form(options: Options, screen: Screen) -> tuple[Layout, WorkerGroup]:
     def choose() -> Layout:
         if time.monotonic() - began < options.wait_for_capacity_s:
             return options.layouts[0]
-        free = num_placeable(options.bundle)
-        fitting = [layout for layout in options.layouts if layout.world_size <= free]
+        settled = time.monotonic() - began > SETTLE_S
+        slots = free_slots(options.bundle) if settled else all_slots(options.bundle)
+        fitting = [layout for layout in options.layouts if layout.world_size <= slots]
         return fitting[0] if fitting else min(options.layouts, key=lambda layout: layout.world_size)
 
     with screen.phase("group", "looking for room") as line:
@@ -282,7 +286,7 @@ def train(
 
 def _room_for_better(options: Options, layout: Layout) -> bool:
     """Whether a layout that is preferred would fit, once this group's own workers are gone."""
-    free = num_placeable(options.bundle) + layout.world_size
+    free = free_slots(options.bundle) + layout.world_size
     better = options.layouts[: options.layouts.index(layout)]
     return any(other.world_size <= free for other in better)
 
