@@ -31,9 +31,11 @@ from ray_ckpt.errors import (
 if TYPE_CHECKING:
     from ray_ckpt.checkpoint.loading import load
     from ray_ckpt.checkpoint.saving import save
+    from ray_ckpt.checkpoint.verifying import verify
     from ray_ckpt.cluster.group import WorkerGroup
     from ray_ckpt.format.digest import fingerprint
     from ray_ckpt.format.manifest import Manifest
+    from ray_ckpt.parallel.layout import Layout
     from ray_ckpt.parallel.state import TrainState
     from ray_ckpt.storage.reader import ArrowStorageReader
     from ray_ckpt.storage.store import CheckpointStore
@@ -51,6 +53,7 @@ __all__ = [
     "GroupError",
     "GroupTimeoutError",
     "IntegrityError",
+    "Layout",
     "Manifest",
     "PlacementError",
     "RankFailure",
@@ -66,18 +69,21 @@ __all__ = [
     "fingerprint",
     "load",
     "save",
+    "verify",
 ]
 
 _HOMES = {
     "ArrowStorageReader": "ray_ckpt.storage.reader",
     "ArrowStorageWriter": "ray_ckpt.storage.writer",
     "CheckpointStore": "ray_ckpt.storage.store",
+    "Layout": "ray_ckpt.parallel.layout",
     "Manifest": "ray_ckpt.format.manifest",
     "TrainState": "ray_ckpt.parallel.state",
     "WorkerGroup": "ray_ckpt.cluster.group",
     "fingerprint": "ray_ckpt.format.digest",
     "load": "ray_ckpt.checkpoint.loading",
     "save": "ray_ckpt.checkpoint.saving",
+    "verify": "ray_ckpt.checkpoint.verifying",
 }
 
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ray_ckpt.checkpoint.carriers import carrier
-from ray_ckpt.checkpoint.target import Target, source
+from ray_ckpt.checkpoint.target import source
 from ray_ckpt.checkpoint.together import Exchange, together
 from ray_ckpt.errors import UsageError
 from ray_ckpt.parallel.claims import KeyMap
 from ray_ckpt.protocol.fit import agree
 from ray_ckpt.protocol.rank_load import LoadOptions, RankLoad, State
 from ray_ckpt.report import LoadReport
+from ray_ckpt.storage.target import Target
 
 
 def load(
@@ -56,7 +57,7 @@ def load(
     if isinstance(only, str):
         raise UsageError(f"only={only!r} is one text: give a sequence of them, as in only=({only!r},)")
     options = LoadOptions(strict, cast, None if only is None else tuple(only), key_map)
-    rank = RankLoad(source(target, step), options)
+    rank = RankLoad(source("load", target, step), options)
     with together("load"):
         rank.open()
     ranks = Exchange("load", carrier())

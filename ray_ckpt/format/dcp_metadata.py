@@ -23,6 +23,7 @@ import torch.serialization
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 
+from ray_ckpt.collector import collector_paused
 from ray_ckpt.errors import FormatError, UnsafeCheckpointError
 from ray_ckpt.format.blob import dtype_name, parse_dtype
 from ray_ckpt.format.boxes import Box
@@ -96,6 +97,11 @@ def loads(data: bytes, *, trusted: bool = False) -> dcp.Metadata:
 
 def dumps(manifest: Manifest) -> bytes:
     """The `.metadata` that lets stock DCP read what the manifest describes."""
+    with collector_paused():
+        return pickle.dumps(_to_stock(manifest))
+
+
+def _to_stock(manifest: Manifest) -> dcp.Metadata:
     storage_data: dict[dcp.MetadataIndex, _StorageInfo] = {}
     for name, tensor in manifest.tensors.items():
         for chunk in tensor.chunks:
@@ -103,13 +109,12 @@ def dumps(manifest: Manifest) -> bytes:
             storage_data[index] = _StorageInfo(chunk.file, chunk.start, chunk.length)
     for name, entry in manifest.objects.items():
         storage_data[dcp.MetadataIndex(name)] = _StorageInfo(entry.file, entry.start, entry.length)
-    stock = dataclasses.replace(
+    return dataclasses.replace(
         to_metadata(manifest),
         storage_data=storage_data,
         storage_meta=dcp.StorageMeta(save_id=manifest.attempt, modules=[_SIGNATURE]),
         version=CURRENT_DCP_VERSION,
     )
-    return pickle.dumps(stock)
 
 
 def is_ours(metadata: dcp.Metadata) -> bool:
