@@ -6,9 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import ray_ckpt
 from ray_ckpt.format.snapshot import Snapshot
+from ray_ckpt.parallel.state import TrainState
 from tests.ranks import run_ranks
 from tests.states import LAYOUTS, OPTIMIZERS, build, differing, train
 
@@ -116,3 +122,75 @@ def test_adafactors_factors_arrive_where_torch_can_step_it(tmp_path: Path) -> No
     assert differing([rank[0][0] for rank in stages], [rank[2][0] for rank in replicas]) == []
     # State of another shape than its parameter's is whole on every shard.
     assert differing([single], run_ranks(adafactor_in_shards, 2, tmp_path, str(tmp_path))) == []
+
+
+class Halves(nn.Module):
+    """Column- and row-parallel layers whose inner size divides, as torch's tensor parallelism wants it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(37, 64)
+        self.down = nn.Linear(64, 37)
+        self.out = nn.Linear(37, 5)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.out(self.down(torch.relu(self.up(inputs))))
+
+
+WRAPPERS = ["hsdp", "fsdp2_tp", "tp", "fsdp1_flat", "compiled"]
+
+
+def wrapped(kind: str, seed: int) -> TrainState:
+    torch.manual_seed(seed)
+    model: nn.Module = Halves()
+    plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    line = init_device_mesh("cpu", (4,))
+    if kind == "tp":
+        parallelize_module(model, line, plan)
+    elif kind == "fsdp1_flat":
+        cpu = torch.device("cpu")
+        model = FullyShardedDataParallel(model, device_mesh=line, device_id=cpu, use_orig_params=False)
+    elif kind == "compiled":
+        model = torch.compile(model, backend="eager")  # type: ignore[assignment]
+    else:
+        if kind == "fsdp2_tp":
+            parallelize_module(model, grid["tp"], plan)
+        mesh = grid if kind == "hsdp" else grid["dp"]
+        for child in model.children():
+            fully_shard(child, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    return TrainState(model, torch.optim.Adam(model.parameters(), lr=0.1))
+
+
+def step(state: TrainState, value: float) -> None:
+    state.optimizer.zero_grad()
+    state.model(torch.full((4, 37), value)).square().mean().backward()
+    state.optimizer.step()
+
+
+def in_turn(rank: int, directory: str) -> list[tuple[Snapshot, Snapshot, Snapshot]]:
+    """Each layout loads what the one before it saved: what was saved, held before the load, and after it."""
+    found = []
+    for source, target in zip(WRAPPERS, WRAPPERS[1:] + WRAPPERS[:1], strict=True):
+        state = wrapped(source, seed=0)
+        for value in (1.0, 2.0):
+            step(state, value)
+        ray_ckpt.save(state, f"{directory}/{source}")
+        loaded = wrapped(target, seed=1)
+        before = loaded.snapshot(rank)
+        with torch.no_grad():
+            # Leaves FSDP2's outermost parameters gathered.
+            loaded.model(torch.ones(4, 37))
+        ray_ckpt.load(loaded, f"{directory}/{source}")
+        found.append((state.snapshot(rank), before, loaded.snapshot(rank)))
+        step(loaded, 3.0)
+    return found
+
+
+def test_shards_of_shards_and_other_wrappers(tmp_path: Path) -> None:
+    ranks = run_ranks(in_turn, 4, tmp_path, str(tmp_path))
+    for source, turn in zip(WRAPPERS, zip(*ranks, strict=True), strict=True):
+        saved, before, loaded = zip(*turn, strict=True)
+        assert len(differing(saved, before)) > 5, source
+        assert differing(saved, loaded) == [], source

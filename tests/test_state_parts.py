@@ -291,3 +291,24 @@ def test_tensors_within_lists_are_packed_as_tensors() -> None:
 def test_what_no_reader_would_get_back_is_refused_by_name(value: Any) -> None:
     with pytest.raises(UsageError, match=r"'name\.a.*' is a .*, which cannot be saved so that any reader gets it back"):
         packing.pack("name", value)
+
+
+def sharded_average(rank: int, directory: str) -> dict[str, torch.Tensor]:
+    """An average kept by hand under FSDP2, and what it was in whole."""
+    state, module = build("fsdp2x3", "sgd", seed=0)
+    average = {name: tensor.detach().clone() for name, tensor in state.model.named_parameters()}
+    train(state, module, 1)
+    for name, parameter in state.model.named_parameters():
+        average[name].lerp_(parameter.detach(), 0.1)
+    ray_ckpt.save(TrainState(state.model, ema=average, extra={"shards": average["second.weight"]}), f"{directory}/run")
+    return {name: tensor.full_tensor() for name, tensor in average.items()}
+
+
+def test_sharded_averages_and_extras_load_whole(tmp_path: Path) -> None:
+    expected = run_ranks(sharded_average, 3, tmp_path, str(tmp_path))[0]
+    bare, _ = build("single", "sgd", seed=1)
+    average = {name: torch.zeros_like(parameter) for name, parameter in bare.model.named_parameters()}
+    extra = {"shards": torch.zeros(113, 61)}
+    ray_ckpt.load(TrainState(bare.model, ema=average, extra=extra), tmp_path / "run")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in average.items())
+    assert torch.equal(extra["shards"], expected["second.weight"])

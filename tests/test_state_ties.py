@@ -175,11 +175,12 @@ def test_a_buffer_that_nobody_saved_is_not_left_to_chance(tmp_path: Path) -> Non
         ray_ckpt.load(TrainState(model), tmp_path / "run")
     assert model.factor.is_meta
     model.shift = torch.zeros(3)
-    ray_ckpt.load(TrainState(model), tmp_path / "run", strict=False)
+    ray_ckpt.load(TrainState(model), tmp_path / "run")
+    assert float(model.factor.sum()) > 3.0
 
 
 def large(width: int, layers: int) -> nn.Module:
-    return nn.Sequential(*[nn.Linear(width, width, bias=False) for _ in range(layers)])
+    return nn.Sequential(*[nn.Linear(width, width, bias=False) for _ in range(layers)], Scaled(width))
 
 
 def sharded_on_meta(width: int, layers: int) -> TrainState:
@@ -189,6 +190,8 @@ def sharded_on_meta(width: int, layers: int) -> TrainState:
     for layer in model:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    # Not persistent, so no checkpoint has it; other buffers get their memory by the load, as the parameters do.
+    model[-1].shift = torch.zeros(width)
     # Made before there is memory: the parameters stay the ones that it knows.
     return TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
 
@@ -229,5 +232,5 @@ def test_a_sharded_model_on_meta_takes_the_memory_of_its_shard(tmp_path: Path, w
     assert compare(saved, [snapshot for snapshot, _, _ in loaded]).mismatches == ()
     for _, num_bytes, peak in loaded:
         share = 2 * 4 * layers * -(-width // num_ranks) * width
-        assert num_bytes <= share
+        assert num_bytes <= share + 8 * width
         assert peak <= share + 64 * MIB

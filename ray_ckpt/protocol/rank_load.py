@@ -152,7 +152,7 @@ class RankLoad:
         if cast and not self._options.cast:
             texts += [f"{name}: {_saved_and_wanted(claims[name], self._saved)}" for name in cast]
         if self._options.strict:
-            texts += [f"{name}: saved not at all, wanted {claims[name].spec or 'it'}" for name in missing]
+            texts += [f"{name}: saved not at all, wanted {claims[name].spec or 'a value'}" for name in missing]
         advice = ""
         if cast and not self._options.cast:
             advice = ". cast=True converts dtypes"
