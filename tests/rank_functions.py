@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from ray_ckpt.checkpoint.loading import load
 from ray_ckpt.cluster.worker import WorkerContext
+from ray_ckpt.parallel.state import TrainState
 from tests import faulty
 
 
@@ -183,3 +184,9 @@ def hold_own_run(ctx: WorkerContext, step: int) -> None:
 def own_run(ctx: WorkerContext) -> tuple[int, float]:
     run = ctx.objects["held"][f"run{ctx.rank}"]
     return run["step"], run["weight"].mean().item()
+
+
+def replica_of(ctx: WorkerContext) -> TrainState:
+    """The same model on every worker."""
+    torch.manual_seed(0)
+    return TrainState(torch.nn.Linear(3, 3), layout="ddp3")

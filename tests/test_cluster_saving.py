@@ -100,6 +100,13 @@ def test_workers_without_a_process_group_save_one_checkpoint(group: WorkerGroup,
     assert load_step(tmp_path / "a", 5)
 
 
+def test_the_layout_that_the_states_name_is_in_the_manifest(group: WorkerGroup, tmp_path: Path) -> None:
+    cluster.save(group, rank_functions.replica_of, tmp_path / "named")
+    cluster.save(group, rank_functions.replica_of, tmp_path / "told", layout="other")
+    layouts = [ArrowStorageReader(tmp_path / name).read_manifest().layout for name in ("named", "told")]
+    assert layouts == ["ddp3", "other"]
+
+
 def test_steps_of_a_store_are_saved_by_number(group: WorkerGroup, tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
     for step in (3, 4):
