@@ -31,6 +31,7 @@ from typing import Any, TypeVar
 from ray_ckpt.errors import FormatError, UnsafeCheckpointError
 from ray_ckpt.format import values
 from ray_ckpt.format.boxes import Box, check_cover
+from ray_ckpt.format.ranges import span
 
 __all__ = ["MANIFEST_NAME", "VERSION", "BlockSums", "Chunk", "Manifest", "ObjectEntry", "TensorEntry"]
 
@@ -75,6 +76,8 @@ class Chunk:
     """None in a foreign checkpoint."""
     transforms: tuple[str, ...] = ()
     """Descriptors of the DCP stream extensions that encoded the container, outermost first."""
+    strides: tuple[int, ...] | None = None
+    """Of the elements at `data_start`, in elements; None for row-major order, as ours always are."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +201,8 @@ class Manifest:
             width = itemsize(tensor.dtype)
             for chunk in tensor.chunks:
                 self._check_extent(name, chunk.file, chunk.start, chunk.length)
-                _check_chunk(name, chunk, chunk.box.num_elements * width)
+                _check_strides(name, chunk)
+                _check_chunk(name, chunk, _num_elements(chunk) * width)
             if problem := check_cover(tensor.shape, [chunk.box for chunk in tensor.chunks]):
                 raise FormatError(f"tensor {name!r} does not hold together: {problem}")
         for name, entry in self.objects.items():
@@ -233,6 +237,17 @@ def check_file_name(name: str) -> str:
     if not plain or re.search(r"[\\\0]|^[A-Za-z][A-Za-z0-9+.-]*:", name):
         raise UnsafeCheckpointError(f"file name {name!r} leaves the checkpoint's directory; nothing was read from it")
     return str(PurePosixPath(name))
+
+
+def _check_strides(name: str, chunk: Chunk) -> None:
+    if chunk.strides is not None and (chunk.data_start is None or len(chunk.strides) != len(chunk.box.sizes)):
+        raise FormatError(f"chunk of {name!r} has strides {chunk.strides}, which do not fit its size {chunk.box.sizes}")
+
+
+def _num_elements(chunk: Chunk) -> int:
+    """As many as lie between the first and the last, both included."""
+    num_elements = chunk.box.num_elements
+    return num_elements if chunk.strides is None or not num_elements else span(chunk.box.sizes, chunk.strides)
 
 
 def _check_chunk(name: str, chunk: Chunk, data_bytes: int) -> None:
@@ -270,6 +285,8 @@ def _chunk_to_json(chunk: Chunk) -> dict[str, Any]:
         data["checksums"] = base64.b64encode(chunk.checksums.sums).decode()
     if chunk.transforms:
         data["transforms"] = chunk.transforms
+    if chunk.strides is not None:
+        data["strides"] = chunk.strides
     return data
 
 
@@ -323,6 +340,7 @@ def _chunk_from_json(data: Any) -> Chunk:
         data_start=_size(data["data_start"]) if "data_start" in data else None,
         checksums=checksums,
         transforms=tuple(_text(item) for item in data.get("transforms", ())),
+        strides=_sizes(data["strides"]) if "strides" in data else None,
     )
 
 
