@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ray_ckpt.errors import FormatError, StateMismatchError
-from ray_ckpt.format.manifest import Manifest, ObjectEntry, TensorEntry
+from ray_ckpt.format.manifest import Manifest, ObjectEntry, Path, TensorEntry
 
-__all__ = ["Names", "Translation", "group_lists", "translate"]
+__all__ = ["Names", "Translation", "group_lists", "join", "may_be_foreign", "translate"]
 
 MODEL, OPTIM = "model", "optim"
 """What our names begin with."""
@@ -49,13 +49,14 @@ E = TypeVar("E", TensorEntry, ObjectEntry)
 
 @dataclass(frozen=True)
 class Names:
-    """What the target is made of."""
+    """What the target is made of, on one rank or on all together."""
 
     model: Collection[str]
-    """Of its tensors on this rank, as the model itself calls them."""
+    """Of its tensors, as the model itself calls them."""
     parameters: Sequence[str]
-    """Of all parameters that the optimizers of all ranks update, in the order of their groups. The order counts only
-    for a checkpoint that keys them by index and does not name them."""
+    """Of the parameters that its optimizers update, in the order of their groups."""
+    is_order_known: bool = True
+    """Whether that is the order of one optimizer. It counts for a checkpoint that keys parameters by index only."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,24 @@ class Translation:
     manifest: Manifest
     lost: str = ""
     """Why the optimizer's hyper-parameters cannot be had from it; empty when they can."""
+
+
+def join(names_of_ranks: Sequence[Names]) -> Names:
+    """What all ranks together hold. Ranks of a pipeline know the order of their own parameters only."""
+    model = dict.fromkeys(name for names in names_of_ranks for name in names.model)
+    parameters = dict.fromkeys(name for names in names_of_ranks for name in names.parameters)
+    is_order_known = all(list(names.parameters) == list(parameters) for names in names_of_ranks)
+    return Names(tuple(model), tuple(parameters), is_order_known)
+
+
+def may_be_foreign(manifest: Manifest) -> bool:
+    """Whether names may need a translation: whenever somebody else wrote it, or what was written is not as ours is."""
+    return (
+        not manifest.attempt
+        or bool(group_lists(manifest))
+        or not any(name.startswith(f"{MODEL}.") for name in manifest.tensors)
+        or any(match[1] != OPTIM for name in manifest.objects if (match := _OPTIMIZER.match(name)))
+    )
 
 
 def group_lists(manifest: Manifest) -> list[str]:
@@ -92,7 +111,7 @@ def translate(manifest: Manifest, lists: Mapping[str, Any], names: Names) -> Tra
         name: manifest.tensors[model + name].shape for name in names.parameters if model + name in manifest.tensors
     }
     for optimizer in optimizers:
-        groups = _by_name(optimizer, manifest, names.parameters, shapes)
+        groups = _by_name(optimizer, manifest, _order(names, optimizer, manifest, model), shapes)
         reason = _what_is_lost(optimizer, groups, manifest)
         lost += [reason] if reason else []
         renamed.rename_optimizer(manifest, optimizer, groups, keep_hyperparameters=not reason)
@@ -204,11 +223,27 @@ def _by_name(
     else:
         raise StateMismatchError(
             f"the optimizer at {optimizer.prefix!r} was saved by index, {len(members)} parameters in all, and the "
-            f"optimizers it is loaded into have {len(parameters)}: which is which cannot be told. When several "
-            "pipeline stages saved under the same indices, the state of all but one is lost; load the model alone"
+            f"optimizers it is loaded into have {len(parameters)} in a known order: which is which cannot be told. When "
+            "several pipeline stages saved under the same indices, the state of all but one is lost: load the model "
+            "alone, by only=('model',). Otherwise load into a layout in which every rank has all parameters, and save"
         )
     _check_shapes(optimizer, manifest, order, shapes)
     return {number: {member: order[member] for member in group} for number, group in groups.items()}
+
+
+def _order(names: Names, optimizer: _Optimizer, manifest: Manifest, model: str) -> Sequence[str]:
+    """The parameters by index: in the order of the target's optimizer, else of the saved model, which is that of an
+    optimizer with one group.
+
+    Returns:
+        Nothing when that is not known.
+    """
+    if names.is_order_known:
+        return names.parameters
+    if len(optimizer.groups or {}) != 1:
+        return ()
+    wanted = set(names.parameters)
+    return [name for saved in manifest.tensors if (name := saved.removeprefix(model)) in wanted]
 
 
 def _check_shapes(
@@ -225,7 +260,7 @@ def _check_shapes(
                 raise StateMismatchError(
                     f"the optimizer at {optimizer.prefix!r} was saved by index: number {member} would be {name!r} of "
                     f"shape {list(shapes[name])}, but its {key} has {list(entry.shape)}. Give the optimizer its "
-                    "parameters in the order that the saved one had, or load the model alone"
+                    "parameters in the order that the saved one had, or load the model alone, by only=('model',)"
                 )
 
 
@@ -303,21 +338,25 @@ class _Renamed:
         Raises:
             FormatError: two of them get one name.
         """
-        return dataclasses.replace(
-            manifest, tensors=self._apply(manifest.tensors), objects=self._apply(manifest.objects), fingerprints={}
+        tensors = self._apply(
+            manifest.tensors, lambda entry, path: TensorEntry(entry.dtype, entry.shape, entry.chunks, path)
         )
+        objects = self._apply(manifest.objects, lambda entry, path: dataclasses.replace(entry, path=path))
+        return dataclasses.replace(manifest, tensors=tensors, objects=objects, fingerprints={})
 
-    def _apply(self, entries: Mapping[str, E]) -> dict[str, E]:
+    def _apply(self, entries: Mapping[str, E], moved: Callable[[E, Path], E]) -> dict[str, E]:
         applied: dict[str, E] = {}
         for old, entry in entries.items():
-            if old not in self._new:
-                new = {old: entry}
-            else:
-                new = {name: dataclasses.replace(entry, path=_path(name)) for name in self._new[old]}
+            names = self._new.get(old)
+            new = {old: entry} if names is None else {name: moved(entry, _path(name)) for name in names}
             if twice := sorted(applied.keys() & new.keys()):
                 raise FormatError(f"the checkpoint holds {twice[0]!r} twice, the second time as {old!r}")
             applied |= new
         return applied
+
+
+def _move_tensor(entry: TensorEntry, path: Path) -> TensorEntry:
+    return TensorEntry(entry.dtype, entry.shape, entry.chunks, path)
 
 
 def _path(name: str) -> tuple[str, str]:

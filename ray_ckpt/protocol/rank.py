@@ -128,7 +128,7 @@ class RankSave:
         self._begun.append(name)
         items, values = self._holdings.items, self._holdings.values
         objects = ((p, _saved(values[p])) for p in positions if items[p].spec is None)
-        return _record(name, pack_file(self._storage, name, objects, self._tensors(positions)))
+        return file_record(name, pack_file(self._storage, name, objects, self._tensors(positions)))
 
     def _tensors(self, positions: Sequence[int]) -> Iterator[tuple[Part[int], torch.Tensor]]:
         for position in positions:
@@ -158,7 +158,8 @@ def _digest_object(value: object) -> bytes:
     return xxhash.xxh3_64_intdigest(_saved(value).container).to_bytes(16, "little")
 
 
-def _record(name: str, packed: Packed[int]) -> FileRecord:
+def file_record(name: str, packed: Packed[int]) -> FileRecord:
+    """What a rank tells of a file that it has written. Keys are positions in its plan."""
     chunks: list[Chunk] = [chunk for _, chunk in packed.tensors]
     first_at: dict[int, ObjectEntry] = {}
     return FileRecord(

@@ -24,7 +24,7 @@ from ray_ckpt.errors import CheckpointError, CheckpointNotFoundError, FormatErro
 from ray_ckpt.format import dcp_metadata, safetensors, torch_file
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.dcp_metadata import METADATA_NAME
-from ray_ckpt.format.manifest import MANIFEST_NAME, Manifest, ObjectEntry, TensorEntry
+from ray_ckpt.format.manifest import MANIFEST_NAME, Chunk, Manifest, ObjectEntry, TensorEntry
 from ray_ckpt.storage.fetch import LOCAL, REMOTE, Piece, Source, Tuning, fetch
 from ray_ckpt.storage.files import InputFile, Storage
 
@@ -148,8 +148,14 @@ def _accelerate(storage: Storage, directories: Iterable[str], *, trusted: bool) 
 def _below(directory: str, manifest: Manifest) -> Manifest:
     """The manifest as seen from the directory above."""
     tensors = {
-        name: dataclasses.replace(
-            entry, chunks=tuple(dataclasses.replace(chunk, file=f"{directory}/{chunk.file}") for chunk in entry.chunks)
+        name: TensorEntry(
+            entry.dtype,
+            entry.shape,
+            tuple(
+                Chunk(chunk.box, f"{directory}/{chunk.file}", chunk.start, chunk.length, None, None, chunk.transforms)
+                for chunk in entry.chunks
+            ),
+            entry.path,
         )
         for name, entry in manifest.tensors.items()
     }

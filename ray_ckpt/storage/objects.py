@@ -168,7 +168,7 @@ def read_objects(
 ) -> None:
     """Hand the planner its non-tensors. Those that the manifest holds itself cost no read."""
     distant = {item.storage_index.fqn: entry for item, entry in items if entry.inline is None and entry.blob is None}
-    fetched = _fetch_containers(storage, distant, tuning, verify=verify)
+    fetched = fetch_containers(storage, distant, tuning, verify=verify)
     for item, entry in items:
         name = item.storage_index.fqn
         if entry.inline is not None:
@@ -181,7 +181,7 @@ def read_objects(
             _hand_over(planner, item, decoder.load(data, name))
 
 
-def _fetch_containers(
+def fetch_containers(
     storage: Storage, entries: Mapping[str, ObjectEntry], tuning: Tuning, *, verify: bool
 ) -> dict[str, bytes]:
     """The containers of these objects, in as few reads as their places allow."""

@@ -59,10 +59,20 @@ def pack_file(
     tensors: Iterable[tuple[Part[K], torch.Tensor]],
 ) -> Packed[K]:
     """Write one file. It is durable on return. Each tensor has the dtype and the sizes of its part."""
+    return pack_pieces(storage, name, objects, host_pieces(tensors))
+
+
+def pack_pieces(
+    storage: Storage,
+    name: str,
+    objects: Iterable[tuple[K, SavedObject]],
+    pieces: Iterable[tuple[Part[K], memoryview]],
+) -> Packed[K]:
+    """Write one file whose tensors come piece by piece, each one's in row-major order. It is durable on return."""
     with storage.create(name) as file:
         packer = _Packer(file)
         packed = Packed(
-            objects=[(key, packer.add_object(saved)) for key, saved in objects], tensors=packer.add_tensors(tensors)
+            objects=[(key, packer.add_object(saved)) for key, saved in objects], tensors=packer.add_pieces(pieces)
         )
         packer.flush()
     return packed
@@ -160,11 +170,11 @@ class _Packer:
             checksum=xxhash.xxh3_64_intdigest(data),
         )
 
-    def add_tensors(self, tensors: Iterable[tuple[Part[K], torch.Tensor]]) -> list[tuple[K, Chunk]]:
+    def add_pieces(self, pieces: Iterable[tuple[Part[K], memoryview]]) -> list[tuple[K, Chunk]]:
         """Append tensors, hashing their bytes on the way."""
         packed: list[tuple[K, Chunk]] = []
         opened: _OpenTensor[K] | None = None
-        for part, piece in host_pieces(tensors):
+        for part, piece in pieces:
             if opened is None or part is not opened.part:
                 if opened is not None:
                     packed.append(self._finish_tensor(opened))

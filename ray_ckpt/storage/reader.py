@@ -64,8 +64,8 @@ class ArrowStorageReader(StorageReader):
         self.verify_checksums = verify_checksums
         self.trusted = trusted
         self.threads = threads
-        self._files = self.storage
-        """Where the manifest's files are: the directory of a target that is a file."""
+        self.files = self.storage
+        """Where the manifest's files are; for a target that is itself a file, its directory."""
         self._decoder = Decoder(extensions or ExtensionRegistry(), trusted=trusted)
         self._entries: Mapping[MetadataIndex, Chunk | ObjectEntry] = {}
         self._dtypes: dict[str, torch.dtype] = {}
@@ -80,7 +80,7 @@ class ArrowStorageReader(StorageReader):
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         if checkpoint_id:
-            self.storage = self._files = Storage(checkpoint_id, retry=self.storage.retry)
+            self.storage = self.files = Storage(checkpoint_id, retry=self.storage.retry)
         self._entries = {}
 
     def read_manifest(self) -> Manifest:
@@ -95,11 +95,11 @@ class ArrowStorageReader(StorageReader):
         """
         if self.storage.exists(MANIFEST_NAME):
             data = self.storage.read_bytes(MANIFEST_NAME)
-            self._files = self.storage
+            self.files = self.storage
             with collector_paused():
                 return Manifest.from_json(data)
         found = find(self.storage, trusted=self.trusted)
-        self._files = found.storage
+        self.files = found.storage
         return found.manifest
 
     def read_metadata(self, *args: Any, **options: Any) -> Metadata:
@@ -133,7 +133,7 @@ class ArrowStorageReader(StorageReader):
         tensors = [item for item in plan.items if item.type != LoadItemType.BYTE_IO]
         filled = self._fill(tensors, planner)
         objects = [(item, self._object(item)) for item in plan.items if item.type == LoadItemType.BYTE_IO]
-        read_objects(self._files, objects, planner, self._decoder, self._tuning, verify=self.verify_checksums)
+        read_objects(self.files, objects, planner, self._decoder, self._tuning, verify=self.verify_checksums)
         for item, target in zip(tensors, filled, strict=True):
             planner.commit_tensor(item, target)
         future: Future[None] = Future()
@@ -143,7 +143,7 @@ class ArrowStorageReader(StorageReader):
     def _fill(self, items: Sequence[ReadItem], planner: LoadPlanner) -> list[torch.Tensor]:
         """Resolve the items' targets and read into them."""
         chunks = {item.storage_index: self._chunk(item) for item in items}
-        sources = locate(self._files, chunks, self._tuning, verify=self.verify_checksums)
+        sources = locate(self.files, chunks, self._tuning, verify=self.verify_checksums)
         with collector_paused():
             targets = [planner.resolve_tensor(item).detach() for item in items]
             boxes = [Box(tuple(item.storage_offsets), tuple(item.lengths)) for item in items]
@@ -154,9 +154,9 @@ class ArrowStorageReader(StorageReader):
             if source := sources.get(item.storage_index):
                 pieces.append(Piece(source, box, target))
             else:
-                whole = load_whole(self._files, chunks[item.storage_index], self._decoder, self._tuning)
+                whole = load_whole(self.files, chunks[item.storage_index], self._decoder, self._tuning)
                 target.copy_(narrow_tensor_by_index(whole, box.offsets, box.sizes))
-        fetch(self._files, pieces, self._tuning)
+        fetch(self.files, pieces, self._tuning)
         return targets
 
     @property
