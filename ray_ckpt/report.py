@@ -18,6 +18,27 @@ class SaveReport:
 
 
 @dataclass(frozen=True)
+class LoadReport:
+    """One load, as a rank saw it. Names are the same on all ranks, sorted."""
+
+    uri: str
+    num_bytes: int
+    """Of tensors that this rank has read."""
+    seconds: float
+    """From the manifest to the last value set, on this rank."""
+    missing: tuple[str, ...]
+    """Wanted by some rank and not in the checkpoint; left as they were."""
+    unexpected: tuple[str, ...]
+    """In the checkpoint, within what was to be loaded, and wanted by no rank."""
+    cast: tuple[str, ...]
+    """Saved in another dtype than the one they were loaded into."""
+    rng: str | None
+    """Random generators: `restored`, `reseeded` because another layout saved them, None: not a part of the load."""
+    dataloader: str | None
+    """Data loader: `restored`, `left as it was` because another layout saved it, None: not a part of the load."""
+
+
+@dataclass(frozen=True)
 class RemovalReport:
     """What was removed from a store of checkpoints, or would be."""
 
