@@ -317,6 +317,13 @@ def test_wrong_use_is_one_line_and_touches_nothing(saved: Path, tmp_path: Path) 
 # ------------------------------------------------------------------------------------------------------ its tasks
 
 
+def _runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 @pytest.mark.usefixtures("local_ray")
 class TestTasks:
     """run_tasks: values by number, every failure named, nothing left running."""
@@ -366,4 +373,4 @@ class TestTasks:
             run_tasks(task_functions.hang, {2: (str(tmp_path),)}, timeout_s=4)
         assert time.monotonic() - start < 30
         for path in tmp_path.iterdir():
-            wait_until(lambda pid=int(path.name): not psutil.pid_exists(pid), 20, lambda path=path: path.name)
+            wait_until(lambda pid=int(path.name): not _runs(pid), 30, lambda path=path: path.name)

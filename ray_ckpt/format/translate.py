@@ -16,6 +16,7 @@ The second and third lose hyper-parameters when pipeline stages are saved togeth
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -53,10 +54,14 @@ class Names:
 
     model: Collection[str]
     """Of its tensors, as the model itself calls them."""
-    parameters: Sequence[str]
-    """Of the parameters that its optimizers update, in the order of their groups."""
+    groups: Sequence[Sequence[str]]
+    """Parameters of each group of its optimizers; empty where no optimizer is wanted."""
     is_order_known: bool = True
-    """Whether that is the order of one optimizer. It counts for a checkpoint that keys parameters by index only."""
+    """Whether each group is in the order that one optimizer has. It matters to a checkpoint that keys by index."""
+
+    @property
+    def parameters(self) -> list[str]:
+        return [name for group in self.groups for name in group]
 
 
 @dataclass(frozen=True)
@@ -71,9 +76,12 @@ class Translation:
 def join(names_of_ranks: Sequence[Names]) -> Names:
     """What all ranks together hold. Ranks of a pipeline know the order of their own parameters only."""
     model = dict.fromkeys(name for names in names_of_ranks for name in names.model)
-    parameters = dict.fromkeys(name for names in names_of_ranks for name in names.parameters)
-    is_order_known = all(list(names.parameters) == list(parameters) for names in names_of_ranks)
-    return Names(tuple(model), tuple(parameters), is_order_known)
+    groups = [
+        list(dict.fromkeys(name for group in of_ranks for name in group))
+        for of_ranks in itertools.zip_longest(*(names.groups for names in names_of_ranks), fillvalue=())
+    ]
+    is_order_known = all([list(group) for group in names.groups] == groups for names in names_of_ranks)
+    return Names(tuple(model), groups, is_order_known)
 
 
 def may_be_foreign(manifest: Manifest) -> bool:
@@ -110,7 +118,7 @@ def translate(manifest: Manifest, lists: Mapping[str, Any], names: Names) -> Tra
     shapes = {
         name: manifest.tensors[model + name].shape for name in names.parameters if model + name in manifest.tensors
     }
-    for optimizer in optimizers:
+    for optimizer in optimizers if names.groups else ():
         groups = _by_name(optimizer, manifest, _order(names, optimizer, manifest, model), shapes)
         reason = _what_is_lost(optimizer, groups, manifest)
         lost += [reason] if reason else []
@@ -152,9 +160,13 @@ def _optimizers(manifest: Manifest, lists: Mapping[str, Any]) -> list[_Optimizer
         if match := _LIST.fullmatch(name):
             found[match[1]].setdefault(match[3], {})[int(match[2])] = _members(name, value)
     return [
-        _Optimizer(prefix, of_prefix.get("params"), of_prefix.get("param_names", {}))
+        _Optimizer(prefix, _sorted(of_prefix.get("params")), of_prefix.get("param_names", {}))
         for prefix, of_prefix in found.items()
     ]
+
+
+def _sorted(groups: Mapping[int, Any] | None) -> Mapping[int, Any] | None:
+    return None if groups is None else dict(sorted(groups.items()))
 
 
 def _members(name: str, value: Any) -> Sequence[int | str]:
@@ -218,32 +230,34 @@ def _by_name(
             for number, group in groups.items()
             for member, name in zip(group, optimizer.member_names[number], strict=True)
         }
-    elif set(members) == set(range(len(parameters))):
+    elif members and members == list(range(len(parameters))):
         order = dict(enumerate(parameters))
     else:
         raise StateMismatchError(
-            f"the optimizer at {optimizer.prefix!r} was saved by index, {len(members)} parameters in all, and the "
-            f"optimizers it is loaded into have {len(parameters)} in a known order: which is which cannot be told. When "
-            "several pipeline stages saved under the same indices, the state of all but one is lost: load the model "
-            "alone, by only=('model',). Otherwise load into a layout in which every rank has all parameters, and save"
+            f"the optimizer at {optimizer.prefix!r} was saved by index, in groups of "
+            f"{[len(group) for group in groups.values()]} parameters, which are not those of the optimizers that it is "
+            "loaded into: which is which cannot be told. Give them the groups that were saved; or, if several pipeline "
+            "stages saved under the same indices, so that the state of all but one is lost, load the model alone, by "
+            "only=('model',)"
         )
     _check_shapes(optimizer, manifest, order, shapes)
     return {number: {member: order[member] for member in group} for number, group in groups.items()}
 
 
 def _order(names: Names, optimizer: _Optimizer, manifest: Manifest, model: str) -> Sequence[str]:
-    """The parameters by index: in the order of the target's optimizer, else of the saved model, which is that of an
-    optimizer with one group.
+    """The parameters by index: group after group, each in the order of the target's optimizer, or where its ranks hold
+    parts of it only, in the order of the saved model.
 
     Returns:
-        Nothing when that is not known.
+        Nothing when the groups are not those of the target.
     """
+    saved = optimizer.groups or {}
+    if [len(saved[number]) for number in sorted(saved)] != [len(group) for group in names.groups]:
+        return ()
     if names.is_order_known:
         return names.parameters
-    if len(optimizer.groups or {}) != 1:
-        return ()
-    wanted = set(names.parameters)
-    return [name for saved in manifest.tensors if (name := saved.removeprefix(model)) in wanted]
+    place = {name.removeprefix(model): number for number, name in enumerate(manifest.tensors)}
+    return [name for group in names.groups for name in sorted(group, key=lambda name: place.get(name, len(place)))]
 
 
 def _check_shapes(
