@@ -26,7 +26,7 @@ import io
 import pickle
 import struct
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -263,7 +263,8 @@ def _pickle_tensor(dtype: torch.dtype, shape: tuple[int, ...]) -> bytes:
     return stream.getvalue()
 
 
-def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+@lru_cache(maxsize=4096)
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides, in elements, of a row-major tensor; dims of size 0 count as 1, as in torch."""
     strides: list[int] = []
     stride = 1
