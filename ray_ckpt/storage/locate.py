@@ -8,8 +8,7 @@ tensor) is left to `load_whole`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -25,8 +24,7 @@ from ray_ckpt.storage.objects import Decoder
 K = TypeVar("K")
 
 
-@dataclass(frozen=True, slots=True)
-class SavedChunk:
+class SavedChunk(NamedTuple):
     """A chunk and the tensor that it is part of."""
 
     name: str

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed._shard._utils import narrow_tensor_by_index
@@ -30,9 +30,18 @@ from ray_ckpt.storage.fetch import LOCAL, REMOTE, Piece, Tuning, fetch
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.foreign import find
 from ray_ckpt.storage.locate import SavedChunk, load_whole, locate
-from ray_ckpt.storage.objects import Decoder, read_objects
+from ray_ckpt.storage.objects import Decoder, read_objects, read_values
 
 __all__ = ["ArrowStorageReader"]
+
+
+class Wanted(NamedTuple):
+    """A box of a saved chunk and the tensor of its shape that wants it."""
+
+    saved: SavedChunk
+    box: Box
+    """In the chunk's own coordinates."""
+    target: torch.Tensor
 
 
 class ArrowStorageReader(StorageReader):
@@ -142,22 +151,34 @@ class ArrowStorageReader(StorageReader):
 
     def _fill(self, items: Sequence[ReadItem], planner: LoadPlanner) -> list[torch.Tensor]:
         """Resolve the items' targets and read into them."""
-        chunks = {item.storage_index: self._chunk(item) for item in items}
-        sources = locate(self.files, chunks, self._tuning, verify=self.verify_checksums)
         with collector_paused():
             targets = [planner.resolve_tensor(item).detach() for item in items]
-            boxes = [Box(tuple(item.storage_offsets), tuple(item.lengths)) for item in items]
-            for item, box, target in zip(items, boxes, targets, strict=True):
-                _check(item, box, target, chunks[item.storage_index])
+            wanted = []
+            for item, target in zip(items, targets, strict=True):
+                box, saved = Box(tuple(item.storage_offsets), tuple(item.lengths)), self._chunk(item)
+                _check(item, box, target, saved)
+                wanted.append(Wanted(saved, box, target))
+        self.read_tensors(wanted)
+        return targets
+
+    def read_tensors(self, wanted: Sequence[Wanted]) -> None:
+        """Fill targets with boxes of saved chunks, in few requests."""
+        storage, tuning = self.files, self._tuning
+        with collector_paused():
+            chunks = {position: item.saved for position, item in enumerate(wanted)}
+            sources = locate(storage, chunks, tuning, verify=self.verify_checksums)
         pieces: list[Piece] = []
-        for item, box, target in zip(items, boxes, targets, strict=True):
-            if source := sources.get(item.storage_index):
+        for position, (saved, box, target) in enumerate(wanted):
+            if source := sources.get(position):
                 pieces.append(Piece(source, box, target))
             else:
-                whole = load_whole(self.files, chunks[item.storage_index], self._decoder, self._tuning)
+                whole = load_whole(storage, saved, self._decoder, tuning)
                 target.copy_(narrow_tensor_by_index(whole, box.offsets, box.sizes))
-        fetch(self.files, pieces, self._tuning)
-        return targets
+        fetch(storage, pieces, tuning)
+
+    def read_values(self, entries: Mapping[str, ObjectEntry]) -> dict[str, Any]:
+        """Non-tensors by name."""
+        return read_values(self.files, entries, self._decoder, self._tuning, verify=self.verify_checksums)
 
     @property
     def _tuning(self) -> Tuning:

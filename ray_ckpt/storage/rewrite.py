@@ -1,7 +1,7 @@
 """Copying a checkpoint's bytes into a new file, box by box, in bounded memory.
 
     rewrite ─┬─ objects: their values, or their containers as they are
-             └─ tensors, some MiB at a time ── locate ── fetch, checked ──> buffer ── pack_pieces, hashed ──> file
+             └─ tensors, some MiB at a time ── reader, checked ──> buffer ── pack_pieces, hashed ──> file
 
 Held at any time: the buffer of `BATCH_BYTES`, what `fetch` reads into on the way (8 MiB for local files, 48 MiB over a
 network), and the objects. A tensor that a DCP stream extension has encoded is the exception: it must be decoded whole.
@@ -19,11 +19,12 @@ from ray_ckpt.errors import UnsafeCheckpointError
 from ray_ckpt.format.blob import parse_dtype
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.manifest import Chunk, ObjectEntry
-from ray_ckpt.storage.fetch import LOCAL, REMOTE, Piece, Tuning, fetch
+from ray_ckpt.storage.fetch import LOCAL, REMOTE, Tuning
 from ray_ckpt.storage.files import Storage
-from ray_ckpt.storage.locate import SavedChunk, load_whole, locate
+from ray_ckpt.storage.locate import SavedChunk
 from ray_ckpt.storage.objects import Decoder, SavedObject, fetch_containers, saved_object
-from ray_ckpt.storage.pack import Packed, Part, pack_pieces
+from ray_ckpt.storage.pack import Packed, pack_pieces
+from ray_ckpt.storage.reader import ArrowStorageReader, Wanted
 from ray_ckpt.storage.staging import bytes_of
 
 __all__ = ["BATCH_BYTES", "WantedTensor", "rewrite"]
@@ -33,6 +34,9 @@ BATCH_BYTES = 16 << 20
 
 _ALIGNMENT = 16
 """Of a tensor in the buffer, in bytes: the widest element."""
+
+Entry = tuple[int, torch.Tensor]
+"""The caller's key of a tensor, and one of its dtype and shape on the meta device."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ def rewrite(
 class _Reading:
     def __init__(self, source: Storage) -> None:
         self._storage = source
+        self._reader = ArrowStorageReader(source)
         self._tuning: Tuning = LOCAL if source.is_local else REMOTE
         self._decoder = Decoder(ExtensionRegistry(), trusted=False)
 
@@ -96,44 +101,33 @@ class _Reading:
 
     # ------------------------------------------------------------------------------------------------- tensors
 
-    def pieces(self, tensors: Mapping[int, WantedTensor]) -> Iterator[tuple[Part[int], memoryview]]:
+    def pieces(self, tensors: Mapping[int, WantedTensor]) -> Iterator[tuple[Entry, memoryview]]:
         """The bytes of the tensors, in order. A piece is valid until the next one is asked for."""
         buffer = torch.empty(BATCH_BYTES, dtype=torch.uint8)
         for batch in _batches(tensors):
             yield from self._read(batch, buffer)
 
-    def _read(self, batch: Sequence[_Fragment], buffer: torch.Tensor) -> Iterator[tuple[Part[int], memoryview]]:
+    def _read(self, batch: Sequence[_Fragment], buffer: torch.Tensor) -> Iterator[tuple[Entry, memoryview]]:
         views: list[torch.Tensor] = []
         position = 0
         for fragment in batch:
             end = position + fragment.num_bytes
-            views.append(buffer[position:end].view(fragment.part.dtype).view(fragment.box.sizes))
+            views.append(buffer[position:end].view(fragment.entry[1].dtype).view(fragment.box.sizes))
             position = -(-end // _ALIGNMENT) * _ALIGNMENT
         self._fill(batch, views)
         for fragment, view in zip(batch, views, strict=True):
-            yield fragment.part, bytes_of(view)
+            yield fragment.entry, bytes_of(view)
 
     def _fill(self, batch: Sequence[_Fragment], views: Sequence[torch.Tensor]) -> None:
-        wanted: dict[tuple[str, tuple[int, ...]], SavedChunk] = {}
-        overlaps: list[tuple[SavedChunk, Box, torch.Tensor]] = []
+        wanted = []
         for fragment, view in zip(batch, views, strict=True):
             for chunk in fragment.tensor.chunks:
                 common = chunk.box.intersect(fragment.box)
-                if common is None:
-                    continue
-                saved = SavedChunk(fragment.tensor.name, fragment.part.dtype, chunk)
-                wanted[saved.name, chunk.box.offsets] = saved
-                overlaps.append((saved, common, _narrowed(view, fragment.box, common)))
-        sources = locate(self._storage, wanted, self._tuning, verify=True)
-        pieces: list[Piece] = []
-        for saved, common, target in overlaps:
-            box = _relative(common, saved.chunk.box)
-            if source := sources.get((saved.name, saved.chunk.box.offsets)):
-                pieces.append(Piece(source, box, target))
-            else:
-                whole = load_whole(self._storage, saved, self._decoder, self._tuning)
-                target.copy_(_narrowed(whole, saved.chunk.box, common))
-        fetch(self._storage, pieces, self._tuning)
+                if common is not None:
+                    saved = SavedChunk(fragment.tensor.name, view.dtype, chunk)
+                    target = _narrowed(view, fragment.box, common)
+                    wanted.append(Wanted(saved, _relative(common, chunk.box), target))
+        self._reader.read_tensors(wanted)
 
 
 @dataclass(frozen=True)
@@ -141,12 +135,12 @@ class _Fragment:
     """Consecutive elements of a part, few enough for the buffer."""
 
     tensor: WantedTensor
-    part: Part[int]
+    entry: Entry
     box: Box
 
     @property
     def num_bytes(self) -> int:
-        return self.box.num_elements * self.part.dtype.itemsize
+        return self.box.num_elements * self.entry[1].dtype.itemsize
 
 
 def _batches(tensors: Mapping[int, WantedTensor]) -> Iterator[list[_Fragment]]:
@@ -154,9 +148,9 @@ def _batches(tensors: Mapping[int, WantedTensor]) -> Iterator[list[_Fragment]]:
     batch: list[_Fragment] = []
     position = 0
     for key, tensor in tensors.items():
-        part = Part(key, parse_dtype(tensor.dtype), tensor.box)
-        for box in _row_major(tensor.box, BATCH_BYTES // part.dtype.itemsize):
-            fragment = _Fragment(tensor, part, box)
+        entry = key, torch.empty(tensor.box.sizes, dtype=parse_dtype(tensor.dtype), device="meta")
+        for box in _row_major(tensor.box, BATCH_BYTES // entry[1].dtype.itemsize):
+            fragment = _Fragment(tensor, entry, box)
             if position + fragment.num_bytes > BATCH_BYTES:
                 yield batch
                 batch, position = [], 0

@@ -35,6 +35,6 @@ def write_rank(source: Storage, target: Storage, of_rank: RankFile) -> FileRecor
     def write() -> FileRecord:
         # A broken upload, or a task that was given up, may still finish in the background.
         name = f"__{of_rank.rank}_{secrets.randbelow(10**9)}-{of_rank.attempt}.distcp"
-        return file_record(name, rewrite(source, target, name, of_rank.objects, of_rank.tensors))
+        return file_record(rewrite(source, target, name, of_rank.objects, of_rank.tensors))
 
     return target.retried(write)
