@@ -1,4 +1,4 @@
-"""Saves that the driver coordinates by actor calls: what arrives, who is named when it fails, and who can go on."""
+"""Saves and loads that the driver coordinates by actor calls: what arrives, who is named, and who can go on."""
 
 from __future__ import annotations
 
@@ -21,9 +21,12 @@ from ray_ckpt.errors import (
     CommitError,
     GroupError,
     GroupTimeoutError,
+    UsageError,
     WorkerError,
 )
+from ray_ckpt.recipes.pipeline_to_fsdp import probe
 from ray_ckpt.storage.reader import ArrowStorageReader
+from ray_ckpt.storage.store import CheckpointStore
 from tests import rank_functions
 from tests.faulty import Fault, TravellingStorage
 
@@ -49,6 +52,8 @@ def group(local_ray: None) -> Iterator[WorkerGroup]:
 def doomed_group() -> Iterator[WorkerGroup]:
     """For a test that takes a worker away from it."""
     with make_group() as group:
+        # What a first save loads is not counted where seconds are.
+        group.run(probe.load_module, "ray_ckpt.protocol.rank")
         yield group
 
 
@@ -93,6 +98,100 @@ def test_workers_without_a_process_group_save_one_checkpoint(group: WorkerGroup,
     cluster.save(group, "tests.rank_functions:stage_of", tmp_path / "b")
     assert load_step(tmp_path / "b", 6)
     assert load_step(tmp_path / "a", 5)
+
+
+def test_steps_of_a_store_are_saved_by_number(group: WorkerGroup, tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    for step in (3, 4):
+        group.run(rank_functions.remember, step)
+        report = cluster.save(group, rank_functions.stage_of, store if step == 3 else str(tmp_path), step=step)
+        assert report.uri == str(tmp_path / f"step-{step}")
+    assert store.steps() == (3, 4)
+    assert load_step(tmp_path / "step-3", 3)
+    assert load_step(tmp_path / "step-4", 4)
+    with pytest.raises(UsageError, match=r"which step .* save\(..., step=N\)"):
+        cluster.save(group, rank_functions.stage_of, store)
+
+
+def held_steps(group: WorkerGroup) -> list[int]:
+    return list(group.run(rank_functions.held_step))
+
+
+def test_workers_without_a_process_group_load_what_they_hold(group: WorkerGroup, tmp_path: Path) -> None:
+    for step in (1, 2):
+        group.run(rank_functions.hold_step, step)
+        cluster.save(group, rank_functions.held_state_of, tmp_path, step=step)
+    group.run(rank_functions.hold_step, 7)
+    assert held_steps(group) == [7] * NUM_WORKERS
+    reports = cluster.load(group, rank_functions.held_state_of, tmp_path, 1)
+    assert held_steps(group) == [1] * NUM_WORKERS
+    assert [report.num_bytes for report in reports] == [4 * (1000 + rank) + 4 * 7 for rank in range(NUM_WORKERS)]
+    assert {report.uri for report in reports} == {str(tmp_path / "step-1")}
+    cluster.load(group, "tests.rank_functions:held_state_of", CheckpointStore(tmp_path))
+    assert held_steps(group) == [2] * NUM_WORKERS
+    assert group.run(rank_functions.held_loads) == [0] * NUM_WORKERS
+
+
+def test_what_does_not_fit_is_refused_on_every_worker_before_anything_changes(
+    group: WorkerGroup, tmp_path: Path
+) -> None:
+    group.run(rank_functions.hold_step, 1)
+    cluster.save(group, rank_functions.grown_stage_of, tmp_path / "grown")
+    group.run(rank_functions.hold_step, 7)
+    with pytest.raises(
+        WorkerError, match=r"ranks 0, 1, 2 on .*StateMismatchError: .*common: saved float32\[8\]"
+    ) as caught:
+        cluster.load(group, rank_functions.held_state_of, tmp_path / "grown")
+    assert caught.value.ranks == (0, 1, 2)
+    # Nobody wants what is left over, which no worker can know alone.
+    group.run(rank_functions.hold_step, 1)
+    cluster.save(group, rank_functions.with_more_state_of, tmp_path / "more")
+    group.run(rank_functions.hold_step, 7)
+    with pytest.raises(WorkerError, match=r"more: saved .*wanted not at all"):
+        cluster.load(group, rank_functions.held_state_of, tmp_path / "more")
+    assert held_steps(group) == [7] * NUM_WORKERS
+    assert group.run(rank_functions.held_loads) == [0] * NUM_WORKERS
+    reports = cluster.load(group, rank_functions.held_state_of, tmp_path / "more", strict=False)
+    assert [report.unexpected for report in reports] == [("more",)] * NUM_WORKERS
+    assert held_steps(group) == [1] * NUM_WORKERS
+    with pytest.raises(CheckpointNotFoundError):
+        cluster.load(group, rank_functions.held_state_of, tmp_path / "nothing")
+    with pytest.raises(UsageError, match="give a sequence"):
+        cluster.load(group, rank_functions.held_state_of, tmp_path / "more", only="common")
+
+
+def test_stages_of_different_jobs_are_saved_and_loaded_by_one_group(group: WorkerGroup, tmp_path: Path) -> None:
+    """Every worker holds a stage of a run of its own, trained to a step of its own."""
+    group.call(rank_functions.hold_own_run, {rank: (rank + 1,) for rank in range(NUM_WORKERS)})
+    cluster.save(group, rank_functions.held_state_of, tmp_path)
+    names = ArrowStorageReader(tmp_path).read_manifest().tensors
+    assert sorted(names) == ["run0.weight", "run1.weight", "run2.weight"]
+    group.call(rank_functions.hold_own_run, dict.fromkeys(range(NUM_WORKERS), (9,)))
+    cluster.load(group, rank_functions.held_state_of, tmp_path)
+    assert group.run(rank_functions.own_run) == [(1, 1.0), (2, 2.0), (3, 3.0)]
+
+
+def test_the_workers_share_the_files_of_a_checkpoint_that_is_verified(group: WorkerGroup, tmp_path: Path) -> None:
+    group.run(rank_functions.remember, 3)
+    cluster.save(group, rank_functions.stage_of, tmp_path, step=1)
+    report = cluster.verify(group, tmp_path)
+    assert report.verified
+    files = sorted((tmp_path / "step-1").glob("*.distcp"))
+    assert report.total_bytes == sum(path.stat().st_size for path in files)
+    for rank in range(NUM_WORKERS):
+        [chunk] = CheckpointStore(tmp_path).manifest(1).tensors[f"stage{rank}"].chunks
+        data = bytearray((tmp_path / "step-1" / chunk.file).read_bytes())
+        data[(chunk.data_start or 0) + 900] ^= 1
+        (tmp_path / "step-1" / chunk.file).write_bytes(data)
+    assert cluster.verify(group, CheckpointStore(tmp_path), 1).damaged == ("stage0", "stage1", "stage2")
+
+
+def test_a_driver_that_does_not_see_the_workers_files_commits_nothing(group: WorkerGroup, tmp_path: Path) -> None:
+    group.run(rank_functions.move_into, str(tmp_path))
+    with pytest.raises(CommitError, match="where the driver sees no such file; give a directory that is mounted on"):
+        cluster.save(group, rank_functions.stage_of, "/proc/self/cwd/run")
+    assert list((tmp_path / "run").iterdir()) == []
+    assert not Path("run").exists()
 
 
 def test_a_changed_state_is_never_saved_under_an_old_plan(group: WorkerGroup, tmp_path: Path) -> None:

@@ -97,6 +97,7 @@ def test_indices_follow_the_optimizer_and_param_names_win() -> None:
 def test_stages_that_each_know_their_own_part_make_up_the_order_of_the_model() -> None:
     of_ranks = [Names(["a.weight", "c.weight"], [["a.weight", "c.weight"]]), Names(["b.weight"], [["b.weight"]])]
     names = join(of_ranks)
+    assert names is not None
     assert not names.is_order_known
     shapes = {"a.weight": (1, 2), "b.weight": (3, 4), "c.weight": (5, 6)}
     saved = indexed(list(shapes), [[0, 1, 2]], shapes)

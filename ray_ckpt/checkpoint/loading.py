@@ -12,14 +12,15 @@ from collections.abc import Sequence
 from typing import Literal
 
 from ray_ckpt.checkpoint.carriers import carrier
-from ray_ckpt.checkpoint.target import Target, source
+from ray_ckpt.checkpoint.target import source
 from ray_ckpt.checkpoint.together import Exchange, together
 from ray_ckpt.errors import UsageError
-from ray_ckpt.format.translate import Names, join
+from ray_ckpt.format.translate import join
 from ray_ckpt.parallel.claims import KeyMap
 from ray_ckpt.protocol.fit import agree
 from ray_ckpt.protocol.rank_load import LoadOptions, RankLoad, State
 from ray_ckpt.report import LoadReport
+from ray_ckpt.storage.target import Target
 
 
 def load(
@@ -65,17 +66,14 @@ def load(
     """
     if isinstance(only, str):
         raise UsageError(f"only={only!r} is one text: give a sequence of them, as in only=({only!r},)")
-    if hyperparameters not in ("from-checkpoint", "from-optimizer"):
-        raise UsageError(f"hyperparameters={hyperparameters!r} is neither 'from-checkpoint' nor 'from-optimizer'")
-    keep = hyperparameters == "from-optimizer"
-    options = LoadOptions(strict, cast, None if only is None else tuple(only), key_map, keep)
-    rank = RankLoad(source(target, step), options)
+    options = LoadOptions(strict, cast, None if only is None else tuple(only), key_map, hyperparameters)
+    rank = RankLoad(source("load", target, step), options)
     with together("load"):
         rank.open()
     ranks = Exchange("load", carrier())
     if rank.may_be_foreign:
         of_ranks = ranks.gather(lambda: rank.names(state))
-        common = ranks.broadcast(lambda: _join(of_ranks))
+        common = ranks.broadcast(lambda: join(of_ranks))
         with together("load"):
             rank.adapt(common)
     offers = ranks.gather(lambda: rank.offer(state))
@@ -86,9 +84,3 @@ def load(
         rank.read()
     with together("load"):
         return rank.finish(verdict)
-
-
-def _join(of_ranks: Sequence[Names | None]) -> Names | None:
-    """What all ranks hold together; None when that has no names of ours."""
-    known = [names for names in of_ranks if names is not None]
-    return join(known) if known else None

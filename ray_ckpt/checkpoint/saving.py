@@ -18,7 +18,6 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from ray_ckpt.checkpoint.background import SaveHandle, Saver, saver
 from ray_ckpt.checkpoint.carriers import Carrier, carrier
-from ray_ckpt.checkpoint.target import Target, destination
 from ray_ckpt.checkpoint.together import Exchange
 from ray_ckpt.errors import RayCkptError, UsageError
 from ray_ckpt.format import dcp_metadata
@@ -27,6 +26,7 @@ from ray_ckpt.protocol.coordinator import Coordinator
 from ray_ckpt.protocol.messages import Assignment, LocalPlan, RankRecord
 from ray_ckpt.protocol.rank import RankSave
 from ray_ckpt.report import SaveReport
+from ray_ckpt.storage.target import Target, destination
 
 State = Stateful | Mapping[str, Any]
 

@@ -1,33 +1,31 @@
-"""save(group, state_of, target): the phases of `protocol/`, carried by actor calls. No collective, no process group.
+"""save(group, state_of, target, step): the phases of `protocol/`, carried by actor calls, without any collective.
 
 driver                                    every worker
     plan    ── state_of ───────────────>  look through the state          <── LocalPlan ──
     merge, refuse what does not fit
     write   ── Assignment ─────────────>  write files (again, if asked)   <── RankRecord ──
-    check; publish
+    check, see the files; publish
 
 The driver loads no torch: its part is merging and checking names, shapes and checksums.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
-import os
+import itertools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from ray_ckpt.cluster import rank_side
+from ray_ckpt.cluster.aftermath import tell_all
 from ray_ckpt.cluster.group import WorkerGroup
-from ray_ckpt.errors import GroupError
+from ray_ckpt.errors import CommitError
 from ray_ckpt.protocol.coordinator import Coordinator, PlanCache
 from ray_ckpt.report import SaveReport
 from ray_ckpt.storage.files import Storage
-
-DISCARD_PATIENCE_S = 3.0
-"""After a failure: how long the workers may take to remove what they have written."""
+from ray_ckpt.storage.target import Target, destination
 
 _plans: WeakKeyDictionary[WorkerGroup, PlanCache] = WeakKeyDictionary()
 """Of the last save of each group: a worker whose plan has not changed sends a token instead."""
@@ -36,8 +34,9 @@ _plans: WeakKeyDictionary[WorkerGroup, PlanCache] = WeakKeyDictionary()
 def save(
     group: WorkerGroup,
     state_of: rank_side.StateOf | str,
-    target: str | os.PathLike[str] | Storage,
+    target: Target,
     *,
+    step: int | None = None,
     overwrite: bool = False,
     layout: str | None = None,
     retries: int = 0,
@@ -49,44 +48,54 @@ def save(
         state_of: a top-level function that returns a worker's state, given its `WorkerContext`: a `TrainState`,
             anything else with a `state_dict`, or a state dict. By name (`"package.module:function"`) the driver need
             not load its module.
-        target: URI or path of the checkpoint's directory, as every worker's node knows it.
-        layout: how the model lies across the workers, for the manifest.
+        target: the checkpoint's directory as every worker's node knows it (a path, a URI, or a `Storage`), or with
+            `step` the store that it is a step of (the same, or a `CheckpointStore`).
+        layout: how the state lies across the workers, for the manifest; by default what rank 0's `TrainState` says.
         retries: how often a worker whose write failed writes once more, by itself.
         timeout_s: for the whole save; by default the group's `call_timeout_s`.
 
     Raises:
         CheckpointExistsError: `target` holds a committed checkpoint already and `overwrite` was not given.
-        CommitError: the workers' parts do not fit together, or differ under one name.
+        CommitError: the workers' parts do not fit together, or differ under one name; or the driver, which commits,
+            does not see at `target` what the workers have written.
         WorkerError: workers failed or died; names each. Nothing was committed.
         GroupTimeoutError: workers did not answer in time; names each. Nothing was committed.
     """
-    storage = target if isinstance(target, Storage) else Storage(target)
+    storage = destination(target, step)
     ranks = range(group.num_workers)
     deadline = time.monotonic() + (group.call_timeout_s if timeout_s is None else timeout_s)
     cache = _plans.setdefault(group, PlanCache())
     saved_by = {"torch": importlib.metadata.version("torch")}
-    coordinator = Coordinator(storage, overwrite=overwrite, layout=layout, saved_by=saved_by, cache=cache)
+    coordinator = Coordinator(storage, overwrite=overwrite, saved_by=saved_by, cache=cache)
 
     def call(fn: Callable[..., Any], args_of: Mapping[int, tuple[Any, ...]], **options: Any) -> dict[int, Any]:
         return group.call(fn, args_of, timeout_s=max(0.0, deadline - time.monotonic()), **options)
 
     try:
-        plans = call(rank_side.plan, dict.fromkeys(ranks, (coordinator.attempt, state_of, storage, cache.tokens)))
-        assignments = coordinator.merge(list(plans.values()))
+        offers = call(rank_side.plan, dict.fromkeys(ranks, (coordinator.attempt, state_of, storage, cache.tokens)))
+        coordinator.layout = layout or offers[0].layout
+        assignments = coordinator.merge([offer.plan for offer in offers.values()])
         args_of = {assignment.rank: (assignment,) for assignment in assignments}
         records = call(rank_side.write, args_of, beside=True, retries=retries)
         coordinator.check(list(records.values()))
+        _check_shared(storage, coordinator.manifest.files)
         [stock_record] = call(rank_side.stock_record, {0: (coordinator.manifest,)}, beside=True).values()
     except BaseException:
-        _tell_all(group, rank_side.discard, coordinator.attempt)
+        # What a dead worker leaves behind is for the store's clean-up.
+        tell_all(group, rank_side.discard, coordinator.attempt)
         raise
     report = coordinator.publish(stock_record)
-    _tell_all(group, rank_side.finish, coordinator.attempt)
+    tell_all(group, rank_side.finish, coordinator.attempt)
     return report
 
 
-def _tell_all(group: WorkerGroup, fn: Callable[..., None], attempt: str) -> None:
-    """Call `fn` on every worker that answers soon. What a dead one leaves behind is for the store's clean-up."""
-    with contextlib.suppress(GroupError):
-        args_of = dict.fromkeys(range(group.num_workers), (attempt,))
-        group.call(fn, args_of, timeout_s=DISCARD_PATIENCE_S, beside=True)
+def _check_shared(storage: Storage, files: Mapping[str, int]) -> None:
+    """A driver with a directory of its own under this path would commit where no worker looks. One file will do."""
+    for name, num_bytes in itertools.islice(files.items(), 1):
+        found = storage.size(name)
+        if found != num_bytes:
+            seen = "no such file" if found is None else f"{found} bytes"
+            raise CommitError(
+                f"refusing to commit: a worker has written {name} of {num_bytes} bytes to {storage.address}, where the "
+                f"driver sees {seen}; give a directory that is mounted on the driver's node too, or an object store"
+            )

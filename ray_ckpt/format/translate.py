@@ -73,8 +73,15 @@ class Translation:
     """Why the optimizer's hyper-parameters cannot be had from it; empty when they can."""
 
 
-def join(names_of_ranks: Sequence[Names]) -> Names:
-    """What all ranks together hold. Ranks of a pipeline know the order of their own parameters only."""
+def join(offers: Sequence[Names | None]) -> Names | None:
+    """What all ranks together hold. Ranks of a pipeline know the order of their own parameters only.
+
+    Returns:
+        None when no rank has names of ours.
+    """
+    names_of_ranks = [names for names in offers if names is not None]
+    if not names_of_ranks:
+        return None
     model = dict.fromkeys(name for names in names_of_ranks for name in names.model)
     groups = [
         list(dict.fromkeys(name for group in of_ranks for name in group))

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 
-from ray_ckpt.errors import StateMismatchError
+from ray_ckpt.errors import StateMismatchError, UsageError
 from ray_ckpt.format.manifest import itemsize
 from ray_ckpt.format.translate import Names
 from ray_ckpt.parallel.claims import Claim, KeyMap, Plan, Saved, Spec
@@ -51,8 +51,18 @@ class LoadOptions:
     cast: bool = False
     only: tuple[str, ...] | None = None
     key_map: KeyMap | None = None
-    keep_hyperparameters: bool = False
-    """Whether the optimizers keep their own hyper-parameters instead of the saved ones."""
+    hyperparameters: str = "from-checkpoint"
+    """Or `from-optimizer`: the optimizers keep their own instead of the saved ones."""
+
+    def __post_init__(self) -> None:
+        if self.hyperparameters not in ("from-checkpoint", "from-optimizer"):
+            raise UsageError(
+                f"hyperparameters={self.hyperparameters!r} is neither 'from-checkpoint' nor 'from-optimizer'"
+            )
+
+    @property
+    def keep_hyperparameters(self) -> bool:
+        return self.hyperparameters == "from-optimizer"
 
 
 class RankLoad:

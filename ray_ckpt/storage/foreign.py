@@ -27,12 +27,9 @@ from ray_ckpt.format.dcp_metadata import METADATA_NAME
 from ray_ckpt.format.manifest import MANIFEST_NAME, Chunk, Manifest, ObjectEntry, TensorEntry
 from ray_ckpt.storage.fetch import LOCAL, REMOTE, Piece, Source, Tuning, fetch
 from ray_ckpt.storage.files import InputFile, Storage
+from ray_ckpt.storage.recognise import ACCELERATE_MODEL, ACCELERATE_OPTIMIZER
 
-__all__ = ["Found", "find", "is_file", "is_foreign"]
-
-ACCELERATE_MODEL, ACCELERATE_OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"
-"""Directories that accelerate's `save_state` makes for FSDP: `FSDP_MODEL_NAME` and `OPTIMIZER_NAME` of its constants,
-with the number of the model or optimizer."""
+__all__ = ["Found", "find"]
 
 LIGHTNING_EXTRA = "meta.pt"
 """Beside `.metadata`: what Lightning's FSDP strategy keeps outside of DCP (`_METADATA_FILENAME` in its source)."""
@@ -91,20 +88,6 @@ def find(storage: Storage, *, trusted: bool = False) -> Found:
         headers = {name: _header(storage, name, files[name]) for name in shards}
         return Found("a safetensors directory", storage, safetensors.combine(headers))
     raise _not_found(storage, files)
-
-
-def is_file(storage: Storage) -> bool:
-    """Whether the target is a file rather than a directory."""
-    parent = storage.parent()
-    return parent is not None and parent[0].exists(parent[1])
-
-
-def is_foreign(storage: Storage) -> bool:
-    """Whether a directory without a manifest holds what `find` may know."""
-    return any(name.endswith((safetensors.SUFFIX, safetensors.INDEX_SUFFIX)) for name in storage.list_files()) or not {
-        ACCELERATE_MODEL,
-        ACCELERATE_OPTIMIZER,
-    }.isdisjoint(storage.list_directories())
 
 
 def _not_found(storage: Storage, files: Iterable[str]) -> CheckpointNotFoundError:
