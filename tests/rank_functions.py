@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from ray_ckpt.checkpoint.loading import load
 from ray_ckpt.cluster.worker import WorkerContext
+from ray_ckpt.parallel.state import TrainState
 from tests import faulty
 
 
@@ -183,3 +184,14 @@ def hold_own_run(ctx: WorkerContext, step: int) -> None:
 def own_run(ctx: WorkerContext) -> tuple[int, float]:
     run = ctx.objects["held"][f"run{ctx.rank}"]
     return run["step"], run["weight"].mean().item()
+
+
+def hold_layer(ctx: WorkerContext) -> None:
+    """Hold the training state of one layer."""
+    ctx.objects["held"] = TrainState(torch.nn.Linear(5, 3))
+
+
+def held_weight(ctx: WorkerContext) -> torch.Tensor:
+    state: TrainState = ctx.objects["held"]
+    weight: torch.Tensor = state.model.weight.detach()
+    return weight

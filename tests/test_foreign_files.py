@@ -203,6 +203,27 @@ def test_files_load_from_s3_exactly(tmp_path):
             assert server.sent_bytes <= target["weight"].nbytes * 1.05, name
 
 
+@pytest.mark.parametrize(
+    ("target", "parent", "name"),
+    [
+        ("/a/b.pt", "/a", "b.pt"),
+        ("/b.pt", "/", "b.pt"),
+        ("file:///a/b.pt", "file:///a", "b.pt"),
+        ("file:///b.pt", "file:///", "b.pt"),
+        ("s3://key:secret@bucket/a/b.pt?region=x", "s3://key:secret@bucket/a?region=x", "b.pt"),
+        ("s3://bucket/b.pt/", "s3://bucket", "b.pt"),
+    ],
+)
+def test_a_file_lies_in_a_directory(target, parent, name):
+    directory, found = Storage(target).parent()
+    assert (directory.uri, found) == (parent, name)
+
+
+def test_a_bucket_and_the_root_lie_in_none():
+    assert Storage("s3://bucket?region=x").parent() is None
+    assert Storage("/").parent() is None
+
+
 # ------------------------------------------------------------------------------------------- what is refused
 
 

@@ -69,6 +69,16 @@ def test_ours_is_left_alone() -> None:
     assert translate(saved, {}, TWO).manifest is saved
 
 
+def test_tied_weights_that_share_their_bytes_are_one() -> None:
+    saved = manifest({"a.weight": (3, 2), "b.weight": (2, 3)})
+    place = saved.tensors["a.weight"].chunks
+    elsewhere = (Chunk(Box.whole((3, 2)), "f", 64, 1 << 10, None),)
+    further = {"tied": TensorEntry("float32", (3, 2), place), "other": TensorEntry("float32", (3, 2), elsewhere)}
+    saved = Manifest({**saved.tensors, **further}, {}, saved.files)
+    found = translated(saved, {}, TWO).manifest
+    assert sorted(found.tensors) == ["model.a.weight", "model.b.weight", "model.other"]
+
+
 def indexed(order: list[str], groups: list[list[int]], shapes: dict[str, tuple[int, ...]]) -> Manifest:
     tensors = {f"model.{name}": shape for name, shape in shapes.items()}
     tensors |= {f"optim.state.{n}.{key}": shapes[name] for n, name in enumerate(order) for key in ADAM[:2]}

@@ -30,6 +30,7 @@ __all__ = ["Names", "Translation", "group_lists", "join", "may_be_foreign", "tra
 MODEL, OPTIM = "model", "optim"
 """What our names begin with."""
 
+_OURS = f"{OPTIM}.param_groups."
 _OPTIMIZER = re.compile(r"(.+?)\.param_groups\.")
 _LIST = re.compile(r"(.+?)\.param_groups\.(\d+)\.(params|param_names)")
 _MEMBERS = (".params", ".param_names")
@@ -97,7 +98,7 @@ def may_be_foreign(manifest: Manifest) -> bool:
         not manifest.attempt
         or bool(group_lists(manifest))
         or not any(name.startswith(f"{MODEL}.") for name in manifest.tensors)
-        or any(match[1] != OPTIM for name in manifest.objects if (match := _OPTIMIZER.match(name)))
+        or any(not name.startswith(_OURS) and _OPTIMIZER.match(name) for name in manifest.objects)
     )
 
 
@@ -131,7 +132,7 @@ def translate(manifest: Manifest, lists: Mapping[str, Any], names: Names) -> Tra
         lost += [reason] if reason else []
         renamed.rename_optimizer(manifest, optimizer, groups, keep_hyperparameters=not reason)
     renamed.rename_model(manifest, model)
-    return Translation(renamed.manifest(manifest), "; ".join(lost))
+    return Translation(_without_aliases(renamed.manifest(manifest), names.model), "; ".join(lost))
 
 
 # -------------------------------------------------------------------------------------------------- finding
@@ -139,9 +140,8 @@ def translate(manifest: Manifest, lists: Mapping[str, Any], names: Names) -> Tra
 
 def _is_ours(manifest: Manifest, names: Names) -> bool:
     """Whether everything has our names already, at the cost of a look-up each."""
-    optim = f"{OPTIM}.param_groups."
     return all(f"{MODEL}.{name}" in manifest.tensors for name in names.model) and (
-        not names.parameters or any(name.startswith(optim) for name in manifest.objects)
+        not names.parameters or any(name.startswith(_OURS) for name in manifest.objects)
     )
 
 
@@ -211,6 +211,22 @@ def _find_model(manifest: Manifest, optimizers: Sequence[_Optimizer], wanted: Co
             f"the checkpoint holds several models that fit: below {_listed(sorted(best))}; say which by a key map"
         )
     return best[0]
+
+
+def _without_aliases(manifest: Manifest, wanted: Collection[str]) -> Manifest:
+    """Without tied weights under the names that the target does not use: those that lie where a wanted one does."""
+    ours = {f"{MODEL}.{name}" for name in wanted}
+    places = {entry.chunks for name, entry in manifest.tensors.items() if name in ours}
+    tensors = {
+        name: entry
+        for name, entry in manifest.tensors.items()
+        if name in ours or not name.startswith(f"{MODEL}.") or entry.chunks not in places or not _has_place(entry)
+    }
+    return dataclasses.replace(manifest, tensors=tensors)
+
+
+def _has_place(entry: TensorEntry) -> bool:
+    return any(chunk.box.num_elements for chunk in entry.chunks)
 
 
 # -------------------------------------------------------------------------------------------------- members

@@ -165,7 +165,7 @@ class RankLoad:
         if left and self._options.strict:
             texts = [f"{name}: saved {self._source.describe(name)}, wanted not at all" for name in left]
             raise StateMismatchError(
-                f"the checkpoint does not fit what it is loaded into: {listed(texts)}. Load a part of it by "
+                f"{self._source.label} does not fit what it is loaded into: {listed(texts)}. Load a part of it by "
                 "only=('model', ...), or all that fits by strict=False"
             )
 
@@ -204,7 +204,7 @@ class RankLoad:
             cast=verdict.cast,
             rng=verdict.notes.get("rng"),
             dataloader=verdict.notes.get("dataloader"),
-            lost=self._source.lost,
+            lost=self._source.left_out,
         )
 
     def _refuse(
@@ -224,7 +224,7 @@ class RankLoad:
         if cast and not self._options.cast:
             advice = ". cast=True converts dtypes"
         if texts:
-            texts = [f"the checkpoint does not fit what it is loaded into: {listed(sorted(texts))}{advice}"]
+            texts = [f"{self._source.label} does not fit what it is loaded into: {listed(sorted(texts))}{advice}"]
         if texts or problems:
             raise StateMismatchError("; ".join([*texts, *problems]))
 

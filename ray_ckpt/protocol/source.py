@@ -28,6 +28,8 @@ class Source:
         self.manifest = Manifest({}, {}, {})
         self.lost = ""
         """Why the optimizer's hyper-parameters cannot be had from somebody else's checkpoint; empty when they can."""
+        self.left_out = ""
+        """All that cannot be had from it, and why."""
 
     @property
     def address(self) -> str:
@@ -35,6 +37,11 @@ class Source:
 
     def open(self) -> None:
         self._adopt(self._reader.read_manifest())
+
+    @property
+    def label(self) -> str:
+        """What a message calls it."""
+        return f"the checkpoint ({self._reader.kind})" if self._reader.kind else "the checkpoint"
 
     @property
     def may_be_foreign(self) -> bool:
@@ -51,6 +58,7 @@ class Source:
         self.read(lists)
         translation = translate.translate(self.manifest, lists, names)
         self.lost = translation.lost
+        self.left_out = "; ".join([*self._reader.notes, *([self.lost] if self.lost else [])])
         self._adopt(translation.manifest)
 
     def drop(self, prefix: str) -> None:

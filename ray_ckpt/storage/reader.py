@@ -75,6 +75,10 @@ class ArrowStorageReader(StorageReader):
         self.threads = threads
         self.files = self.storage
         """Where the manifest's files are; for a target that is itself a file, its directory."""
+        self.kind = ""
+        """What `read_manifest` has recognised, in words; empty for a checkpoint of ours."""
+        self.notes: tuple[str, ...] = ()
+        """What of it `read_manifest` had to leave out, and why."""
         self._decoder = Decoder(extensions or ExtensionRegistry(), trusted=trusted)
         self._entries: Mapping[MetadataIndex, Chunk | ObjectEntry] = {}
         self._dtypes: dict[str, torch.dtype] = {}
@@ -108,7 +112,7 @@ class ArrowStorageReader(StorageReader):
             with collector_paused():
                 return Manifest.from_json(data)
         found = find(self.storage, trusted=self.trusted)
-        self.files = found.storage
+        self.files, self.kind, self.notes = found.storage, found.kind, found.notes
         return found.manifest
 
     def read_metadata(self, *args: Any, **options: Any) -> Metadata:
