@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.tensor import DTensor
 
 import ray_ckpt
-from ray_ckpt.parallel.load_plan import ShardLoadPlanner
+from ray_ckpt.protocol.filling import fill
 from ray_ckpt.storage.reader import ArrowStorageReader
 from ray_ckpt.storage.writer import ArrowStorageWriter
 
@@ -55,7 +55,8 @@ def _save_in_phases(state: State, directory: str) -> None:
 
 def _load_alone(state: State, directory: str) -> None:
     """As `ray_ckpt.load` does it: every rank plans and reads by itself."""
-    dcp.load(state, storage_reader=ArrowStorageReader(directory), planner=ShardLoadPlanner(), no_dist=True)
+    reader = ArrowStorageReader(directory)
+    fill(state, reader, reader.read_manifest())
 
 
 def _raw_save(state: State, directory: str) -> None:

@@ -26,9 +26,9 @@ import io
 import pickle
 import struct
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -72,7 +72,7 @@ class Container:
     tail: bytes
     data_bytes: int
 
-    @property
+    @cached_property
     def length(self) -> int:
         return len(self.head) + self.data_bytes + len(self.tail)
 
@@ -89,10 +89,12 @@ class StoredTensor:
     """Of the tensor's first element, in bytes from the start of the container."""
 
 
+@lru_cache
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+@lru_cache
 def parse_dtype(name: str) -> torch.dtype:
     """The dtype of that name.
 
@@ -111,6 +113,7 @@ def parse_dtype(name: str) -> torch.dtype:
 @lru_cache(maxsize=4096)
 def container(dtype: torch.dtype, shape: tuple[int, ...]) -> Container:
     """The container of a contiguous tensor."""
+    shape = tuple(shape)  # a torch.Size would be pickled as one
     data_bytes = dtype.itemsize
     for size in shape:
         data_bytes *= size
@@ -260,7 +263,8 @@ def _pickle_tensor(dtype: torch.dtype, shape: tuple[int, ...]) -> bytes:
     return stream.getvalue()
 
 
-def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+@lru_cache(maxsize=4096)
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides, in elements, of a row-major tensor; dims of size 0 count as 1, as in torch."""
     strides: list[int] = []
     stride = 1

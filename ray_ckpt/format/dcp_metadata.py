@@ -10,12 +10,11 @@ and nothing else, and `to_manifest` trusts none of the values in them.
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import pathlib
 import pickle
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -98,23 +97,15 @@ def loads(data: bytes, *, trusted: bool = False) -> dcp.Metadata:
 def dumps(manifest: Manifest) -> bytes:
     """The `.metadata` that lets stock DCP read what the manifest describes."""
     with collector_paused():
-        return pickle.dumps(_to_stock(manifest))
-
-
-def _to_stock(manifest: Manifest) -> dcp.Metadata:
-    storage_data: dict[dcp.MetadataIndex, _StorageInfo] = {}
-    for name, tensor in manifest.tensors.items():
-        for chunk in tensor.chunks:
-            index = dcp.MetadataIndex(name, chunk.box.offsets)
-            storage_data[index] = _StorageInfo(chunk.file, chunk.start, chunk.length)
-    for name, entry in manifest.objects.items():
-        storage_data[dcp.MetadataIndex(name)] = _StorageInfo(entry.file, entry.start, entry.length)
-    return dataclasses.replace(
-        to_metadata(manifest),
-        storage_data=storage_data,
-        storage_meta=dcp.StorageMeta(save_id=manifest.attempt, modules=[_SIGNATURE]),
-        version=CURRENT_DCP_VERSION,
-    )
+        infos = {index: _StorageInfo(part.file, part.start, part.length) for index, part in _index_parts(manifest)}
+        stock = dcp.Metadata(
+            _describe_entries(manifest),
+            planner_data=_paths(manifest),
+            storage_data=infos,
+            storage_meta=dcp.StorageMeta(save_id=manifest.attempt, modules=[_SIGNATURE]),
+            version=CURRENT_DCP_VERSION,
+        )
+        return pickle.dumps(stock)
 
 
 def is_ours(metadata: dcp.Metadata) -> bool:
@@ -144,7 +135,8 @@ def _to_manifest(metadata: dcp.Metadata) -> Manifest:
     tensors: dict[str, TensorEntry] = {}
     objects: dict[str, ObjectEntry] = {}
     files: dict[str, int] = {}
-    for name, entry in metadata.state_dict_metadata.items():
+    for name in names_in_order(metadata):
+        entry = metadata.state_dict_metadata[name]
         path = _checked_path(paths.get(name))
         if isinstance(entry, dcp.TensorStorageMetadata):
             chunks = tuple(_to_chunk(name, chunk, storage) for chunk in entry.chunks)
@@ -157,6 +149,13 @@ def _to_manifest(metadata: dcp.Metadata) -> Manifest:
     for part in (*parts, *objects.values()):
         files[part.file] = max(files.get(part.file, 0), part.start + part.length)
     return Manifest(tensors, objects, files)
+
+
+def names_in_order(metadata: dcp.Metadata) -> list[str]:
+    """As in the state dict, where that is known. DCP lists replicas by the rank that wrote them, which may be any."""
+    entries = metadata.state_dict_metadata
+    paths = metadata.planner_data if isinstance(metadata.planner_data, Mapping) else {}
+    return list(dict.fromkeys([*(name for name in paths if name in entries), *entries]))
 
 
 def _to_chunk(name: str, chunk: dcp.ChunkStorageMetadata, storage: Mapping[dcp.MetadataIndex, _StorageInfo]) -> Chunk:
@@ -205,19 +204,44 @@ def to_metadata(manifest: Manifest) -> dcp.Metadata:
     Raises:
         FormatError: this torch lacks a dtype of the checkpoint.
     """
+    return dcp.Metadata(
+        _describe_entries(manifest),
+        planner_data=_paths(manifest),
+        storage_data=dict(_index_parts(manifest)),
+        storage_meta=dcp.StorageMeta(),
+    )
+
+
+def _describe_entries(manifest: Manifest) -> dict[str, dcp.TensorStorageMetadata | dcp.BytesStorageMetadata]:
+    """Tensors that differ in nothing but their bytes share one description: pickle then writes it once."""
+    shared: dict[object, dcp.TensorStorageMetadata] = {}
     entries: dict[str, dcp.TensorStorageMetadata | dcp.BytesStorageMetadata] = {}
-    storage_data: dict[dcp.MetadataIndex, Chunk | ObjectEntry] = {}
     for name, tensor in manifest.tensors.items():
-        chunks = []
+        key = tensor.dtype, tensor.shape, *[(chunk.box.offsets, chunk.box.sizes) for chunk in tensor.chunks]
+        if key not in shared:
+            shared[key] = _describe(tensor)
+        entries[name] = shared[key]
+    entries |= dict.fromkeys(manifest.objects, dcp.BytesStorageMetadata())
+    return entries
+
+
+def _describe(tensor: TensorEntry) -> dcp.TensorStorageMetadata:
+    chunks = [
+        dcp.ChunkStorageMetadata(torch.Size(chunk.box.offsets), torch.Size(chunk.box.sizes)) for chunk in tensor.chunks
+    ]
+    properties = dcp.TensorProperties(dtype=parse_dtype(tensor.dtype))
+    return dcp.TensorStorageMetadata(properties, torch.Size(tensor.shape), chunks)
+
+
+def _index_parts(manifest: Manifest) -> Iterator[tuple[dcp.MetadataIndex, Chunk | ObjectEntry]]:
+    for name, tensor in manifest.tensors.items():
         for chunk in tensor.chunks:
-            index = dcp.MetadataIndex(name, chunk.box.offsets)
-            storage_data[index] = chunk
-            chunks.append(dcp.ChunkStorageMetadata(torch.Size(chunk.box.offsets), torch.Size(chunk.box.sizes)))
-        properties = dcp.TensorProperties(dtype=parse_dtype(tensor.dtype))
-        entries[name] = dcp.TensorStorageMetadata(properties, torch.Size(tensor.shape), chunks)
+            yield dcp.MetadataIndex(name, chunk.box.offsets), chunk
     for name, entry in manifest.objects.items():
-        storage_data[dcp.MetadataIndex(name)] = entry
-        entries[name] = dcp.BytesStorageMetadata()
+        yield dcp.MetadataIndex(name), entry
+
+
+def _paths(manifest: Manifest) -> dict[str, Path] | None:
     paths = {name: tensor.path for name, tensor in manifest.tensors.items() if tensor.path}
     paths |= {name: entry.path for name, entry in manifest.objects.items() if entry.path}
-    return dcp.Metadata(entries, planner_data=paths or None, storage_data=storage_data, storage_meta=dcp.StorageMeta())
+    return paths or None

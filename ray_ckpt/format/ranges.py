@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ray_ckpt.format.boxes import Box
 
@@ -25,7 +26,8 @@ class Part:
     end: int
 
 
-def is_dense(sizes: Sequence[int], strides: Sequence[int]) -> bool:
+@lru_cache(maxsize=4096)
+def is_dense(sizes: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """Whether a strided box is one run of bytes in row-major order."""
     expected = 1
     for size, stride in zip(reversed(sizes), reversed(strides), strict=True):

@@ -130,6 +130,13 @@ class TrainState:
         """First components of the names that this state has or takes."""
         return frozenset(part.section for part in self._parts)
 
+    @property
+    def groups(self) -> list[list[str]]:
+        """Names of the parameters in each group of the optimizers, on this rank."""
+        names = self._optim.names()
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        return [[name for parameter in group["params"] for name in names[parameter]] for group in groups]
+
     def state_dict(self) -> dict[str, Any]:
         """Section -> name -> live tensor (a DTensor where the layout shards it) or plain value. Nothing is copied.
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import math
+import operator
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +14,7 @@ import xxhash
 
 from ray_ckpt.collector import collector_paused
 from ray_ckpt.errors import CommitError
-from ray_ckpt.format.boxes import Box, check_cover
+from ray_ckpt.format.boxes import Box, check_cover, shared_box
 from ray_ckpt.format.manifest import BlockSums, Chunk, Manifest, ObjectEntry, Path, TensorEntry, itemsize
 from ray_ckpt.protocol.messages import Assignment, FileRecord, Item, LocalPlan, RankRecord, TensorSpec
 from ray_ckpt.report import SaveReport
@@ -69,6 +72,7 @@ class Coordinator:
         storage: of the checkpoint.
         layout: how the model lies across ranks, in the caller's words; kept in the manifest. May be set until `check`.
         saved_by: name -> version of the software, kept in the manifest.
+        fingerprints: `Fingerprint.digest` of tensors by name, kept in the manifest.
         cache: of the attempts before; keep one per group of ranks.
     """
 
@@ -79,6 +83,7 @@ class Coordinator:
         overwrite: bool = False,
         layout: str | None = None,
         saved_by: Mapping[str, str] | None = None,
+        fingerprints: Mapping[str, str] | None = None,
         cache: PlanCache | None = None,
     ) -> None:
         self._start = time.monotonic()
@@ -86,6 +91,7 @@ class Coordinator:
         self._overwrite = overwrite
         self.layout = layout
         self._saved_by = dict(saved_by or {})
+        self._fingerprints = dict(fingerprints or {})
         self._cache = cache or PlanCache()
         self._merged: _Merged | None = None
         self._manifest: Manifest | None = None
@@ -144,23 +150,22 @@ class Coordinator:
             items = self._cache.items[rank]
             self._check_written(rank, items, record)
             for file in record.files:
+                files[file.name] = _end(file)
                 for item, chunk in _chunks(file, items):
                     chunks[item.name].append(chunk)
-                    _extend(files, chunk)
-                    if _key(item) in merged.writers and chunk.checksums is not None:
+                    if merged.writers and _key(item) in merged.writers and chunk.checksums is not None:
                         digests[_key(item)] = xxhash.xxh3_128_digest(chunk.checksums.sums)
                 for position, entry in file.objects.items():
                     item = items[position]
                     objects[item.name] = entry if item.path is None else replace(entry, path=item.path)
-                    _extend(files, entry)
         self._check_replicas(merged, records, digests, objects)
         tensors = {
-            name: TensorEntry(spec.dtype, spec.shape, tuple(sorted(chunks[name], key=_offsets)), path)
+            name: TensorEntry(spec.dtype, spec.shape, _sorted(chunks[name]), path)
             for name, (path, spec) in merged.names.items()
             if spec is not None
         }
         ordered = {name: objects[name] for name, (_, spec) in merged.names.items() if spec is None}
-        return Manifest(tensors, ordered, files, self.attempt, self.layout, self._saved_by)
+        return Manifest(tensors, ordered, files, self.attempt, self.layout, self._saved_by, self._fingerprints)
 
     def _check_written(self, rank: int, items: Sequence[Item], record: RankRecord) -> None:
         assert self._merged is not None
@@ -263,20 +268,25 @@ def _chunks(file: FileRecord, items: Sequence[Item]) -> Iterator[tuple[Item, Chu
     columns = zip(file.positions, file.starts, file.lengths, file.data_starts, file.block_bytes, strict=True)
     for position, start, length, data_start, block_bytes in columns:
         item = items[position]
-        assert item.spec is not None, "the writer puts only tensors into these columns"
-        begin, end = end, end + 8 * -(-_num_bytes(item.spec) // block_bytes)
+        spec = item.spec
+        assert spec is not None, "the writer puts only tensors into these columns"
+        begin, end = end, end + 8 * -(-_num_bytes(spec) // block_bytes)
         sums = BlockSums(block_bytes, file.sums[begin:end])
-        yield item, Chunk(Box(item.spec.offsets, item.spec.sizes), file.name, start, length, data_start, sums)
+        yield item, Chunk(shared_box(spec.offsets, spec.sizes), file.name, start, length, data_start, sums)
     if end != len(file.sums):
         raise CommitError(f"refusing to commit: {file.name} has checksums of {len(file.sums)} bytes, not of {end}")
 
 
-def _extend(files: dict[str, int], part: Chunk | ObjectEntry) -> None:
-    files[part.file] = max(files.get(part.file, 0), part.start + part.length)
+def _end(file: FileRecord) -> int:
+    """Bytes in the file, up to the end of the last container."""
+    return max(
+        max(map(operator.add, file.starts, file.lengths), default=0),
+        max((entry.start + entry.length for entry in file.objects.values()), default=0),
+    )
 
 
-def _offsets(chunk: Chunk) -> tuple[int, ...]:
-    return chunk.box.offsets
+def _sorted(chunks: list[Chunk]) -> tuple[Chunk, ...]:
+    return tuple(chunks if len(chunks) == 1 else sorted(chunks, key=lambda chunk: chunk.box.offsets))
 
 
 def _key(item: Item) -> Key:
@@ -287,13 +297,9 @@ def _whole(spec: TensorSpec | None) -> tuple[str, tuple[int, ...]] | None:
     return None if spec is None else (spec.dtype, spec.shape)
 
 
+@functools.lru_cache(maxsize=4096)
 def _num_bytes(spec: TensorSpec | None) -> int:
-    if spec is None:
-        return 1
-    num_bytes = itemsize(spec.dtype)
-    for size in spec.sizes:
-        num_bytes *= size
-    return num_bytes
+    return 1 if spec is None else math.prod(spec.sizes) * itemsize(spec.dtype)
 
 
 def _checksum_bytes(entry: ObjectEntry | None) -> bytes:

@@ -43,16 +43,17 @@ def hold(state_dict: Mapping[str, Any]) -> Holdings:
     Raises:
         UsageError: two entries have the same flat name, or a DTensor is a pending sum rather than a value.
     """
-    # Whether something is a `Stateful` takes 40 us to find out, which many tensors at the top level would feel.
-    flat = {
-        name: value.state_dict() if not isinstance(value, torch.Tensor) and isinstance(value, Stateful) else value
-        for name, value in state_dict.items()
-    }
+    flat = {name: value.state_dict() if _is_stateful(value) else value for name, value in state_dict.items()}
     try:
         values, paths = flatten_state_dict(flat)
     except ValueError as error:
         raise UsageError(f"the state dict has two entries of one name: {error}") from error
     return _Holder().hold(values, paths)
+
+
+def _is_stateful(value: object) -> bool:
+    """Asked of tensors first, because it takes a protocol a hundred times as long to say no."""
+    return not isinstance(value, torch.Tensor) and isinstance(value, Stateful)
 
 
 class _Holder:

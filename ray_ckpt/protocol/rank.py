@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import math
 import uuid
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,14 +18,13 @@ from torch.distributed.checkpoint.stateful import Stateful
 from ray_ckpt.collector import collector_paused
 from ray_ckpt.errors import StorageError, UsageError
 from ray_ckpt.format.blob import parse_dtype
-from ray_ckpt.format.boxes import Box
-from ray_ckpt.format.manifest import Chunk, ObjectEntry
+from ray_ckpt.format.manifest import ObjectEntry
 from ray_ckpt.protocol.holdings import Holdings, hold
 from ray_ckpt.protocol.host_copy import HostCopy
 from ray_ckpt.protocol.messages import Assignment, FileRecord, Item, LocalPlan, RankRecord, TensorSpec
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.objects import SavedObject, saved_object
-from ray_ckpt.storage.pack import MAX_FILE_BYTES, Packed, Part, hash_tensors, pack_file, share_out, write_in_threads
+from ray_ckpt.storage.pack import MAX_FILE_BYTES, Packed, hash_tensors, pack_file, share_out, write_in_threads
 
 
 class PlanMemory:
@@ -128,25 +128,26 @@ class RankSave:
         self._begun.append(name)
         items, values = self._holdings.items, self._holdings.values
         objects = ((p, _saved(values[p])) for p in positions if items[p].spec is None)
-        return _record(name, pack_file(self._storage, name, objects, self._tensors(positions)))
+        return file_record(pack_file(self._storage, name, objects, self._tensors(positions)))
 
-    def _tensors(self, positions: Sequence[int]) -> Iterator[tuple[Part[int], torch.Tensor]]:
+    def _tensors(self, positions: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
+        items, values = self._holdings.items, self._holdings.values
         for position in positions:
-            name, _, spec = self._holdings.items[position]
+            name, _, spec = items[position]
             if spec is None:
                 continue
-            part, value = Part(position, parse_dtype(spec.dtype), _box(spec)), self._holdings.values[position]
-            if (value.dtype, tuple(value.shape)) != (part.dtype, spec.sizes):
+            value = values[position]
+            if value.dtype != parse_dtype(spec.dtype) or value.shape != spec.sizes:
                 raise UsageError(
                     f"{name!r} was planned as {spec.dtype}{list(spec.sizes)} but is now {value.dtype}"
                     f"{list(value.shape)}; do not change the state dict during a save"
                 )
-            yield part, value
+            yield position, value
 
     def _digest_replicas(self, positions: Sequence[int]) -> bytes:
         values = self._holdings.values
         hashed = hash_tensors(self._tensors(positions))
-        digests = {part.key: xxhash.xxh3_128_digest(sums.sums) for part, sums in hashed}
+        digests = {position: xxhash.xxh3_128_digest(sums) for position, _, sums in hashed}
         return b"".join(digests[p] if p in digests else _digest_object(values[p]) for p in positions)
 
 
@@ -158,35 +159,22 @@ def _digest_object(value: object) -> bytes:
     return xxhash.xxh3_64_intdigest(_saved(value).container).to_bytes(16, "little")
 
 
-def _record(name: str, packed: Packed[int]) -> FileRecord:
-    chunks: list[Chunk] = [chunk for _, chunk in packed.tensors]
+def file_record(packed: Packed[int]) -> FileRecord:
+    """What a rank tells of a file that it has written. Keys are positions in its plan."""
     first_at: dict[int, ObjectEntry] = {}
     return FileRecord(
-        name=name,
-        positions=array("q", [position for position, _ in packed.tensors]),
-        starts=array("q", [chunk.start for chunk in chunks]),
-        lengths=array("q", [chunk.length for chunk in chunks]),
-        data_starts=array("q", [_known(chunk.data_start) for chunk in chunks]),
-        block_bytes=array("q", [_known(chunk.checksums).block_bytes for chunk in chunks]),
-        sums=b"".join(_known(chunk.checksums).sums for chunk in chunks),
+        name=packed.name,
+        positions=array("q", packed.keys),
+        starts=packed.starts,
+        lengths=packed.lengths,
+        data_starts=packed.data_starts,
+        block_bytes=packed.block_bytes,
+        sums=packed.sums,
         # Objects that share a container are one entry, which pickle then sends once.
         objects={position: first_at.setdefault(entry.start, entry) for position, entry in packed.objects},
     )
 
 
-def _known(value: Any) -> Any:
-    assert value is not None, "what was just written has its place and its checksums"
-    return value
-
-
 @functools.lru_cache(maxsize=4096)
-def _box_of(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Box:
-    return Box(offsets, sizes)
-
-
-def _box(spec: TensorSpec) -> Box:
-    return _box_of(spec.offsets, spec.sizes)
-
-
 def _num_bytes(spec: TensorSpec | None) -> int:
-    return 1 if spec is None else max(1, _box(spec).num_elements * parse_dtype(spec.dtype).itemsize)
+    return 1 if spec is None else max(1, math.prod(spec.sizes) * parse_dtype(spec.dtype).itemsize)

@@ -9,11 +9,13 @@ tensors) passes through one scratch buffer per thread, several ranges to a read 
 
 from __future__ import annotations
 
+import operator
 import queue
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import xxhash
@@ -50,8 +52,7 @@ REMOTE = Tuning(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
+class Source(NamedTuple):
     """A saved chunk as its bytes lie in a file."""
 
     name: str
@@ -67,8 +68,7 @@ class Source:
     """Over `[data_start, data_start + data_bytes)`; None when there are none or nobody wants them checked."""
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """A box of a saved chunk and the tensor of its shape that wants it."""
 
     source: Source
@@ -77,26 +77,26 @@ class Piece:
     target: torch.Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class _Range:
+class _Range(NamedTuple):
     """Bytes `[start, end)` of a file, on whole blocks, and who wants what of them."""
 
     source: Source
     start: int
     end: int
-    deliver: Callable[[memoryview], None] | None
-    """Takes the bytes of the range; None when they were read where they belong."""
+    lead: int = 0
+    """Bytes in front of the wanted ones."""
+    target: memoryview | _Scatter | None = None
+    """Takes the wanted bytes; None when they were read where they belong."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Read:
+class _Read(NamedTuple):
     """One request: a run of a file that serves these ranges."""
 
     file: str
     start: int
     end: int
     ranges: Sequence[_Range]
-    memory: memoryview | None = field(default=None, repr=False)
+    memory: memoryview | None = None
     """Where it goes; None for scratch."""
 
 
@@ -132,10 +132,9 @@ def plan(pieces: Iterable[Piece], tuning: Tuning) -> list[_Read]:
 
 
 def _is_direct(piece: Piece, tuning: Tuning) -> bool:
-    target = piece.target
     return (
-        _is_plain_copy(piece)
-        and target.nbytes >= tuning.min_direct_bytes
+        piece.target.nbytes >= tuning.min_direct_bytes
+        and _is_plain_copy(piece)
         and ranges.is_dense(piece.box.sizes, piece.source.strides)
     )
 
@@ -162,26 +161,18 @@ def _plan_direct(piece: Piece, tuning: Tuning) -> tuple[list[_Read], list[_Range
         block = source.checksums.block_bytes
         if start % block:
             start = min(-(-(start + tuning.edge_bytes) // block) * block, end)
-            edges.append(_edge(source, first, start, memory[: start - first]))
+            edges.append(_widened(source, first, start, memory[: start - first]))
         if end % block and end != source.data_bytes and start < end:
             end = max((end - tuning.edge_bytes) // block * block, start)
-            edges.append(_edge(source, end, first + len(memory), memory[end - first :]))
+            edges.append(_widened(source, end, first + len(memory), memory[end - first :]))
         step = max(block, tuning.max_read_bytes // block * block)
     else:
         step = tuning.max_read_bytes
     for at, until in ranges.cut(start, end, step):
         absolute = (source.data_start + at, source.data_start + until)
-        wanted = _Range(source, *absolute, deliver=None)
+        wanted = _Range(source, *absolute)
         reads.append(_Read(source.file, *absolute, (wanted,), memory[at - first : until - first]))
     return reads, edges
-
-
-def _edge(source: Source, start: int, end: int, memory: memoryview) -> _Range:
-    return _widened(source, start, end, lambda data: _copy_bytes(memory, data))
-
-
-def _copy_bytes(memory: memoryview, data: memoryview) -> None:
-    memory[:] = data
 
 
 def _plan_scattered(piece: Piece, tuning: Tuning) -> Iterator[_Range]:
@@ -189,7 +180,7 @@ def _plan_scattered(piece: Piece, tuning: Tuning) -> Iterator[_Range]:
     is_small = piece.target.nbytes <= tuning.max_read_bytes
     if is_small and _is_plain_copy(piece) and ranges.is_dense(piece.box.sizes, source.strides):
         start, memory = _first_byte(source, piece.box), bytes_of(piece.target)
-        yield _edge(source, start, start + len(memory), memory)
+        yield _widened(source, start, start + len(memory), memory)
         return
     parts = ranges.split(
         piece.box,
@@ -203,18 +194,19 @@ def _plan_scattered(piece: Piece, tuning: Tuning) -> Iterator[_Range]:
         target = piece.target
         for dim, (offset, size) in enumerate(zip(offsets, part.box.sizes, strict=True)):
             target = target.narrow(dim, offset, size)
-        yield _widened(source, part.start, part.end, _Scatter(target, source.dtype, source.strides))
+        scatter = _Scatter(target, source.dtype, source.strides, part.end - part.start)
+        yield _widened(source, part.start, part.end, scatter)
 
 
-@dataclass(frozen=True, slots=True)
-class _Scatter:
+class _Scatter(NamedTuple):
     """Copies elements out of the bytes that enclose them."""
 
     target: torch.Tensor
     dtype: torch.dtype
     strides: tuple[int, ...]
+    num_bytes: int
 
-    def __call__(self, data: memoryview) -> None:
+    def deliver(self, data: memoryview) -> None:
         raw = torch.frombuffer(data, dtype=torch.uint8)
         if raw.data_ptr() % self.dtype.itemsize:
             raw = raw.clone()
@@ -223,22 +215,16 @@ class _Scatter:
 
 
 def _first_byte(source: Source, box: Box) -> int:
-    elements = sum(offset * stride for offset, stride in zip(box.offsets, source.strides, strict=True))
-    return elements * source.dtype.itemsize
+    first: int = sum(map(operator.mul, box.offsets, source.strides))
+    return first * source.dtype.itemsize
 
 
-def _widened(source: Source, start: int, end: int, deliver: Callable[[memoryview], None]) -> _Range:
-    """The range on whole blocks; `deliver` gets the bytes that were asked for."""
+def _widened(source: Source, start: int, end: int, target: memoryview | _Scatter) -> _Range:
+    """The range on whole blocks; the target gets the bytes that were asked for."""
     if source.checksums is None:
-        return _Range(source, source.data_start + start, source.data_start + end, deliver)
+        return _Range(source, source.data_start + start, source.data_start + end, 0, target)
     wide_start, wide_end = ranges.widen(start, end, source.checksums.block_bytes, source.data_bytes)
-    lead, length = start - wide_start, end - start
-    return _Range(
-        source,
-        source.data_start + wide_start,
-        source.data_start + wide_end,
-        lambda data: deliver(data[lead : lead + length]),
-    )
+    return _Range(source, source.data_start + wide_start, source.data_start + wide_end, start - wide_start, target)
 
 
 def _group(scattered: Sequence[_Range], tuning: Tuning) -> Iterator[_Read]:
@@ -317,8 +303,7 @@ class _Worker:
         for wanted in read.ranges:
             data = memory[wanted.start - read.start : wanted.end - read.start]
             _verify(wanted, data)
-            if wanted.deliver is not None:
-                wanted.deliver(data)
+            _deliver(wanted, data)
 
     def _input(self, file: str) -> InputFile:
         """Reads come in the order of the files: one open file at a time will do."""
@@ -331,6 +316,14 @@ class _Worker:
         if len(self._scratch) < size:
             self._scratch = torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
         return bytes_of(self._scratch[:size])
+
+
+def _deliver(wanted: _Range, data: memoryview) -> None:
+    lead, target = wanted.lead, wanted.target
+    if isinstance(target, memoryview):
+        target[:] = data[lead : lead + len(target)]
+    elif target is not None:
+        target.deliver(data[lead : lead + target.num_bytes])
 
 
 def _verify(wanted: _Range, data: memoryview) -> None:

@@ -8,8 +8,7 @@ tensor) is left to `load_whole`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -25,8 +24,7 @@ from ray_ckpt.storage.objects import Decoder
 K = TypeVar("K")
 
 
-@dataclass(frozen=True, slots=True)
-class SavedChunk:
+class SavedChunk(NamedTuple):
     """A chunk and the tensor that it is part of."""
 
     name: str
@@ -58,7 +56,9 @@ def locate(storage: Storage, chunks: Mapping[K, SavedChunk], tuning: Tuning, *, 
         if saved.chunk.transforms:
             continue
         if saved.chunk.data_start is not None:
-            strides = contiguous_strides(saved.chunk.box.sizes)
+            strides = saved.chunk.strides
+            if strides is None:
+                strides = contiguous_strides(saved.chunk.box.sizes)
             sources[key] = saved.source(saved.chunk.data_start, strides, verify=verify)
         else:
             heads[key] = torch.empty(min(HEAD_BYTES, saved.chunk.length), dtype=torch.uint8)

@@ -157,6 +157,17 @@ def _explain(error: Exception, name: str) -> Exception:
     return FormatError(f"{name!r} cannot be read: {type(error).__name__}: {str(error)[:300]}")
 
 
+def read_values(
+    storage: Storage, entries: Mapping[str, ObjectEntry], decoder: Decoder, tuning: Tuning, *, verify: bool
+) -> dict[str, Any]:
+    """Non-tensors by name. Those that the manifest holds itself cost no read."""
+    containers = _containers(storage, entries, decoder, tuning, verify=verify)
+    return {
+        name: decoder.load(containers[name], name) if entry.inline is None else copy.deepcopy(entry.inline.value)
+        for name, entry in entries.items()
+    }
+
+
 def read_objects(
     storage: Storage,
     items: Sequence[tuple[ReadItem, ObjectEntry]],
@@ -167,18 +178,26 @@ def read_objects(
     verify: bool,
 ) -> None:
     """Hand the planner its non-tensors. Those that the manifest holds itself cost no read."""
-    distant = {item.storage_index.fqn: entry for item, entry in items if entry.inline is None and entry.blob is None}
-    fetched = fetch_containers(storage, distant, tuning, verify=verify)
+    entries = {item.storage_index.fqn: entry for item, entry in items}
+    containers = _containers(storage, entries, decoder, tuning, verify=verify)
     for item, entry in items:
         name = item.storage_index.fqn
         if entry.inline is not None:
             _hand_over(planner, item, copy.deepcopy(entry.inline.value))
-            continue
-        data = decoder.decode(entry.blob or fetched[name], entry.transforms, name)
-        if decoder.trusted:
-            planner.load_bytes(item, io.BytesIO(data))
+        elif decoder.trusted:
+            planner.load_bytes(item, io.BytesIO(containers[name]))
         else:
-            _hand_over(planner, item, decoder.load(data, name))
+            _hand_over(planner, item, decoder.load(containers[name], name))
+
+
+def _containers(
+    storage: Storage, entries: Mapping[str, ObjectEntry], decoder: Decoder, tuning: Tuning, *, verify: bool
+) -> dict[str, bytes]:
+    """The decoded containers of those objects whose value is not in the manifest."""
+    present = {name: entry.blob for name, entry in entries.items() if entry.inline is None and entry.blob is not None}
+    distant = {name: entry for name, entry in entries.items() if entry.inline is None and entry.blob is None}
+    present |= fetch_containers(storage, distant, tuning, verify=verify)
+    return {name: decoder.decode(data, entries[name].transforms, name) for name, data in present.items()}
 
 
 def fetch_containers(

@@ -6,7 +6,8 @@ pack_file(storage, name, ...) ─┬─ objects: one container per distinct valu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -14,9 +15,8 @@ from typing import Generic, TypeVar
 import torch
 import xxhash
 
-from ray_ckpt.format.blob import ALIGNMENT, Container, container
-from ray_ckpt.format.boxes import Box
-from ray_ckpt.format.manifest import BlockSums, Chunk, ObjectEntry
+from ray_ckpt.format.blob import ALIGNMENT, container
+from ray_ckpt.format.manifest import ObjectEntry
 from ray_ckpt.storage.files import OutputFile, Storage
 from ray_ckpt.storage.objects import INLINE_BLOB_BYTES, SavedObject
 from ray_ckpt.storage.staging import BlockHasher, block_size, host_pieces
@@ -35,20 +35,22 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Part(Generic[K]):
-    """A box of a tensor that is about to be written."""
-
-    key: K
-    """The caller's name for it."""
-    dtype: torch.dtype
-    box: Box
-
-
-@dataclass(frozen=True)
 class Packed(Generic[K]):
-    """What went into one file, by the caller's keys, in the order given."""
+    """What went into one file, in the order given. The columns run over its tensors."""
 
-    tensors: list[tuple[K, Chunk]]
+    name: str
+    keys: list[K]
+    """The caller's names for the tensors."""
+    starts: array[int]
+    """Of the container, in the file, in bytes."""
+    lengths: array[int]
+    """Of the container, in bytes."""
+    data_starts: array[int]
+    """Of the elements, in the file, in bytes."""
+    block_bytes: array[int]
+    """Of a checksum block."""
+    sums: bytes
+    """All block sums, one tensor's after the other's."""
     objects: list[tuple[K, ObjectEntry]]
 
 
@@ -56,40 +58,53 @@ def pack_file(
     storage: Storage,
     name: str,
     objects: Iterable[tuple[K, SavedObject]],
-    tensors: Iterable[tuple[Part[K], torch.Tensor]],
+    tensors: Iterable[tuple[K, torch.Tensor]],
 ) -> Packed[K]:
-    """Write one file. It is durable on return. Each tensor has the dtype and the sizes of its part."""
-    with storage.create(name) as file:
-        packer = _Packer(file)
-        packed = Packed(
-            objects=[(key, packer.add_object(saved)) for key, saved in objects], tensors=packer.add_tensors(tensors)
-        )
-        packer.flush()
-    return packed
+    """Write one file. It is durable on return."""
+    return pack_pieces(storage, name, objects, host_pieces((entry, entry[1]) for entry in tensors))
 
 
-def digest(part: Part[K], sums: BlockSums | None) -> str:
-    """Of a part's dtype, shape and bytes: equal things have equal digests.
+def pack_pieces(
+    storage: Storage,
+    name: str,
+    objects: Iterable[tuple[K, SavedObject]],
+    pieces: Iterable[tuple[tuple[K, torch.Tensor], memoryview]],
+) -> Packed[K]:
+    """Write one file whose tensors come piece by piece, each one's bytes in row-major order. It is durable on return.
 
     Args:
-        sums: block sums of its bytes; None where there are none, as in an empty part.
+        pieces: what the piece is of, as one and the same pair for all pieces of a tensor, and its bytes. Of the tensor
+            only dtype and shape are asked for: it may lie on the meta device.
     """
-    return f"{part.dtype}{list(part.box.sizes)}:{xxhash.xxh3_128_hexdigest(b'' if sums is None else sums.sums)}"
+    with storage.create(name) as file:
+        packer = _Packer[K](file)
+        entries = [(key, packer.add_object(saved)) for key, saved in objects]
+        packer.add_pieces(pieces)
+        packer.flush()
+    return packer.packed(entries)
 
 
-def hash_tensors(tensors: Iterable[tuple[Part[K], torch.Tensor]]) -> list[tuple[Part[K], BlockSums]]:
-    """Block sums of parts, as writing them would give."""
-    hashed: list[tuple[Part[K], BlockSums]] = []
-    opened: tuple[Part[K], BlockHasher] | None = None
-    for part, piece in host_pieces(tensors):
-        if opened is None or part is not opened[0]:
+def digest(dtype: torch.dtype, sizes: Sequence[int], sums: bytes) -> str:
+    """Of a tensor's dtype, shape and bytes: equal things have equal digests.
+
+    Args:
+        sums: its block sums.
+    """
+    return f"{dtype}{list(sizes)}:{xxhash.xxh3_128_hexdigest(sums)}"
+
+
+def hash_tensors(tensors: Iterable[tuple[K, torch.Tensor]]) -> Iterator[tuple[K, torch.Tensor, bytes]]:
+    """Tensors with their block sums, as writing them would give."""
+    opened: tuple[K, torch.Tensor] | None = None
+    hasher = BlockHasher(1)
+    for entry, piece in host_pieces((entry, entry[1]) for entry in tensors):
+        if entry is not opened:
             if opened is not None:
-                hashed.append((opened[0], opened[1].finish()))
-            opened = part, BlockHasher(block_size(part.box.num_elements * part.dtype.itemsize))
-        opened[1].update(piece)
+                yield *opened, hasher.finish().sums
+            opened, hasher = entry, BlockHasher(block_size(entry[1].nbytes))
+        hasher.update(piece)
     if opened is not None:
-        hashed.append((opened[0], opened[1].finish()))
-    return hashed
+        yield *opened, hasher.finish().sums
 
 
 def share_out(sizes: Sequence[int], threads: int, max_file_bytes: int) -> list[list[int]]:
@@ -134,7 +149,7 @@ def write_in_threads(storage: Storage, writes: Sequence[Callable[[], T]], thread
         return [future.result() for future in futures]
 
 
-class _Packer:
+class _Packer(Generic[K]):
     """Appends containers to an open file."""
 
     def __init__(self, file: OutputFile) -> None:
@@ -142,6 +157,13 @@ class _Packer:
         self._position = 0
         self._buffer = bytearray()
         self._objects: dict[bytes, int] = {}
+        self._keys: list[K] = []
+        self._starts, self._lengths, self._data_starts, self._block_bytes = (array("q") for _ in range(4))
+        self._sums = bytearray()
+
+    def packed(self, objects: list[tuple[K, ObjectEntry]]) -> Packed[K]:
+        columns = self._starts, self._lengths, self._data_starts, self._block_bytes
+        return Packed(self._file.name, self._keys, *columns, bytes(self._sums), objects)
 
     def add_object(self, saved: SavedObject) -> ObjectEntry:
         """Append an object, or point to an equal one that is already in this file."""
@@ -160,43 +182,42 @@ class _Packer:
             checksum=xxhash.xxh3_64_intdigest(data),
         )
 
-    def add_tensors(self, tensors: Iterable[tuple[Part[K], torch.Tensor]]) -> list[tuple[K, Chunk]]:
+    def add_pieces(self, pieces: Iterable[tuple[tuple[K, torch.Tensor], memoryview]]) -> None:
         """Append tensors, hashing their bytes on the way."""
-        packed: list[tuple[K, Chunk]] = []
-        opened: _OpenTensor[K] | None = None
-        for part, piece in host_pieces(tensors):
-            if opened is None or part is not opened.part:
+        opened: tuple[K, torch.Tensor] | None = None
+        tail, hasher = b"", BlockHasher(1)
+        for entry, piece in pieces:
+            if entry is not opened:
                 if opened is not None:
-                    packed.append(self._finish_tensor(opened))
-                opened = self._start_tensor(part)
-            opened.hasher.update(piece)
+                    self._finish_tensor(tail, hasher)
+                opened = entry
+                tail, hasher = self._start_tensor(*entry)
+            hasher.update(piece)
             self._append(piece)
         if opened is not None:
-            packed.append(self._finish_tensor(opened))
-        return packed
+            self._finish_tensor(tail, hasher)
 
     def flush(self) -> None:
         if self._buffer:
             self._file.write(self._buffer)
             self._buffer = bytearray()
 
-    def _start_tensor(self, part: Part[K]) -> _OpenTensor[K]:
-        wrapping = container(part.dtype, part.box.sizes)
+    def _start_tensor(self, key: K, tensor: torch.Tensor) -> tuple[bytes, BlockHasher]:
+        """Write what stands before the elements; returns what stands behind them."""
+        wrapping = container(tensor.dtype, tensor.shape)
+        block_bytes = block_size(wrapping.data_bytes)
         self._align()
-        opened = _OpenTensor(part, wrapping, self._position, BlockHasher(block_size(wrapping.data_bytes)))
+        self._keys.append(key)
+        self._starts.append(self._position)
+        self._lengths.append(wrapping.length)
+        self._data_starts.append(self._position + len(wrapping.head))
+        self._block_bytes.append(block_bytes)
         self._append(wrapping.head)
-        return opened
+        return wrapping.tail, BlockHasher(block_bytes)
 
-    def _finish_tensor(self, opened: _OpenTensor[K]) -> tuple[K, Chunk]:
-        self._append(opened.container.tail)
-        return opened.part.key, Chunk(
-            box=opened.part.box,
-            file=self._file.name,
-            start=opened.start,
-            length=opened.container.length,
-            data_start=opened.start + len(opened.container.head),
-            checksums=opened.hasher.finish(),
-        )
+    def _finish_tensor(self, tail: bytes, hasher: BlockHasher) -> None:
+        self._append(tail)
+        self._sums += hasher.finish().sums
 
     def _align(self) -> None:
         if padding := -self._position % ALIGNMENT:
@@ -211,13 +232,3 @@ class _Packer:
         self._buffer += data
         if len(self._buffer) >= _BUFFER_BYTES:
             self.flush()
-
-
-@dataclass
-class _OpenTensor(Generic[K]):
-    """A tensor whose head is written and whose elements are on their way."""
-
-    part: Part[K]
-    container: Container
-    start: int
-    hasher: BlockHasher

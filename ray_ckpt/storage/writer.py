@@ -20,19 +20,19 @@ from typing import Any
 import torch
 import xxhash
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from ray_ckpt.collector import collector_paused
 from ray_ckpt.errors import UsageError
 from ray_ckpt.format import dcp_metadata
-from ray_ckpt.format.boxes import Box
-from ray_ckpt.format.manifest import Chunk, ObjectEntry
+from ray_ckpt.format.boxes import shared_box
+from ray_ckpt.format.manifest import BlockSums, Chunk, ObjectEntry
 from ray_ckpt.storage.commit import Replica, Written, build_manifest
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.objects import read_object
-from ray_ckpt.storage.pack import MAX_FILE_BYTES, Part, digest, hash_tensors, pack_file, share_out, write_in_threads
+from ray_ckpt.storage.pack import MAX_FILE_BYTES, Packed, digest, hash_tensors, pack_file, share_out, write_in_threads
 from ray_ckpt.storage.publish import publish, refuse_if_taken
 
 __all__ = ["ArrowStorageWriter"]
@@ -125,8 +125,7 @@ class ArrowStorageWriter(StorageWriter):
             name = f"__{plan.storage_data}_{next(numbers)}-{self._attempt}.distcp"
             objects = ((item, read_object(planner, item)) for item in items if item.type == WriteItemType.BYTE_IO)
             packed = pack_file(self.storage, name, objects, _resolve_tensors(planner, items))
-            results = [_object_result(item, entry) for item, entry in packed.objects]
-            return results + [_tensor_result(item, chunk) for item, chunk in packed.tensors]
+            return [_object_result(item, entry) for item, entry in packed.objects] + _tensor_results(packed)
 
         shares = share_out([_item_bytes(item) for item in plan.items], self.threads, self.max_file_bytes)
         writes = [functools.partial(write, [plan.items[index] for index in share]) for share in shares]
@@ -159,20 +158,16 @@ class ArrowStorageWriter(StorageWriter):
 def _item_bytes(item: WriteItem) -> int:
     if item.tensor_data is None:
         return 1
-    part = _part(item)
-    return max(1, part.box.num_elements * part.dtype.itemsize)
+    return max(1, item.tensor_data.chunk.sizes.numel() * item.tensor_data.properties.dtype.itemsize)
 
 
-def _part(item: WriteItem) -> Part[WriteItem]:
-    data = item.tensor_data
-    if data is None:
+def _tensor_data(item: WriteItem) -> TensorWriteData:
+    if item.tensor_data is None:
         raise UsageError(f"the plan's item {item.index} is a tensor without `tensor_data`")
-    return Part(item, data.properties.dtype, Box(tuple(data.chunk.offsets), tuple(data.chunk.sizes)))
+    return item.tensor_data
 
 
-def _resolve_tensors(
-    planner: SavePlanner, items: Iterable[WriteItem]
-) -> Iterator[tuple[Part[WriteItem], torch.Tensor]]:
+def _resolve_tensors(planner: SavePlanner, items: Iterable[WriteItem]) -> Iterator[tuple[WriteItem, torch.Tensor]]:
     """The tensors among these items, each resolved when its turn comes, because that may allocate memory.
 
     Raises:
@@ -181,29 +176,41 @@ def _resolve_tensors(
     for item in items:
         if item.type == WriteItemType.BYTE_IO:
             continue
-        part = _part(item)
+        planned = _tensor_data(item)
+        dtype, sizes = planned.properties.dtype, planned.chunk.sizes
         tensor = planner.resolve_data(item)
-        if not isinstance(tensor, torch.Tensor) or (tensor.dtype, tuple(tensor.shape)) != (part.dtype, part.box.sizes):
+        if not isinstance(tensor, torch.Tensor) or (tensor.dtype, tensor.shape) != (dtype, sizes):
             raise UsageError(
-                f"{item.index.fqn!r} was planned as {part.dtype} of shape {part.box.sizes} but is now "
+                f"{item.index.fqn!r} was planned as {dtype} of shape {tuple(sizes)} but is now "
                 f"{getattr(tensor, 'dtype', type(tensor))} of shape {tuple(getattr(tensor, 'shape', ()))}; "
                 "do not change the state dict during a save"
             )
-        yield part, tensor
+        yield item, tensor
 
 
 def _object_result(item: WriteItem, entry: ObjectEntry) -> WriteResult:
     return WriteResult(item.index, entry.length, Written(entry, f"{entry.checksum:016x}"))
 
 
-def _tensor_result(item: WriteItem, chunk: Chunk) -> WriteResult:
-    return WriteResult(item.index, chunk.length, Written(chunk, digest(_part(item), chunk.checksums)))
+def _tensor_results(packed: Packed[WriteItem]) -> list[WriteResult]:
+    results = []
+    columns = (packed.keys, packed.starts, packed.lengths, packed.data_starts, packed.block_bytes)
+    end = 0
+    for item, start, length, data_start, block_bytes in zip(*columns, strict=True):
+        planned = _tensor_data(item)
+        dtype, offsets, sizes = planned.properties.dtype, planned.chunk.offsets, planned.chunk.sizes
+        begin, end = end, end + 8 * -(-sizes.numel() * dtype.itemsize // block_bytes)
+        sums = BlockSums(block_bytes, packed.sums[begin:end])
+        box = shared_box(tuple(offsets), tuple(sizes))
+        chunk = Chunk(box, packed.name, start, length, data_start, sums)
+        results.append(WriteResult(item.index, length, Written(chunk, digest(dtype, sizes, sums.sums))))
+    return results
 
 
 def _digest_replicas(items: Sequence[WriteItem], planner: SavePlanner) -> list[WriteResult]:
     """Digests of what this rank holds and another rank writes: the coordinator compares (see `commit`)."""
     hashed = hash_tensors(_resolve_tensors(planner, items))
-    digests = [(part.key, digest(part, sums)) for part, sums in hashed]
+    digests = [(item, digest(tensor.dtype, tensor.shape, sums)) for item, tensor, sums in hashed]
     digests += [
         (item, f"{xxhash.xxh3_64_intdigest(read_object(planner, item).container):016x}")
         for item in items
