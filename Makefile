@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow bench lint format clean constraints
+.PHONY: demo test test-slow bench bench-async bench-planning lint format clean constraints
 
 demo: .venv/.installed
 	$(BIN)/python jobs/pipeline_to_fsdp.py $(ARGS)
@@ -16,8 +16,17 @@ test: .venv/.installed-dev
 test-slow: .venv/.installed-dev
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
+# All measurements, one after the other; ARGS are those of the first.
 bench: .venv/.installed-dev
 	PYTHONPATH=. $(BIN)/python benchmarks/storage.py $(ARGS)
+	PYTHONPATH=. $(BIN)/python benchmarks/async_save.py
+	PYTHONPATH=. $(BIN)/python benchmarks/planning.py
+
+bench-async: .venv/.installed-dev
+	PYTHONPATH=. $(BIN)/python benchmarks/async_save.py $(ARGS)
+
+bench-planning: .venv/.installed-dev
+	PYTHONPATH=. $(BIN)/python benchmarks/planning.py $(ARGS)
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

@@ -31,6 +31,7 @@ from ray_ckpt.errors import (
 if TYPE_CHECKING:
     from ray_ckpt.checkpoint.loading import load
     from ray_ckpt.checkpoint.saving import save
+    from ray_ckpt.checkpoint.verifying import verify
     from ray_ckpt.cluster.group import WorkerGroup
     from ray_ckpt.format.digest import fingerprint
     from ray_ckpt.format.manifest import Manifest
@@ -66,6 +67,7 @@ __all__ = [
     "fingerprint",
     "load",
     "save",
+    "verify",
 ]
 
 _HOMES = {
@@ -78,6 +80,7 @@ _HOMES = {
     "fingerprint": "ray_ckpt.format.digest",
     "load": "ray_ckpt.checkpoint.loading",
     "save": "ray_ckpt.checkpoint.saving",
+    "verify": "ray_ckpt.checkpoint.verifying",
 }
 
 

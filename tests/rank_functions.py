@@ -37,6 +37,11 @@ def recall(ctx: WorkerContext) -> Any:
     return ctx.objects.get("value")
 
 
+def move_into(ctx: WorkerContext, directory: str) -> None:
+    """What is relative is then the same for all workers, and something else for the driver."""
+    os.chdir(directory)
+
+
 class UnpicklableError(Exception):
     """Cannot travel: it holds a lambda."""
 

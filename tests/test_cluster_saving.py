@@ -21,9 +21,12 @@ from ray_ckpt.errors import (
     CommitError,
     GroupError,
     GroupTimeoutError,
+    UsageError,
     WorkerError,
 )
+from ray_ckpt.recipes.pipeline_to_fsdp import probe
 from ray_ckpt.storage.reader import ArrowStorageReader
+from ray_ckpt.storage.store import CheckpointStore
 from tests import rank_functions
 from tests.faulty import Fault, TravellingStorage
 
@@ -49,6 +52,8 @@ def group(local_ray: None) -> Iterator[WorkerGroup]:
 def doomed_group() -> Iterator[WorkerGroup]:
     """For a test that takes a worker away from it."""
     with make_group() as group:
+        # What a first save loads is not counted where seconds are.
+        group.run(probe.load_module, "ray_ckpt.protocol.rank")
         yield group
 
 
@@ -93,6 +98,40 @@ def test_workers_without_a_process_group_save_one_checkpoint(group: WorkerGroup,
     cluster.save(group, "tests.rank_functions:stage_of", tmp_path / "b")
     assert load_step(tmp_path / "b", 6)
     assert load_step(tmp_path / "a", 5)
+
+
+def test_steps_of_a_store_are_saved_by_number(group: WorkerGroup, tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    for step in (3, 4):
+        group.run(rank_functions.remember, step)
+        report = cluster.save(group, rank_functions.stage_of, store if step == 3 else str(tmp_path), step=step)
+        assert report.uri == str(tmp_path / f"step-{step}")
+    assert store.steps() == (3, 4)
+    assert load_step(tmp_path / "step-3", 3)
+    assert load_step(tmp_path / "step-4", 4)
+    with pytest.raises(UsageError, match=r"which step .* save\(..., step=N\)"):
+        cluster.save(group, rank_functions.stage_of, store)
+
+
+def test_the_workers_share_the_files_of_a_checkpoint_that_is_verified(group: WorkerGroup, tmp_path: Path) -> None:
+    group.run(rank_functions.remember, 3)
+    cluster.save(group, rank_functions.stage_of, tmp_path, step=1)
+    report = cluster.verify(group, tmp_path)
+    assert report.verified
+    files = sorted((tmp_path / "step-1").glob("*.distcp"))
+    assert report.total_bytes == sum(path.stat().st_size for path in files)
+    for path in files:
+        data = path.read_bytes()
+        path.write_bytes(data[:1100] + bytes([data[1100] ^ 1]) + data[1101:])
+    assert cluster.verify(group, CheckpointStore(tmp_path), 1).damaged == ("stage0", "stage1", "stage2")
+
+
+def test_a_driver_that_does_not_see_the_workers_files_commits_nothing(group: WorkerGroup, tmp_path: Path) -> None:
+    group.run(rank_functions.move_into, str(tmp_path))
+    with pytest.raises(CommitError, match="where the driver sees no such file; give a directory that is mounted on"):
+        cluster.save(group, rank_functions.stage_of, "/proc/self/cwd/run")
+    assert list((tmp_path / "run").iterdir()) == []
+    assert not Path("run").exists()
 
 
 def test_a_changed_state_is_never_saved_under_an_old_plan(group: WorkerGroup, tmp_path: Path) -> None:

@@ -61,6 +61,9 @@ def test_the_demo_needs_no_test_dependencies(installed: Path) -> None:
     [
         ("test", "-k fingerprint -x", '.venv/bin/python -m pytest -m "not slow" -k fingerprint -x'),
         ("bench", "--sizes 0.1", ".venv/bin/python benchmarks/storage.py --sizes 0.1"),
+        ("bench", "", ".venv/bin/python benchmarks/planning.py"),
+        ("bench-async", "--repeats 3", ".venv/bin/python benchmarks/async_save.py --repeats 3"),
+        ("bench-planning", "--max-parts 9", ".venv/bin/python benchmarks/planning.py --max-parts 9"),
         ("demo", "--target fsdp1", ".venv/bin/python jobs/pipeline_to_fsdp.py --target fsdp1"),
         ("format", "", ".venv/bin/ruff format ."),
         ("constraints", "", "uv pip compile"),

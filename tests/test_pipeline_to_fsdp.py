@@ -196,6 +196,10 @@ def test_storage_that_nodes_do_not_share_is_found_before_a_byte_is_saved(
     with pytest.raises(UsageError, match=r"not shared: rank 0 on .* does not see the file that rank 1 on ") as caught:
         job.check_storage(fresh_group, "/proc/self/cwd/run", overwrite=False)
     assert "mounted on every node, or an object store" in str(caught.value)
+    (tmp_path / "theirs").mkdir()
+    fresh_group.run(rank_functions.move_into, str(tmp_path / "theirs"))
+    with pytest.raises(UsageError, match=r"not shared: this driver, which commits, does not see the file that rank 0"):
+        job.check_storage(fresh_group, "/proc/self/cwd/run", overwrite=False)
     # The same group finds nothing wrong with a place that is shared, and leaves nothing there.
     job.check_storage(fresh_group, str(tmp_path / "shared"), overwrite=False)
     assert list((tmp_path / "shared").iterdir()) == []

@@ -17,6 +17,8 @@ RUN_BY = {
     "make test-slow": ".ci/run",
     "make lint": ".ci/run",
     'make bench ARGS="--sizes 0.1"': "tests/test_makefile.py::test_arguments_reach_the_commands",
+    "make bench-async": "tests/test_makefile.py::test_arguments_reach_the_commands",
+    "make bench-planning": "tests/test_makefile.py::test_arguments_reach_the_commands",
     'make demo ARGS="--target fsdp1"': "tests/test_makefile.py::test_arguments_reach_the_commands",
     'make test ARGS="-k fingerprint -x"': "tests/test_makefile.py::test_arguments_reach_the_commands",
     "make format": "tests/test_makefile.py::test_arguments_reach_the_commands",

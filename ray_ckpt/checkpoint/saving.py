@@ -18,14 +18,15 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from ray_ckpt.checkpoint.background import SaveHandle, Saver, saver
 from ray_ckpt.checkpoint.carriers import Carrier, carrier
-from ray_ckpt.checkpoint.target import Target, destination
 from ray_ckpt.checkpoint.together import Exchange
 from ray_ckpt.errors import RayCkptError, UsageError
 from ray_ckpt.format import dcp_metadata
+from ray_ckpt.parallel.state import TrainState
 from ray_ckpt.protocol.coordinator import Coordinator
 from ray_ckpt.protocol.messages import Assignment, LocalPlan, RankRecord
 from ray_ckpt.protocol.rank import RankSave
 from ray_ckpt.report import SaveReport
+from ray_ckpt.storage.target import Target, destination
 
 State = Stateful | Mapping[str, Any]
 
@@ -55,23 +56,39 @@ def save(
     target: Target,
     *,
     step: int | None = ...,
+    layout: str | None = ...,
     overwrite: bool = ...,
     blocking: Literal[True] = ...,
     if_busy: Literal["wait"] = ...,
 ) -> SaveReport: ...
 @overload
 def save(
-    state: State, target: Target, *, overwrite: bool = ..., blocking: Literal[False], if_busy: Literal["wait"] = ...
+    state: State,
+    target: Target,
+    *,
+    step: int | None = ...,
+    layout: str | None = ...,
+    overwrite: bool = ...,
+    blocking: Literal[False],
+    if_busy: Literal["wait"] = ...,
 ) -> SaveHandle: ...
 @overload
 def save(
-    state: State, target: Target, *, overwrite: bool = ..., blocking: bool = ..., if_busy: Literal["wait", "skip"]
+    state: State,
+    target: Target,
+    *,
+    step: int | None = ...,
+    layout: str | None = ...,
+    overwrite: bool = ...,
+    blocking: bool = ...,
+    if_busy: Literal["wait", "skip"],
 ) -> SaveReport | SaveHandle | None: ...
 def save(
     state: State,
     target: Target,
     *,
     step: int | None = None,
+    layout: str | None = None,
     overwrite: bool = False,
     blocking: bool = True,
     if_busy: Literal["wait", "skip"] = "wait",
@@ -88,6 +105,7 @@ def save(
             one name is saved once.
         target: the checkpoint's directory (a local path, a URI as `Storage` takes it, or a `Storage`), or with `step`
             the store that it is a step of (the same, or a `CheckpointStore`).
+        layout: how the state lies across ranks, for the manifest; by default what the `TrainState` says.
         overwrite: replace a committed checkpoint; it stays valid until the new one is committed.
         if_busy: whether a save waits for one that is still being written on some rank, or is skipped: a warning, and
             None instead of a report or a handle.
@@ -104,7 +122,13 @@ def save(
     mine = saver()
     mine.meet()
     writer = RankSave(storage)
-    coordinator = Coordinator(storage, overwrite=overwrite, saved_by={"torch": torch.__version__}, cache=mine.cache)
+    coordinator = Coordinator(
+        storage,
+        overwrite=overwrite,
+        layout=state.layout if layout is None and isinstance(state, TrainState) else layout,
+        saved_by={"torch": torch.__version__},
+        cache=mine.cache,
+    )
     trainers = carrier()
     order = _agree(trainers, mine, writer, coordinator, state, skip=if_busy == "skip")
     if order.assignment is None:

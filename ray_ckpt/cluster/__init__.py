@@ -2,8 +2,10 @@
 
 from ray_ckpt import cluster
 cluster.save(group, state_of, target)       state_of(ctx) returns what a worker holds
+cluster.verify(group, target)
 """
 
 from ray_ckpt.cluster.saving import save
+from ray_ckpt.cluster.verifying import verify
 
-__all__ = ["save"]
+__all__ = ["save", "verify"]

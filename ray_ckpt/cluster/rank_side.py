@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ray_ckpt.cluster.worker import WorkerContext
 from ray_ckpt.format.manifest import Manifest
 from ray_ckpt.protocol.messages import Assignment, LocalPlan, RankRecord
+from ray_ckpt.report import VerifyReport
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.stateful import Stateful
@@ -62,6 +63,14 @@ def stock_record(ctx: WorkerContext, manifest: Manifest) -> bytes:
     from ray_ckpt.format import dcp_metadata
 
     return dcp_metadata.dumps(manifest)
+
+
+def verify(ctx: WorkerContext, storage: Storage, num_ranks: int) -> VerifyReport:
+    """Check this rank's share of a checkpoint."""
+    from ray_ckpt.storage.audit import audit
+    from ray_ckpt.storage.reader import ArrowStorageReader
+
+    return audit(storage, ArrowStorageReader(storage).read_manifest(), rank=ctx.rank, num_ranks=num_ranks)
 
 
 def _saves(ctx: WorkerContext) -> dict[str, RankSave]:

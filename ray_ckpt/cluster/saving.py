@@ -1,10 +1,10 @@
-"""save(group, state_of, target): the phases of `protocol/`, carried by actor calls. No collective, no process group.
+"""save(group, state_of, target, step): the phases of `protocol/`, carried by actor calls, without any collective.
 
 driver                                    every worker
     plan    ── state_of ───────────────>  look through the state          <── LocalPlan ──
     merge, refuse what does not fit
     write   ── Assignment ─────────────>  write files (again, if asked)   <── RankRecord ──
-    check; publish
+    check, see the files; publish
 
 The driver loads no torch: its part is merging and checking names, shapes and checksums.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import os
+import itertools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,10 +21,11 @@ from weakref import WeakKeyDictionary
 
 from ray_ckpt.cluster import rank_side
 from ray_ckpt.cluster.group import WorkerGroup
-from ray_ckpt.errors import GroupError
+from ray_ckpt.errors import CommitError, GroupError
 from ray_ckpt.protocol.coordinator import Coordinator, PlanCache
 from ray_ckpt.report import SaveReport
 from ray_ckpt.storage.files import Storage
+from ray_ckpt.storage.target import Target, destination
 
 DISCARD_PATIENCE_S = 3.0
 """After a failure: how long the workers may take to remove what they have written."""
@@ -36,8 +37,9 @@ _plans: WeakKeyDictionary[WorkerGroup, PlanCache] = WeakKeyDictionary()
 def save(
     group: WorkerGroup,
     state_of: rank_side.StateOf | str,
-    target: str | os.PathLike[str] | Storage,
+    target: Target,
     *,
+    step: int | None = None,
     overwrite: bool = False,
     layout: str | None = None,
     retries: int = 0,
@@ -49,18 +51,20 @@ def save(
         state_of: a top-level function that returns a worker's state, given its `WorkerContext`: a `TrainState`,
             anything else with a `state_dict`, or a state dict. By name (`"package.module:function"`) the driver need
             not load its module.
-        target: URI or path of the checkpoint's directory, as every worker's node knows it.
+        target: the checkpoint's directory as every worker's node knows it (a path, a URI, or a `Storage`), or with
+            `step` the store that it is a step of (the same, or a `CheckpointStore`).
         layout: how the model lies across the workers, for the manifest.
         retries: how often a worker whose write failed writes once more, by itself.
         timeout_s: for the whole save; by default the group's `call_timeout_s`.
 
     Raises:
         CheckpointExistsError: `target` holds a committed checkpoint already and `overwrite` was not given.
-        CommitError: the workers' parts do not fit together, or differ under one name.
+        CommitError: the workers' parts do not fit together, or differ under one name; or the driver, which commits,
+            does not see at `target` what the workers have written.
         WorkerError: workers failed or died; names each. Nothing was committed.
         GroupTimeoutError: workers did not answer in time; names each. Nothing was committed.
     """
-    storage = target if isinstance(target, Storage) else Storage(target)
+    storage = destination(target, step)
     ranks = range(group.num_workers)
     deadline = time.monotonic() + (group.call_timeout_s if timeout_s is None else timeout_s)
     cache = _plans.setdefault(group, PlanCache())
@@ -76,6 +80,7 @@ def save(
         args_of = {assignment.rank: (assignment,) for assignment in assignments}
         records = call(rank_side.write, args_of, beside=True, retries=retries)
         coordinator.check(list(records.values()))
+        _check_shared(storage, coordinator.manifest.files)
         [stock_record] = call(rank_side.stock_record, {0: (coordinator.manifest,)}, beside=True).values()
     except BaseException:
         _tell_all(group, rank_side.discard, coordinator.attempt)
@@ -83,6 +88,18 @@ def save(
     report = coordinator.publish(stock_record)
     _tell_all(group, rank_side.finish, coordinator.attempt)
     return report
+
+
+def _check_shared(storage: Storage, files: Mapping[str, int]) -> None:
+    """A driver with a directory of its own under this path would commit where no worker looks. One file will do."""
+    for name, num_bytes in itertools.islice(files.items(), 1):
+        found = storage.size(name)
+        if found != num_bytes:
+            seen = "no such file" if found is None else f"{found} bytes"
+            raise CommitError(
+                f"refusing to commit: a worker has written {name} of {num_bytes} bytes to {storage.address}, where the "
+                f"driver sees {seen}; give a directory that is mounted on the driver's node too, or an object store"
+            )
 
 
 def _tell_all(group: WorkerGroup, fn: Callable[..., None], attempt: str) -> None:

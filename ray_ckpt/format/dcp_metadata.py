@@ -22,6 +22,7 @@ import torch.serialization
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 
+from ray_ckpt.collector import collector_paused
 from ray_ckpt.errors import FormatError, UnsafeCheckpointError
 from ray_ckpt.format.blob import dtype_name, parse_dtype
 from ray_ckpt.format.boxes import Box
@@ -95,15 +96,19 @@ def loads(data: bytes, *, trusted: bool = False) -> dcp.Metadata:
 
 def dumps(manifest: Manifest) -> bytes:
     """The `.metadata` that lets stock DCP read what the manifest describes."""
+    with collector_paused():
+        return pickle.dumps(_to_stock(manifest))
+
+
+def _to_stock(manifest: Manifest) -> dcp.Metadata:
     infos = {index: _StorageInfo(part.file, part.start, part.length) for index, part in _index_parts(manifest)}
-    stock = dcp.Metadata(
+    return dcp.Metadata(
         _describe_entries(manifest),
         planner_data=_paths(manifest),
         storage_data=infos,
         storage_meta=dcp.StorageMeta(save_id=manifest.attempt, modules=[_SIGNATURE]),
         version=CURRENT_DCP_VERSION,
     )
-    return pickle.dumps(stock)
 
 
 def is_ours(metadata: dcp.Metadata) -> bool:

@@ -1,121 +1,194 @@
-"""TrainState: a model and its optimizer as one flat, name-keyed state dict.
+"""TrainState: everything that a training run must not lose, as one flat, name-keyed state.
 
-Optimizer state is keyed by parameter name (`optim.state.layer1.weight.exp_avg`,
-`optim.param_groups.layer1.weight.lr`), so every pipeline stage's hyper-parameters survive the save. The load needs
-more: torch fills a parameter group of the target from the *first* name in it, so one group over four stages would
-silently take stage 0's learning rate. `match_hyperparameters` splits the target's groups first.
+    model.<parameter or buffer>                          named_model.py
+    optim.state.<parameter>.<key>                        named_optimizers.py
+    optim.param_groups.<parameter>.<hyper-parameter>     hyperparameters.py
+    schedulers.<scheduler>. ...                          schedules.py
+    scaler.state. ...  counters. ...  extra. ...         objects.py
+    ema.<parameter or buffer>                            named_model.py
+    rng.rank<n>. ...  dataloader.rank<n>. ...            of_rank.py
+
+Names depend on the model alone, never on the layout: that is what lets any layout load what any other saved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import warnings
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.stateful import Stateful
 
-from ray_ckpt.errors import StateMismatchError
+from ray_ckpt.errors import UsageError
 from ray_ckpt.format.digest import fingerprint
 from ray_ckpt.format.snapshot import Snapshot
+from ray_ckpt.parallel.claims import Part, Plan, Saved, Spec
+from ray_ckpt.parallel.named_model import NamedModel
+from ray_ckpt.parallel.named_optimizers import NamedOptimizers
+from ray_ckpt.parallel.objects import CounterPart, ExtraPart, StatefulPart
+from ray_ckpt.parallel.of_rank import RankPart, Rng
+from ray_ckpt.parallel.schedules import NamedSchedulers, Schedulers
 
-PARAM_GROUPS = "param_groups."
-"""Prefix of the optimizer's hyper-parameters in the flat state dict: `param_groups.<parameter>.<hyper-parameter>`."""
+T = TypeVar("T")
 
-_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
-
-Hyperparameters = Mapping[str, Mapping[str, Any]]
-"""Parameter name -> hyper-parameter name -> value."""
+OF_RANK = ("rng", "dataloader")
+"""Sections whose names depend on the layout: every rank has its own."""
 
 
 class TrainState:
-    """What a training run must not lose, as seen by one rank: its part of the model and of the optimizer.
+    """What a training run must not lose, as seen by one rank: what it holds of it.
 
-    A `Stateful` for DCP: `state_dict` holds `{"model": {...}, "optim": {...}}`. Under FSDP the tensors are DTensors,
-    on a pipeline stage plain ones; only what this rank really holds is in it.
+    `ray_ckpt.save` and `ray_ckpt.load` take it. It is a `Stateful` for DCP too, with one difference: DCP fills what is
+    there, and only `ray_ckpt.load` gives a fresh optimizer the state that the checkpoint has. Saving changes nothing:
+    no step is taken, and what an optimizer does not remember yet is not saved.
+
+    Args:
+        model: the wrapped model, or the chunks of it that this rank holds (interleaved pipeline stages). What lies on
+            the meta device is another rank's, unless it is a DTensor or the whole module is still there: that gets
+            memory when it is loaded, on the CPU or on its mesh's device.
+        optimizers: one, several, or several by name. A parameter may have one of them at most.
+        schedulers: LR schedulers of these optimizers: one, several, or several by name.
+        scaler: a `torch.amp.GradScaler`, or anything else with `state_dict` and `load_state_dict`.
+        step: how many steps were trained; set `state.step` as training goes on. A load sets it.
+        counters: further numbers, such as tokens seen; a load replaces the values in this mapping.
+        rng: whether the random generators of every rank are part of it.
+        dataloader: this rank's; anything with `state_dict` and `load_state_dict`.
+        ema: a second set of parameters: a module (also torch's `AveragedModel`).
+        extra: name -> tensor, anything with `state_dict` and `load_state_dict`, or a plain value; a load fills tensors
+            in place and replaces plain values in this mapping.
+        tied: alias -> canonical name of weights that are one, for a pipeline stage that holds a copy of another stage's
+            (`{"lm_head.weight": "model.embed_tokens.weight"}`). What modules share by themselves, or say in an
+            attribute `all_tied_weights_keys` as transformers' do, need not be named. Saved once, loaded into all.
+        layout: in which this rank runs, kept in the manifest: states of one rank alone (`rng`, `dataloader`) come back
+            in the layout of the same name and number of ranks only.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self.model = model
-        self.optimizer = optimizer
+    def __init__(
+        self,
+        model: nn.Module | Sequence[nn.Module],
+        optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | Mapping[str, torch.optim.Optimizer] = (),
+        *,
+        schedulers: Schedulers = (),
+        scaler: Stateful | None = None,
+        step: int | None = None,
+        counters: MutableMapping[str, Any] | None = None,
+        rng: bool = False,
+        dataloader: Stateful | None = None,
+        ema: nn.Module | None = None,
+        extra: MutableMapping[str, Any] | None = None,
+        tied: Mapping[str, str] | None = None,
+        layout: object | None = None,
+    ) -> None:
+        self.models = [model] if isinstance(model, nn.Module) else list(model)
+        self.optimizers = _listed(optimizers)
+        self.step = step
+        self.layout = None if layout is None else str(layout)
+        self._optim = NamedOptimizers(self.optimizers, NamedModel(self.models, tied))
+        schedules = NamedSchedulers(schedulers, self._optim)
+        self._parts: list[Part] = [NamedModel(self.models, tied)]
+        if self.optimizers:
+            self._parts += [self._optim, schedules]
+        if ema is not None:
+            self._parts.append(NamedModel([ema], tied, "ema"))
+        if scaler is not None:
+            self._parts.append(StatefulPart("scaler", scaler))
+        self._parts.append(CounterPart(self, {} if counters is None else counters))
+        if extra is not None:
+            self._parts.append(ExtraPart(extra))
+        if dataloader is not None:
+            self._parts.append(RankPart("dataloader", dataloader, self.layout))
+        if rng:
+            self._parts.append(RankPart("rng", Rng(), self.layout))
 
-    def state_dict(self) -> dict[str, Any]:
-        """The live tensors, not copies, under the names of the unwrapped model.
-
-        An optimizer that has not stepped yet gets its state first, by a step with learning rate 0.
-        """
-        model, optim = get_state_dict(self.model, self.optimizer, options=_FLAT)
-        return {"model": _without_meta(model), "optim": _without_meta(optim)}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        set_state_dict(
-            self.model,
-            self.optimizer,
-            model_state_dict=dict(state_dict["model"]),
-            optim_state_dict=dict(state_dict["optim"]),
-            options=_FLAT,
-        )
-
-    def match_hyperparameters(self, saved: Hyperparameters) -> None:
-        """Split the optimizer's parameter groups so that each holds one distinct set of saved hyper-parameters.
+    @property
+    def model(self) -> nn.Module:
+        """The one module.
 
         Raises:
-            StateMismatchError: parameters of one group were saved with different hyper-parameters and the optimizer
-                has stepped already, so that its groups may mean something to somebody; or a parameter was not saved.
+            UsageError: this rank holds several chunks: `models` has them.
         """
-        names = {parameter: name for name, parameter in _named_parameters(self.model)}
-        groups: list[dict[str, Any]] = []
-        for group in self.optimizer.param_groups:
-            members = [names[parameter] for parameter in group["params"]]
-            if missing := [name for name in members if name not in saved]:
-                raise StateMismatchError(f"the checkpoint has no hyper-parameters for {', '.join(missing)}")
-            parts = _group_by_values({name: saved[name] for name in members})
-            if len(parts) > 1 and self.optimizer.state:
-                raise StateMismatchError(_describe_conflict(parts))
-            parameters = dict(zip(members, group["params"], strict=True))
-            groups += [{**group, **values, "params": [parameters[name] for name in part]} for part, values in parts]
-        self.optimizer.param_groups[:] = groups
+        return _only(self.models, "model chunks", "models")
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The one optimizer.
+
+        Raises:
+            UsageError: there is none, or there are several: `optimizers` has them.
+        """
+        return _only(self.optimizers, "optimizers", "optimizers")
+
+    @property
+    def sections(self) -> frozenset[str]:
+        """First components of the names that this state has or takes."""
+        return frozenset(part.section for part in self._parts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Section -> name -> live tensor (a DTensor where the layout shards it) or plain value. Nothing is copied.
+
+        Raises:
+            UsageError: something has no place in a checkpoint; the message names it.
+        """
+        sections = {part.section: part.leaves() for part in self._parts}
+        return {section: leaves for section, leaves in sections.items() if leaves}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take what `state_dict` gave, of this state or of another one in the same layout."""
+        flat = {f"{section}.{name}": value for section, leaves in state_dict.items() for name, value in leaves.items()}
+        tensors = {name: value for name, value in flat.items() if isinstance(value, torch.Tensor)}
+        values = {name: value for name, value in flat.items() if not isinstance(value, torch.Tensor)}
+        values |= {name: value for name, value in tensors.items() if is_hyperparameter(name)}
+        saved = Saved({name: Spec.of(value) for name, value in tensors.items()}, values, layout=self.layout)
+        if self.optimizers and not any(name.startswith("optim.state.") for name in flat):
+            warnings.warn(
+                "no optimizer state arrived. If the checkpoint has some, load it by ray_ckpt.load: DCP fills only what "
+                "an optimizer remembers already, and this one has not stepped",
+                stacklevel=2,
+            )
+        for plan in self.plans(saved):
+            loaded = {}
+            for name, claim in plan.claims.items():
+                if claim.target is not None and claim.saved in tensors:
+                    loaded[name] = claim.target()
+                    with torch.no_grad():
+                        loaded[name].copy_(tensors[claim.saved])
+            plan.apply(loaded)
+
+    def plans(self, saved: Saved) -> list[Plan]:
+        """What every part wants of a checkpoint, to be applied in this order. Nothing is changed or allocated yet."""
+        return [part.plan(saved) for part in self._parts]
 
     def snapshot(self, rank: int) -> Snapshot:
-        """Fingerprints of all tensors that this rank holds, and the values of everything else, by flat name."""
+        """Fingerprints of all tensors that this rank holds, and the values of everything else, by flat name.
+
+        Without what belongs to one rank alone: it is no other rank's in any other layout.
+        """
         fingerprints, values = {}, {}
-        for part, state in self.state_dict().items():
-            for name, value in state.items():
+        for section, leaves in self.state_dict().items():
+            if section in OF_RANK:
+                continue
+            for name, value in leaves.items():
                 if isinstance(value, torch.Tensor):
-                    fingerprints[f"{part}.{name}"] = fingerprint(value)
+                    fingerprints[f"{section}.{name}"] = fingerprint(value)
                 else:
-                    values[f"{part}.{name}"] = value
+                    values[f"{section}.{name}"] = value
         return Snapshot(rank, fingerprints, values)
 
 
-def _without_meta(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in state.items() if not (isinstance(value, torch.Tensor) and value.is_meta)}
+def is_hyperparameter(name: str) -> bool:
+    """Whether a tensor of this name has to be known before anything is loaded, as a value is."""
+    return name.startswith("optim.param_groups.")
 
 
-def _named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Parameters under the names of the unwrapped model, which FSDP1 prefixes."""
-    return [(name.replace("_fsdp_wrapped_module.", ""), parameter) for name, parameter in model.named_parameters()]
+def _listed(optimizers: Any) -> list[torch.optim.Optimizer]:
+    if isinstance(optimizers, torch.optim.Optimizer):
+        return [optimizers]
+    return list(optimizers.values() if isinstance(optimizers, Mapping) else optimizers)
 
 
-def _group_by_values(saved: Hyperparameters) -> list[tuple[list[str], Mapping[str, Any]]]:
-    """Names that share all their values, in order of first appearance."""
-    parts: list[tuple[list[str], Mapping[str, Any]]] = []
-    for name, values in saved.items():
-        for members, common in parts:
-            if common == values:
-                members.append(name)
-                break
-        else:
-            parts.append(([name], values))
-    return parts
-
-
-def _describe_conflict(parts: list[tuple[list[str], Mapping[str, Any]]]) -> str:
-    differing = sorted({key for _, values in parts for key in values if values[key] != parts[0][1].get(key)})
-    found = "; ".join(
-        f"{', '.join(names)}: " + ", ".join(f"{key}={values.get(key)}" for key in differing) for names, values in parts
-    )
-    return (
-        "one parameter group of the optimizer holds parameters that were saved with different hyper-parameters "
-        f"({found}). Load into a fresh optimizer, whose groups are split to match, or give each set its own group"
-    )
+def _only(several: list[T], what: str, attribute: str) -> T:
+    if len(several) != 1:
+        raise UsageError(f"this state has {len(several)} {what}: see its attribute {attribute!r}")
+    return several[0]

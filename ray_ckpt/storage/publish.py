@@ -5,6 +5,7 @@ publish(storage, manifest, stock_record)     `.metadata`, then `manifest.json`, 
 
 from __future__ import annotations
 
+from ray_ckpt.collector import collector_paused
 from ray_ckpt.errors import CheckpointError, CheckpointExistsError
 from ray_ckpt.format.manifest import MANIFEST_NAME, Manifest
 from ray_ckpt.storage.files import Storage
@@ -31,7 +32,8 @@ def publish(storage: Storage, manifest: Manifest, stock_record: bytes, *, overwr
         CheckpointExistsError: another attempt has committed meanwhile, and `overwrite` was not given.
         StorageError: a record could not be written; whether it is committed is then the storage's secret.
     """
-    record = manifest.to_json().encode()
+    with collector_paused():
+        record = manifest.to_json().encode()
     if not overwrite:
         refuse_if_taken(storage)
     replaced = _committed_files(storage) if overwrite else set()

@@ -2,7 +2,7 @@
 
     run(options)
       connected         ray                          the cluster that is there, or a local one
-      train_and_save    group -> train -> save       a group of workers, one pipeline stage each
+      train_and_save    group -> train -> save       a group of workers, one pipeline stage each; the driver commits
       load_and_verify   regroup -> load -> verify    fresh processes, FSDP; the driver compares fingerprints
       resume            resume -> reference          the same training, uninterrupted, gives the same losses
 
@@ -20,6 +20,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ray_ckpt import cluster
 from ray_ckpt.cluster.connect import connect
 from ray_ckpt.cluster.group import PlacementWait, WorkerGroup
 from ray_ckpt.errors import CheckpointExistsError, StorageError, UsageError, WorkerError
@@ -32,6 +33,7 @@ from ray_ckpt.storage.files import Storage
 
 PIPELINE = "ray_ckpt.recipes.pipeline_to_fsdp.pipeline"
 SHARDED = "ray_ckpt.recipes.pipeline_to_fsdp.sharded"
+HELD = "ray_ckpt.recipes.pipeline_to_fsdp.held"
 """Modules of rank functions. By name, so that the driver loads neither torch nor what is built on it."""
 
 LOSS_TOLERANCE = 1e-4
@@ -129,11 +131,12 @@ def train_and_save(options: Options, screen: Screen, uri: str) -> Saved:
             losses: list[float] = results[-1]
             line.result = f"{len(losses)} steps, loss {losses[0]:.4f} -> {losses[-1]:.4f}"
         with screen.phase("save", f"each stage to {Storage(uri).address}") as line:
-            results = group.run(f"{PIPELINE}:save_checkpoint", uri, options.overwrite, timeout_s=options.timeout_s)
-            checkpoint_bytes: int = results[0][0]
-            snapshots: list[Snapshot] = [snapshot for _, snapshot in results]
-            line.result = f"{format_bytes(checkpoint_bytes)} to {Storage(uri).address}"
-        return Saved(uri, group.demand.backend, checkpoint_bytes, snapshots, losses)
+            report = cluster.save(
+                group, f"{HELD}:state_of", uri, overwrite=options.overwrite, timeout_s=options.timeout_s
+            )
+            snapshots: list[Snapshot] = group.run(f"{HELD}:take_snapshot", timeout_s=options.timeout_s)
+            line.result = f"{format_bytes(report.total_bytes)} to {report.uri}"
+        return Saved(uri, group.demand.backend, report.total_bytes, snapshots, losses)
 
 
 def load_and_verify(options: Options, screen: Screen, group: WorkerGroup, saved: Saved) -> Comparison:
@@ -144,7 +147,7 @@ def load_and_verify(options: Options, screen: Screen, group: WorkerGroup, saved:
         )
         line.result = f"{format_bytes(saved.checkpoint_bytes)} into {options.target}"
     with screen.phase("verify", "fingerprints of what was saved and of what was loaded") as line:
-        loaded = group.run(f"{SHARDED}:take_snapshot", timeout_s=options.timeout_s)
+        loaded = group.run(f"{HELD}:take_snapshot", timeout_s=options.timeout_s)
         comparison = compare(saved.snapshots, loaded)
         line.result = (
             f"{comparison.tensors_compared} tensors and {comparison.objects_compared} objects compared, "
@@ -243,27 +246,30 @@ def storage_of(options: Options) -> Iterator[str]:
 
 
 def check_storage(group: WorkerGroup, uri: str, overwrite: bool) -> None:
-    """Find out, before the first byte is saved, whether all workers can write there and see each other's files.
+    """Find out, before the first byte is saved, whether all workers can write there, and all and we see their files.
 
     Raises:
-        UsageError: a worker cannot write there, or the workers' nodes do not share it.
+        UsageError: a worker cannot write there, or the workers' nodes and ours do not share it.
         CheckpointExistsError: it holds a committed checkpoint already.
     """
     token, place = secrets.token_hex(6), f"--storage {Storage(uri).address}"
     try:
         group.run(probe.write_probe, uri, token)
         views: list[probe.StorageView] = group.run(probe.view_storage, uri, token)
+        here = probe.look(uri, token, group.num_workers)
         group.run(probe.remove_probe, uri, token)
     except WorkerError as error:
         if any(failure.error_type.endswith(StorageError.__qualname__) for failure in error.failures):
             raise UsageError(f"the workers cannot write to {place}: {error}") from error
         raise
-    for rank, view in enumerate(views):
+    except StorageError as error:
+        raise UsageError(f"this driver, which commits, cannot read {place}: {error}") from error
+    places = [f"rank {rank} on {worker.node}" for rank, worker in enumerate(group.workers)]
+    for who, view in [*zip(places, views, strict=True), ("this driver, which commits,", here)]:
         if unseen := sorted(set(range(group.num_workers)) - set(view.probes)):
             raise UsageError(
-                f"{place} is not shared: rank {rank} on {group.workers[rank].node} does not see the file that "
-                f"rank {unseen[0]} on {group.workers[unseen[0]].node} wrote there. Give a directory that is mounted on "
-                "every node, or an object store such as s3://bucket/path"
+                f"{place} is not shared: {who} does not see the file that {places[unseen[0]]} wrote there. Give a "
+                "directory that is mounted on every node, or an object store such as s3://bucket/path"
             )
     if views[0].has_checkpoint and not overwrite:
         raise CheckpointExistsError(f"{place} already holds a committed checkpoint: give another place, or --overwrite")

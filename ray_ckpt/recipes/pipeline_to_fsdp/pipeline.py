@@ -1,13 +1,11 @@
-"""What runs on each rank of the pipeline group: train one stage, save it. Plain data in, plain data out."""
+"""What runs on each rank of the pipeline group: train one stage. Plain data in, plain data out."""
 
 from __future__ import annotations
 
 import torch
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
-from ray_ckpt.checkpoint.saving import save
 from ray_ckpt.cluster.worker import WorkerContext
-from ray_ckpt.format.snapshot import Snapshot
 from ray_ckpt.parallel.stages import cut_evenly, materialise, take_stage
 from ray_ckpt.parallel.state import TrainState
 from ray_ckpt.recipes.pipeline_to_fsdp.model import batch, build, loss_function, stage_learning_rate
@@ -37,10 +35,3 @@ def train(ctx: WorkerContext, workload: Workload, steps: int) -> list[float]:
         if stage.is_last:
             losses.append(float(torch.stack(microbatch_losses).mean()))
     return losses
-
-
-def save_checkpoint(ctx: WorkerContext, uri: str, overwrite: bool) -> tuple[int, Snapshot]:
-    """Save what this rank holds. Returns the size of the whole checkpoint in bytes, and this rank's fingerprints."""
-    state: TrainState = ctx.objects["state"]
-    snapshot = state.snapshot(ctx.rank)
-    return save(state, uri, overwrite=overwrite).total_bytes, snapshot

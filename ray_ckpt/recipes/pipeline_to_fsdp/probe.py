@@ -12,7 +12,7 @@ from ray_ckpt.storage.files import Storage
 
 @dataclass(frozen=True)
 class StorageView:
-    """What one rank sees at the storage."""
+    """What a process sees at the storage."""
 
     probes: tuple[int, ...]
     """Ranks whose probe file it sees."""
@@ -28,8 +28,13 @@ def write_probe(ctx: WorkerContext, uri: str, token: str) -> None:
 
 
 def view_storage(ctx: WorkerContext, uri: str, token: str) -> StorageView:
+    return look(uri, token, ctx.world_size)
+
+
+def look(uri: str, token: str, num_ranks: int) -> StorageView:
+    """What this process sees, on a worker or on the driver."""
     storage = Storage(uri)
-    seen = tuple(rank for rank in range(ctx.world_size) if storage.exists(_probe_name(token, rank)))
+    seen = tuple(rank for rank in range(num_ranks) if storage.exists(_probe_name(token, rank)))
     return StorageView(seen, storage.exists(MANIFEST_NAME))
 
 

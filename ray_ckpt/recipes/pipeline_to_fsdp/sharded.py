@@ -1,4 +1,4 @@
-"""What runs on each rank of the FSDP group: load, tell what arrived, train on. Plain data in, plain data out."""
+"""What runs on each rank of the FSDP group: load, train on. Plain data in, plain data out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from torch import nn
 
 from ray_ckpt.checkpoint.loading import load
 from ray_ckpt.cluster.worker import WorkerContext
-from ray_ckpt.format.snapshot import Snapshot
 from ray_ckpt.parallel.stages import cut_evenly, materialise
 from ray_ckpt.parallel.state import TrainState
 from ray_ckpt.parallel.wrap import shard
@@ -22,12 +21,6 @@ def load_checkpoint(ctx: WorkerContext, workload: Workload, target: str, uri: st
     state = TrainState(model, torch.optim.Adam(model.parameters()))
     load(state, uri)
     ctx.objects["state"] = state
-
-
-def take_snapshot(ctx: WorkerContext) -> Snapshot:
-    """Fingerprints of what this rank's live model and optimizer hold."""
-    state: TrainState = ctx.objects["state"]
-    return state.snapshot(ctx.rank)
 
 
 def resume(ctx: WorkerContext, workload: Workload, first_step: int, steps: int) -> list[float]:

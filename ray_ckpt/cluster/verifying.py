@@ -1,0 +1,30 @@
+"""verify(group, target): the workers share the files, the driver joins what they have found."""
+
+from __future__ import annotations
+
+from ray_ckpt.cluster import rank_side
+from ray_ckpt.cluster.group import WorkerGroup
+from ray_ckpt.report import VerifyReport
+from ray_ckpt.storage.target import Target, find
+
+
+def verify(
+    group: WorkerGroup, target: Target, step: int | None = None, *, timeout_s: float | None = None
+) -> VerifyReport:
+    """Read every byte of a committed checkpoint on the workers, beside whatever they do; as `ray_ckpt.verify`.
+
+    Args:
+        target: the checkpoint's directory as every worker's node and the driver know it, or a store.
+        step: of the store; None for the checkpoint at `target` itself, or else the latest committed step.
+        timeout_s: by default the group's `call_timeout_s`.
+
+    Raises:
+        CheckpointNotFoundError: there is no committed checkpoint.
+        WorkerError: workers failed or died, or the storage does not answer them; names each.
+        GroupTimeoutError: workers did not answer in time; names each.
+    """
+    args = (find(target, step), group.num_workers)
+    shares = group.call(
+        rank_side.verify, dict.fromkeys(range(group.num_workers), args), timeout_s=timeout_s, beside=True
+    )
+    return VerifyReport.merge(list(shares.values()))

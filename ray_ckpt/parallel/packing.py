@@ -1,0 +1,118 @@
+"""Nested state (of a scheduler, a data loader, anything with `state_dict`) <-> flat names and plain values, exactly.
+
+pack("scaler", {"scale": 2.0, "history": {}})  ->  {"scaler.scale": 2.0, "scaler.history": ("$dict", ())}
+
+Dicts with plain text keys become dotted names, so that a checkpoint can be looked into; tensors stay tensors. What DCP
+would flatten and not bring back (empty dicts, dicts in lists, keys that are no text) is sealed into tagged tuples,
+which the manifest holds as JSON. No pickle is involved, so none has to be trusted, and equal states have equal bits.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from ray_ckpt.errors import FormatError, UsageError
+from ray_ckpt.format import values
+
+_DICTS: dict[type, str] = {dict: "$dict", OrderedDict: "$ordered", Counter: "$counter"}
+_SEQUENCES: dict[type, str] = {list: "$list", tuple: "$tuple", set: "$set", torch.Size: "$size"}
+_MAKERS: dict[str, Callable[[Any], Any]] = {tag: kind for kind, tag in (*_DICTS.items(), *_SEQUENCES.items())}
+
+
+def pack(name: str, value: object) -> dict[str, Any]:
+    """Flat name -> tensor or sealed value. `unpack` is the inverse.
+
+    Raises:
+        UsageError: something in it is neither a tensor nor a plain value.
+    """
+    if type(value) is dict and value and all(_is_component(key) for key in value):
+        return {flat: leaf for key, item in value.items() for flat, leaf in pack(f"{name}.{key}", item).items()}
+    if isinstance(value, torch.Tensor):
+        return {name: value}
+    tensors: list[torch.Tensor] = []
+    sealed = _seal(name, value, tensors)
+    return {name: sealed} | {f"{name}.${number}": tensor for number, tensor in enumerate(tensors)}
+
+
+def unpack(name: str, leaves: Mapping[str, Any]) -> Any:
+    """The value that was packed under this name.
+
+    Args:
+        leaves: at least everything at and below the name.
+
+    Raises:
+        FormatError: there is nothing of that name, or a tag that `pack` does not write.
+    """
+    if name in leaves:
+        leaf = leaves[name]
+        return leaf if isinstance(leaf, torch.Tensor) else _unseal(name, leaf, leaves)
+    start = len(name) + 1
+    keys = {flat[start:].partition(".")[0]: None for flat in leaves if flat.startswith(f"{name}.")}
+    if not keys:
+        raise FormatError(f"nothing was saved under {name!r}")
+    return {key: unpack(f"{name}.{key}", leaves) for key in keys}
+
+
+def seal(name: str, value: object) -> Any:
+    """A value without tensors, as something that DCP leaves whole."""
+    tensors: list[torch.Tensor] = []
+    sealed = _seal(name, value, tensors)
+    if tensors:
+        raise UsageError(f"{name!r} holds tensors inside a {type(value).__name__}: give each a name of its own")
+    return sealed
+
+
+def unseal(name: str, sealed: object) -> Any:
+    """The value that was given to `seal`."""
+    return _unseal(name, sealed, {})
+
+
+def _is_component(key: object) -> bool:
+    return type(key) is str and bool(key) and "." not in key and key[0] != "$"
+
+
+def _seal(name: str, value: Any, tensors: list[torch.Tensor]) -> Any:
+    kind = type(value)
+    if isinstance(value, torch.Tensor):
+        tensors.append(value)
+        return ("$tensor", len(tensors) - 1)
+    if kind in _DICTS:
+        pairs = [(_seal(name, key, tensors), _seal(f"{name}.{key}", item, tensors)) for key, item in value.items()]
+        return (_DICTS[kind], tuple(pairs))
+    if kind in _SEQUENCES:
+        items = [_seal(f"{name}.{index}", item, tensors) for index, item in enumerate(value)]
+        if kind is set:
+            items.sort(key=repr)
+        untouched = all(sealed is item for sealed, item in zip(items, value, strict=True)) if kind is not set else False
+        if kind in (list, tuple) and untouched and not (items and type(items[0]) is str and items[0][:1] == "$"):
+            return value
+        return (_SEQUENCES[kind], tuple(items))
+    if kind is bytes:
+        return ("$bytes", value.hex())
+    try:
+        values.encode(value)
+    except values.NotPlainError:
+        raise UsageError(
+            f"{name!r} is a {kind.__module__}.{kind.__qualname__}, which cannot be saved so that any reader gets it "
+            "back: give tensors, numbers, texts, and dicts, lists and tuples of them"
+        ) from None
+    return value
+
+
+def _unseal(name: str, sealed: Any, leaves: Mapping[str, Any]) -> Any:
+    if type(sealed) is not tuple or len(sealed) != 2 or type(sealed[0]) is not str or sealed[0][:1] != "$":
+        return sealed
+    tag, content = sealed
+    if tag == "$tensor":
+        return leaves[f"{name}.${content}"]
+    if tag == "$bytes":
+        return bytes.fromhex(content)
+    if tag not in _MAKERS:
+        raise FormatError(f"{name!r} is sealed as {tag!r}, which this version does not know; upgrade ray-ckpt")
+    if tag in _DICTS.values():
+        return _MAKERS[tag]({_unseal(name, key, leaves): _unseal(name, item, leaves) for key, item in content})
+    return _MAKERS[tag]([_unseal(name, item, leaves) for item in content])

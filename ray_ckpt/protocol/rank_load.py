@@ -1,0 +1,253 @@
+"""One rank's side of a load.
+
+every rank     open     the manifest
+every rank     offer    plan; refuse what this rank misses                     (changes nothing)
+coordinator    agree    fit.py: what no rank wants
+every rank     check    refuse what is left over
+every rank     read     allocate; bytes go straight into the live tensors
+every rank     finish   hyper-parameters, schedulers, counters, generators
+
+Between the phases ranks learn whether the others have come through; who tells them is left open.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.tensor import DTensor
+
+from ray_ckpt.collector import collector_paused
+from ray_ckpt.errors import StateMismatchError
+from ray_ckpt.format.manifest import itemsize
+from ray_ckpt.parallel.claims import Claim, KeyMap, Plan, Saved, Spec
+from ray_ckpt.parallel.state import TrainState
+from ray_ckpt.protocol.fit import LoadOffer, listed, mark, marked
+from ray_ckpt.protocol.holdings import is_stateful
+from ray_ckpt.protocol.source import Source
+from ray_ckpt.report import LoadReport
+from ray_ckpt.storage.files import Storage
+
+State = TrainState | Stateful | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How much of a checkpoint is loaded, and how exactly it has to fit. See `load`."""
+
+    strict: bool = True
+    cast: bool = False
+    only: tuple[str, ...] | None = None
+    key_map: KeyMap | None = None
+
+
+class RankLoad:
+    """Loads one checkpoint into what a rank holds.
+
+    Args:
+        storage: of the checkpoint.
+    """
+
+    def __init__(self, storage: Storage, options: LoadOptions) -> None:
+        self._start = time.monotonic()
+        self._source = Source(storage)
+        self._options = options
+        self._names: list[str] = []
+        self._saved = Saved({}, {})
+        self._plans: Sequence[Plan] = ()
+        self._loaded: list[dict[str, torch.Tensor]] = []
+        self._num_bytes = 0
+
+    def open(self) -> None:
+        """Raises:
+        CheckpointNotFoundError, FormatError, UnsafeCheckpointError: there is nothing that can be read.
+        """
+        self._source.open()
+        self._names = sorted({*self._source.manifest.tensors, *self._source.manifest.objects})
+
+    def offer(self, state: State) -> LoadOffer:
+        """Compare. Under FSDP1 all ranks have to call it together.
+
+        Raises:
+            StateMismatchError: something that this rank wants is missing (`strict`), has another shape or kind, or
+                another dtype (unless `cast`).
+        """
+        with collector_paused():
+            return self._offer(state)
+
+    def _offer(self, state: State) -> LoadOffer:
+        options = self._options
+        needed = _everything if options.key_map else _needed_by(state)
+        saved = self._saved = self._source.saved(needed, options.only, options.key_map)
+        self._plans = _plans(state, saved)
+        claims = {wanted: claim for plan in self._plans for wanted, claim in plan.claims.items()}
+        missing = sorted(wanted for wanted, claim in claims.items() if claim.saved not in saved)
+        differing, cast = _compare(claims, saved)
+        self._refuse(missing, differing, cast, [problem for plan in self._plans for problem in plan.problems], claims)
+        taken = {claim.saved for claim in claims.values()}
+        taken |= {name for plan in self._plans for name in plan.taken}
+        unwanted = {name for name in self._names if name not in taken and saved.wants(name)}
+        notes = {section: note for plan in self._plans for section, note in plan.notes.items()}
+        return LoadOffer(tuple(missing), tuple(cast), mark(self._names, unwanted), notes)
+
+    def check(self, verdict: LoadOffer) -> None:
+        """Raises:
+        StateMismatchError: no rank wants some of what was saved, and the load is `strict`.
+        """
+        left = marked(self._names, verdict.unwanted)
+        if left and self._options.strict:
+            texts = [f"{name}: saved {self._source.describe(name)}, wanted not at all" for name in left]
+            raise StateMismatchError(
+                f"the checkpoint does not fit what it is loaded into: {listed(texts)}. Load a part of it by "
+                "only=('model', ...), or all that fits by strict=False"
+            )
+
+    def read(self) -> None:
+        """Allocate what has no memory yet, and read. After an error here the tensors hold parts of two states."""
+        with collector_paused():
+            tensors, copies = self._allocate()
+        self._source.read(tensors)
+        with torch.no_grad():
+            for target, filled in copies:
+                target.copy_(filled)
+        self._num_bytes = sum(
+            _local_elements(tensor) * itemsize(self._saved.tensors[name].dtype) for name, tensor in tensors.items()
+        )
+
+    def _allocate(self) -> tuple[dict[str, torch.Tensor], list[tuple[torch.Tensor, torch.Tensor]]]:
+        """Targets by saved name, and (target, filled) where several want the same."""
+        tensors: dict[str, torch.Tensor] = {}
+        copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for plan in self._plans:
+            loaded: dict[str, torch.Tensor] = {}
+            for wanted, claim in plan.claims.items():
+                if claim.target is not None and claim.saved in self._saved.tensors:
+                    target = loaded[wanted] = claim.target()
+                    if claim.saved in tensors:
+                        copies.append((target, tensors[claim.saved]))
+                    else:
+                        tensors[claim.saved] = target
+            self._loaded.append(loaded)
+        return tensors, copies
+
+    def finish(self, verdict: LoadOffer) -> LoadReport:
+        """Set what is not read in place. Under FSDP1 all ranks have to call it together."""
+        for plan, loaded in zip(self._plans, self._loaded, strict=True):
+            plan.apply(loaded)
+        return LoadReport(
+            uri=self._source.address,
+            num_bytes=self._num_bytes,
+            seconds=time.monotonic() - self._start,
+            missing=verdict.missing,
+            unexpected=tuple(marked(self._names, verdict.unwanted)),
+            cast=verdict.cast,
+            rng=verdict.notes.get("rng"),
+            dataloader=verdict.notes.get("dataloader"),
+        )
+
+    def _refuse(
+        self,
+        missing: Sequence[str],
+        differing: Sequence[str],
+        cast: Sequence[str],
+        problems: Sequence[str],
+        claims: Mapping[str, Claim],
+    ) -> None:
+        texts = list(differing)
+        if cast and not self._options.cast:
+            texts += [f"{name}: {_saved_and_wanted(claims[name], self._saved)}" for name in cast]
+        if self._options.strict:
+            texts += [f"{name}: saved not at all, wanted {claims[name].spec or 'it'}" for name in missing]
+        advice = ""
+        if cast and not self._options.cast:
+            advice = ". cast=True converts dtypes"
+        if texts:
+            texts = [f"the checkpoint does not fit what it is loaded into: {listed(sorted(texts))}{advice}"]
+        if texts or problems:
+            raise StateMismatchError("; ".join([*texts, *problems]))
+
+
+def _needed_by(state: State) -> Callable[[str], bool]:
+    """Whether a value of this name may be wanted."""
+    if not isinstance(state, TrainState):
+        return _everything
+    return lambda name: name.partition(".")[0] in state.sections
+
+
+def _everything(name: str) -> bool:
+    return True
+
+
+def _plans(state: State, saved: Saved) -> list[Plan]:
+    if isinstance(state, TrainState):
+        return state.plans(saved)
+    if isinstance(state, Stateful):
+        nested = state.state_dict()
+        return [_plan_of_dict(nested, saved, then=partial(state.load_state_dict, nested))]
+    owners = {name: value for name, value in state.items() if is_stateful(value)}
+    nested = {name: value.state_dict() if name in owners else value for name, value in state.items()}
+
+    def finish() -> None:
+        for name, owner in owners.items():
+            owner.load_state_dict(nested[name])
+        if isinstance(state, MutableMapping):
+            # Values at the top were replaced in the copy.
+            state.update({name: value for name, value in nested.items() if name not in owners})
+
+    return [_plan_of_dict(nested, saved, then=finish)]
+
+
+def _plan_of_dict(nested: dict[str, Any], saved: Saved, then: Callable[[], None]) -> Plan:
+    flat, paths = flatten_state_dict(nested)
+    flat = {name: value for name, value in flat.items() if saved.wants(name)}
+    claims = {
+        name: Claim(saved.name_of(name), Spec.of(value), partial(_as_it_is, value))
+        if isinstance(value, torch.Tensor)
+        else Claim(saved.name_of(name))
+        for name, value in flat.items()
+    }
+    meta = [name for name, value in flat.items() if isinstance(value, torch.Tensor) and value.is_meta]
+    problems = [f"{listed(meta)} on the meta device, where nothing can be read to"] if meta else []
+
+    def apply(loaded: Mapping[str, torch.Tensor]) -> None:
+        for name, claim in claims.items():
+            if claim.spec is None and claim.saved in saved.values:
+                set_element(nested, paths[name], saved.values[claim.saved])
+        then()
+
+    return Plan(claims, apply, problems)
+
+
+def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _compare(claims: Mapping[str, Claim], saved: Saved) -> tuple[list[str], list[str]]:
+    """What differs in shape or kind, as text, and names that differ in dtype only."""
+    differing, cast = [], []
+    for wanted, claim in claims.items():
+        if claim.saved not in saved:
+            continue
+        found = saved.tensors.get(claim.saved)
+        if claim.spec == found:
+            continue
+        if claim.spec is not None and found is not None and claim.spec.shape == found.shape:
+            cast.append(wanted)
+        else:
+            differing.append(f"{wanted}: {_saved_and_wanted(claim, saved)}")
+    return differing, sorted(cast)
+
+
+def _saved_and_wanted(claim: Claim, saved: Saved) -> str:
+    return f"saved {saved.tensors.get(claim.saved, 'a value')}, wanted {claim.spec or 'a value'}"
+
+
+def _local_elements(tensor: torch.Tensor) -> int:
+    return (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).numel()

@@ -1,0 +1,61 @@
+"""A checkpoint to load from, as RankLoad sees it: what it holds, and the bytes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ray_ckpt.format.blob import parse_dtype
+from ray_ckpt.format.manifest import Manifest
+from ray_ckpt.parallel.claims import KeyMap, Saved, Spec
+from ray_ckpt.parallel.state import is_hyperparameter
+from ray_ckpt.protocol.filling import fill
+from ray_ckpt.storage.files import Storage
+from ray_ckpt.storage.reader import ArrowStorageReader
+
+
+class Source:
+    """A checkpoint to load from: what it holds, and the bytes of it."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._reader = ArrowStorageReader(storage)
+        self.manifest = Manifest({}, {}, {})
+
+    @property
+    def address(self) -> str:
+        return self._reader.checkpoint_id
+
+    def open(self) -> None:
+        self.manifest = self._reader.read_manifest()
+
+    def saved(self, needed: Callable[[str], bool], only: Sequence[str] | None, key_map: KeyMap | None) -> Saved:
+        """Names, shapes and values.
+
+        Args:
+            needed: which of the values are; most stand in the manifest, the others are read here.
+            only, key_map: as `Saved` takes them.
+        """
+        manifest = self.manifest
+        tensors = {name: Spec(entry.dtype, entry.shape) for name, entry in manifest.tensors.items()}
+        values: dict[str, Any] = manifest.values()
+        view = Saved(tensors, {}, only=only)
+        elsewhere: dict[str, Any] = {
+            name: None for name in manifest.objects if name not in values and needed(name) and view.wants(name)
+        }
+        for name in list(tensors):
+            if is_hyperparameter(name) and needed(name):
+                spec = tensors.pop(name)
+                elsewhere[name] = torch.empty(spec.shape, dtype=parse_dtype(spec.dtype))
+        self.read(elsewhere)
+        values |= elsewhere
+        return Saved(tensors, values, layout=manifest.layout, only=only, key_map=key_map)
+
+    def read(self, wanted: dict[str, Any]) -> None:
+        """Fill the tensors of these names, and replace what is none by its value."""
+        fill(wanted, self._reader, self.manifest)
+
+    def describe(self, name: str) -> str:
+        entry = self.manifest.tensors.get(name)
+        return "a value" if entry is None else str(Spec(entry.dtype, entry.shape))

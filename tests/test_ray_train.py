@@ -1,0 +1,93 @@
+"""The example for Ray Train: killed in the middle, it goes on with another number of workers as if nothing was."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+
+import ray_ckpt
+from ray_ckpt.parallel.state import TrainState
+from ray_ckpt.storage.store import CheckpointStore
+from tests.conftest import REPOSITORY
+from tests.faulty import wait_until
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.usefixtures("local_ray"),
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
+]
+
+SAVE_EVERY = 2
+
+
+def start(storage: Path, workers: int, steps: int) -> subprocess.Popen[str]:
+    arguments = ["--storage", str(storage), "--workers", str(workers), "--steps", str(steps)]
+    address = ray.get_runtime_context().gcs_address
+    return subprocess.Popen(
+        [sys.executable, "jobs/ray_train.py", *arguments, "--save-every", str(SAVE_EVERY)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=REPOSITORY,
+        env={**os.environ, "RAY_ADDRESS": address},
+    )
+
+
+def new_state(seed: int = 0) -> TrainState:
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1))
+    return TrainState(model, torch.optim.Adam(model.parameters()))
+
+
+def trained_without_interruption(steps: int) -> TrainState:
+    state = new_state()
+    for step in range(steps):
+        inputs = torch.randn(64, 8, generator=torch.Generator().manual_seed(step))
+        state.optimizer.zero_grad()
+        (state.model(inputs) - inputs.sum(1, keepdim=True)).square().mean().backward()
+        state.optimizer.step()
+    return state
+
+
+def in_the_middle(store: CheckpointStore) -> bool:
+    return (store.latest() or 0) >= 3 * SAVE_EVERY
+
+
+def test_a_killed_run_goes_on_with_another_number_of_workers(tmp_path: Path) -> None:
+    store, noted = CheckpointStore(tmp_path / "steps"), tmp_path / "ray_train" / "checkpoint_manager_snapshot.json"
+    first = start(tmp_path, workers=3, steps=1_000_000)
+    try:
+        wait_until(lambda: first.poll() is not None or (noted.exists() and in_the_middle(store)), timeout_s=300)
+    finally:
+        first.send_signal(signal.SIGKILL)
+        output, _ = first.communicate(timeout=60)
+    assert first.returncode == -signal.SIGKILL, output
+    latest = store.latest()
+    assert latest is not None
+    final = latest + 3 * SAVE_EVERY
+    second = start(tmp_path, workers=2, steps=final)
+    output, _ = second.communicate(timeout=300)
+    assert second.returncode == 0, output
+    metrics = json.loads(output.splitlines()[-1])
+    # It went on from a reported step. The store has those too that were saved and not noted any more.
+    assert metrics["step"] == final
+    assert 0 < metrics["first"] <= latest
+    assert store.latest() == final
+    [file, *others] = store.manifest(final).files
+    assert len(others) == 1, "two ranks saved it"
+    assert file.startswith("__")
+    resumed, reference = new_state(seed=1), trained_without_interruption(final)
+    differ = {n: p.detach().clone() for n, p in resumed.model.named_parameters()}
+    ray_ckpt.load(resumed, store)
+    for name, parameter in resumed.model.named_parameters():
+        assert not torch.equal(parameter, differ[name])
+        torch.testing.assert_close(parameter, reference.model.get_parameter(name), rtol=1e-4, atol=1e-5)
