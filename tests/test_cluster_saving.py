@@ -1,4 +1,4 @@
-"""Saves that the driver coordinates by actor calls: what arrives, who is named when it fails, and who can go on."""
+"""Saves and loads that the driver coordinates by actor calls: what arrives, who is named, and who can go on."""
 
 from __future__ import annotations
 
@@ -100,6 +100,13 @@ def test_workers_without_a_process_group_save_one_checkpoint(group: WorkerGroup,
     assert load_step(tmp_path / "a", 5)
 
 
+def test_the_layout_that_the_states_name_is_in_the_manifest(group: WorkerGroup, tmp_path: Path) -> None:
+    cluster.save(group, rank_functions.replica_of, tmp_path / "named")
+    cluster.save(group, rank_functions.replica_of, tmp_path / "told", layout="other")
+    layouts = [ArrowStorageReader(tmp_path / name).read_manifest().layout for name in ("named", "told")]
+    assert layouts == ["ddp3", "other"]
+
+
 def test_steps_of_a_store_are_saved_by_number(group: WorkerGroup, tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
     for step in (3, 4):
@@ -113,6 +120,64 @@ def test_steps_of_a_store_are_saved_by_number(group: WorkerGroup, tmp_path: Path
         cluster.save(group, rank_functions.stage_of, store)
 
 
+def held_steps(group: WorkerGroup) -> list[int]:
+    return list(group.run(rank_functions.held_step))
+
+
+def test_workers_without_a_process_group_load_what_they_hold(group: WorkerGroup, tmp_path: Path) -> None:
+    for step in (1, 2):
+        group.run(rank_functions.hold_step, step)
+        cluster.save(group, rank_functions.held_state_of, tmp_path, step=step)
+    group.run(rank_functions.hold_step, 7)
+    assert held_steps(group) == [7] * NUM_WORKERS
+    reports = cluster.load(group, rank_functions.held_state_of, tmp_path, 1)
+    assert held_steps(group) == [1] * NUM_WORKERS
+    assert [report.num_bytes for report in reports] == [4 * (1000 + rank) + 4 * 7 for rank in range(NUM_WORKERS)]
+    assert {report.uri for report in reports} == {str(tmp_path / "step-1")}
+    cluster.load(group, "tests.rank_functions:held_state_of", CheckpointStore(tmp_path))
+    assert held_steps(group) == [2] * NUM_WORKERS
+    assert group.run(rank_functions.held_loads) == [0] * NUM_WORKERS
+
+
+def test_what_does_not_fit_is_refused_on_every_worker_before_anything_changes(
+    group: WorkerGroup, tmp_path: Path
+) -> None:
+    group.run(rank_functions.hold_step, 1)
+    cluster.save(group, rank_functions.grown_stage_of, tmp_path / "grown")
+    group.run(rank_functions.hold_step, 7)
+    with pytest.raises(
+        WorkerError, match=r"ranks 0, 1, 2 on .*StateMismatchError: .*common: saved float32\[8\]"
+    ) as caught:
+        cluster.load(group, rank_functions.held_state_of, tmp_path / "grown")
+    assert caught.value.ranks == (0, 1, 2)
+    # Nobody wants what is left over, which no worker can know alone.
+    group.run(rank_functions.hold_step, 1)
+    cluster.save(group, rank_functions.with_more_state_of, tmp_path / "more")
+    group.run(rank_functions.hold_step, 7)
+    with pytest.raises(WorkerError, match=r"more: saved .*wanted not at all"):
+        cluster.load(group, rank_functions.held_state_of, tmp_path / "more")
+    assert held_steps(group) == [7] * NUM_WORKERS
+    assert group.run(rank_functions.held_loads) == [0] * NUM_WORKERS
+    reports = cluster.load(group, rank_functions.held_state_of, tmp_path / "more", strict=False)
+    assert [report.unexpected for report in reports] == [("more",)] * NUM_WORKERS
+    assert held_steps(group) == [1] * NUM_WORKERS
+    with pytest.raises(CheckpointNotFoundError):
+        cluster.load(group, rank_functions.held_state_of, tmp_path / "nothing")
+    with pytest.raises(UsageError, match="give a sequence"):
+        cluster.load(group, rank_functions.held_state_of, tmp_path / "more", only="common")
+
+
+def test_stages_of_different_jobs_are_saved_and_loaded_by_one_group(group: WorkerGroup, tmp_path: Path) -> None:
+    """Every worker holds a stage of a run of its own, trained to a step of its own."""
+    group.call(rank_functions.hold_own_run, {rank: (rank + 1,) for rank in range(NUM_WORKERS)})
+    cluster.save(group, rank_functions.held_state_of, tmp_path)
+    names = ArrowStorageReader(tmp_path).read_manifest().tensors
+    assert sorted(names) == ["run0.weight", "run1.weight", "run2.weight"]
+    group.call(rank_functions.hold_own_run, dict.fromkeys(range(NUM_WORKERS), (9,)))
+    cluster.load(group, rank_functions.held_state_of, tmp_path)
+    assert group.run(rank_functions.own_run) == [(1, 1.0), (2, 2.0), (3, 3.0)]
+
+
 def test_the_workers_share_the_files_of_a_checkpoint_that_is_verified(group: WorkerGroup, tmp_path: Path) -> None:
     group.run(rank_functions.remember, 3)
     cluster.save(group, rank_functions.stage_of, tmp_path, step=1)
@@ -120,9 +185,11 @@ def test_the_workers_share_the_files_of_a_checkpoint_that_is_verified(group: Wor
     assert report.verified
     files = sorted((tmp_path / "step-1").glob("*.distcp"))
     assert report.total_bytes == sum(path.stat().st_size for path in files)
-    for path in files:
-        data = path.read_bytes()
-        path.write_bytes(data[:1100] + bytes([data[1100] ^ 1]) + data[1101:])
+    for rank in range(NUM_WORKERS):
+        [chunk] = CheckpointStore(tmp_path).manifest(1).tensors[f"stage{rank}"].chunks
+        data = bytearray((tmp_path / "step-1" / chunk.file).read_bytes())
+        data[(chunk.data_start or 0) + 900] ^= 1
+        (tmp_path / "step-1" / chunk.file).write_bytes(data)
     assert cluster.verify(group, CheckpointStore(tmp_path), 1).damaged == ("stage0", "stage1", "stage2")
 
 

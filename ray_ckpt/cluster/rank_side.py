@@ -1,20 +1,23 @@
-"""What the verbs call on each worker: its side of a save, kept in `ctx.objects` from one call to the next."""
+"""What the verbs call on each worker: its side of a save or a load, kept in `ctx.objects` between the calls."""
 
 from __future__ import annotations
 
 import pkgutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ray_ckpt.cluster.worker import WorkerContext
 from ray_ckpt.format.manifest import Manifest
+from ray_ckpt.protocol.fit import LoadOffer
 from ray_ckpt.protocol.messages import Assignment, LocalPlan, RankRecord
-from ray_ckpt.report import VerifyReport
+from ray_ckpt.report import LoadReport, VerifyReport
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.stateful import Stateful
 
     from ray_ckpt.protocol.rank import PlanMemory, RankSave
+    from ray_ckpt.protocol.rank_load import RankLoad
     from ray_ckpt.storage.files import Storage
 
 StateOf = Callable[[WorkerContext], "Stateful | Mapping[str, Any]"]
@@ -22,11 +25,21 @@ StateOf = Callable[[WorkerContext], "Stateful | Mapping[str, Any]"]
 
 _MEMORY = "ray_ckpt.plan_memory"
 _SAVES = "ray_ckpt.saves"
+_LOADS = "ray_ckpt.loads"
+
+
+@dataclass(frozen=True)
+class SaveOffer:
+    """What a worker brings to a save."""
+
+    plan: LocalPlan
+    layout: str | None
+    """What its `TrainState` says of the layout."""
 
 
 def plan(
     ctx: WorkerContext, attempt: str, state_of: StateOf | str, storage: Storage, known: frozenset[str]
-) -> LocalPlan:
+) -> SaveOffer:
     """Look through the state, and get ready to write it.
 
     Args:
@@ -34,12 +47,14 @@ def plan(
         known: tokens of plans that the driver still has.
     """
     # The driver loads this module too, and goes without torch.
+    from ray_ckpt.parallel.state import TrainState
     from ray_ckpt.protocol.rank import PlanMemory, RankSave
 
     memory: PlanMemory = ctx.objects.setdefault(_MEMORY, PlanMemory())
     save = RankSave(storage)
     _saves(ctx)[attempt] = save
-    return save.plan(_resolve(state_of)(ctx), memory, known)
+    state = _resolve(state_of)(ctx)
+    return SaveOffer(save.plan(state, memory, known), state.layout if isinstance(state, TrainState) else None)
 
 
 def write(ctx: WorkerContext, assignment: Assignment) -> RankRecord:
@@ -65,6 +80,41 @@ def stock_record(ctx: WorkerContext, manifest: Manifest) -> bytes:
     return dcp_metadata.dumps(manifest)
 
 
+def open_load(ctx: WorkerContext, attempt: str, storage: Storage, options: Mapping[str, Any]) -> None:
+    """Read what the checkpoint says of itself.
+
+    Args:
+        options: fields of `LoadOptions`.
+    """
+    from ray_ckpt.protocol.rank_load import LoadOptions, RankLoad
+
+    load = RankLoad(storage, LoadOptions(**options))
+    load.open()
+    _loads(ctx)[attempt] = load
+
+
+def offer_load(ctx: WorkerContext, attempt: str, state_of: StateOf | str) -> LoadOffer:
+    """Compare the checkpoint with the state."""
+    return _loads(ctx)[attempt].offer(_resolve(state_of)(ctx))
+
+
+def read_load(ctx: WorkerContext, attempt: str, verdict: LoadOffer) -> None:
+    """Read into the state, unless something is left over that nobody wants."""
+    load = _loads(ctx)[attempt]
+    load.check(verdict)
+    load.read()
+
+
+def finish_load(ctx: WorkerContext, attempt: str, verdict: LoadOffer) -> LoadReport:
+    """Set what is not read in place, and let go of the state."""
+    return _loads(ctx).pop(attempt).finish(verdict)
+
+
+def forget_load(ctx: WorkerContext, attempt: str) -> None:
+    """Let go of the state."""
+    _loads(ctx).pop(attempt, None)
+
+
 def verify(ctx: WorkerContext, storage: Storage, num_ranks: int) -> VerifyReport:
     """Check this rank's share of a checkpoint."""
     from ray_ckpt.storage.audit import audit
@@ -77,6 +127,12 @@ def _saves(ctx: WorkerContext) -> dict[str, RankSave]:
     """Attempt -> this rank's side of it."""
     saves: dict[str, RankSave] = ctx.objects.setdefault(_SAVES, {})
     return saves
+
+
+def _loads(ctx: WorkerContext) -> dict[str, RankLoad]:
+    """Attempt -> this rank's side of it."""
+    loads: dict[str, RankLoad] = ctx.objects.setdefault(_LOADS, {})
+    return loads
 
 
 def _resolve(state_of: StateOf | str) -> StateOf:

@@ -11,7 +11,6 @@ The driver loads no torch: its part is merging and checking names, shapes and ch
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import itertools
 import time
@@ -20,15 +19,13 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from ray_ckpt.cluster import rank_side
+from ray_ckpt.cluster.aftermath import tell_all
 from ray_ckpt.cluster.group import WorkerGroup
-from ray_ckpt.errors import CommitError, GroupError
+from ray_ckpt.errors import CommitError
 from ray_ckpt.protocol.coordinator import Coordinator, PlanCache
 from ray_ckpt.report import SaveReport
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.target import Target, destination
-
-DISCARD_PATIENCE_S = 3.0
-"""After a failure: how long the workers may take to remove what they have written."""
 
 _plans: WeakKeyDictionary[WorkerGroup, PlanCache] = WeakKeyDictionary()
 """Of the last save of each group: a worker whose plan has not changed sends a token instead."""
@@ -53,7 +50,7 @@ def save(
             not load its module.
         target: the checkpoint's directory as every worker's node knows it (a path, a URI, or a `Storage`), or with
             `step` the store that it is a step of (the same, or a `CheckpointStore`).
-        layout: how the model lies across the workers, for the manifest.
+        layout: how the state lies across the workers, for the manifest; by default what rank 0's `TrainState` says.
         retries: how often a worker whose write failed writes once more, by itself.
         timeout_s: for the whole save; by default the group's `call_timeout_s`.
 
@@ -69,24 +66,26 @@ def save(
     deadline = time.monotonic() + (group.call_timeout_s if timeout_s is None else timeout_s)
     cache = _plans.setdefault(group, PlanCache())
     saved_by = {"torch": importlib.metadata.version("torch")}
-    coordinator = Coordinator(storage, overwrite=overwrite, layout=layout, saved_by=saved_by, cache=cache)
+    coordinator = Coordinator(storage, overwrite=overwrite, saved_by=saved_by, cache=cache)
 
     def call(fn: Callable[..., Any], args_of: Mapping[int, tuple[Any, ...]], **options: Any) -> dict[int, Any]:
         return group.call(fn, args_of, timeout_s=max(0.0, deadline - time.monotonic()), **options)
 
     try:
-        plans = call(rank_side.plan, dict.fromkeys(ranks, (coordinator.attempt, state_of, storage, cache.tokens)))
-        assignments = coordinator.merge(list(plans.values()))
+        offers = call(rank_side.plan, dict.fromkeys(ranks, (coordinator.attempt, state_of, storage, cache.tokens)))
+        coordinator.layout = layout or offers[0].layout
+        assignments = coordinator.merge([offer.plan for offer in offers.values()])
         args_of = {assignment.rank: (assignment,) for assignment in assignments}
         records = call(rank_side.write, args_of, beside=True, retries=retries)
         coordinator.check(list(records.values()))
         _check_shared(storage, coordinator.manifest.files)
         [stock_record] = call(rank_side.stock_record, {0: (coordinator.manifest,)}, beside=True).values()
     except BaseException:
-        _tell_all(group, rank_side.discard, coordinator.attempt)
+        # What a dead worker leaves behind is for the store's clean-up.
+        tell_all(group, rank_side.discard, coordinator.attempt)
         raise
     report = coordinator.publish(stock_record)
-    _tell_all(group, rank_side.finish, coordinator.attempt)
+    tell_all(group, rank_side.finish, coordinator.attempt)
     return report
 
 
@@ -100,10 +99,3 @@ def _check_shared(storage: Storage, files: Mapping[str, int]) -> None:
                 f"refusing to commit: a worker has written {name} of {num_bytes} bytes to {storage.address}, where the "
                 f"driver sees {seen}; give a directory that is mounted on the driver's node too, or an object store"
             )
-
-
-def _tell_all(group: WorkerGroup, fn: Callable[..., None], attempt: str) -> None:
-    """Call `fn` on every worker that answers soon. What a dead one leaves behind is for the store's clean-up."""
-    with contextlib.suppress(GroupError):
-        args_of = dict.fromkeys(range(group.num_workers), (attempt,))
-        group.call(fn, args_of, timeout_s=DISCARD_PATIENCE_S, beside=True)

@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-
-from ray_ckpt.errors import StateMismatchError
+from torch.distributed.tensor import DTensor
 
 Values = Mapping[str, Any]
 """Hyper-parameter name -> value."""
@@ -30,6 +29,11 @@ def of_group(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key not in MEMBERS}
 
 
+def numbers_of(defaults: Mapping[str, Any]) -> list[str]:
+    """What every optimizer of the kind has had ever since. Flags came with later versions of torch."""
+    return [key for key, value in of_group(defaults).items() if value is not None and not isinstance(value, bool)]
+
+
 def find_problems(
     kind: str, group: Mapping[str, Any], required: Sequence[str], saved: Mapping[str, Values]
 ) -> list[str]:
@@ -37,14 +41,14 @@ def find_problems(
 
     Args:
         kind: of the optimizer, for the message.
-        required: names that every group of it has.
+        required: names that every optimizer of this kind has.
         saved: by name of the group's members, as far as any were saved.
     """
     problems = []
     lacking: dict[str, list[str]] = {}
     for name, values in saved.items():
         for key in required:
-            if key not in values and key not in OF_THE_DEVICE:
+            if key not in values:
                 lacking.setdefault(key, []).append(name)
     for key, names in lacking.items():
         problems.append(f"another kind of optimizer than {kind} was saved: it has no {key!r} for {_listed(names)}")
@@ -70,11 +74,16 @@ def split(saved: Mapping[str, Values]) -> list[tuple[list[str], Values]]:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two values are equal. Those that are tensors are compared by their elements."""
+    """Whether two values are equal. Those that are tensors are compared by their elements, of DTensors on this rank."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+    if one is other:
+        return True
+    if isinstance(one, DTensor) and isinstance(other, DTensor):
+        # Of whole ones torch would ask the other ranks, which may not be here.
+        return same(one._local_tensor, other._local_tensor)
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return torch.equal(one, other)
+        return one.shape == other.shape and torch.equal(one, other)
     return type(one) is type(other) and bool(one == other)
 
 
@@ -101,20 +110,6 @@ def adopt(group: dict[str, Any], values: Values) -> None:
             group[key] = value.item()
         else:
             group[key] = value
-
-
-def by_parameter(values: Values) -> dict[str, dict[str, Any]]:
-    """`<parameter>.<hyper-parameter>` -> value, as parameter -> hyper-parameter -> value."""
-    found: dict[str, dict[str, Any]] = {}
-    for name, value in values.items():
-        parameter, _, key = name.rpartition(".")
-        found.setdefault(parameter, {})[key] = value
-    return found
-
-
-def check(problems: Sequence[str]) -> None:
-    if problems:
-        raise StateMismatchError("; ".join(problems))
 
 
 def _listed(names: Sequence[str], most: int = 4) -> str:

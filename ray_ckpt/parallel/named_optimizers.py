@@ -99,6 +99,7 @@ class NamedOptimizers:
         # Pieces of flattened parameters are saved and loaded as the model's state dict shows them.
         shown = self._model.tensors() if flat else {}
         index = SavedOptimizers(saved)
+        twins = _twins(names)
         claims: dict[str, Claim] = {}
         problems: list[str] = []
         for optimizer in self.optimizers:
@@ -109,14 +110,14 @@ class NamedOptimizers:
                     for name in names[parameter]:
                         owner = Owner(shown.get(name, parameter), on_device=_steps_on_device(group))
                         claims |= index.claim_values(name)
-                        claims |= index.claim_state(name, owner, live)
+                        claims |= index.claim_state(name, owner, live, twins[parameter])
         return Plan(claims, partial(self._apply, names, index), problems)
 
     def _check_groups(
         self, optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, Sequence[str]], index: SavedOptimizers
     ) -> list[str]:
         problems = []
-        required = sorted(hyperparameters.of_group(optimizer.defaults))
+        required = hyperparameters.numbers_of(optimizer.defaults)
         for group in optimizer.param_groups:
             saved = index.hyperparameters(name for parameter in group["params"] for name in names[parameter])
             kind = type(optimizer).__name__
@@ -138,22 +139,18 @@ class NamedOptimizers:
         index: SavedOptimizers,
         loaded: Mapping[str, torch.Tensor],
     ) -> None:
+        twins = _twins(names)
         for optimizer in self.optimizers:
             self._fit_groups(optimizer, names, index)
-            states = {
-                name: index.state(name, loaded)
-                for parameter in _members(optimizer)
-                for name in names[parameter]
-                if index.knows(name)
-            }
             if (flat := self._model.flat) is not None:
-                _load_flat(flat, optimizer, names, states)
+                members = (name for parameter in _members(optimizer) for name in names[parameter])
+                _load_flat(flat, optimizer, names, {name: index.state(name, loaded) for name in members})
                 continue
             for parameter in _members(optimizer):
                 [name] = names[parameter]
-                if states.get(name):
-                    optimizer.state[parameter] = states[name]
-                elif name in states:
+                if state := index.state(name, loaded, twins[parameter]):
+                    optimizer.state[parameter] = state
+                elif index.knows(name):
                     # It was saved without any.
                     optimizer.state.pop(parameter, None)
             # Each kind of optimizer completes here what another version of torch may not have saved.
@@ -182,18 +179,32 @@ class NamedOptimizers:
         if (flat := self._model.flat) is not None:
             return _flat_states(flat, optimizer, names)
         # As the optimizer itself would save it: some keep less, or other things, than they work with.
-        state = optimizer.state_dict()["state"]
-        return {
-            names[parameter][0]: state[number]
-            for number, parameter in enumerate(_members(optimizer))
-            if state.get(number)
-        }
+        remembered = optimizer.state_dict()["state"]
+        states: dict[str, Mapping[str, Any]] = {}
+        for number, parameter in enumerate(_members(optimizer)):
+            [name] = names[parameter]
+            state = remembered.get(number)
+            if state and not hyperparameters.same(states.setdefault(name, state), state):
+                raise UsageError(
+                    f"two copies of the tied weight {name!r} have different optimizer state: one name cannot save both"
+                )
+        return states
 
 
 def _members(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
     """In the order of the optimizer's own state dict."""
     for group in optimizer.param_groups:
         yield from group["params"]
+
+
+def _twins(names: Mapping[nn.Parameter, Sequence[str]]) -> dict[nn.Parameter, int]:
+    """How many parameters of the same name come before each."""
+    counts: dict[str, int] = {}
+    twins = {}
+    for parameter, (name, *_) in names.items():
+        twins[parameter] = counts.get(name, 0)
+        counts[name] = twins[parameter] + 1
+    return twins
 
 
 def _put(leaves: dict[str, Any], name: str, value: Any) -> None:

@@ -55,16 +55,17 @@ class SavedOptimizers:
             return {wanted: Claim(f"optim.{PARAM_GROUPS}.{self._saved_parameter(name)}")}
         return {f"{wanted}.{key}": Claim(flat) for key, flat in entries.items()}
 
-    def claim_state(self, name: str, owner: Owner, live: Mapping[str, Any]) -> dict[str, Claim]:
+    def claim_state(self, name: str, owner: Owner, live: Mapping[str, Any], twin: int = 0) -> dict[str, Claim]:
         """What is to be read of a parameter's state: into the live tensors where there are any, else into new ones.
 
         Args:
             live: what the optimizer remembers already. What the checkpoint remembers nothing of at all is no claim.
+            twin: how many parameters of this name there have been before, as tied weights in memory of their own.
         """
         claims: dict[str, Claim] = {}
         entries = self._entries(STATE, name)
         for key, flat in entries.items():
-            wanted = f"optim.{STATE}.{name}.{key}"
+            wanted = _wanted(name, key, twin)
             spec, tensor = self._saved.tensors.get(flat), live.get(key)
             if spec is None:
                 claims[wanted] = Claim(flat)
@@ -76,14 +77,14 @@ class SavedOptimizers:
         if entries:
             parameter = self._saved_parameter(name)
             for key in live.keys() - entries.keys():
-                claims[f"optim.{STATE}.{name}.{key}"] = Claim(f"optim.{STATE}.{parameter}.{key}")
+                claims[_wanted(name, key, twin)] = Claim(f"optim.{STATE}.{parameter}.{key}")
         return claims
 
-    def state(self, name: str, loaded: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    def state(self, name: str, loaded: Mapping[str, torch.Tensor], twin: int = 0) -> dict[str, Any]:
         """What the optimizer is to remember of a parameter."""
         state: dict[str, Any] = {}
         for key, flat in self._entries(STATE, name).items():
-            wanted = f"optim.{STATE}.{name}.{key}"
+            wanted = _wanted(name, key, twin)
             *path, last = key.split(".")
             place = state
             for component in path:
@@ -109,6 +110,10 @@ class SavedOptimizers:
             return saved
         own = Spec.of(live)
         return Spec(own.dtype if saved.dtype == parameter.dtype else saved.dtype, own.shape)
+
+
+def _wanted(name: str, key: str, twin: int) -> str:
+    return f"optim.{STATE}.{name}.{key}" + (f" (of copy {twin})" if twin else "")
 
 
 def flatten(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class Coordinator:
 
     Args:
         storage: of the checkpoint.
-        layout: how the model lies across ranks, in the caller's words; kept in the manifest.
+        layout: how the model lies across ranks, in the caller's words; kept in the manifest. May be set until `check`.
         saved_by: name -> version of the software, kept in the manifest.
         cache: of the attempts before; keep one per group of ranks.
     """
@@ -87,7 +87,7 @@ class Coordinator:
         self._start = time.monotonic()
         self._storage = storage
         self._overwrite = overwrite
-        self._layout = layout
+        self.layout = layout
         self._saved_by = dict(saved_by or {})
         self._cache = cache or PlanCache()
         self._merged: _Merged | None = None
@@ -162,7 +162,7 @@ class Coordinator:
             if spec is not None
         }
         ordered = {name: objects[name] for name, (_, spec) in merged.names.items() if spec is None}
-        return Manifest(tensors, ordered, files, self.attempt, self._layout, self._saved_by)
+        return Manifest(tensors, ordered, files, self.attempt, self.layout, self._saved_by)
 
     def _check_written(self, rank: int, items: Sequence[Item], record: RankRecord) -> None:
         assert self._merged is not None

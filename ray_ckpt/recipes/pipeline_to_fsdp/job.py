@@ -142,9 +142,8 @@ def train_and_save(options: Options, screen: Screen, uri: str) -> Saved:
 def load_and_verify(options: Options, screen: Screen, group: WorkerGroup, saved: Saved) -> Comparison:
     """Load the checkpoint into FSDP on a fresh group, and compare what arrived with what was saved."""
     with screen.phase("load", f"into {options.target} on {options.workers} fresh workers") as line:
-        group.run(
-            f"{SHARDED}:load_checkpoint", options.workload, options.target, saved.uri, timeout_s=options.timeout_s
-        )
+        group.run(f"{SHARDED}:shard_fresh_model", options.workload, options.target, timeout_s=options.timeout_s)
+        cluster.load(group, f"{HELD}:state_of", saved.uri, timeout_s=options.timeout_s)
         line.result = f"{format_bytes(saved.checkpoint_bytes)} into {options.target}"
     with screen.phase("verify", "fingerprints of what was saved and of what was loaded") as line:
         loaded = group.run(f"{HELD}:take_snapshot", timeout_s=options.timeout_s)

@@ -1,4 +1,4 @@
-"""What runs on each rank of the FSDP group: load, train on. Plain data in, plain data out."""
+"""What runs on each rank of the FSDP group: shard a fresh model, train on. Plain data in, plain data out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ray_ckpt.checkpoint.loading import load
 from ray_ckpt.cluster.worker import WorkerContext
 from ray_ckpt.parallel.stages import cut_evenly, materialise
 from ray_ckpt.parallel.state import TrainState
@@ -15,12 +14,10 @@ from ray_ckpt.recipes.pipeline_to_fsdp.model import batch, build, loss_function,
 from ray_ckpt.recipes.pipeline_to_fsdp.workload import Workload
 
 
-def load_checkpoint(ctx: WorkerContext, workload: Workload, target: str, uri: str) -> None:
-    """Build the whole model with other values than it was trained from, shard it, and load."""
+def shard_fresh_model(ctx: WorkerContext, workload: Workload, target: str) -> None:
+    """Build the whole model with other values than it was trained from, and shard it."""
     model = shard(build(workload), target, ctx.device, seed=workload.seed + 1)
-    state = TrainState(model, torch.optim.Adam(model.parameters()))
-    load(state, uri)
-    ctx.objects["state"] = state
+    ctx.objects["state"] = TrainState(model, torch.optim.Adam(model.parameters()))
 
 
 def resume(ctx: WorkerContext, workload: Workload, first_step: int, steps: int) -> list[float]:

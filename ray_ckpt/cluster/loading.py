@@ -1,0 +1,82 @@
+"""load(group, state_of, target): the phases of `protocol/rank_load.py`, carried by actor calls.
+
+driver                                    every worker
+    find the step
+    open    ── storage, options ─────────>  the manifest
+    offer   ── state_of ─────────────────>  compare; refuse what is missing  <── LoadOffer ──
+    agree
+    read    ── what they agreed on ──────>  refuse what is left over; bytes into the live tensors
+    finish  ─────────────────────────────>  set everything else              <── LoadReport ──
+
+A phase begins when all workers have come through the one before. The manifest tells each where its bytes are: nobody
+waits for another, and no process group is needed.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ray_ckpt.cluster import rank_side
+from ray_ckpt.cluster.aftermath import tell_all
+from ray_ckpt.cluster.group import WorkerGroup
+from ray_ckpt.errors import UsageError
+from ray_ckpt.protocol.fit import agree
+from ray_ckpt.report import LoadReport
+from ray_ckpt.storage.target import Target, find
+
+
+def load(
+    group: WorkerGroup,
+    state_of: rank_side.StateOf | str,
+    target: Target,
+    step: int | None = None,
+    *,
+    strict: bool = True,
+    cast: bool = False,
+    only: Sequence[str] | None = None,
+    key_map: Mapping[str, str] | Callable[[str], str] | None = None,
+    timeout_s: float | None = None,
+) -> list[LoadReport]:
+    """Load a checkpoint into what the workers hold, whatever layout saved it. The group stays open, come what may.
+
+    Everything is compared, on all workers, before anything is changed. After an error during the reading the tensors
+    hold parts of two states. Where a worker's own state takes part in collectives (FSDP1's does), a worker that fails
+    leaves the others in them until the group's collective timeout.
+
+    Args:
+        state_of: as for `save`; a state dict is filled in place, so return the one that the worker uses.
+        target: the checkpoint's directory as every worker's node and the driver know it, or a store.
+        step: of the store; None for the checkpoint at `target` itself, or else the latest committed step.
+        strict, cast, only, key_map: as for `ray_ckpt.load`; a function as `key_map` must be one that pickles.
+        timeout_s: for the whole load; by default the group's `call_timeout_s`.
+
+    Returns:
+        What became of it on each worker, in rank order.
+
+    Raises:
+        CheckpointNotFoundError: there is no committed checkpoint.
+        WorkerError: workers failed or died, or the checkpoint does not fit what they hold; names each.
+        GroupTimeoutError: workers did not answer in time; names each.
+    """
+    if isinstance(only, str):
+        raise UsageError(f"only={only!r} is one text: give a sequence of them, as in only=({only!r},)")
+    storage = find(target, step)
+    options = {"strict": strict, "cast": cast, "only": None if only is None else tuple(only), "key_map": key_map}
+    attempt = uuid.uuid4().hex[:12]
+    deadline = time.monotonic() + (group.call_timeout_s if timeout_s is None else timeout_s)
+
+    def call(fn: Callable[..., Any], *args: Any) -> list[Any]:
+        args_of = dict.fromkeys(range(group.num_workers), (attempt, *args))
+        return list(group.call(fn, args_of, timeout_s=max(0.0, deadline - time.monotonic())).values())
+
+    try:
+        call(rank_side.open_load, storage, options)
+        verdict = agree(call(rank_side.offer_load, state_of))
+        call(rank_side.read_load, verdict)
+        return call(rank_side.finish_load, verdict)
+    except BaseException:
+        tell_all(group, rank_side.forget_load, attempt)
+        raise
