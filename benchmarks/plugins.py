@@ -19,7 +19,6 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.tensor import DTensor
 
 import ray_ckpt
-from ray_ckpt.protocol.filling import fill
 from ray_ckpt.storage.reader import ArrowStorageReader
 from ray_ckpt.storage.writer import ArrowStorageWriter
 
@@ -53,10 +52,8 @@ def _save_in_phases(state: State, directory: str) -> None:
     ray_ckpt.save(state, directory, overwrite=True)
 
 
-def _load_alone(state: State, directory: str) -> None:
-    """As `ray_ckpt.load` does it: every rank plans and reads by itself."""
-    reader = ArrowStorageReader(directory)
-    fill(state, reader, reader.read_manifest())
+def _load_in_phases(state: State, directory: str) -> None:
+    ray_ckpt.load(state, directory)
 
 
 def _raw_save(state: State, directory: str) -> None:
@@ -105,7 +102,7 @@ PLUGINS: Mapping[str, Plugin] = {
     plugin.name: plugin
     for plugin in (
         _with_dcp("ours", ArrowStorageWriter, ArrowStorageReader),
-        Plugin("ours, our verbs", _save_in_phases, _load_alone),
+        Plugin("ours, our verbs", _save_in_phases, _load_in_phases),
         _with_dcp("ours, unchecked", ArrowStorageWriter, lambda path: ArrowStorageReader(path, verify_checksums=False)),
         _with_dcp("stock FileSystem", FileSystemWriter, FileSystemReader),
         _with_dcp("stock Fsspec", FsspecWriter, FsspecReader),

@@ -11,6 +11,7 @@ the top level of a module; arguments and results travel by pickle.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
 import time
 import traceback
@@ -125,6 +126,7 @@ def _main(
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    os.environ["LOCAL_WORLD_SIZE"] = str(world_size)  # as torchrun does
     outcome: tuple[bool, Any]
     try:
         dist.init_process_group(

@@ -97,15 +97,18 @@ def loads(data: bytes, *, trusted: bool = False) -> dcp.Metadata:
 def dumps(manifest: Manifest) -> bytes:
     """The `.metadata` that lets stock DCP read what the manifest describes."""
     with collector_paused():
-        infos = {index: _StorageInfo(part.file, part.start, part.length) for index, part in _index_parts(manifest)}
-        stock = dcp.Metadata(
-            _describe_entries(manifest),
-            planner_data=_paths(manifest),
-            storage_data=infos,
-            storage_meta=dcp.StorageMeta(save_id=manifest.attempt, modules=[_SIGNATURE]),
-            version=CURRENT_DCP_VERSION,
-        )
-        return pickle.dumps(stock)
+        return pickle.dumps(_to_stock(manifest))
+
+
+def _to_stock(manifest: Manifest) -> dcp.Metadata:
+    infos = {index: _StorageInfo(part.file, part.start, part.length) for index, part in _index_parts(manifest)}
+    return dcp.Metadata(
+        _describe_entries(manifest),
+        planner_data=_paths(manifest),
+        storage_data=infos,
+        storage_meta=dcp.StorageMeta(save_id=manifest.attempt, modules=[_SIGNATURE]),
+        version=CURRENT_DCP_VERSION,
+    )
 
 
 def is_ours(metadata: dcp.Metadata) -> bool:

@@ -86,13 +86,13 @@ class TrainState:
         self.step = step
         self.layout = None if layout is None else str(layout)
         named = NamedModel(self.models, tied)
-        optim = NamedOptimizers(self.optimizers, named)
+        self._optim = NamedOptimizers(self.optimizers, named)
         # In the order in which they are loaded: an optimizer's state takes after the parameters, schedulers follow its
         # groups, and nothing may draw random numbers after the generators.
         self._parts: list[Part] = [named]
-        schedules = NamedSchedulers(schedulers, optim)
+        schedules = NamedSchedulers(schedulers, self._optim)
         if self.optimizers:
-            self._parts += [optim, schedules]
+            self._parts += [self._optim, schedules]
         if isinstance(ema, nn.Module):
             self._parts.append(NamedModel([ema], tied, "ema"))
         elif ema is not None:

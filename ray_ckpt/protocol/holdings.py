@@ -43,7 +43,7 @@ def hold(state_dict: Mapping[str, Any]) -> Holdings:
     Raises:
         UsageError: two entries have the same flat name, or a DTensor is a pending sum rather than a value.
     """
-    flat = {name: value.state_dict() if _is_stateful(value) else value for name, value in state_dict.items()}
+    flat = {name: value.state_dict() if is_stateful(value) else value for name, value in state_dict.items()}
     try:
         values, paths = flatten_state_dict(flat)
     except ValueError as error:
@@ -51,7 +51,7 @@ def hold(state_dict: Mapping[str, Any]) -> Holdings:
     return _Holder().hold(values, paths)
 
 
-def _is_stateful(value: object) -> bool:
+def is_stateful(value: object) -> bool:
     """Asked of tensors first, because it takes a protocol a hundred times as long to say no."""
     return not isinstance(value, torch.Tensor) and isinstance(value, Stateful)
 

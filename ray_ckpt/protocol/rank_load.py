@@ -28,12 +28,14 @@ from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 
+from ray_ckpt.collector import collector_paused
 from ray_ckpt.errors import StateMismatchError, UsageError
 from ray_ckpt.format.manifest import itemsize
 from ray_ckpt.format.translate import Names
 from ray_ckpt.parallel.claims import Claim, KeyMap, Plan, Saved, Spec
 from ray_ckpt.parallel.state import TrainState
 from ray_ckpt.protocol.fit import LoadOffer, listed, mark, marked
+from ray_ckpt.protocol.holdings import is_stateful
 from ray_ckpt.protocol.source import Source
 from ray_ckpt.report import LoadReport
 from ray_ckpt.storage.files import Storage
@@ -138,6 +140,10 @@ class RankLoad:
             StateMismatchError: something that this rank wants is missing (`strict`), has another shape or kind, or
                 another dtype (unless `cast`).
         """
+        with collector_paused():
+            return self._offer(state)
+
+    def _offer(self, state: State) -> LoadOffer:
         options = self._options
         needed = _everything if options.key_map else _needed_by(state)
         kept: Mapping[str, Any] = {}
@@ -171,6 +177,18 @@ class RankLoad:
 
     def read(self) -> None:
         """Allocate what has no memory yet, and read. After an error here the tensors hold parts of two states."""
+        with collector_paused():
+            tensors, copies = self._allocate()
+        self._source.read(tensors)
+        with torch.no_grad():
+            for target, filled in copies:
+                target.copy_(filled)
+        self._num_bytes = sum(
+            _local_elements(tensor) * itemsize(self._saved.tensors[name].dtype) for name, tensor in tensors.items()
+        )
+
+    def _allocate(self) -> tuple[dict[str, torch.Tensor], list[tuple[torch.Tensor, torch.Tensor]]]:
+        """Targets by saved name, and (target, filled) where several want the same."""
         tensors: dict[str, torch.Tensor] = {}
         copies: list[tuple[torch.Tensor, torch.Tensor]] = []
         for plan in self._plans:
@@ -183,13 +201,7 @@ class RankLoad:
                     else:
                         tensors[claim.saved] = target
             self._loaded.append(loaded)
-        self._source.read(tensors)
-        with torch.no_grad():
-            for target, filled in copies:
-                target.copy_(filled)
-        self._num_bytes = sum(
-            _local_elements(tensor) * itemsize(self._saved.tensors[name].dtype) for name, tensor in tensors.items()
-        )
+        return tensors, copies
 
     def finish(self, verdict: LoadOffer) -> LoadReport:
         """Set what is not read in place. Under FSDP1 all ranks have to call it together."""
@@ -258,7 +270,7 @@ def _plans(state: State, saved: Saved) -> list[Plan]:
     if isinstance(state, Stateful):
         nested = state.state_dict()
         return [_plan_of_dict(nested, saved, then=partial(state.load_state_dict, nested))]
-    owners = {name: value for name, value in state.items() if isinstance(value, Stateful)}
+    owners = {name: value for name, value in state.items() if is_stateful(value)}
     nested = {name: value.state_dict() if name in owners else value for name, value in state.items()}
 
     def finish() -> None:
@@ -275,7 +287,7 @@ def _plan_of_dict(nested: dict[str, Any], saved: Saved, then: Callable[[], None]
     flat, paths = flatten_state_dict(nested)
     flat = {name: value for name, value in flat.items() if saved.wants(name)}
     claims = {
-        name: Claim(saved.name_of(name), Spec.of(value), partial(torch.Tensor.detach, value))
+        name: Claim(saved.name_of(name), Spec.of(value), partial(_as_it_is, value))
         if isinstance(value, torch.Tensor)
         else Claim(saved.name_of(name))
         for name, value in flat.items()
@@ -290,6 +302,10 @@ def _plan_of_dict(nested: dict[str, Any], saved: Saved, then: Callable[[], None]
         then()
 
     return Plan(claims, apply, problems)
+
+
+def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def _compare(claims: Mapping[str, Claim], saved: Saved) -> tuple[list[str], list[str]]:

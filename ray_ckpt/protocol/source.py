@@ -7,14 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata
 
-from ray_ckpt.format import dcp_metadata, translate
+from ray_ckpt.format import translate
 from ray_ckpt.format.blob import parse_dtype
 from ray_ckpt.format.manifest import Manifest
 from ray_ckpt.parallel.claims import KeyMap, Saved, Spec
-from ray_ckpt.parallel.load_plan import ShardLoadPlanner
 from ray_ckpt.parallel.state import is_hyperparameter
+from ray_ckpt.protocol.filling import fill
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.reader import ArrowStorageReader
 
@@ -24,7 +23,6 @@ class Source:
 
     def __init__(self, storage: Storage) -> None:
         self._reader = ArrowStorageReader(storage)
-        self._metadata: Metadata | None = None
         self.manifest = Manifest({}, {}, {})
         self.lost = ""
         """Why the optimizer's hyper-parameters cannot be had from somebody else's checkpoint; empty when they can."""
@@ -36,7 +34,7 @@ class Source:
         return self._reader.checkpoint_id
 
     def open(self) -> None:
-        self._adopt(self._reader.read_manifest())
+        self.manifest = self._reader.read_manifest()
 
     @property
     def label(self) -> str:
@@ -59,18 +57,13 @@ class Source:
         translation = translate.translate(self.manifest, lists, names)
         self.lost = translation.lost
         self.left_out = "; ".join([*self._reader.notes, *([self.lost] if self.lost else [])])
-        self._adopt(translation.manifest)
+        self.manifest = translation.manifest
 
     def drop(self, prefix: str) -> None:
         """Go on as if nothing of that prefix had been saved."""
         tensors = {name: entry for name, entry in self.manifest.tensors.items() if not name.startswith(prefix)}
         objects = {name: entry for name, entry in self.manifest.objects.items() if not name.startswith(prefix)}
-        self._adopt(dataclasses.replace(self.manifest, tensors=tensors, objects=objects))
-
-    def _adopt(self, manifest: Manifest) -> None:
-        self.manifest = manifest
-        self._metadata = dcp_metadata.to_metadata(manifest)
-        self._reader.set_up_storage_reader(self._metadata, False)
+        self.manifest = dataclasses.replace(self.manifest, tensors=tensors, objects=objects)
 
     def saved(
         self,
@@ -103,10 +96,7 @@ class Source:
 
     def read(self, wanted: dict[str, Any]) -> None:
         """Fill the tensors of these names, and replace what is none by its value."""
-        planner = ShardLoadPlanner()
-        planner.set_up_planner(wanted, self._metadata)
-        plan = planner.create_local_plan()
-        self._reader.read_data(self._reader.prepare_local_plan(plan), planner).wait()
+        fill(wanted, self._reader, self.manifest)
 
     def describe(self, name: str) -> str:
         entry = self.manifest.tensors.get(name)

@@ -26,7 +26,7 @@ from ray_ckpt.errors import FormatError, UsageError
 from ray_ckpt.format import dcp_metadata
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.manifest import MANIFEST_NAME, Chunk, Manifest, ObjectEntry
-from ray_ckpt.storage.fetch import LOCAL, REMOTE, Piece, Tuning, fetch
+from ray_ckpt.storage.fetch import LOCAL, REMOTE, Piece, Tuning, fetch, local_threads
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.foreign import find
 from ray_ckpt.storage.locate import SavedChunk, load_whole, locate
@@ -53,7 +53,8 @@ class ArrowStorageReader(StorageReader):
         verify_checksums: Check every byte that is read against the checksum recorded when it was saved. Checkpoints
             that stock DCP wrote have none.
         trusted: Let the checkpoint's pickles run whatever code they name. Only for a checkpoint whose author you trust.
-        threads: Reads in flight; by default a few on local files and more over a network.
+        threads: Reads in flight; by default more over a network than on local files, where it is as many as this rank
+            has cores, up to four.
         extensions: DCP stream extensions that decode what a stock writer encoded.
     """
 
@@ -186,8 +187,9 @@ class ArrowStorageReader(StorageReader):
 
     @property
     def _tuning(self) -> Tuning:
-        tuning = LOCAL if self.storage.is_local else REMOTE
-        return tuning if self.threads is None else dataclasses.replace(tuning, threads=self.threads)
+        if self.storage.is_local:
+            return dataclasses.replace(LOCAL, threads=self.threads or local_threads())
+        return dataclasses.replace(REMOTE, threads=self.threads or REMOTE.threads)
 
     def _chunk(self, item: ReadItem) -> SavedChunk:
         entry = self._entries.get(item.storage_index)
