@@ -4,17 +4,26 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow bench bench-async bench-planning lint format clean constraints
+.PHONY: demo test test-slow test-matrix test-faults bench bench-async bench-planning lint format clean constraints
 
 demo: .venv/.installed
 	$(BIN)/python jobs/pipeline_to_fsdp.py $(ARGS)
 
+# Three files of tests at a time on two cores: most of them wait for processes to start.
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n 3 --dist loadfile -m "not slow and not matrix and not faults" $(ARGS)
 
 # More of the same fault matrix than `make test` has time for.
 test-slow: .venv/.installed-dev
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -n 3 --dist loadfile -m slow $(ARGS)
+
+# Every layout saved and loaded in every other, three models.
+test-matrix: .venv/.installed-dev
+	$(BIN)/python -m pytest -m matrix $(ARGS)
+
+# Twenty seeded runs of the elastic job, whose workers and nodes are killed.
+test-faults: .venv/.installed-dev
+	$(BIN)/python -m pytest -m faults $(ARGS)
 
 # All measurements, one after the other; ARGS are those of the first.
 bench: .venv/.installed-dev

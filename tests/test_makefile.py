@@ -59,7 +59,9 @@ def test_the_demo_needs_no_test_dependencies(installed: Path) -> None:
 @pytest.mark.parametrize(
     ("target", "arguments", "expected"),
     [
-        ("test", "-k fingerprint -x", '.venv/bin/python -m pytest -m "not slow" -k fingerprint -x'),
+        ("test", "-k fingerprint -x", '-m "not slow and not matrix and not faults" -k fingerprint -x'),
+        ("test-matrix", "-k llama", ".venv/bin/python -m pytest -m matrix -k llama"),
+        ("test-faults", "-x", ".venv/bin/python -m pytest -m faults -x"),
         ("bench", "--sizes 0.1", ".venv/bin/python benchmarks/storage.py --sizes 0.1"),
         ("bench", "", ".venv/bin/python benchmarks/planning.py"),
         ("bench-async", "--repeats 3", ".venv/bin/python benchmarks/async_save.py --repeats 3"),

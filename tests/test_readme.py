@@ -15,6 +15,8 @@ RUN_BY = {
     "make demo": ".ci/run",
     "make test": ".ci/run",
     "make test-slow": ".ci/run",
+    "make test-matrix": "tests/test_makefile.py::test_arguments_reach_the_commands",
+    "make test-faults": "tests/test_makefile.py::test_arguments_reach_the_commands",
     "make lint": ".ci/run",
     'make bench ARGS="--sizes 0.1"': "tests/test_makefile.py::test_arguments_reach_the_commands",
     "make bench-async": "tests/test_makefile.py::test_arguments_reach_the_commands",
@@ -33,6 +35,9 @@ RUN_BY = {
     ),
     "python jobs/reshard.py --source /mnt/shared/run1 --to fsdp2x2.tp2 --target /mnt/shared/run1-resharded": (
         "tests/test_reshard_job.py::test_a_rewritten_checkpoint_is_the_same_for_everybody"
+    ),
+    "python jobs/train_elastic.py --layouts pp4,fsdp2x3,fsdp2x2,single --storage /mnt/shared/run3": (
+        "tests/test_train_elastic.py"
     ),
     # What Ray's launcher would do with the file is checked as far as that goes without an account.
     "ray up cluster.yaml": "tests/test_cluster_yaml.py::test_it_keeps_rays_schema",
@@ -75,22 +80,21 @@ def test_ci_runs_what_it_is_said_to_run() -> None:
 
 
 def test_options_in_the_readme_exist() -> None:
+    shown = {job: _help_of(job) for job in ("jobs/pipeline_to_fsdp.py", "jobs/train_elastic.py")}
+    for job, text in shown.items():
+        in_commands = {word for line in commands() if job in line for word in re.findall(r" (--[a-z-]+)", line)}
+        assert in_commands
+        assert not {option for option in in_commands - {"--working-dir"} if option not in text}
+    named = set(re.findall(r"`(--[a-z-]+)", (REPOSITORY / "README.md").read_text())) - {"--help"}
+    assert named
+    assert not {option for option in named if not any(option in text for text in shown.values())}
+
+
+def _help_of(job: str) -> str:
     done = subprocess.run(
-        [sys.executable, "jobs/pipeline_to_fsdp.py", "--help"],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=30,
+        [sys.executable, job, "--help"], cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=30
     )
-    text = (REPOSITORY / "README.md").read_text()
-    options = set(re.findall(r"`(--[a-z-]+)", text))
-    options |= {
-        word for line in commands() if "pipeline_to_fsdp.py" in line for word in re.findall(r" (--[a-z-]+)", line)
-    }
-    options -= {"--working-dir", "--help"}
-    assert options
-    assert not {option for option in options if option not in done.stdout}
+    return done.stdout
 
 
 @pytest.mark.parametrize("block", blocks("python"), ids=lambda block: block.split()[1])
