@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ray_ckpt.cluster.group import WorkerGroup
     from ray_ckpt.format.digest import fingerprint
     from ray_ckpt.format.manifest import Manifest
+    from ray_ckpt.parallel.layout import Layout
     from ray_ckpt.parallel.state import TrainState
     from ray_ckpt.storage.reader import ArrowStorageReader
     from ray_ckpt.storage.store import CheckpointStore
@@ -52,6 +53,7 @@ __all__ = [
     "GroupError",
     "GroupTimeoutError",
     "IntegrityError",
+    "Layout",
     "Manifest",
     "PlacementError",
     "RankFailure",
@@ -74,6 +76,7 @@ _HOMES = {
     "ArrowStorageReader": "ray_ckpt.storage.reader",
     "ArrowStorageWriter": "ray_ckpt.storage.writer",
     "CheckpointStore": "ray_ckpt.storage.store",
+    "Layout": "ray_ckpt.parallel.layout",
     "Manifest": "ray_ckpt.format.manifest",
     "TrainState": "ray_ckpt.parallel.state",
     "WorkerGroup": "ray_ckpt.cluster.group",

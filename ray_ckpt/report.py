@@ -37,6 +37,8 @@ class LoadReport:
     """Random generators: `restored`, `reseeded` because another layout saved them, None: not a part of the load."""
     dataloader: str | None
     """Data loader: `restored`, `left as it was` because another layout saved it, None: not a part of the load."""
+    lost: str = ""
+    """What of somebody else's checkpoint was lost when it was saved, and why."""
 
 
 @dataclass(frozen=True)

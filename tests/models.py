@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ray_ckpt.recipes.pipeline_to_fsdp.model import PipelineModel
+from ray_ckpt.recipes.model import PipelineModel
 
 DOOMED_RANK = 1
 
@@ -48,6 +48,42 @@ class Scale(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden * self.factor + self.shift
+
+
+class Nested(nn.Module):
+    """Its parts lie at different depths, and one of its modules keeps a buffer that belongs to no part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Module()
+        self.inner.first = nn.Linear(5, 7, bias=False)
+        self.inner.blocks = nn.ModuleList(nn.Linear(7, 7, bias=False) for _ in range(2))
+        self.scale = Shift()
+        self.head = nn.Linear(7, 9, bias=False)
+
+    def pipeline_parts(self) -> list[str]:
+        return ["inner.first", "inner.blocks.0", "inner.blocks.1", "head"]
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.inner.first is not None:
+            hidden = self.scale(self.inner.first(hidden))
+        for block in self.inner.blocks:
+            hidden = block(hidden)
+        return hidden if self.head is None else self.head(hidden)
+
+
+class Shift(nn.Module):
+    """Adds a buffer that is not saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("shift", torch.empty(7), persistent=False)
+
+    def reset_parameters(self) -> None:
+        self.shift.fill_(0.25)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden + self.shift
 
 
 class DyingLinear(nn.Linear):
@@ -103,6 +139,16 @@ class Noisy(PipelineModel):
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return nn.functional.mse_loss(outputs, targets) * (1 + torch.rand(()))
+
+
+class Failing(PipelineModel):
+    """Fails in its first step, in every process."""
+
+    def __init__(self) -> None:
+        super().__init__(dim=8, layers=2)
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        raise ValueError(f"process {os.getpid()} cannot learn this")
 
 
 def tied() -> nn.Module:

@@ -190,3 +190,14 @@ def replica_of(ctx: WorkerContext) -> TrainState:
     """The same model on every worker."""
     torch.manual_seed(0)
     return TrainState(torch.nn.Linear(3, 3), layout="ddp3")
+
+
+def hold_layer(ctx: WorkerContext) -> None:
+    """Hold the training state of one layer."""
+    ctx.objects["held"] = TrainState(torch.nn.Linear(5, 3))
+
+
+def held_weight(ctx: WorkerContext) -> torch.Tensor:
+    state: TrainState = ctx.objects["held"]
+    weight: torch.Tensor = state.model.weight.detach()
+    return weight

@@ -25,7 +25,10 @@ from typing import Any
 _PRELOAD = [
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",
-    "torch.distributed.tensor",
+    "torch.distributed.pipelining",
+    "torch.distributed.tensor.parallel",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.mixtral.modeling_mixtral",
     "ray_ckpt.storage.reader",
     "ray_ckpt.storage.writer",
 ]

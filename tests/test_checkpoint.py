@@ -21,7 +21,7 @@ from ray_ckpt.errors import (
 )
 from ray_ckpt.format.manifest import MANIFEST_NAME, Manifest
 from ray_ckpt.parallel.state import TrainState
-from ray_ckpt.recipes.pipeline_to_fsdp.model import PipelineModel
+from ray_ckpt.recipes.model import PipelineModel
 from tests.ranks import run_ranks
 from tests.test_state import fresh, train, trained
 

@@ -222,6 +222,8 @@ def test_faults_that_workers_survive(group: WorkerGroup, tmp_path: Path, phase: 
     assert cases
     for case in cases:
         check(group, case, str(tmp_path / f"{case}" / "before"), str(tmp_path / f"{case}" / "now"))
+        assert group.run(rank_functions.held_saves) == [0] * NUM_WORKERS, case
+        assert group.run(rank_functions.held_loads) == [0] * NUM_WORKERS, case
 
 
 @pytest.mark.parametrize(

@@ -178,6 +178,18 @@ def test_stages_of_different_jobs_are_saved_and_loaded_by_one_group(group: Worke
     assert group.run(rank_functions.own_run) == [(1, 1.0), (2, 2.0), (3, 3.0)]
 
 
+def test_what_others_wrote_is_loaded_under_the_names_of_the_state(group: WorkerGroup, tmp_path: Path) -> None:
+    layer = torch.nn.Linear(5, 3)
+    torch.save(
+        {"state_dict": {f"net.{name}": value for name, value in layer.state_dict().items()}}, tmp_path / "x.ckpt"
+    )
+    group.run(rank_functions.hold_layer)
+    assert not any(torch.equal(weight, layer.weight) for weight in group.run(rank_functions.held_weight))
+    reports = cluster.load(group, rank_functions.held_state_of, tmp_path / "x.ckpt")
+    assert all(torch.equal(weight, layer.weight) for weight in group.run(rank_functions.held_weight))
+    assert reports[0].unexpected == ()
+
+
 def test_the_workers_share_the_files_of_a_checkpoint_that_is_verified(group: WorkerGroup, tmp_path: Path) -> None:
     group.run(rank_functions.remember, 3)
     cluster.save(group, rank_functions.stage_of, tmp_path, step=1)

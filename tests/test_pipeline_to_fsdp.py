@@ -24,8 +24,10 @@ from ray_ckpt.cluster.group import WorkerGroup
 from ray_ckpt.errors import UsageError, WorkerError
 from ray_ckpt.format.manifest import MANIFEST_NAME, Manifest
 from ray_ckpt.format.snapshot import compare
+from ray_ckpt.parallel.layout import Layout
 from ray_ckpt.recipes.pipeline_to_fsdp import job
 from ray_ckpt.recipes.screen import Screen
+from ray_ckpt.recipes.setting import check_storage
 from tests import rank_functions
 from tests.conftest import MARKERS, REPOSITORY
 from tests.models import DOOMED_RANK
@@ -62,10 +64,12 @@ def test_every_tensor_and_every_hyperparameter_arrives(tmp_path: Path, target: s
     assert report["verified"] is True
     assert report["mismatches"] == []
     assert (report["target"], report["workers"], report["backend"]) == (target, workers, "gloo")
+    assert (report["from"], report["to"]) == (f"pp{workers}", f"{target}x{workers}")
     assert report["storage"] == str(storage)
     # Four layers with weight and bias, each with exp_avg and exp_avg_sq: 24. Adam's step per parameter: 8 more.
     assert report["tensors_compared"] == 24 + 8
-    assert report["objects_compared"] % 8 == 0
+    # Hyper-parameters of eight parameters, and the number of steps.
+    assert report["objects_compared"] % 8 == 1
     assert report["objects_compared"] >= 8 * 10
     # Weights and both moments in float32.
     assert report["checkpoint_bytes"] >= 3 * 4 * 4 * (500 * 500 + 500)
@@ -77,6 +81,32 @@ def test_every_tensor_and_every_hyperparameter_arrives(tmp_path: Path, target: s
     assert "verified: 32 tensors" in done.stdout
     assert f"loss {losses['pipeline'][0]:.4f} -> " in done.stdout
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [("fsdp2x3", "pp2"), pytest.param("tp2", "single", marks=pytest.mark.slow)],
+)
+def test_any_layout_to_any_other_each_with_its_own_number_of_workers(tmp_path: Path, source: str, target: str) -> None:
+    done = run_job(
+        "--from", source, "--to", target, "--steps", "3", "--dim", "37", "--json", str(tmp_path / "out.json")
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert (report["from"], report["to"], report["workers"]) == (source, target, Layout.parse(source).world_size)
+    assert report["verified"] is True
+    assert report["tensors_compared"] == 32
+    assert f"as {source}, " in done.stdout
+
+
+@pytest.mark.slow
+def test_weights_that_two_stages_share_are_trained_and_arrive_as_one() -> None:
+    done = run_job("--model", "tests.models:tied", "--from", "pp2", "--to", "fsdp2x2", "--steps", "4", "--json", "-")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["verified"] is True
+    # One weight and two biases, each with two moments and a step.
+    assert report["tensors_compared"] == 3 * 4
 
 
 def test_a_model_of_ones_own_with_buffers_and_uneven_stages_through_s3() -> None:
@@ -98,7 +128,7 @@ def test_a_model_of_ones_own_with_buffers_and_uneven_stages_through_s3() -> None
 
 @pytest.fixture(scope="module")
 def options() -> job.Options:
-    return job.Options(workers=2, steps=2, dim=32, layers=2)
+    return job.Options(Layout.parse("pp2"), Layout.parse("fsdp2x2"), steps=2, dim=32, layers=2)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +146,7 @@ def copy_of_saved(saved: job.Saved, tmp_path: Path) -> job.Saved:
 
 @pytest.fixture
 def fresh_group(options: job.Options, local_ray: None) -> Iterator[WorkerGroup]:
-    with job.form_group(options, quiet_screen(), "regroup", job.SHARDED) as group:
+    with job.form_group(options, quiet_screen(), "regroup", options.target) as group:
         yield group
 
 
@@ -194,14 +224,14 @@ def test_storage_that_nodes_do_not_share_is_found_before_a_byte_is_saved(
 ) -> None:
     fresh_group.run(rank_functions.move_into_own_directory, str(tmp_path))
     with pytest.raises(UsageError, match=r"not shared: rank 0 on .* does not see the file that rank 1 on ") as caught:
-        job.check_storage(fresh_group, "/proc/self/cwd/run", overwrite=False)
+        check_storage(fresh_group, "/proc/self/cwd/run", overwrite=False)
     assert "mounted on every node, or an object store" in str(caught.value)
     (tmp_path / "theirs").mkdir()
     fresh_group.run(rank_functions.move_into, str(tmp_path / "theirs"))
     with pytest.raises(UsageError, match=r"not shared: this driver, which commits, does not see the file that rank 0"):
-        job.check_storage(fresh_group, "/proc/self/cwd/run", overwrite=False)
+        check_storage(fresh_group, "/proc/self/cwd/run", overwrite=False)
     # The same group finds nothing wrong with a place that is shared, and leaves nothing there.
-    job.check_storage(fresh_group, str(tmp_path / "shared"), overwrite=False)
+    check_storage(fresh_group, str(tmp_path / "shared"), overwrite=False)
     assert list((tmp_path / "shared").iterdir()) == []
 
 
@@ -245,7 +275,10 @@ def test_a_killed_worker_is_named_within_ten_seconds_and_a_second_run_succeeds(t
         (["--model", "tests.models:no_such_factory"], "no_such_factory"),
         (["--model", "tests.models:DOOMED_RANK"], "not a callable"),
         (["--model", "tests.models:not_a_model"], "must return a torch.nn.Module, not str"),
-        (["--model", "tests.models:tied", "--workers", "2"], "tied weights"),
+        (["--from", "pp2.tp"], "layout 'pp2.tp' has the token 'tp'"),
+        (["--to", "fsdp1x2.tp2"], "FSDP1 does not combine with other axes"),
+        (["--to", "fsdp2x3", "--target", "fsdp1"], "--target fsdp1 is short for --to fsdp1x4"),
+        (["--model", "tests.models:Perceptron", "--to", "tp2"], "Perceptron has no tp_plan()"),
         (["--model", "tests.models:Headed", "--workers", "2"], "beside its layers"),
         (["--model", "tests.models:without_data", "--workers", "2"], "has no sample_batch"),
         (["--workers", "2", "--storage", "/dev/null/run"], "cannot write to --storage /dev/null/run"),

@@ -31,6 +31,9 @@ RUN_BY = {
     "ray job submit --working-dir . -- python jobs/pipeline_to_fsdp.py --storage /mnt/shared/run2": (
         "tests/test_start_modes.py"
     ),
+    "python jobs/reshard.py --source /mnt/shared/run1 --to fsdp2x2.tp2 --target /mnt/shared/run1-resharded": (
+        "tests/test_reshard_job.py::test_a_rewritten_checkpoint_is_the_same_for_everybody"
+    ),
     # What Ray's launcher would do with the file is checked as far as that goes without an account.
     "ray up cluster.yaml": "tests/test_cluster_yaml.py::test_it_keeps_rays_schema",
     "ray submit cluster.yaml jobs/pipeline_to_fsdp.py --gpus-per-worker 1 --start-timeout 1200 "

@@ -20,9 +20,9 @@ from torch.distributed.checkpoint.state_dict import (
 import ray_ckpt
 from ray_ckpt.errors import StateMismatchError, UsageError
 from ray_ckpt.parallel.hyperparameters import same
-from ray_ckpt.parallel.stages import build_on_meta, materialise, take_stage
+from ray_ckpt.parallel.stages import build_on_meta, take_stage
 from ray_ckpt.parallel.state import TrainState
-from ray_ckpt.recipes.pipeline_to_fsdp.model import PipelineModel
+from ray_ckpt.recipes.model import PipelineModel
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 NAMES = ["layer1.weight", "layer1.bias", "layer2.weight", "layer2.bias"]
@@ -62,8 +62,7 @@ def test_state_is_keyed_by_parameter_name() -> None:
 
 def test_what_a_stage_does_not_hold_is_not_in_its_state() -> None:
     whole = build_on_meta(lambda: PipelineModel(5, 2))
-    stage = take_stage(whole, ["layer2"])
-    materialise(stage, torch.device("cpu"), seed=0)
+    stage = take_stage(whole, ["layer2"]).to_empty(device="cpu")
     state = TrainState(stage, torch.optim.Adam(stage.parameters())).state_dict()
     assert list(state["model"]) == ["layer2.weight", "layer2.bias"]
     assert not [key for key in state["optim"] if "layer1" in key]
@@ -71,7 +70,7 @@ def test_what_a_stage_does_not_hold_is_not_in_its_state() -> None:
 
 def test_meta_tensors_are_left_out() -> None:
     whole = build_on_meta(lambda: PipelineModel(5, 2))
-    materialise(whole.get_submodule("layer1"), torch.device("cpu"), seed=0, prefix="layer1")
+    whole.get_submodule("layer1").to_empty(device="cpu")
     optimizer = torch.optim.Adam(whole.get_submodule("layer1").parameters())
     state = TrainState(whole, optimizer).state_dict()
     assert list(state["model"]) == ["layer1.weight", "layer1.bias"]

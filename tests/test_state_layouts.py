@@ -6,9 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import ray_ckpt
 from ray_ckpt.format.snapshot import Snapshot
+from ray_ckpt.parallel.state import TrainState
 from tests.ranks import run_ranks
 from tests.states import LAYOUTS, OPTIMIZERS, build, differing, train
 
@@ -18,101 +24,184 @@ EVERYWHERE = [name for name in OPTIMIZERS if name != "adafactor"]
 NAMES = list(LAYOUTS)
 
 
-def chosen(source: str, target: str) -> str:
-    """An optimizer for this pair, so that every layout meets six of them on either side."""
-    return EVERYWHERE[(NAMES.index(source) + 3 * NAMES.index(target)) % len(EVERYWHERE)]
-
-
-def save_each(rank: int, layout: str, directory: str, optimizers: list[str]) -> dict[str, Any]:
-    """Optimizer -> what this rank held when it saved, its next loss, and what it held after that step."""
+def save_each(rank: int, directory: str, pairs: list[tuple[str, str]]) -> dict[tuple[str, str], Any]:
+    """(Layout, optimizer) -> what this rank held when it saved, its next loss, and what it held after that step."""
     found = {}
-    for optimizer in optimizers:
+    for layout, optimizer in pairs:
         state, module = build(layout, optimizer, seed=0)
         train(state, module, 2)
         before = state.snapshot(rank)
         ray_ckpt.save(state, f"{directory}/{layout}-{optimizer}")
         assert state.snapshot(rank) == before
-        found[optimizer] = (before, train(state, module, 1, seed=1), state.snapshot(rank))
+        found[layout, optimizer] = (before, train(state, module, 1, seed=1), state.snapshot(rank))
     return found
 
 
-def load_each(rank: int, layout: str, directory: str, pairs: list[tuple[str, str]]) -> dict[tuple[str, str], Any]:
-    """(Source, optimizer) -> what this rank held before and after the load, and what became of it by another step."""
+def load_each(rank: int, directory: str, triples: list[tuple[str, str, str]]) -> dict[tuple[str, str, str], Any]:
+    """(Source, target, optimizer) -> what this rank held before and after the load, and after another step."""
     found = {}
-    for source, optimizer in pairs:
-        state, module = build(layout, optimizer, seed=1)
+    for source, target, optimizer in triples:
+        state, module = build(target, optimizer, seed=1)
         before = state.snapshot(rank)
         report = ray_ckpt.load(state, f"{directory}/{source}-{optimizer}")
         assert not report.missing + report.unexpected + report.cast
         loaded = state.snapshot(rank)
-        found[source, optimizer] = (before, loaded, train(state, module, 1, seed=1), state.snapshot(rank))
+        found[source, target, optimizer] = (before, loaded, train(state, module, 1, seed=1), state.snapshot(rank))
     return found
 
 
-def check_pairs(tmp_path: Path, wanted: dict[tuple[str, str], list[str]]) -> None:
-    """Wanted: (source, target) -> optimizers."""
-    saved: dict[str, list[dict[str, Any]]] = {}
-    for source, num_ranks in LAYOUTS.items():
-        needed = sorted({name for (other, _), names in wanted.items() if other == source for name in names})
-        saved[source] = run_ranks(save_each, num_ranks, tmp_path, source, str(tmp_path), needed, timeout_s=300)
-    for target, num_ranks in LAYOUTS.items():
-        pairs = [(source, name) for (source, other), names in wanted.items() if other == target for name in names]
-        loaded = run_ranks(load_each, num_ranks, tmp_path, target, str(tmp_path), pairs, timeout_s=300)
-        for source, optimizer in pairs:
-            befores, afters, losses, continued = zip(*[rank[source, optimizer] for rank in loaded], strict=True)
-            originals = [rank[optimizer] for rank in saved[source]]
-            pair = f"{source} -> {target} with {optimizer}"
-            assert len(differing([o[0] for o in originals], befores)) > 5, pair
-            assert differing([o[0] for o in originals], afters) == [], pair
-            if "pp2" not in (source, target):
-                # There a rank alone has no loss: half of the model is another's.
-                assert losses[0] == pytest.approx(originals[0][1], rel=1e-5), pair
-                if source == target:
-                    assert differing([o[2] for o in originals], continued) == [], pair
+def check(tmp_path: Path, triples: list[tuple[str, str, str]]) -> None:
+    """Save and load in each (source, target, optimizer): one group of processes for all layouts of a size."""
+    saved: dict[tuple[str, str], list[Any]] = {}
+    loaded: dict[tuple[str, str, str], list[Any]] = {}
+    for size in sorted(set(LAYOUTS.values())):
+        pairs = sorted({(source, name) for source, _, name in triples if LAYOUTS[source] == size})
+        ranks = run_ranks(save_each, size, tmp_path, str(tmp_path), pairs, timeout_s=400)
+        saved |= {pair: [rank[pair] for rank in ranks] for pair in pairs}
+    for size in sorted(set(LAYOUTS.values())):
+        chosen = [triple for triple in triples if LAYOUTS[triple[1]] == size]
+        ranks = run_ranks(load_each, size, tmp_path, str(tmp_path), chosen, timeout_s=400)
+        loaded |= {triple: [rank[triple] for rank in ranks] for triple in chosen}
+    for (source, target, optimizer), found in loaded.items():
+        originals, losses, continued = zip(*saved[source, optimizer], strict=True)
+        befores, afters, target_losses, target_continued = zip(*found, strict=True)
+        where = f"{source} -> {target} with {optimizer}"
+        assert len(differing(originals, befores)) > 5, where
+        assert differing(originals, afters) == [], where
+        if "pp2" not in (source, target):
+            # There a rank alone has no loss: half of the model is another's.
+            assert target_losses[0] == pytest.approx(losses[0], rel=1e-5), where
+            if source == target:
+                assert differing(continued, target_continued) == [], where
 
 
-def test_each_layout_loads_what_each_other_saved(tmp_path: Path) -> None:
-    check_pairs(tmp_path, {(source, target): [chosen(source, target)] for source in NAMES for target in NAMES})
+def test_each_layout_loads_its_own_and_its_neighbours(tmp_path: Path) -> None:
+    pairs = [*zip(NAMES, NAMES[1:] + NAMES[:1], strict=True), *zip(NAMES, NAMES, strict=True)]
+    check(tmp_path, [(*pair, EVERYWHERE[turn % len(EVERYWHERE)]) for turn, pair in enumerate(pairs)])
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_each_layout_loads_what_each_other_saved_with_every_optimizer(tmp_path: Path) -> None:
-    check_pairs(tmp_path, {(source, target): EVERYWHERE for source in NAMES for target in NAMES})
+    check(tmp_path, [(source, target, name) for source in NAMES for target in NAMES for name in EVERYWHERE])
 
 
-def adafactor_everywhere(rank: int, layout: str, directory: str, sources: list[str]) -> list[tuple[Snapshot, Any]]:
-    state, module = build(layout, "adafactor", seed=0)
-    train(state, module, 2)
-    ray_ckpt.save(state, f"{directory}/{layout}-adafactor")
-    found = [(state.snapshot(rank), [])]
-    for source in sources:
-        target, module = build(layout, "adafactor", seed=1)
-        ray_ckpt.load(target, f"{directory}/{source}-adafactor")
-        found.append((target.snapshot(rank), train(target, module, 1)))
+def adafactor_of_two(rank: int, directory: str) -> dict[str, Snapshot]:
+    """What stages, replicas and shards held of it when they saved or had loaded."""
+    found = {}
+    stage, module = build("pp2", "adafactor", seed=0)
+    train(stage, module, 2)
+    ray_ckpt.save(stage, f"{directory}/pp2")
+    found["pp2"] = stage.snapshot(rank)
+    for source, target in (("single", "pp2"), ("single", "ddp2"), ("pp2", "ddp2"), ("single", "fsdp2x2")):
+        state, module = build(target, "adafactor", seed=1)
+        ray_ckpt.load(state, f"{directory}/{source}")
+        found[f"{source} -> {target}"] = state.snapshot(rank)
+        if target != "fsdp2x2":
+            train(state, module, 1)
+    flat, _ = build("fsdp1x2", "adafactor", seed=1)
+    for attempt in (flat.state_dict, lambda: ray_ckpt.load(flat, f"{directory}/single")):
+        with pytest.raises(ray_ckpt.UsageError, match="under FSDP1 Adafactor works on flattened pieces"):
+            attempt()
     return found
 
 
-def adafactor_in_shards(rank: int, directory: str) -> Snapshot:
-    """What FSDP2 holds of it after a load, where it cannot be stepped; and what is said under FSDP1."""
-    state, _ = build("fsdp2x2", "adafactor", seed=1)
-    ray_ckpt.load(state, f"{directory}/single-adafactor")
-    snapshot = state.snapshot(rank)
-    flat, _ = build("fsdp1x2", "adafactor", seed=1)
-    with pytest.raises(ray_ckpt.UsageError, match="under FSDP1 Adafactor works on flattened pieces"):
-        flat.state_dict()
-    with pytest.raises(ray_ckpt.UsageError, match="under FSDP1 Adafactor works on flattened pieces"):
-        ray_ckpt.load(flat, f"{directory}/single-adafactor")
-    return snapshot
+def test_adafactors_factors_arrive(tmp_path: Path) -> None:
+    """State of another shape than its parameter's is whole on every shard."""
+    single, module = build("single", "adafactor", seed=0)
+    train(single, module, 2)
+    ray_ckpt.save(single, tmp_path / "single")
+    assert "optim.state.second.weight.row_var" in single.snapshot(0).fingerprints
+    ranks = run_ranks(adafactor_of_two, 2, tmp_path, str(tmp_path))
+    stages = [rank.pop("pp2") for rank in ranks]
+    for turn in ranks[0]:
+        source = [single.snapshot(0)] if turn.startswith("single") else stages
+        assert differing(source, [rank[turn] for rank in ranks]) == [], turn
 
 
-def test_adafactors_factors_arrive_where_torch_can_step_it(tmp_path: Path) -> None:
-    [[(single, _)]] = run_ranks(adafactor_everywhere, 1, tmp_path, "single", str(tmp_path), [])
-    stages = run_ranks(adafactor_everywhere, 2, tmp_path, "pp2", str(tmp_path), ["single"])
-    replicas = run_ranks(adafactor_everywhere, 2, tmp_path, "ddp2", str(tmp_path), ["single", "pp2"])
-    assert "optim.state.second.weight.row_var" in single.fingerprints
-    assert differing([single], [rank[1][0] for rank in stages]) == []
-    assert differing([single], [rank[1][0] for rank in replicas]) == []
-    assert differing([rank[0][0] for rank in stages], [rank[2][0] for rank in replicas]) == []
-    # State of another shape than its parameter's is whole on every shard.
-    assert differing([single], run_ranks(adafactor_in_shards, 2, tmp_path, str(tmp_path))) == []
+class Halves(nn.Module):
+    """Column- and row-parallel layers whose inner size divides, as torch's tensor parallelism wants it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(37, 64)
+        self.down = nn.Linear(64, 37)
+        self.out = nn.Linear(37, 5)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.out(self.down(torch.relu(self.up(inputs))))
+
+
+WRAPPERS = ["hsdp", "fsdp2_tp", "tp", "fsdp1_flat"]
+
+
+def wrapped(kind: str, seed: int) -> TrainState:
+    torch.manual_seed(seed)
+    model: nn.Module = Halves()
+    plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    line = init_device_mesh("cpu", (4,))
+    if kind == "tp":
+        parallelize_module(model, line, plan)
+    elif kind == "fsdp1_flat":
+        cpu = torch.device("cpu")
+        model = FullyShardedDataParallel(model, device_mesh=line, device_id=cpu, use_orig_params=False)
+    else:
+        if kind == "fsdp2_tp":
+            parallelize_module(model, grid["tp"], plan)
+        mesh = grid if kind == "hsdp" else grid["dp"]
+        for child in model.children():
+            fully_shard(child, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    return TrainState(model, torch.optim.Adam(model.parameters(), lr=0.1))
+
+
+def step(state: TrainState, value: float) -> None:
+    state.optimizer.zero_grad()
+    state.model(torch.full((4, 37), value)).square().mean().backward()
+    state.optimizer.step()
+
+
+def in_turn(rank: int, directory: str) -> list[tuple[Snapshot, Snapshot, Snapshot]]:
+    """Each layout loads what the one before it saved: what was saved, held before the load, and after it."""
+    found = []
+    for source, target in zip(WRAPPERS, WRAPPERS[1:] + WRAPPERS[:1], strict=True):
+        state = wrapped(source, seed=0)
+        for value in (1.0, 2.0):
+            step(state, value)
+        ray_ckpt.save(state, f"{directory}/{source}")
+        loaded = wrapped(target, seed=1)
+        before = loaded.snapshot(rank)
+        with torch.no_grad():
+            # Leaves FSDP2's outermost parameters gathered.
+            loaded.model(torch.ones(4, 37))
+        ray_ckpt.load(loaded, f"{directory}/{source}")
+        found.append((state.snapshot(rank), before, loaded.snapshot(rank)))
+        step(loaded, 3.0)
+    return found
+
+
+def test_shards_of_shards_and_flattened_ones(tmp_path: Path) -> None:
+    ranks = run_ranks(in_turn, 4, tmp_path, str(tmp_path))
+    for source, turn in zip(WRAPPERS, zip(*ranks, strict=True), strict=True):
+        saved, before, loaded = zip(*turn, strict=True)
+        assert len(differing(saved, before)) > 5, source
+        assert differing(saved, loaded) == [], source
+
+
+@pytest.mark.slow
+def test_a_compiled_model_goes_by_its_own_names(tmp_path: Path) -> None:
+    """Slow, as torch loads its compiler for it."""
+
+    def state_of(seed: int, *, compiled: bool) -> TrainState:
+        torch.manual_seed(seed)
+        model = Halves()
+        called = torch.compile(model, backend="eager") if compiled else model
+        return TrainState(called, torch.optim.Adam(model.parameters(), lr=0.1))
+
+    for source_compiled in (True, False):
+        source, target = state_of(0, compiled=source_compiled), state_of(1, compiled=not source_compiled)
+        step(source, 1.0)
+        ray_ckpt.save(source, tmp_path / f"{source_compiled}")
+        ray_ckpt.load(target, tmp_path / f"{source_compiled}")
+        assert differing([source.snapshot(0)], [target.snapshot(0)]) == []

@@ -202,48 +202,42 @@ def draw() -> list[Any]:
     return [random.random(), float(np.random.rand()), torch.rand(2).tolist()]
 
 
-def random_ranks(rank: int, directory: str, layout: str) -> dict[str, Any]:
-    """What each load does to the generators and the data loader of this rank, and what was drawn after the save."""
-    found: dict[str, Any] = {}
+def drawing(position: int, layout: str) -> tuple[TrainState, Loader]:
+    model, loader = nn.Linear(2, 2), Loader(position)
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    return TrainState(model, step=3, rng=True, dataloader=loader, layout=layout), loader
 
-    def state_of(position: int, layout: str | None) -> tuple[TrainState, Loader]:
-        loader = Loader(position)
-        model = nn.Linear(2, 2)
-        nn.init.zeros_(model.weight)
-        nn.init.zeros_(model.bias)
-        return TrainState(model, step=3, rng=True, dataloader=loader, layout=layout), loader
 
-    if layout == "saved":
-        for seed in (random.seed, np.random.seed, torch.manual_seed):
-            seed(rank + 7)
-        draw()
-        ray_ckpt.save(state_of(rank + 100, "ddp2")[0], f"{directory}/run")
-        return {"drawn": draw()}
-    for attempt in ("first", "second"):
-        torch.rand(5)
-        state, loader = state_of(0, layout)
-        torch.manual_seed(1)
-        report = ray_ckpt.load(state, f"{directory}/run")
-        found[attempt] = (report.rng, report.dataloader, loader.position, draw())
-    return found
+def load_and_draw(directory: str, layout: str) -> tuple[Any, ...]:
+    torch.rand(5)
+    state, loader = drawing(0, layout)
+    report = ray_ckpt.load(state, f"{directory}/run")
+    return report.rng, report.dataloader, loader.position, draw()
+
+
+def random_ranks(rank: int, directory: str) -> dict[str, Any]:
+    """What was drawn after the save, and what each load does to this rank's generators and data loader."""
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(rank + 7)
+    draw()
+    ray_ckpt.save(drawing(rank + 100, "ddp2")[0], f"{directory}/run")
+    return {"drawn": draw(), **{name: load_and_draw(directory, name) for name in ("fsdp2x2", "ddp2")}}
 
 
 def test_generators_and_loaders_of_each_rank_come_back_in_the_same_layout_only(tmp_path: Path) -> None:
-    saved = run_ranks(random_ranks, 2, tmp_path, str(tmp_path), "saved")
-    assert saved[0]["drawn"] != saved[1]["drawn"]
-    same = run_ranks(random_ranks, 2, tmp_path, str(tmp_path), "ddp2")
-    for rank in (0, 1):
-        assert same[rank]["first"] == ("restored", "restored", rank + 100, saved[rank]["drawn"])
-    other, fewer = (
-        run_ranks(random_ranks, 2, tmp_path, str(tmp_path), "fsdp2x2"),
-        run_ranks(random_ranks, 1, tmp_path, str(tmp_path), "ddp2"),
-    )
-    for ranks in (other, fewer):
-        for found in ranks:
-            assert found["first"][:3] == ("reseeded", "left as it was", 0)
-            assert found["first"] == found["second"]
-            assert found["first"][3] not in [rank["drawn"] for rank in saved]
-    assert other[0]["first"][3] != other[1]["first"][3]
+    ranks = run_ranks(random_ranks, 2, tmp_path, str(tmp_path))
+    assert ranks[0]["drawn"] != ranks[1]["drawn"]
+    for rank, found in enumerate(ranks):
+        assert found["ddp2"] == ("restored", "restored", rank + 100, found["drawn"])
+    # On fewer ranks, or in a layout of another name, they are seeded anew: each rank for itself, each time alike.
+    fewer = load_and_draw(str(tmp_path), "ddp2")
+    assert fewer == load_and_draw(str(tmp_path), "ddp2")
+    others = [fewer, ranks[1]["fsdp2x2"]]
+    for other in (*others, ranks[0]["fsdp2x2"]):
+        assert other[:3] == ("reseeded", "left as it was", 0)
+        assert other[3] not in [found["drawn"] for found in ranks]
+    assert others[0][3] != others[1][3]
 
 
 def disagreeing(rank: int, directory: str) -> str:
@@ -291,3 +285,24 @@ def test_tensors_within_lists_are_packed_as_tensors() -> None:
 def test_what_no_reader_would_get_back_is_refused_by_name(value: Any) -> None:
     with pytest.raises(UsageError, match=r"'name\.a.*' is a .*, which cannot be saved so that any reader gets it back"):
         packing.pack("name", value)
+
+
+def sharded_average(rank: int, directory: str) -> dict[str, torch.Tensor]:
+    """An average kept by hand under FSDP2, and what it was in whole."""
+    state, module = build("fsdp2x3", "sgd", seed=0)
+    average = {name: tensor.detach().clone() for name, tensor in state.model.named_parameters()}
+    train(state, module, 1)
+    for name, parameter in state.model.named_parameters():
+        average[name].lerp_(parameter.detach(), 0.1)
+    ray_ckpt.save(TrainState(state.model, ema=average, extra={"shards": average["second.weight"]}), f"{directory}/run")
+    return {name: tensor.full_tensor() for name, tensor in average.items()}
+
+
+def test_sharded_averages_and_extras_load_whole(tmp_path: Path) -> None:
+    expected = run_ranks(sharded_average, 3, tmp_path, str(tmp_path))[0]
+    bare, _ = build("single", "sgd", seed=1)
+    average = {name: torch.zeros_like(parameter) for name, parameter in bare.model.named_parameters()}
+    extra = {"shards": torch.zeros(113, 61)}
+    ray_ckpt.load(TrainState(bare.model, ema=average, extra=extra), tmp_path / "run")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in average.items())
+    assert torch.equal(extra["shards"], expected["second.weight"])

@@ -80,56 +80,55 @@ def test_weights_that_were_untied_and_drifted_are_refused() -> None:
         stepped.state_dict()
 
 
-def stages(rank: int, directory: str) -> tuple[Snapshot, Snapshot, Snapshot, str]:
-    """The first and the last stage hold a copy each: what was saved, held before the load and after it, and said."""
-    children = (["embed", "body"], ["head"])[rank]
+def stage_of(rank: int, seed: int, steps: int) -> TrainState:
+    """The first and the last stage hold a copy each."""
+    whole = Tied(seed)
+    trained = state_of(whole, steps)
+    part = take_stage(whole, (["embed", "body"], ["head"])[rank])
+    part.all_tied_weights_keys = TIES
+    optimizer = torch.optim.Adam(part.parameters(), lr=0.1)
+    optimizer.state.update({parameter: trained.optimizer.state[parameter] for parameter in part.parameters() if steps})
+    return TrainState(part, optimizer)
 
-    def stage(seed: int, steps: int) -> TrainState:
-        whole = Tied(seed)
-        trained = state_of(whole, steps)
-        part = take_stage(whole, children)
-        part.all_tied_weights_keys = TIES
-        optimizer = torch.optim.Adam(part.parameters(), lr=0.1)
-        optimizer.state.update({p: trained.optimizer.state[p] for p in part.parameters() if steps})
-        return TrainState(part, optimizer)
 
-    source, target = stage(0, 2), stage(1, 0)
-    saved, before = source.snapshot(rank), target.snapshot(rank)
+def shards_of(seed: int, steps: int) -> TrainState:
+    model = Tied(seed)
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    return state_of(model, steps)
+
+
+def tied_ranks(rank: int, directory: str) -> dict[str, Any]:
+    """What was saved by stages and by shards, what each loaded of the stages', and what is said of a drift."""
+    source, target, shards = stage_of(rank, 0, 2), stage_of(rank, 1, 0), shards_of(1, 0)
+    found: dict[str, Any] = {"saved": source.snapshot(rank), "before": target.snapshot(rank)}
     ray_ckpt.save(source, f"{directory}/stages")
-    ray_ckpt.load(target, f"{directory}/stages")
+    for name, state in (("stages", target), ("shards", shards)):
+        ray_ckpt.load(state, f"{directory}/stages")
+        found[name] = state.snapshot(rank)
+    assert shards.model.head.weight is shards.model.embed.weight
     with torch.no_grad():
         next(iter(source.model.parameters())).add_(rank)
     with pytest.raises(CommitError) as caught:
         ray_ckpt.save(source, f"{directory}/drifted")
-    return saved, before, target.snapshot(rank), str(caught.value)
-
-
-def tied_shards(rank: int, directory: str) -> tuple[Snapshot, Snapshot]:
-    def sharded(seed: int, steps: int) -> TrainState:
-        model = Tied(seed)
-        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-        return state_of(model, steps)
-
-    from_stages = sharded(1, 0)
-    ray_ckpt.load(from_stages, f"{directory}/stages")
-    assert from_stages.model.head.weight is from_stages.model.embed.weight
-    loaded = from_stages.snapshot(rank)
-    ray_ckpt.save(sharded(0, 2), f"{directory}/shards")
-    return loaded, sharded(0, 2).snapshot(rank)
+    trained = shards_of(0, 2)
+    ray_ckpt.save(trained, f"{directory}/shards")
+    return {**found, "said": str(caught.value), "trained": trained.snapshot(rank)}
 
 
 def test_a_weight_shared_by_two_stages_is_saved_once_and_loads_anywhere(tmp_path: Path) -> None:
-    saved, befores, loaded, said = zip(*run_ranks(stages, 2, tmp_path, str(tmp_path)), strict=True)
-    assert compare(saved, befores).mismatches
-    assert compare(saved, loaded).mismatches == ()
-    assert "'model.embed.weight' on ranks" in said[0]
+    ranks = run_ranks(tied_ranks, 2, tmp_path, str(tmp_path))
+    saved, before, stages, shards, trained = (
+        [rank[name] for rank in ranks] for name in ("saved", "before", "stages", "shards", "trained")
+    )
+    assert compare(saved, before).mismatches
+    assert compare(saved, stages).mismatches == ()
+    assert compare(saved, shards).mismatches == ()
+    assert "'model.embed.weight' on ranks" in ranks[0]["said"]
     whole = state_of(Tied(1))
     ray_ckpt.load(whole, tmp_path / "stages")
     assert compare(saved, [whole.snapshot(0)]).mismatches == ()
-    shards, trained_shards = zip(*run_ranks(tied_shards, 2, tmp_path, str(tmp_path)), strict=True)
-    assert compare(saved, shards).mismatches == ()
     ray_ckpt.load(whole, tmp_path / "shards")
-    assert compare(trained_shards, [whole.snapshot(0)]).mismatches == ()
+    assert compare(trained, [whole.snapshot(0)]).mismatches == ()
 
 
 # ------------------------------------------------------------------------------------------- no memory yet
@@ -175,11 +174,12 @@ def test_a_buffer_that_nobody_saved_is_not_left_to_chance(tmp_path: Path) -> Non
         ray_ckpt.load(TrainState(model), tmp_path / "run")
     assert model.factor.is_meta
     model.shift = torch.zeros(3)
-    ray_ckpt.load(TrainState(model), tmp_path / "run", strict=False)
+    ray_ckpt.load(TrainState(model), tmp_path / "run")
+    assert float(model.factor.sum()) > 3.0
 
 
 def large(width: int, layers: int) -> nn.Module:
-    return nn.Sequential(*[nn.Linear(width, width, bias=False) for _ in range(layers)])
+    return nn.Sequential(*[nn.Linear(width, width, bias=False) for _ in range(layers)], Scaled(width))
 
 
 def sharded_on_meta(width: int, layers: int) -> TrainState:
@@ -189,17 +189,19 @@ def sharded_on_meta(width: int, layers: int) -> TrainState:
     for layer in model:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    # Not persistent, so no checkpoint has it; other buffers get their memory by the load, as the parameters do.
+    model[-1].shift = torch.zeros(width)
     # Made before there is memory: the parameters stay the ones that it knows.
     return TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
 
 
-def save_large(rank: int, directory: str, width: int, layers: int) -> Snapshot:
+def save_large(directory: str, width: int, layers: int) -> Snapshot:
     state = TrainState(model := large(width, layers), torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
     for number, parameter in enumerate(model.parameters()):
         parameter.grad = torch.full_like(parameter, number + 1)
     state.optimizer.step()
     ray_ckpt.save(state, f"{directory}/{width}")
-    return state.snapshot(rank)
+    return state.snapshot(0)
 
 
 def load_large(rank: int, directory: str, width: int, layers: int) -> tuple[Snapshot, int, int]:
@@ -223,11 +225,11 @@ def memory(key: str) -> int:
 @pytest.mark.parametrize(("width", "layers"), [(2048, 8), (61, 2)])
 def test_a_sharded_model_on_meta_takes_the_memory_of_its_shard(tmp_path: Path, width: int, layers: int) -> None:
     """128 MiB of parameters and as much momentum in the large case; the small one does not divide by its ranks."""
-    saved = run_ranks(save_large, 1, tmp_path, str(tmp_path), width, layers)
+    saved = [save_large(str(tmp_path), width, layers)]
     num_ranks = 2 if width > 61 else 3
     loaded = run_ranks(load_large, num_ranks, tmp_path, str(tmp_path), width, layers)
     assert compare(saved, [snapshot for snapshot, _, _ in loaded]).mismatches == ()
     for _, num_bytes, peak in loaded:
         share = 2 * 4 * layers * -(-width // num_ranks) * width
-        assert num_bytes <= share
+        assert num_bytes <= share + 8 * width
         assert peak <= share + 64 * MIB

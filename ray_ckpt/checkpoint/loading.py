@@ -1,6 +1,7 @@
 """load(state, target): the phases of `protocol/rank_load.py`, carried by collectives.
 
-every rank     open -> offer ── gather ──> coordinator: agree ── broadcast ──> check -> read -> finish -> LoadReport
+every rank     open        and where that may be somebody else's: names ── gather ──> join ── broadcast ──> adapt
+every rank     offer ── gather ──> coordinator: agree ── broadcast ──> check -> read -> finish -> LoadReport
 
 The manifest tells every rank where its bytes are: nobody has to be asked while they are read.
 """
@@ -8,11 +9,13 @@ The manifest tells every rank where its bytes are: nobody has to be asked while 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from ray_ckpt.checkpoint.carriers import carrier
 from ray_ckpt.checkpoint.target import source
 from ray_ckpt.checkpoint.together import Exchange, together
 from ray_ckpt.errors import UsageError
+from ray_ckpt.format.translate import join
 from ray_ckpt.parallel.claims import KeyMap
 from ray_ckpt.protocol.fit import agree
 from ray_ckpt.protocol.rank_load import LoadOptions, RankLoad, State
@@ -29,6 +32,7 @@ def load(
     cast: bool = False,
     only: Sequence[str] | None = None,
     key_map: KeyMap | None = None,
+    hyperparameters: Literal["from-checkpoint", "from-optimizer"] = "from-checkpoint",
 ) -> LoadReport:
     """Load a checkpoint into a live state, whatever layout saved it. All ranks call it, with the same options.
 
@@ -39,7 +43,10 @@ def load(
     Args:
         state: a `TrainState`, anything else with `state_dict` and `load_state_dict`, or a state dict, which is loaded
             in place: its tensors are filled, its other values replaced.
-        target: the checkpoint's directory, or a store: a local path, a URI, a `Storage` or a `CheckpointStore`.
+        target: the checkpoint's directory, or a store: a local path, a URI, a `Storage` or a `CheckpointStore`. For a
+            `TrainState` also what others wrote: stock DCP (also where the optimizer's state is keyed by index, or its
+            groups are), accelerate's and Lightning's FSDP directories, a file by `torch.save` or safetensors, or a
+            directory of the latter. Their names are translated.
         step: of the store; None for the checkpoint at `target` itself, or else the latest committed step.
         strict: refuse a checkpoint that lacks something wanted, or holds something that no rank wants. Otherwise both
             are named in the report, and what is missing stays as it is.
@@ -49,6 +56,9 @@ def load(
         key_map: wanted name -> saved name, as a mapping or a function. A parameter is renamed under `model.`, and its
             optimizer state follows.
 
+        hyperparameters: whether the optimizers take what was saved, or keep their own, as they must where several
+            pipeline stages saved their groups under one name and only one survived; see `LoadReport.lost`.
+
     Raises:
         CheckpointNotFoundError: there is no committed checkpoint.
         StateMismatchError: names, shapes, dtypes or hyper-parameters do not fit; nothing was changed.
@@ -56,11 +66,16 @@ def load(
     """
     if isinstance(only, str):
         raise UsageError(f"only={only!r} is one text: give a sequence of them, as in only=({only!r},)")
-    options = LoadOptions(strict, cast, None if only is None else tuple(only), key_map)
+    options = LoadOptions(strict, cast, None if only is None else tuple(only), key_map, hyperparameters)
     rank = RankLoad(source("load", target, step), options)
     with together("load"):
         rank.open()
     ranks = Exchange("load", carrier())
+    if rank.may_be_foreign:
+        of_ranks = ranks.gather(lambda: rank.names(state))
+        common = ranks.broadcast(lambda: join(of_ranks))
+        with together("load"):
+            rank.adapt(common)
     offers = ranks.gather(lambda: rank.offer(state))
     verdict = ranks.broadcast(lambda: agree(offers))
     # The same on all ranks, which need not tell each other.

@@ -3,6 +3,8 @@
 driver                                    every worker
     find the step
     open    ── storage, options ─────────>  the manifest
+    names   ── state_of ─────────────────>  only where somebody else may have written it   <── Names ──
+    adapt   ── what all are called ──────>  the manifest under our names
     offer   ── state_of ─────────────────>  compare; refuse what is missing  <── LoadOffer ──
     agree
     read    ── what they agreed on ──────>  refuse what is left over; bytes into the live tensors
@@ -17,12 +19,13 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from ray_ckpt.cluster import rank_side
 from ray_ckpt.cluster.aftermath import tell_all
 from ray_ckpt.cluster.group import WorkerGroup
 from ray_ckpt.errors import UsageError
+from ray_ckpt.format.translate import join
 from ray_ckpt.protocol.fit import agree
 from ray_ckpt.report import LoadReport
 from ray_ckpt.storage.target import Target, find
@@ -38,6 +41,7 @@ def load(
     cast: bool = False,
     only: Sequence[str] | None = None,
     key_map: Mapping[str, str] | Callable[[str], str] | None = None,
+    hyperparameters: Literal["from-checkpoint", "from-optimizer"] = "from-checkpoint",
     timeout_s: float | None = None,
 ) -> list[LoadReport]:
     """Load a checkpoint into what the workers hold, whatever layout saved it. The group stays open, come what may.
@@ -48,9 +52,11 @@ def load(
 
     Args:
         state_of: as for `save`; a state dict is filled in place, so return the one that the worker uses.
-        target: the checkpoint's directory as every worker's node and the driver know it, or a store.
+        target: the checkpoint's directory as every worker's node and the driver know it, or a store; or what others
+            wrote, as for `ray_ckpt.load`.
         step: of the store; None for the checkpoint at `target` itself, or else the latest committed step.
-        strict, cast, only, key_map: as for `ray_ckpt.load`; a function as `key_map` must be one that pickles.
+        strict, cast, only, key_map, hyperparameters: as for `ray_ckpt.load`; a function as `key_map` must be one that
+            pickles.
         timeout_s: for the whole load; by default the group's `call_timeout_s`.
 
     Returns:
@@ -64,7 +70,13 @@ def load(
     if isinstance(only, str):
         raise UsageError(f"only={only!r} is one text: give a sequence of them, as in only=({only!r},)")
     storage = find(target, step)
-    options = {"strict": strict, "cast": cast, "only": None if only is None else tuple(only), "key_map": key_map}
+    options = {
+        "strict": strict,
+        "cast": cast,
+        "only": None if only is None else tuple(only),
+        "key_map": key_map,
+        "hyperparameters": hyperparameters,
+    }
     attempt = uuid.uuid4().hex[:12]
     deadline = time.monotonic() + (group.call_timeout_s if timeout_s is None else timeout_s)
 
@@ -73,7 +85,8 @@ def load(
         return list(group.call(fn, args_of, timeout_s=max(0.0, deadline - time.monotonic())).values())
 
     try:
-        call(rank_side.open_load, storage, options)
+        if any(call(rank_side.open_load, storage, options)):
+            call(rank_side.adapt_load, join(call(rank_side.name_load, state_of)))
         verdict = agree(call(rank_side.offer_load, state_of))
         call(rank_side.read_load, verdict)
         return call(rank_side.finish_load, verdict)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_ckpt.cluster.worker import WorkerContext
 from ray_ckpt.format.manifest import Manifest
+from ray_ckpt.format.translate import Names
 from ray_ckpt.protocol.fit import LoadOffer
 from ray_ckpt.protocol.messages import Assignment, LocalPlan, RankRecord
 from ray_ckpt.report import LoadReport, VerifyReport
@@ -80,8 +81,8 @@ def stock_record(ctx: WorkerContext, manifest: Manifest) -> bytes:
     return dcp_metadata.dumps(manifest)
 
 
-def open_load(ctx: WorkerContext, attempt: str, storage: Storage, options: Mapping[str, Any]) -> None:
-    """Read what the checkpoint says of itself.
+def open_load(ctx: WorkerContext, attempt: str, storage: Storage, options: Mapping[str, Any]) -> bool:
+    """Read what the checkpoint says of itself, and tell whether somebody else may have written it.
 
     Args:
         options: fields of `LoadOptions`.
@@ -91,6 +92,17 @@ def open_load(ctx: WorkerContext, attempt: str, storage: Storage, options: Mappi
     load = RankLoad(storage, LoadOptions(**options))
     load.open()
     _loads(ctx)[attempt] = load
+    return load.may_be_foreign
+
+
+def name_load(ctx: WorkerContext, attempt: str, state_of: StateOf | str) -> Names | None:
+    """What this rank's part of the state is called."""
+    return _loads(ctx)[attempt].names(_resolve(state_of)(ctx))
+
+
+def adapt_load(ctx: WorkerContext, attempt: str, names: Names | None) -> None:
+    """Translate the names of somebody else's checkpoint."""
+    _loads(ctx)[attempt].adapt(names)
 
 
 def offer_load(ctx: WorkerContext, attempt: str, state_of: StateOf | str) -> LoadOffer:

@@ -84,9 +84,11 @@ def save(
         # What a dead worker leaves behind is for the store's clean-up.
         tell_all(group, rank_side.discard, coordinator.attempt)
         raise
-    report = coordinator.publish(stock_record)
-    tell_all(group, rank_side.finish, coordinator.attempt)
-    return report
+    try:
+        return coordinator.publish(stock_record)
+    finally:
+        # Whether it is committed may be the storage's secret: the files stay, and only the state is let go of.
+        tell_all(group, rank_side.finish, coordinator.attempt)
 
 
 def _check_shared(storage: Storage, files: Mapping[str, int]) -> None:

@@ -101,7 +101,7 @@ class Worker:
 
     def serve_store(self, world_size: int, timeout_s: float) -> Outcome:
         """Open the group's store in this process; the value is its host and port."""
-        return _attempt(0, self._serve_store, world_size, timeout_s)
+        return attempt(0, self._serve_store, world_size, timeout_s)
 
     def _serve_store(self, world_size: int, timeout_s: float) -> tuple[str, int]:
         # torch is imported here rather than above, so that the driver, which also loads this module, goes without it.
@@ -113,7 +113,7 @@ class Worker:
 
     def enlist(self, rank: int, world_size: int, local_rank: int) -> Outcome:
         """Become rank `rank` of the workers, without a process group."""
-        return _attempt(rank, self._enlist, rank, world_size, local_rank)
+        return attempt(rank, self._enlist, rank, world_size, local_rank)
 
     def _enlist(self, rank: int, world_size: int, local_rank: int, backend: str = "") -> torch.device:
         import torch
@@ -126,7 +126,7 @@ class Worker:
 
     def join(self, rendezvous: Rendezvous, rank: int, local_rank: int) -> Outcome:
         """Become rank `rank` of the process group."""
-        return _attempt(rank, self._join, rendezvous, rank, local_rank)
+        return attempt(rank, self._join, rendezvous, rank, local_rank)
 
     def _join(self, rendezvous: Rendezvous, rank: int, local_rank: int) -> None:
         from ray_ckpt.parallel.group import join
@@ -146,11 +146,10 @@ class Worker:
     def call(self, fn: Callable[..., Any] | str, args: tuple[Any, ...]) -> Outcome:
         """Run `fn(ctx, *args)`, or the function of that name."""
         assert self._context is not None, "the group calls functions only after every rank has joined"
-        return _attempt(self._context.rank, self._call, fn, args)
+        return attempt(self._context.rank, self._call, fn, args)
 
     def _call(self, fn: Callable[..., Any] | str, args: tuple[Any, ...]) -> Any:
-        found: Callable[..., Any] = pkgutil.resolve_name(fn) if isinstance(fn, str) else fn
-        return found(self._context, *args)
+        return resolve(fn)(self._context, *args)
 
     def leave(self) -> None:
         from ray_ckpt.parallel.group import leave
@@ -166,7 +165,13 @@ def _gpu_ids() -> tuple[str, ...]:
     return tuple(ray.get_runtime_context().get_accelerator_ids().get("GPU", ()))
 
 
-def _attempt(rank: int, fn: Callable[..., Any], *args: Any) -> Outcome:
+def resolve(fn: Callable[..., Any] | str) -> Callable[..., Any]:
+    """The function, or the one of that name (`"package.module:function"`)."""
+    found: Callable[..., Any] = pkgutil.resolve_name(fn) if isinstance(fn, str) else fn
+    return found
+
+
+def attempt(rank: int, fn: Callable[..., Any], *args: Any) -> Outcome:
     """Call `fn`; turn whatever it raises into plain data, as not every exception pickles.
 
     `CheckpointException`, which DCP raises, is a BaseException and would otherwise end the process.

@@ -138,7 +138,8 @@ def _to_manifest(metadata: dcp.Metadata) -> Manifest:
     tensors: dict[str, TensorEntry] = {}
     objects: dict[str, ObjectEntry] = {}
     files: dict[str, int] = {}
-    for name, entry in metadata.state_dict_metadata.items():
+    for name in names_in_order(metadata):
+        entry = metadata.state_dict_metadata[name]
         path = _checked_path(paths.get(name))
         if isinstance(entry, dcp.TensorStorageMetadata):
             chunks = tuple(_to_chunk(name, chunk, storage) for chunk in entry.chunks)
@@ -151,6 +152,13 @@ def _to_manifest(metadata: dcp.Metadata) -> Manifest:
     for part in (*parts, *objects.values()):
         files[part.file] = max(files.get(part.file, 0), part.start + part.length)
     return Manifest(tensors, objects, files)
+
+
+def names_in_order(metadata: dcp.Metadata) -> list[str]:
+    """As in the state dict, where that is known. DCP lists replicas by the rank that wrote them, which may be any."""
+    entries = metadata.state_dict_metadata
+    paths = metadata.planner_data if isinstance(metadata.planner_data, Mapping) else {}
+    return list(dict.fromkeys([*(name for name in paths if name in entries), *entries]))
 
 
 def _to_chunk(name: str, chunk: dcp.ChunkStorageMetadata, storage: Mapping[dcp.MetadataIndex, _StorageInfo]) -> Chunk:

@@ -32,6 +32,7 @@ from typing import Any, NamedTuple, TypeVar
 from ray_ckpt.errors import FormatError, UnsafeCheckpointError
 from ray_ckpt.format import values
 from ray_ckpt.format.boxes import Box, check_cover, shared_box
+from ray_ckpt.format.ranges import span
 
 __all__ = ["MANIFEST_NAME", "VERSION", "BlockSums", "Chunk", "Manifest", "ObjectEntry", "TensorEntry"]
 
@@ -75,6 +76,8 @@ class Chunk(NamedTuple):
     """None in a foreign checkpoint."""
     transforms: tuple[str, ...] = ()
     """Descriptors of the DCP stream extensions that encoded the container, outermost first."""
+    strides: tuple[int, ...] | None = None
+    """Of the elements at `data_start`, in elements; None for row-major order, as ours always are."""
 
 
 class TensorEntry(NamedTuple):
@@ -197,7 +200,8 @@ class Manifest:
             width = itemsize(tensor.dtype)
             for chunk in tensor.chunks:
                 self._check_extent(name, chunk.file, chunk.start, chunk.length)
-                _check_chunk(name, chunk, chunk.box.num_elements * width)
+                _check_strides(name, chunk)
+                _check_chunk(name, chunk, _num_elements(chunk) * width)
             if problem := check_cover(tensor.shape, [chunk.box for chunk in tensor.chunks]):
                 raise FormatError(f"tensor {name!r} does not hold together: {problem}")
         for name, entry in self.objects.items():
@@ -232,6 +236,17 @@ def check_file_name(name: str) -> str:
     if not plain or re.search(r"[\\\0]|^[A-Za-z][A-Za-z0-9+.-]*:", name):
         raise UnsafeCheckpointError(f"file name {name!r} leaves the checkpoint's directory; nothing was read from it")
     return str(PurePosixPath(name))
+
+
+def _check_strides(name: str, chunk: Chunk) -> None:
+    if chunk.strides is not None and (chunk.data_start is None or len(chunk.strides) != len(chunk.box.sizes)):
+        raise FormatError(f"chunk of {name!r} has strides {chunk.strides}, which do not fit its size {chunk.box.sizes}")
+
+
+def _num_elements(chunk: Chunk) -> int:
+    """As many as lie between the first and the last, both included."""
+    num_elements = chunk.box.num_elements
+    return num_elements if chunk.strides is None or not num_elements else span(chunk.box.sizes, chunk.strides)
 
 
 def _check_chunk(name: str, chunk: Chunk, data_bytes: int) -> None:
@@ -272,6 +287,8 @@ def _chunk_to_json(chunk: Chunk) -> str:
         place += f',"block_bytes":{sums.block_bytes},"checksums":"{base64.b64encode(sums.sums).decode()}"'
     if chunk.transforms:
         place += f',"transforms":{_dumps(chunk.transforms)}'
+    if chunk.strides is not None:
+        place += f',"strides":{_numbers_to_json(chunk.strides)}'
     return f'{{"offsets":{offsets},"sizes":{sizes},{place}}}'
 
 
@@ -336,6 +353,7 @@ def _chunk_from_json(data: Any) -> Chunk:
         data_start=_size(data["data_start"]) if "data_start" in data else None,
         checksums=checksums,
         transforms=tuple([_text(item) for item in data["transforms"]]) if "transforms" in data else (),
+        strides=_sizes(data["strides"]) if "strides" in data else None,
     )
 
 

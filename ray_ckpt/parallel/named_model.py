@@ -58,6 +58,7 @@ class NamedModel:
         self.modules = tuple(modules)
         self._tied = {alias: name for module in modules for alias, name in _declared_ties(module).items()}
         self._tied |= tied or {}
+        self._known_names: dict[tuple[nn.Module, str], list[str]] = {}
 
     def leaves(self) -> dict[str, Any]:
         """Live tensors, and sealed values of what is none, without what is on the meta device.
@@ -77,17 +78,18 @@ class NamedModel:
         return leaves
 
     def plan(self, saved: Saved) -> Plan:
-        untouched = {module for module in self.modules if _is_untouched(module)}
+        held_by_name = self._entries()
+        present = {module: _presence(module) for module in self.modules}
         entries: dict[str, list[_Entry]] = {}
         claims: dict[str, Claim] = {}
         waiting = set()
-        for name, held in self._entries().items():
+        for name, held in held_by_name.items():
             wanted = f"{self.section}.{name}"
             if not saved.wants(wanted):
                 continue
             first, source = held[0], saved.name_of(wanted)
             if isinstance(first.value, torch.Tensor):
-                if first.value.is_meta and not (isinstance(first.value, DTensor) or first.module in untouched):
+                if not present[first.module].holds(first):
                     continue
                 claims[wanted] = Claim(source, Spec.of(first.value), partial(_memory_of, first))
                 waiting |= {entry.module for entry in held if entry.value.is_meta}
@@ -102,7 +104,7 @@ class NamedModel:
         found: dict[nn.Parameter, tuple[str, ...]] = {}
         for module in self.modules:
             for key, parameter in module.named_parameters():
-                names = _names(module, key)
+                names = self._names(module, key)
                 found.setdefault(parameter, tuple(canonical.get(name, name) for name in names))
         return found
 
@@ -147,9 +149,19 @@ class NamedModel:
             with sharded_state_dicts(module):
                 state = module.state_dict()
             for key, value in state.items():
-                [name] = _names(module, key)
+                [name] = self._names(module, key)
                 found.setdefault(canonical.get(name, name), []).append(_Entry(module, key, value))
         return found
+
+    def _names(self, module: nn.Module, key: str) -> list[str]:
+        """The names that an entry has in the unwrapped module: one, or those that FSDP1 has flattened into it."""
+        known = self._known_names.get((module, key))
+        if known is None:
+            inner, inner_key = module, key
+            if isinstance(module, AveragedModel) and key.startswith("module."):
+                inner, inner_key = module.module, key.removeprefix("module.")
+            known = self._known_names[module, key] = sorted(_get_fqns(inner, inner_key))
+        return known
 
     def _canonical_names(self) -> dict[str, str]:
         """Alias -> canonical name."""
@@ -159,7 +171,7 @@ class NamedModel:
                 *module.named_parameters(remove_duplicate=False),
                 *module.named_buffers(remove_duplicate=False),
             ):
-                if len(names := _names(module, key)) == 1:
+                if len(names := self._names(module, key)) == 1:
                     shared.setdefault(id(tensor), []).extend(names)
         canonical = dict(self._tied)
         declared = set(self._tied.values())
@@ -180,16 +192,12 @@ def sharded_state_dicts(module: nn.Module) -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
         with FullyShardedDataParallel.state_dict_type(
-            module, StateDictType.SHARDED_STATE_DICT, ShardedStateDictConfig(), ShardedOptimStateDictConfig()
+            module,
+            StateDictType.SHARDED_STATE_DICT,
+            ShardedStateDictConfig(offload_to_cpu=False),
+            ShardedOptimStateDictConfig(offload_to_cpu=False),
         ):
             yield
-
-
-def _names(module: nn.Module, key: str) -> list[str]:
-    """The names that an entry has in the unwrapped module: one, or those that FSDP1 has flattened into it."""
-    if isinstance(module, AveragedModel) and key.startswith("module."):
-        module, key = module.module, key.removeprefix("module.")
-    return sorted(_get_fqns(module, key))
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
@@ -205,9 +213,34 @@ def _declared_ties(module: nn.Module) -> dict[str, str]:
     return dict(ties) if isinstance(ties, Mapping) else {}
 
 
-def _is_untouched(module: nn.Module) -> bool:
-    """Whether none of it has memory yet."""
-    return all(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
+@dataclass(frozen=True)
+class _Presence:
+    """How much of a module is on this rank, as far as the meta device leaves that open."""
+
+    untouched: bool
+    """Nothing that is saved of it has memory yet: all of it is this rank's."""
+    sharded: bool
+    """Some of its parameters are shards that have no memory yet: its buffers are this rank's too."""
+
+    def holds(self, entry: _Entry) -> bool:
+        value = entry.value
+        if not value.is_meta or isinstance(value, DTensor) or self.untouched:
+            return True
+        return self.sharded and not isinstance(_live(entry), nn.Parameter)
+
+
+def _presence(module: nn.Module) -> _Presence:
+    parameters = list(module.parameters())
+    persistent = (
+        buffer
+        for child in module.modules()
+        for name, buffer in child.named_buffers(recurse=False)
+        if name not in child._non_persistent_buffers_set
+    )
+    return _Presence(
+        untouched=all(tensor.is_meta for tensor in (*parameters, *persistent)),
+        sharded=any(tensor.is_meta and isinstance(tensor, DTensor) for tensor in parameters),
+    )
 
 
 def _without_values(modules: set[nn.Module]) -> list[str]:
@@ -227,15 +260,19 @@ def _without_values(modules: set[nn.Module]) -> list[str]:
     ]
 
 
+def _live(entry: _Entry) -> torch.Tensor:
+    """The parameter or buffer itself."""
+    path, _, name = entry.key.rpartition(".")
+    return getattr(entry.module.get_submodule(path), name)  # type: ignore[no-any-return]
+
+
 def _memory_of(entry: _Entry) -> torch.Tensor:
     """The live tensor of an entry; on the meta device it gets its memory first."""
     if not entry.value.is_meta:
         return entry.value  # type: ignore[no-any-return]
-    path, _, name = entry.key.rpartition(".")
-    owner = entry.module.get_submodule(path)
-    live = getattr(owner, name)
+    live = _live(entry)
     if live.is_meta:
-        memory = torch.empty_like(live.detach(), device=_device_of(live))
+        memory = torch.empty_like(live.detach(), device=_device_of(entry.module))
         if isinstance(live, nn.Parameter):
             try:
                 # Whoever holds the parameter, such as an optimizer, shall hold the same one afterwards.
@@ -246,12 +283,15 @@ def _memory_of(entry: _Entry) -> torch.Tensor:
                     "to_empty(device=...) before the optimizer is made"
                 ) from error
         else:
-            setattr(owner, name, memory)
-    return getattr(owner, name).detach()  # type: ignore[no-any-return]
+            path, _, name = entry.key.rpartition(".")
+            setattr(entry.module.get_submodule(path), name, memory)
+    return _live(entry).detach()
 
 
-def _device_of(tensor: torch.Tensor) -> torch.device:
-    kind = tensor.device_mesh.device_type if isinstance(tensor, DTensor) else "cpu"
+def _device_of(module: nn.Module) -> torch.device:
+    """Where a module belongs that is on the meta device: where its shards do, or else on the CPU."""
+    kinds = {p.device_mesh.device_type for p in module.parameters() if isinstance(p, DTensor)} - {"cpu"}
+    kind = kinds.pop() if kinds else "cpu"
     return torch.device(kind, torch.get_device_module(kind).current_device()) if kind != "cpu" else torch.device(kind)
 
 

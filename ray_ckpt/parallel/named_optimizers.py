@@ -56,13 +56,15 @@ class NamedOptimizers:
         for optimizer in self.optimizers:
             for parameter, state in self._states(optimizer, names).items():
                 for key, value in flatten(state).items():
-                    _put(leaves, f"{STATE}.{parameter}.{key}", value)
-            for group in optimizer.param_groups:
-                values = hyperparameters.of_group(group)
-                for parameter in group["params"]:
-                    for name in names[parameter]:
-                        for key, value in values.items():
-                            _put(leaves, f"{PARAM_GROUPS}.{name}.{key}", value)
+                    leaves[f"{STATE}.{parameter}.{key}"] = _sealed(f"{STATE}.{parameter}.{key}", value)
+            for number, group in enumerate(optimizer.param_groups):
+                values = {
+                    key: _sealed(f"{PARAM_GROUPS}[{number}].{key}", value)
+                    for key, value in hyperparameters.of_group(group).items()
+                }
+                for member in group["params"]:
+                    for name in names[member]:
+                        leaves |= {f"{PARAM_GROUPS}.{name}.{key}": value for key, value in values.items()}
         return leaves
 
     def names(self) -> dict[nn.Parameter, tuple[str, ...]]:
@@ -207,8 +209,8 @@ def _twins(names: Mapping[nn.Parameter, Sequence[str]]) -> dict[nn.Parameter, in
     return twins
 
 
-def _put(leaves: dict[str, Any], name: str, value: Any) -> None:
-    leaves[name] = value if isinstance(value, torch.Tensor) else packing.seal(name, value)
+def _sealed(name: str, value: Any) -> Any:
+    return value if isinstance(value, torch.Tensor) else packing.seal(name, value)
 
 
 def _steps_on_device(group: Mapping[str, Any]) -> bool:

@@ -94,9 +94,8 @@ class CounterPart:
 class ExtraPart:
     """What else the user names: tensors are loaded in place, what has a `state_dict` by it, the rest is replaced."""
 
-    section = "extra"
-
-    def __init__(self, extra: MutableMapping[str, Any]) -> None:
+    def __init__(self, extra: MutableMapping[str, Any], section: str = "extra") -> None:
+        self.section = section
         self._extra = extra
 
     def leaves(self) -> dict[str, Any]:

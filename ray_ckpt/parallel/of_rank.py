@@ -4,7 +4,8 @@
 
 Saved by as many ranks in the layout of the same name: each rank takes its own again. Otherwise random generators are
 seeded anew, from the saved seed, the step and the rank, so that every such load gives the same; a data loader is left
-as it is. The plan's notes say which of the two happened.
+as it is. The plan's notes say which of the two happened. (Ranks that are to draw alike, as those of one tensor-parallel
+group may be, are for the user to seed after such a load: names say nothing of groups.)
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
     optim.param_groups.<parameter>.<hyper-parameter>     hyperparameters.py
     schedulers.<scheduler>. ...                          schedules.py
     scaler.state. ...  counters. ...  extra. ...         objects.py
-    ema.<parameter or buffer>                            named_model.py
+    ema.<parameter or buffer>                            named_model.py, objects.py
     rng.rank<n>. ...  dataloader.rank<n>. ...            of_rank.py
 
 Names depend on the model alone, never on the layout: that is what lets any layout load what any other saved.
@@ -55,7 +55,7 @@ class TrainState:
         counters: further numbers, such as tokens seen; a load replaces the values in this mapping.
         rng: whether the random generators of every rank are part of it.
         dataloader: this rank's; anything with `state_dict` and `load_state_dict`.
-        ema: a second set of parameters: a module (also torch's `AveragedModel`).
+        ema: a second set of parameters: a module (also torch's `AveragedModel`), or name -> tensor.
         extra: name -> tensor, anything with `state_dict` and `load_state_dict`, or a plain value; a load fills tensors
             in place and replaces plain values in this mapping.
         tied: alias -> canonical name of weights that are one, for a pipeline stage that holds a copy of another stage's
@@ -76,7 +76,7 @@ class TrainState:
         counters: MutableMapping[str, Any] | None = None,
         rng: bool = False,
         dataloader: Stateful | None = None,
-        ema: nn.Module | None = None,
+        ema: nn.Module | MutableMapping[str, torch.Tensor] | None = None,
         extra: MutableMapping[str, Any] | None = None,
         tied: Mapping[str, str] | None = None,
         layout: object | None = None,
@@ -85,13 +85,18 @@ class TrainState:
         self.optimizers = _listed(optimizers)
         self.step = step
         self.layout = None if layout is None else str(layout)
-        self._optim = NamedOptimizers(self.optimizers, NamedModel(self.models, tied))
+        named = NamedModel(self.models, tied)
+        self._optim = NamedOptimizers(self.optimizers, named)
+        # In the order in which they are loaded: an optimizer's state takes after the parameters, schedulers follow its
+        # groups, and nothing may draw random numbers after the generators.
+        self._parts: list[Part] = [named]
         schedules = NamedSchedulers(schedulers, self._optim)
-        self._parts: list[Part] = [NamedModel(self.models, tied)]
         if self.optimizers:
             self._parts += [self._optim, schedules]
-        if ema is not None:
+        if isinstance(ema, nn.Module):
             self._parts.append(NamedModel([ema], tied, "ema"))
+        elif ema is not None:
+            self._parts.append(ExtraPart(ema, "ema"))
         if scaler is not None:
             self._parts.append(StatefulPart("scaler", scaler))
         self._parts.append(CounterPart(self, {} if counters is None else counters))
@@ -124,6 +129,13 @@ class TrainState:
     def sections(self) -> frozenset[str]:
         """First components of the names that this state has or takes."""
         return frozenset(part.section for part in self._parts)
+
+    @property
+    def groups(self) -> list[list[str]]:
+        """Names of the parameters in each group of the optimizers, on this rank."""
+        names = self._optim.names()
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        return [[name for parameter in group["params"] for name in names[parameter]] for group in groups]
 
     def state_dict(self) -> dict[str, Any]:
         """Section -> name -> live tensor (a DTensor where the layout shards it) or plain value. Nothing is copied.

@@ -1,4 +1,4 @@
-"""How ranks and a coordinator save a checkpoint together. Who carries their messages is somebody else's business.
+"""How ranks and a coordinator save and load a checkpoint together. Who carries their messages is left open.
 
     every rank     RankSave.plan        what it holds            -> LocalPlan      (rank.py, holdings.py)
     coordinator    Coordinator.merge    who writes what          -> Assignment     (coordinator.py)
@@ -6,6 +6,10 @@
     every rank     RankSave.write       files, with checksums    -> RankRecord
     coordinator    Coordinator.check    is all of it there?
     coordinator    Coordinator.publish  the commit               -> SaveReport
+
+    every rank     RankLoad.open, offer what it wants            -> LoadOffer      (rank_load.py)
+    coordinator    agree                what nobody wants        -> LoadOffer      (fit.py)
+    every rank     RankLoad.check, read, finish                  -> LoadReport
 
 `checkpoint/` carries them by collectives, `cluster/` by actor calls. Messages (messages.py) are plain columns: one
 record per file rather than one object per tensor, because pickling plans is most of what a save of many small tensors

@@ -72,6 +72,7 @@ class Coordinator:
         storage: of the checkpoint.
         layout: how the model lies across ranks, in the caller's words; kept in the manifest. May be set until `check`.
         saved_by: name -> version of the software, kept in the manifest.
+        fingerprints: `Fingerprint.digest` of tensors by name, kept in the manifest.
         cache: of the attempts before; keep one per group of ranks.
     """
 
@@ -82,6 +83,7 @@ class Coordinator:
         overwrite: bool = False,
         layout: str | None = None,
         saved_by: Mapping[str, str] | None = None,
+        fingerprints: Mapping[str, str] | None = None,
         cache: PlanCache | None = None,
     ) -> None:
         self._start = time.monotonic()
@@ -89,6 +91,7 @@ class Coordinator:
         self._overwrite = overwrite
         self.layout = layout
         self._saved_by = dict(saved_by or {})
+        self._fingerprints = dict(fingerprints or {})
         self._cache = cache or PlanCache()
         self._merged: _Merged | None = None
         self._manifest: Manifest | None = None
@@ -162,7 +165,7 @@ class Coordinator:
             if spec is not None
         }
         ordered = {name: objects[name] for name, (_, spec) in merged.names.items() if spec is None}
-        return Manifest(tensors, ordered, files, self.attempt, self.layout, self._saved_by)
+        return Manifest(tensors, ordered, files, self.attempt, self.layout, self._saved_by, self._fingerprints)
 
     def _check_written(self, rank: int, items: Sequence[Item], record: RankRecord) -> None:
         assert self._merged is not None

@@ -128,7 +128,7 @@ class RankSave:
         self._begun.append(name)
         items, values = self._holdings.items, self._holdings.values
         objects = ((p, _saved(values[p])) for p in positions if items[p].spec is None)
-        return _record(pack_file(self._storage, name, objects, self._tensors(positions)))
+        return file_record(pack_file(self._storage, name, objects, self._tensors(positions)))
 
     def _tensors(self, positions: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
         items, values = self._holdings.items, self._holdings.values
@@ -159,7 +159,8 @@ def _digest_object(value: object) -> bytes:
     return xxhash.xxh3_64_intdigest(_saved(value).container).to_bytes(16, "little")
 
 
-def _record(packed: Packed[int]) -> FileRecord:
+def file_record(packed: Packed[int]) -> FileRecord:
+    """What a rank tells of a file that it has written. Keys are positions in its plan."""
     first_at: dict[int, ObjectEntry] = {}
     return FileRecord(
         name=packed.name,

@@ -1,6 +1,10 @@
 """One rank's side of a load.
 
 every rank     open     the manifest
+only where that may be somebody else's:
+every rank     names    what this rank's part of the state is called
+coordinator    join     what all ranks hold                                   (format/translate.py)
+every rank     adapt    the manifest under our names
 every rank     offer    plan; refuse what this rank misses                     (changes nothing)
 coordinator    agree    fit.py: what no rank wants
 every rank     check    refuse what is left over
@@ -14,7 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,8 +29,9 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 
 from ray_ckpt.collector import collector_paused
-from ray_ckpt.errors import StateMismatchError
+from ray_ckpt.errors import StateMismatchError, UsageError
 from ray_ckpt.format.manifest import itemsize
+from ray_ckpt.format.translate import Names
 from ray_ckpt.parallel.claims import Claim, KeyMap, Plan, Saved, Spec
 from ray_ckpt.parallel.state import TrainState
 from ray_ckpt.protocol.fit import LoadOffer, listed, mark, marked
@@ -37,6 +42,8 @@ from ray_ckpt.storage.files import Storage
 
 State = TrainState | Stateful | Mapping[str, Any]
 
+_HYPERPARAMETERS = "optim.param_groups."
+
 
 @dataclass(frozen=True)
 class LoadOptions:
@@ -46,6 +53,18 @@ class LoadOptions:
     cast: bool = False
     only: tuple[str, ...] | None = None
     key_map: KeyMap | None = None
+    hyperparameters: str = "from-checkpoint"
+    """Or `from-optimizer`: the optimizers keep their own instead of the saved ones."""
+
+    def __post_init__(self) -> None:
+        if self.hyperparameters not in ("from-checkpoint", "from-optimizer"):
+            raise UsageError(
+                f"hyperparameters={self.hyperparameters!r} is neither 'from-checkpoint' nor 'from-optimizer'"
+            )
+
+    @property
+    def keep_hyperparameters(self) -> bool:
+        return self.hyperparameters == "from-optimizer"
 
 
 class RankLoad:
@@ -70,6 +89,48 @@ class RankLoad:
         CheckpointNotFoundError, FormatError, UnsafeCheckpointError: there is nothing that can be read.
         """
         self._source.open()
+        self._list_names()
+
+    @property
+    def may_be_foreign(self) -> bool:
+        """Whether `names` and `adapt` are to be called; the same on all ranks."""
+        return self._source.may_be_foreign
+
+    def names(self, state: State) -> Names | None:
+        """What this rank's part is called. Under FSDP1 all ranks have to call it together.
+
+        Returns:
+            None for a state that is no `TrainState`: it has the names of whoever saved it.
+        """
+        if not isinstance(state, TrainState):
+            return None
+        claimed = [name for plan in state.plans(Saved({}, {})) for name in plan.claims]
+        model = [name.removeprefix("model.") for name in claimed if name.startswith("model.")]
+        return Names(model, state.groups)
+
+    def adapt(self, names: Names | None) -> None:
+        """Translate the names of the checkpoint.
+
+        Args:
+            names: of all ranks together.
+
+        Raises:
+            StateMismatchError: the optimizer's state cannot be told apart by parameter, or its hyper-parameters are
+                lost and nobody said that the optimizer should keep its own.
+        """
+        if names is None:
+            return
+        if not Saved({}, {}, only=self._options.only).wants("optim"):
+            names = replace(names, groups=())
+        self._source.adapt(names)
+        if self._source.lost and not self._options.keep_hyperparameters:
+            raise StateMismatchError(
+                f"{self._source.lost}. hyperparameters='from-optimizer' keeps those of the optimizers that it is "
+                "loaded into, and takes everything else"
+            )
+        self._list_names()
+
+    def _list_names(self) -> None:
         self._names = sorted({*self._source.manifest.tensors, *self._source.manifest.objects})
 
     def offer(self, state: State) -> LoadOffer:
@@ -85,7 +146,12 @@ class RankLoad:
     def _offer(self, state: State) -> LoadOffer:
         options = self._options
         needed = _everything if options.key_map else _needed_by(state)
-        saved = self._saved = self._source.saved(needed, options.only, options.key_map)
+        kept: Mapping[str, Any] = {}
+        if options.keep_hyperparameters and isinstance(state, TrainState):
+            self._source.drop(_HYPERPARAMETERS)
+            self._list_names()
+            kept = _own_hyperparameters(state, options.key_map)
+        saved = self._saved = self._source.saved(needed, options.only, options.key_map, kept)
         self._plans = _plans(state, saved)
         claims = {wanted: claim for plan in self._plans for wanted, claim in plan.claims.items()}
         missing = sorted(wanted for wanted, claim in claims.items() if claim.saved not in saved)
@@ -105,7 +171,7 @@ class RankLoad:
         if left and self._options.strict:
             texts = [f"{name}: saved {self._source.describe(name)}, wanted not at all" for name in left]
             raise StateMismatchError(
-                f"the checkpoint does not fit what it is loaded into: {listed(texts)}. Load a part of it by "
+                f"{self._source.label} does not fit what it is loaded into: {listed(texts)}. Load a part of it by "
                 "only=('model', ...), or all that fits by strict=False"
             )
 
@@ -150,6 +216,7 @@ class RankLoad:
             cast=verdict.cast,
             rng=verdict.notes.get("rng"),
             dataloader=verdict.notes.get("dataloader"),
+            lost=self._source.left_out,
         )
 
     def _refuse(
@@ -164,14 +231,26 @@ class RankLoad:
         if cast and not self._options.cast:
             texts += [f"{name}: {_saved_and_wanted(claims[name], self._saved)}" for name in cast]
         if self._options.strict:
-            texts += [f"{name}: saved not at all, wanted {claims[name].spec or 'it'}" for name in missing]
+            texts += [f"{name}: saved not at all, wanted {claims[name].spec or 'a value'}" for name in missing]
         advice = ""
         if cast and not self._options.cast:
             advice = ". cast=True converts dtypes"
         if texts:
-            texts = [f"the checkpoint does not fit what it is loaded into: {listed(sorted(texts))}{advice}"]
+            texts = [f"{self._source.label} does not fit what it is loaded into: {listed(sorted(texts))}{advice}"]
         if texts or problems:
             raise StateMismatchError("; ".join([*texts, *problems]))
+
+
+def _own_hyperparameters(state: TrainState, key_map: KeyMap | None) -> dict[str, Any]:
+    """The optimizers' own values, as if they had been saved, under the names that the parameters were saved by."""
+    view = Saved({}, {}, key_map=key_map)
+    own: dict[str, Any] = {}
+    for name, value in state.state_dict().get("optim", {}).items():
+        if name.startswith("param_groups."):
+            parameter, _, key = name.removeprefix("param_groups.").rpartition(".")
+            saved = view.name_of(f"model.{parameter}").removeprefix("model.")
+            own[f"{_HYPERPARAMETERS}{saved}.{key}"] = value
+    return own
 
 
 def _needed_by(state: State) -> Callable[[str], bool]:

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from ray_ckpt.errors import CommitError
 from ray_ckpt.format.blob import dtype_name
 from ray_ckpt.format.boxes import check_cover
+from ray_ckpt.format.dcp_metadata import names_in_order
 from ray_ckpt.format.manifest import Chunk, Manifest, ObjectEntry, Path, TensorEntry
 
 _MAX_NAMES = 5
@@ -62,7 +63,8 @@ def build_manifest(
     tensors: dict[str, TensorEntry] = {}
     objects: dict[str, ObjectEntry] = {}
     files: dict[str, int] = {}
-    for name, entry in metadata.state_dict_metadata.items():
+    for name in names_in_order(metadata):
+        entry = metadata.state_dict_metadata[name]
         path = paths.get(name)
         parts = [written[index][1].part for index in _planned(name, entry)]
         for part in parts:

@@ -133,6 +133,18 @@ class Storage:
             child._built = (process, filesystem, f"{root.rstrip('/')}/{name}")
         return child
 
+    def parent(self) -> tuple[Storage, str] | None:
+        """The directory that holds the target, and the target's name in it; None at the top of a file system."""
+        base, mark, options = self.uri.partition("?") if "://" in self.uri else (self.uri, "", "")
+        scheme, separator, path = base.rstrip("/").rpartition("://")
+        directory, _, name = path.rpartition("/")
+        if not name or not (directory or path.startswith("/")):
+            return None
+        parent = copy.copy(self)
+        parent.uri = f"{scheme}{separator}{directory or '/'}{mark}{options}"
+        parent._built = None
+        return parent, name
+
     @property
     def is_local(self) -> bool:
         """Whether a read costs a system call rather than a request over a network. NFS counts as local."""
@@ -180,6 +192,10 @@ class Storage:
             for name, info in self._entries(recursive=True)
             if info.is_file
         }
+
+    def list_files(self) -> dict[str, int]:
+        """The files directly in the target: name -> bytes."""
+        return {name: int(info.size or 0) for name, info in self._entries(recursive=False) if info.is_file}
 
     def list_directories(self) -> Sequence[str]:
         """Names of the directories directly in the target, sorted. Object stores make them up from longer names."""

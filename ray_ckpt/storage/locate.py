@@ -56,7 +56,9 @@ def locate(storage: Storage, chunks: Mapping[K, SavedChunk], tuning: Tuning, *, 
         if saved.chunk.transforms:
             continue
         if saved.chunk.data_start is not None:
-            strides = contiguous_strides(saved.chunk.box.sizes)
+            strides = saved.chunk.strides
+            if strides is None:
+                strides = contiguous_strides(saved.chunk.box.sizes)
             sources[key] = saved.source(saved.chunk.data_start, strides, verify=verify)
         else:
             heads[key] = torch.empty(min(HEAD_BYTES, saved.chunk.length), dtype=torch.uint8)

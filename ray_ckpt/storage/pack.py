@@ -61,10 +61,25 @@ def pack_file(
     tensors: Iterable[tuple[K, torch.Tensor]],
 ) -> Packed[K]:
     """Write one file. It is durable on return."""
+    return pack_pieces(storage, name, objects, host_pieces((entry, entry[1]) for entry in tensors))
+
+
+def pack_pieces(
+    storage: Storage,
+    name: str,
+    objects: Iterable[tuple[K, SavedObject]],
+    pieces: Iterable[tuple[tuple[K, torch.Tensor], memoryview]],
+) -> Packed[K]:
+    """Write one file whose tensors come piece by piece, each one's bytes in row-major order. It is durable on return.
+
+    Args:
+        pieces: what the piece is of, as one and the same pair for all pieces of a tensor, and its bytes. Of the tensor
+            only dtype and shape are asked for: it may lie on the meta device.
+    """
     with storage.create(name) as file:
         packer = _Packer[K](file)
         entries = [(key, packer.add_object(saved)) for key, saved in objects]
-        packer.add_tensors(tensors)
+        packer.add_pieces(pieces)
         packer.flush()
     return packer.packed(entries)
 
@@ -167,11 +182,11 @@ class _Packer(Generic[K]):
             checksum=xxhash.xxh3_64_intdigest(data),
         )
 
-    def add_tensors(self, tensors: Iterable[tuple[K, torch.Tensor]]) -> None:
+    def add_pieces(self, pieces: Iterable[tuple[tuple[K, torch.Tensor], memoryview]]) -> None:
         """Append tensors, hashing their bytes on the way."""
         opened: tuple[K, torch.Tensor] | None = None
         tail, hasher = b"", BlockHasher(1)
-        for entry, piece in host_pieces((entry, entry[1]) for entry in tensors):
+        for entry, piece in pieces:
             if entry is not opened:
                 if opened is not None:
                     self._finish_tensor(tail, hasher)

@@ -1,6 +1,6 @@
-"""ArrowStorageReader: loads any DCP checkpoint, ours or somebody else's, reading only the bytes that are wanted.
+"""ArrowStorageReader: loads any checkpoint, ours or somebody else's, reading only the bytes that are wanted.
 
-dcp.load ─┬─ every rank   read_metadata          read_manifest: `manifest.json`, else derived from `.metadata`
+dcp.load ─┬─ every rank   read_metadata          read_manifest: `manifest.json`, else foreign.find
           ├─ every rank   set_up_storage_reader
           └─ every rank   read_data ─┬─ objects: from the manifest, or read whole (objects.py)
                                      └─ tensors: locate.locate where they start, fetch.fetch exactly the wanted bytes
@@ -22,13 +22,13 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from ray_ckpt.collector import collector_paused
-from ray_ckpt.errors import CheckpointNotFoundError, FormatError, UsageError
+from ray_ckpt.errors import FormatError, UsageError
 from ray_ckpt.format import dcp_metadata
 from ray_ckpt.format.boxes import Box
-from ray_ckpt.format.dcp_metadata import METADATA_NAME
 from ray_ckpt.format.manifest import MANIFEST_NAME, Chunk, Manifest, ObjectEntry
 from ray_ckpt.storage.fetch import LOCAL, REMOTE, Piece, Tuning, fetch, local_threads
 from ray_ckpt.storage.files import Storage
+from ray_ckpt.storage.foreign import find
 from ray_ckpt.storage.locate import SavedChunk, load_whole, locate
 from ray_ckpt.storage.objects import Decoder, read_objects, read_values
 
@@ -48,8 +48,8 @@ class ArrowStorageReader(StorageReader):
     """A DCP storage reader for `dcp.load`.
 
     Args:
-        target: Where from: a local path, a URI as `Storage` takes it, or a `Storage`. `checkpoint_id` of `dcp.load`
-            replaces it.
+        target: Where from: a checkpoint's directory, or a file by `torch.save` or safetensors; a local path, a URI as
+            `Storage` takes it, or a `Storage`. `checkpoint_id` of `dcp.load` replaces it.
         verify_checksums: Check every byte that is read against the checksum recorded when it was saved. Checkpoints
             that stock DCP wrote have none.
         trusted: Let the checkpoint's pickles run whatever code they name. Only for a checkpoint whose author you trust.
@@ -74,6 +74,12 @@ class ArrowStorageReader(StorageReader):
         self.verify_checksums = verify_checksums
         self.trusted = trusted
         self.threads = threads
+        self.files = self.storage
+        """Where the manifest's files are; for a target that is itself a file, its directory."""
+        self.kind = ""
+        """What `read_manifest` has recognised, in words; empty for a checkpoint of ours."""
+        self.notes: tuple[str, ...] = ()
+        """What of it `read_manifest` had to leave out, and why."""
         self._decoder = Decoder(extensions or ExtensionRegistry(), trusted=trusted)
         self._entries: Mapping[MetadataIndex, Chunk | ObjectEntry] = {}
         self._dtypes: dict[str, torch.dtype] = {}
@@ -88,13 +94,14 @@ class ArrowStorageReader(StorageReader):
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         if checkpoint_id:
-            self.storage = Storage(checkpoint_id, retry=self.storage.retry)
+            self.storage = self.files = Storage(checkpoint_id, retry=self.storage.retry)
         self._entries = {}
 
     def read_manifest(self) -> Manifest:
         """What the checkpoint holds, at the cost of one small read. Non-tensor values are in it: `Manifest.values()`.
 
-        For a checkpoint of stock DCP the manifest is derived from its `.metadata`; it has no checksums and no values.
+        For what somebody else wrote (stock DCP, accelerate, Lightning, `torch.save`, safetensors) the manifest is
+        derived from the headers there; it has no checksums, and values only where a header holds them.
 
         Raises:
             CheckpointNotFoundError: there is no committed checkpoint.
@@ -102,19 +109,12 @@ class ArrowStorageReader(StorageReader):
         """
         if self.storage.exists(MANIFEST_NAME):
             data = self.storage.read_bytes(MANIFEST_NAME)
+            self.files = self.storage
             with collector_paused():
                 return Manifest.from_json(data)
-        if not self.storage.exists(METADATA_NAME):
-            raise CheckpointNotFoundError(
-                f"no checkpoint in {self.storage.address}: it holds neither {MANIFEST_NAME} nor {METADATA_NAME}"
-            )
-        metadata = dcp_metadata.loads(self.storage.read_bytes(METADATA_NAME), trusted=self.trusted)
-        if dcp_metadata.is_ours(metadata):
-            raise CheckpointNotFoundError(
-                f"no committed checkpoint in {self.storage.address}: a save by ray_ckpt was interrupted just before it "
-                f"wrote {MANIFEST_NAME}; load an earlier step"
-            )
-        return dcp_metadata.to_manifest(metadata)
+        found = find(self.storage, trusted=self.trusted)
+        self.files, self.kind, self.notes = found.storage, found.kind, found.notes
+        return found.manifest
 
     def read_metadata(self, *args: Any, **options: Any) -> Metadata:
         """The manifest as a load planner wants it.
@@ -147,7 +147,7 @@ class ArrowStorageReader(StorageReader):
         tensors = [item for item in plan.items if item.type != LoadItemType.BYTE_IO]
         filled = self._fill(tensors, planner)
         objects = [(item, self._object(item)) for item in plan.items if item.type == LoadItemType.BYTE_IO]
-        read_objects(self.storage, objects, planner, self._decoder, self._tuning, verify=self.verify_checksums)
+        read_objects(self.files, objects, planner, self._decoder, self._tuning, verify=self.verify_checksums)
         for item, target in zip(tensors, filled, strict=True):
             planner.commit_tensor(item, target)
         future: Future[None] = Future()
@@ -168,7 +168,7 @@ class ArrowStorageReader(StorageReader):
 
     def read_tensors(self, wanted: Sequence[Wanted]) -> None:
         """Fill targets with boxes of saved chunks, in few requests."""
-        storage, tuning = self.storage, self._tuning
+        storage, tuning = self.files, self._tuning
         with collector_paused():
             chunks = {position: item.saved for position, item in enumerate(wanted)}
             sources = locate(storage, chunks, tuning, verify=self.verify_checksums)
@@ -183,7 +183,7 @@ class ArrowStorageReader(StorageReader):
 
     def read_values(self, entries: Mapping[str, ObjectEntry]) -> dict[str, Any]:
         """Non-tensors by name."""
-        return read_values(self.storage, entries, self._decoder, self._tuning, verify=self.verify_checksums)
+        return read_values(self.files, entries, self._decoder, self._tuning, verify=self.verify_checksums)
 
     @property
     def _tuning(self) -> Tuning:

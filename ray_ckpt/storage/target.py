@@ -8,6 +8,7 @@ from ray_ckpt.errors import CheckpointNotFoundError, UsageError
 from ray_ckpt.format.manifest import MANIFEST_NAME
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.publish import STOCK_RECORD_NAME
+from ray_ckpt.storage.recognise import is_file, is_foreign
 from ray_ckpt.storage.store import CheckpointStore
 
 Target = str | os.PathLike[str] | Storage | CheckpointStore
@@ -39,13 +40,15 @@ def find(target: Target, step: int | None) -> Storage:
         return _store(target).begin(step)
     if not isinstance(target, CheckpointStore):
         directory = destination(target, None)
-        if directory.exists(MANIFEST_NAME) or directory.exists(STOCK_RECORD_NAME):
+        if directory.exists(MANIFEST_NAME) or directory.exists(STOCK_RECORD_NAME) or is_file(directory):
             return directory
     store = _store(target)
     latest = store.latest()
-    if latest is None:
-        raise CheckpointNotFoundError(f"no committed checkpoint at {store.address}, nor in a step-<N> below it")
-    return store.begin(latest)
+    if latest is not None:
+        return store.begin(latest)
+    if not isinstance(target, CheckpointStore) and is_foreign(directory):
+        return directory
+    raise CheckpointNotFoundError(f"no committed checkpoint at {store.address}, nor in a step-<N> below it")
 
 
 def _store(target: Target) -> CheckpointStore:

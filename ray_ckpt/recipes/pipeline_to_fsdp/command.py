@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
+from ray_ckpt.recipes.json_output import check_json_path, write_json
+
 
 @click.command(context_settings={"show_default": True})
-@click.option("--workers", type=click.IntRange(min=1), default=4, help="Workers, pipeline stages and FSDP ranks.")
-@click.option("--target", type=click.Choice(["fsdp2", "fsdp1"]), default="fsdp2", help="How to load.")
+@click.option("--from", "source", metavar="LAYOUT", help="Layout to train and save in.  [default: pp4]")
+@click.option("--to", "target", metavar="LAYOUT", help="Layout to load into.  [default: fsdp2x4]")
+@click.option("--workers", type=click.IntRange(min=1), default=4, help="Short for --from ppN --to fsdp2xN.")
+@click.option("--target", "kind", type=click.Choice(["fsdp2", "fsdp1"]), help="Short for --to KINDxN.")
 @click.option("--steps", type=click.IntRange(min=1), default=20, help="Training steps before the save, and after.")
 @click.option("--dim", type=click.IntRange(min=1), default=500, help="Width of each layer of the default model.")
 @click.option("--layers", type=click.IntRange(min=1), default=4, help="Layers of the default model.")
@@ -25,19 +28,30 @@ import click
 @click.option("--timeout", "timeout_s", type=click.FloatRange(min=1), default=1800.0, help="Seconds for each phase.")
 @click.option("--json", "json_path", metavar="PATH", help="Write the results as JSON; - for standard output.")
 @click.option("--verbose", is_flag=True, help="Show what Ray and the workers print.")
-def pipeline_to_fsdp(json_path: str | None, **options: Any) -> int:
-    """Save a pipeline-parallel run stage by stage, load it with FSDP, and prove that nothing changed."""
+def pipeline_to_fsdp(
+    json_path: str | None, source: str | None, target: str | None, workers: int, kind: str | None, **options: Any
+) -> int:
+    """Save a pipeline-parallel run stage by stage, load it with FSDP, and prove that nothing changed.
+
+    Or from any layout to any other: tokens joined by dots, such as pp2.fsdp2x2.tp2. Known are single, ppN, ppNxV (V
+    stages on each of N ranks), ddpN, fsdp1xN, fsdp2xN, hsdpRxS (R replicas of S shards), tpN and epN.
+    """
     # Imported here, so that a wrong option costs no second of loading.
     from rich.console import Console
 
+    from ray_ckpt.parallel.layout import Layout
     from ray_ckpt.recipes.pipeline_to_fsdp import job
-    from ray_ckpt.recipes.pipeline_to_fsdp.report import write_json
     from ray_ckpt.recipes.screen import Screen
 
-    if json_path not in (None, "-") and not Path(str(json_path)).absolute().parent.is_dir():
-        raise click.UsageError(f"--json {json_path}: there is no such directory to write it to")
+    check_json_path(json_path)
+    if target is not None and kind is not None:
+        raise click.UsageError(f"--target {kind} is short for --to {kind}x{workers}: give one of the two")
     console = Console(stderr=json_path == "-")
-    asked = job.Options(**options)
+    asked = job.Options(
+        source=Layout.parse(source or f"pp{workers}"),
+        target=Layout.parse(target or f"{kind or 'fsdp2'}x{workers}"),
+        **options,
+    )
     job.check(asked)
     report = job.run(asked, Screen(console))
     report.show(console)

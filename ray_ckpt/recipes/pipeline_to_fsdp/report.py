@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ray_ckpt.format.snapshot import Mismatch
+from ray_ckpt.parallel.layout import Layout
 from ray_ckpt.recipes.screen import format_bytes
 
 SHOWN_MISMATCHES = 40
@@ -24,20 +24,26 @@ class JobReport:
     verified: bool
     """Everything arrived bit for bit, and training went on as if nothing had happened."""
     workers: int
+    """Of the first group."""
     backend: str
+    source: str
+    """Layout that was trained and saved; `from` in the JSON."""
     target: str
+    """Layout that it was loaded into; `to` in the JSON, where `target` is its kind of data parallelism."""
     storage: str
     checkpoint_bytes: int
     tensors_compared: int
     objects_compared: int
     mismatches: list[Mismatch]
     losses: dict[str, list[float]]
-    """`pipeline` and `resumed`: one number per step; `reference`: the uninterrupted run's, one per step of both."""
+    """`pipeline` (in the first layout) and `resumed` (in the second): one number per step; `reference`: the
+    uninterrupted run's, one per step of both."""
     phases: dict[str, float]
     """Phase name -> seconds."""
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        fields = dataclasses.asdict(self)
+        return {"from": fields.pop("source"), "to": self.target, **fields, "target": Layout.parse(self.target).dp}
 
     def show(self, console: Console) -> None:
         """Print the phases with their rates, then the verdict."""
@@ -58,8 +64,8 @@ class JobReport:
         if self.losses["resumed"]:
             pipeline, resumed = self.losses["pipeline"], self.losses["resumed"]
             console.print(
-                f"loss {pipeline[0]:.4f} -> {pipeline[-1]:.4f} as pipeline, {resumed[0]:.4f} -> {resumed[-1]:.4f} as "
-                f"{self.target}; largest relative difference to the uninterrupted run {self.loss_difference:.1e}",
+                f"loss {pipeline[0]:.4f} -> {pipeline[-1]:.4f} as {self.source}, {resumed[0]:.4f} -> {resumed[-1]:.4f} "
+                f"as {self.target}; largest relative difference to the uninterrupted run {self.loss_difference:.1e}",
                 highlight=False,
                 soft_wrap=True,
             )
@@ -76,16 +82,6 @@ class JobReport:
         """The largest relative difference of a step's loss to the uninterrupted run's."""
         found = self.losses["pipeline"] + self.losses["resumed"]
         return max(abs(a - b) / abs(b) for a, b in zip(found, self.losses["reference"], strict=True))
-
-
-def write_json(report: dict[str, Any], path: str) -> None:
-    """Write one JSON object to a file, or to standard output for `-`."""
-    text = json.dumps(report, indent=2)
-    if path == "-":
-        print(text)
-    else:
-        with open(path, "w") as file:
-            file.write(text + "\n")
 
 
 def _mismatch_table(mismatches: list[Mismatch]) -> Table:

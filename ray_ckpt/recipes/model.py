@@ -1,10 +1,11 @@
-"""The model of the main job, and the contract of a user's own.
+"""The model that the jobs train, and the contract of a user's own.
 
 `--model pkg.module:factory` names a callable without arguments that returns a `torch.nn.Module` whose direct children
 run in order (see `ray_ckpt.parallel.stages`) and that has
 
     sample_batch(batch_size, generator) -> (inputs, targets)   CPU tensors; dim 0 is the batch
     loss(outputs, targets) -> scalar                           optional: a mean over the batch; default mse_loss
+    tp_plan() -> {module name: ParallelStyle}                  for layouts with tp: how it splits its modules
 
 Its forward must be deterministic and treat samples alone (no dropout, no batch norm), or the micro-batches of a
 pipeline and one whole batch would not give the same loss.
@@ -15,15 +16,17 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
 from ray_ckpt.errors import UsageError
 from ray_ckpt.parallel.stages import build_on_meta
-from ray_ckpt.recipes.pipeline_to_fsdp.workload import Workload
+from ray_ckpt.recipes.workload import Workload
 
 BATCHES_PER_EPOCH = 2
 """Few enough for the loss to fall within twenty steps."""
@@ -51,6 +54,11 @@ class PipelineModel(nn.Module):
         inputs = torch.randn(batch_size, self.dim, generator=generator)
         return inputs, inputs.flip(-1)
 
+    def tp_plan(self) -> dict[str, ParallelStyle]:
+        """Columns and rows in turn. Each layer takes and gives whole activations, so that any may end a stage."""
+        columns, rows = ColwiseParallel(output_layouts=Replicate()), RowwiseParallel(input_layouts=Replicate())
+        return {name: rows if number % 2 else columns for number, (name, _) in enumerate(self.named_children())}
+
 
 def build(workload: Workload) -> nn.Module:
     """The whole model on the meta device.
@@ -76,9 +84,9 @@ def batch(workload: Workload, model: Any, step: int) -> tuple[torch.Tensor, torc
     return inputs, targets
 
 
-def stage_learning_rate(stage: int) -> float:
-    """Different for every stage, so that a load that takes one for all is found out."""
-    return 1e-3 * (stage + 1)
+def learning_rates(parts: Sequence[str]) -> dict[str, float]:
+    """Different for neighbouring parts of the model, so that a load that takes one for all is found out."""
+    return {part: 1e-3 * (number % 4 + 1) for number, part in enumerate(parts)}
 
 
 def loss_function(model: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:

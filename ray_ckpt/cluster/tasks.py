@@ -1,0 +1,137 @@
+"""run_tasks(fn, args_of): independent Ray tasks, a bounded number at a time, wherever the cluster has room.
+
+Unlike the workers of a group they know nothing of each other: there is no placement group and no rank that waits for
+another, and a task whose node is lost is started again elsewhere. So `fn` must do no harm when it runs twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from ray_ckpt.cluster.gather import CAUSE_GRACE_S
+from ray_ckpt.cluster.worker import Outcome, attempt, resolve
+from ray_ckpt.errors import DIED, GroupTimeoutError, RankFailure, WorkerError
+
+SUBMITTED_AT_ONCE = 64
+"""Tasks that Ray holds, with their arguments."""
+
+CANCEL_PATIENCE_S = 5.0
+"""How long tasks that are no longer wanted may take to end."""
+
+RESTARTS = 2
+"""How often a task is started again when the process or node that ran it is lost."""
+
+
+def run_tasks(
+    fn: Callable[..., Any] | str,
+    args_of: Mapping[int, tuple[Any, ...]],
+    *,
+    timeout_s: float,
+    cpus: float = 1.0,
+    on_done: Callable[[int, Any], None] = lambda number, value: None,
+) -> dict[int, Any]:
+    """Call `fn(*args)` for every number of `args_of`, as tasks of the Ray cluster this process is connected to.
+
+    At most `SUBMITTED_AT_ONCE` are with Ray at a time, which runs those that the cluster has CPUs for; the others are
+    the demand that an autoscaler sees. After a failure no further task is submitted, those that run get a moment to
+    report failures of their own, and the rest is cancelled.
+
+    Args:
+        fn: a top-level function, or its name as `"package.module:function"`, which takes and returns plain data.
+        args_of: number of the task -> arguments.
+        timeout_s: for all of them together.
+        cpus: that a task asks for.
+        on_done: called here with the number and value of each task that has ended well.
+
+    Returns:
+        Number -> value.
+
+    Raises:
+        WorkerError: tasks raised or died; `failures` names each by its number, as `rank`.
+        GroupTimeoutError: the time was up; names the tasks that had not ended. Those that ran are cancelled.
+    """
+    run = _Run(fn, dict(args_of), cpus, on_done)
+    try:
+        run.to_the_end(time.monotonic() + timeout_s)
+    finally:
+        run.cancel()
+    if run.failures:
+        raise WorkerError(tuple(run.failures[number] for number in sorted(run.failures)))
+    if left := sorted(args_of.keys() - run.values.keys()):
+        raise GroupTimeoutError(f"not done within {timeout_s:g} s: tasks {', '.join(map(str, left))}")
+    return {number: run.values[number] for number in args_of}
+
+
+@dataclass
+class _Run:
+    fn: Callable[..., Any] | str
+    waiting: dict[int, tuple[Any, ...]]
+    cpus: float
+    on_done: Callable[[int, Any], None]
+    running: dict[Any, int] = field(default_factory=dict)
+    values: dict[int, Any] = field(default_factory=dict)
+    failures: dict[int, RankFailure] = field(default_factory=dict)
+
+    def to_the_end(self, deadline: float) -> None:
+        """Until all have ended, or the deadline; after a failure that is near."""
+        while (self.waiting and not self.failures) or self.running:
+            while self.waiting and not self.failures and len(self.running) < SUBMITTED_AT_ONCE:
+                number = next(iter(self.waiting))
+                self.running[self._start(number, self.waiting.pop(number))] = number
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return
+            done, _ = ray.wait(list(self.running), num_returns=1, timeout=min(left, 0.5))
+            for ref in done:
+                had_failed = bool(self.failures)
+                self._take(ref, self.running.pop(ref))
+                if self.failures and not had_failed:
+                    deadline = min(deadline, time.monotonic() + CAUSE_GRACE_S)
+
+    def cancel(self) -> None:
+        """End what still runs, and wait until it has."""
+        for ref in self.running:
+            ray.cancel(ref, force=True)
+        if self.running:
+            done, _ = ray.wait(list(self.running), num_returns=len(self.running), timeout=CANCEL_PATIENCE_S)
+            for ref in done:
+                # Ray prints a traceback at exit for every failed result that was never read.
+                with contextlib.suppress(RayError):
+                    ray.get(ref)
+
+    def _start(self, number: int, args: tuple[Any, ...]) -> Any:
+        # As a mapping, because the types that Ray ships know no `SPREAD` here.
+        settings: dict[str, Any] = {
+            "num_cpus": self.cpus,
+            "max_retries": RESTARTS,
+            "scheduling_strategy": "SPREAD",
+            "name": f"ray_ckpt task {number}",
+        }
+        return ray.remote(**settings)(_call).remote(number, self.fn, args)
+
+    def _take(self, ref: Any, number: int) -> None:
+        try:
+            outcome: Outcome = ray.get(ref)
+        except RayError as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            text = lines[0] if lines else ""
+            message = f"its process was lost {RESTARTS + 1} times: {type(error).__name__}: {text}"
+            self.failures[number] = RankFailure(number, "a node of the cluster", DIED, message)
+            return
+        if outcome.failure is not None:
+            self.failures[number] = outcome.failure
+        else:
+            self.values[number] = outcome.value
+            self.on_done(number, outcome.value)
+
+
+def _call(number: int, fn: Callable[..., Any] | str, args: tuple[Any, ...]) -> Outcome:
+    """Runs in the task's process. What `fn` raises comes back as plain data, as not every exception pickles."""
+    return attempt(number, lambda: resolve(fn)(*args))

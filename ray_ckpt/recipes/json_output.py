@@ -1,0 +1,29 @@
+"""What a job hands to other programs: one JSON object."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+def check_json_path(path: str | None) -> None:
+    """Refuse a path that could not be written, before the job begins.
+
+    Raises:
+        click.UsageError: its directory does not exist.
+    """
+    if path not in (None, "-") and not Path(str(path)).absolute().parent.is_dir():
+        raise click.UsageError(f"--json {path}: there is no such directory to write it to")
+
+
+def write_json(report: dict[str, Any], path: str) -> None:
+    """Write one JSON object to a file, or to standard output for `-`."""
+    text = json.dumps(report, indent=2)
+    if path == "-":
+        print(text)
+    else:
+        with open(path, "w") as file:
+            file.write(text + "\n")

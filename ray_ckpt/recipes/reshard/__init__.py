@@ -1,0 +1,1 @@
+"""Rewrites a checkpoint for another layout, without its model."""

@@ -1,0 +1,221 @@
+"""The reshard job on the driver.
+
+run(options)
+  read      the source's manifest, whoever wrote it
+  plan      partition(manifest, layout): who holds what; Coordinator.merge checks it
+  ray       the cluster that is there, or a local one
+  rewrite   a task per rank ── write_rank ──> its file, and a record of it; every failure names its rank
+  commit    Coordinator.check, then publish; before that nothing exists, and a failure leaves no file
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ray_ckpt.cluster.connect import connect
+from ray_ckpt.cluster.tasks import run_tasks
+from ray_ckpt.errors import StorageError, UsageError
+from ray_ckpt.format import dcp_metadata
+from ray_ckpt.format.boxes import Box
+from ray_ckpt.format.manifest import Manifest
+from ray_ckpt.parallel.layout import Layout
+from ray_ckpt.protocol.coordinator import Coordinator
+from ray_ckpt.protocol.messages import FileRecord, Item, LocalPlan, RankRecord, TensorSpec
+from ray_ckpt.recipes.reshard.plan import partition
+from ray_ckpt.recipes.reshard.task import RankFile
+from ray_ckpt.recipes.screen import Screen, format_bytes
+from ray_ckpt.report import SaveReport
+from ray_ckpt.storage.files import Storage
+from ray_ckpt.storage.publish import refuse_if_taken
+from ray_ckpt.storage.reader import ArrowStorageReader
+from ray_ckpt.storage.rewrite import WantedTensor
+
+WRITE_RANK = "ray_ckpt.recipes.reshard.task:write_rank"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says; the fields are its options."""
+
+    source: str
+    to: str
+    target: str
+    overwrite: bool = False
+    address: str | None = None
+    timeout_s: float = 3600.0
+    """For all tasks together."""
+    verbose: bool = False
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known before the first task is started."""
+
+    layout: Layout
+    source: Storage
+    """Where the source's files are."""
+    target: Storage
+    coordinator: Coordinator
+    files: Mapping[int, RankFile]
+    """By rank."""
+
+
+def run(options: Options, screen: Screen) -> SaveReport:
+    """Rewrite the checkpoint.
+
+    Raises:
+        UsageError: the options cannot work; nothing was touched.
+        RayCkptError: the source cannot be read, or a task failed; nothing was committed.
+    """
+    prepared = prepare(options, screen)
+    with connected(options, screen):
+        rewrite(prepared, options.timeout_s, screen)
+    return commit(prepared, screen)
+
+
+def prepare(options: Options, screen: Screen) -> Prepared:
+    """Read the source's manifest, and decide who holds what.
+
+    Raises:
+        UsageError: there is no such layout, or the target is taken.
+        CheckpointError, StorageError: the source cannot be read.
+    """
+    layout = Layout.parse(options.to)
+    source, target = Storage(_absolute(options.source)), Storage(_absolute(options.target))
+    if not options.overwrite:
+        refuse_if_taken(target)
+    with screen.phase("read", f"what {source.address} holds") as line:
+        reader = ArrowStorageReader(source)
+        manifest = reader.read_manifest()
+        line.result = f"{len(manifest.tensors)} tensors, {format_bytes(manifest.total_bytes)}"
+    coordinator = Coordinator(
+        target,
+        overwrite=options.overwrite,
+        layout=str(layout),
+        saved_by={"torch": importlib.metadata.version("torch")},
+        fingerprints=manifest.fingerprints,
+    )
+    plans = _plans(manifest, partition(manifest, layout))
+    coordinator.merge([LocalPlan(uuid.uuid4().hex, items) for items in plans.values()])
+    files = {rank: _rank_file(manifest, coordinator.attempt, rank, items) for rank, items in plans.items()}
+    return Prepared(layout, reader.files, target, coordinator, files)
+
+
+def rewrite(prepared: Prepared, timeout_s: float, screen: Screen) -> None:
+    """Write all files, and check them. After a failure none is left.
+
+    Raises:
+        WorkerError: tasks failed; names their ranks.
+        GroupTimeoutError: they were not done in time.
+        UsageError: the target is not shared with the tasks' nodes.
+    """
+    try:
+        records = _run_tasks(prepared, timeout_s, screen)
+        prepared.coordinator.check([RankRecord((record,), b"") for record in records.values()])
+        _check_shared(prepared.target, records)
+    except BaseException:
+        _discard(prepared.target, prepared.coordinator.attempt)
+        raise
+
+
+def commit(prepared: Prepared, screen: Screen) -> SaveReport:
+    """Publish what was written and checked."""
+    with screen.phase("commit", f"to {prepared.target.address}") as line:
+        report = prepared.coordinator.publish(dcp_metadata.dumps(prepared.coordinator.manifest))
+        line.result = f"{format_bytes(report.total_bytes)} in {report.num_files} files at {report.uri}"
+    return report
+
+
+def _plans(manifest: Manifest, parts: Mapping[int, Mapping[str, Box]]) -> dict[int, tuple[Item, ...]]:
+    """What each rank that writes holds. Everything that is not a tensor is rank 0's."""
+    objects = tuple(Item(name, entry.path, None) for name, entry in manifest.objects.items())
+    plans = {}
+    for rank, boxes in parts.items():
+        tensors = tuple(_item(manifest, name, box) for name, box in boxes.items())
+        plans[rank] = (*objects, *tensors) if rank == 0 else tensors
+    return plans
+
+
+def _item(manifest: Manifest, name: str, box: Box) -> Item:
+    entry = manifest.tensors[name]
+    return Item(name, entry.path, TensorSpec(entry.dtype, entry.shape, box.offsets, box.sizes))
+
+
+def _rank_file(manifest: Manifest, attempt: str, rank: int, items: tuple[Item, ...]) -> RankFile:
+    objects = {
+        position: (item.name, manifest.objects[item.name]) for position, item in enumerate(items) if item.spec is None
+    }
+    tensors = {
+        position: _wanted(manifest, item.name, Box(item.spec.offsets, item.spec.sizes))
+        for position, item in enumerate(items)
+        if item.spec is not None
+    }
+    return RankFile(rank, attempt, objects, tensors)
+
+
+def _wanted(manifest: Manifest, name: str, box: Box) -> WantedTensor:
+    entry = manifest.tensors[name]
+    chunks = tuple(chunk for chunk in entry.chunks if chunk.box.intersect(box) is not None)
+    return WantedTensor(name, entry.dtype, box, chunks)
+
+
+def _run_tasks(prepared: Prepared, timeout_s: float, screen: Screen) -> dict[int, FileRecord]:
+    files = prepared.files
+    with screen.phase("rewrite", f"{len(files)} tasks, one per rank of {prepared.layout} that writes") as line:
+        done: list[int] = []
+
+        def show(rank: int, record: FileRecord) -> None:
+            done.append(rank)
+            line.update(f"{len(done)} of {len(files)} ranks written")
+
+        records: dict[int, FileRecord] = run_tasks(
+            WRITE_RANK,
+            {rank: (prepared.source, prepared.target, file) for rank, file in files.items()},
+            timeout_s=timeout_s,
+            on_done=show,
+        )
+        line.result = f"{len(records)} ranks written"
+    return records
+
+
+@contextlib.contextmanager
+def connected(options: Options, screen: Screen) -> Iterator[None]:
+    """Join a Ray cluster for the block, or start a local one."""
+    with contextlib.ExitStack() as stack:
+        with screen.phase("ray", "looking for a cluster, or starting a local one") as line:
+            is_local = stack.enter_context(connect(options.address, verbose=options.verbose))
+            line.result = "started a local Ray" if is_local else "joined a running cluster"
+        yield
+
+
+def _check_shared(target: Storage, records: Mapping[int, FileRecord]) -> None:
+    """Whether this process sees what the tasks have written.
+
+    Raises:
+        UsageError: a task wrote to a directory that is not the one here.
+    """
+    seen = target.list_files()
+    for rank, record in records.items():
+        if record.name not in seen:
+            raise UsageError(
+                f"--target {target.address} is not shared: the file that the task of rank {rank} wrote is not there. "
+                "Give a directory that is mounted on every node, or an object store such as s3://bucket/path"
+            )
+
+
+def _discard(target: Storage, attempt: str) -> None:
+    """Remove what the attempt has written, as far as it can be removed."""
+    with contextlib.suppress(StorageError):
+        for name in target.list_files():
+            if name.endswith(f"-{attempt}.distcp"):
+                target.delete(name)
+
+
+def _absolute(place: str) -> str:
+    """A relative path would mean another directory in every task."""
+    return place if "://" in place else str(Path(place).absolute())

@@ -1,0 +1,40 @@
+"""What a task of the cluster does: write the file of one rank."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ray_ckpt.format.manifest import ObjectEntry
+from ray_ckpt.protocol.messages import FileRecord
+from ray_ckpt.protocol.rank import file_record
+from ray_ckpt.storage.files import Storage
+from ray_ckpt.storage.rewrite import WantedTensor, rewrite
+
+
+@dataclass(frozen=True)
+class RankFile:
+    """The file of one rank, as its task is told. Keys are positions in the rank's plan."""
+
+    rank: int
+    attempt: str
+    """Id of the attempt, which is part of every file's name."""
+    objects: Mapping[int, tuple[str, ObjectEntry]]
+    tensors: Mapping[int, WantedTensor]
+
+
+def write_rank(source: Storage, target: Storage, of_rank: RankFile) -> FileRecord:
+    """Copy what the rank holds, checked on the way, into a file of its own. A second run takes another name.
+
+    Raises:
+        IntegrityError: what was read differs from its checksum.
+        CheckpointError, StorageError: something cannot be read, or not be written.
+    """
+
+    def write() -> FileRecord:
+        # A broken upload, or a task that was given up, may still finish in the background.
+        name = f"__{of_rank.rank}_{secrets.randbelow(10**9)}-{of_rank.attempt}.distcp"
+        return file_record(rewrite(source, target, name, of_rank.objects, of_rank.tensors))
+
+    return target.retried(write)

@@ -1,0 +1,1 @@
+"""Train, lose a worker or a node, and go on with what is left, in another layout."""

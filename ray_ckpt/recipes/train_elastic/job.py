@@ -1,0 +1,296 @@
+"""The elastic job on the driver.
+
+    run(options)
+      until all steps are trained
+        form          the first layout that fits what is free, or the first of all while that is waited for
+        start         from the latest committed step, or from the beginning
+        train         step by step; every few steps a save that goes on beside training
+        a failure     of a worker, its node or a save: the group is given up, and the loop begins again
+
+Every step is one call on the workers: the driver knows which step failed, and a signal finds the end of a step.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ray_ckpt import cluster
+from ray_ckpt.cluster.capacity import all_slots, free_slots
+from ray_ckpt.cluster.group import PlacementWait, WorkerGroup
+from ray_ckpt.errors import GroupError, UsageError, WorkerError
+from ray_ckpt.parallel.layout import Layout
+from ray_ckpt.recipes import probe
+from ray_ckpt.recipes.screen import Line, Screen
+from ray_ckpt.recipes.setting import check_storage, connected, describe_group, show_wait, storage_of
+from ray_ckpt.recipes.train_elastic.report import ElasticReport, Restart
+from ray_ckpt.recipes.train_elastic.stopping import OutOfTime, Stopper
+from ray_ckpt.recipes.workload import Workload
+from ray_ckpt.storage.files import Storage
+from ray_ckpt.storage.retention import keep_last
+from ray_ckpt.storage.store import CheckpointStore
+
+RANKS = "ray_ckpt.recipes.train_elastic.ranks"
+"""Module of the rank functions. By name, so that the driver loads neither torch nor what is built on it."""
+
+SETTLE_S = 5.0
+"""What a group has just given back does not count as free yet: for so long, all that is there is taken to be free."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says; the fields are its options."""
+
+    layouts: tuple[Layout, ...]
+    """Preferred first."""
+    steps: int = 40
+    save_every: int = 5
+    keep_last: int = 3
+    wait_for_capacity_s: float = 0.0
+    grow: bool = False
+    max_failures: int = 3
+    grace_s: float = 30.0
+    dim: int = 500
+    layers: int = 4
+    model: str | None = None
+    storage: str | None = None
+    address: str | None = None
+    backend: str | None = None
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 0.0
+    start_timeout_s: float = 300.0
+    timeout_s: float = 1800.0
+    """For each step, and for each load."""
+    verbose: bool = False
+
+    @property
+    def workload(self) -> Workload:
+        return Workload.of(self.model, self.dim, self.layers, self.layouts)
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """What each worker asks for."""
+        asked = {"CPU": self.cpus_per_worker, "GPU": self.gpus_per_worker}
+        return {name: amount for name, amount in asked.items() if amount}
+
+
+@dataclass
+class Progress:
+    """What is known of the run so far, whatever becomes of its workers."""
+
+    losses: list[float] = field(default_factory=list)
+    layouts_used: list[str] = field(default_factory=list)
+    restarts: list[Restart] = field(default_factory=list)
+    _failure: tuple[str, int | None, int, float] | None = None
+    """Cause, rank, step and time of a failure that has not been made up for."""
+    _last: tuple[int, str] | None = None
+    """Step and kind of the last failure."""
+
+    @property
+    def step(self) -> int:
+        """The next to be trained."""
+        return len(self.losses)
+
+    def trained(self, loss: float) -> None:
+        self.losses.append(loss)
+        self.caught_up()
+
+    def caught_up(self) -> None:
+        """Note what a failure has cost, once training is back where it had been."""
+        if self._failure is not None and self.step >= self._failure[2]:
+            cause, rank, step, since = self._failure
+            self.restarts.append(Restart(cause, rank, step, time.monotonic() - since))
+            self._failure = None
+
+    def failed(self, error: GroupError, max_failures: int) -> None:
+        """Note a failure.
+
+        Raises:
+            GroupError: the failure itself, when it is not worth another try.
+        """
+        if self._failure is not None:
+            # It struck again before training was back: both are told.
+            cause, rank, step, since = self._failure
+            self.restarts.append(Restart(cause, rank, step, time.monotonic() - since))
+        rank = error.ranks[0] if isinstance(error, WorkerError) else None
+        self._failure = (str(error), rank, self.step, time.monotonic())
+        kind = (self.step, _kind(error))
+        if kind == self._last or len(self.restarts) >= max_failures:
+            raise error
+        self._last = kind
+
+
+def check(options: Options) -> None:
+    """Find out what cannot work before Ray is started.
+
+    Raises:
+        UsageError: a layout is not supported, or the model cannot be imported or built, or laid out so.
+    """
+    for layout in options.layouts:
+        layout.check_supported()
+    if not options.bundle:
+        raise UsageError("a worker must ask for some CPU or GPU, or the cluster cannot place it")
+    # Only now, as it takes seconds to load.
+    from ray_ckpt.parallel.wrap import check_fits
+    from ray_ckpt.recipes.model import build
+
+    for layout in options.layouts:
+        check_fits(build(options.workload), layout)
+
+
+def run(options: Options, screen: Screen) -> ElasticReport:
+    """Train all steps, or until SIGTERM.
+
+    Raises:
+        UsageError: the options cannot work.
+        GroupError: a failure repeated itself, or there were too many.
+        SystemExit: SIGTERM came while there was nothing to save.
+    """
+    num_cpus = math.ceil(options.layouts[0].world_size * options.cpus_per_worker)
+    stopper, progress = Stopper(options.grace_s), Progress()
+    with (
+        connected(screen, options.address, num_cpus=num_cpus, verbose=options.verbose),
+        storage_of(options.storage) as uri,
+        stopper.listening(),
+    ):
+        store = CheckpointStore(uri)
+        while progress.step < options.steps and not stopper.asked:
+            try:
+                layout, group = form(options, screen)
+                with group:
+                    progress.layouts_used.append(str(layout))
+                    start(options, screen, group, layout, uri, store, progress)
+                    train(options, screen, group, layout, uri, store, progress, stopper)
+            except OutOfTime:
+                screen.console.print("the grace is over: what was trained since the last save is lost", markup=False)
+                break
+            except GroupError as error:
+                progress.failed(error, options.max_failures)
+                screen.console.print(f"failed at step {progress.step}: {error}", markup=False, soft_wrap=True)
+        return ElasticReport(
+            final_step=store.latest() or 0,
+            steps=options.steps,
+            stopped=stopper.asked,
+            restarts=progress.restarts,
+            layouts_used=progress.layouts_used,
+            losses=progress.losses,
+            storage=Storage(uri).address,
+            phases=dict(screen.seconds),
+        )
+
+
+class _Reconsider(Exception):
+    """Another layout is to be formed than the one that is being waited for."""
+
+
+def form(options: Options, screen: Screen) -> tuple[Layout, WorkerGroup]:
+    """A group in the best layout that there is room for. While that is not the first, and for as long as the options
+    say, the first one's demand is left pending, so that an autoscaler acts on it.
+
+    Raises:
+        PlacementError: not even the smallest could be placed in time.
+    """
+    began = time.monotonic()
+
+    def choose() -> Layout:
+        if time.monotonic() - began < options.wait_for_capacity_s:
+            return options.layouts[0]
+        settled = time.monotonic() - began > SETTLE_S
+        slots = free_slots(options.bundle) if settled else all_slots(options.bundle)
+        fitting = [layout for layout in options.layouts if layout.world_size <= slots]
+        return fitting[0] if fitting else min(options.layouts, key=lambda layout: layout.world_size)
+
+    with screen.phase("group", "looking for room") as line:
+        while True:
+            wanted = choose()
+            try:
+                group = _form(options, wanted, line, choose)
+            except _Reconsider:
+                continue
+            line.result = f"{describe_group(group, line)}, as {wanted}"
+            return wanted, group
+
+
+def _form(options: Options, layout: Layout, line: Line, choose: Callable[[], Layout]) -> WorkerGroup:
+    def on_wait(wait: PlacementWait) -> None:
+        if choose() != layout:
+            raise _Reconsider
+        show_wait(line, wait, options.start_timeout_s)
+
+    group = WorkerGroup(
+        layout.world_size,
+        cpus_per_worker=options.cpus_per_worker,
+        gpus_per_worker=options.gpus_per_worker,
+        backend=options.backend,
+        start_timeout_s=options.start_timeout_s,
+        call_timeout_s=options.timeout_s,
+        on_wait=on_wait,
+    )
+    group.run(probe.load_module, RANKS)
+    return group
+
+
+def start(
+    options: Options,
+    screen: Screen,
+    group: WorkerGroup,
+    layout: Layout,
+    uri: str,
+    store: CheckpointStore,
+    progress: Progress,
+) -> None:
+    """Begin, or go on from the latest committed step."""
+    if not progress.layouts_used[1:]:
+        check_storage(group, uri, overwrite=True)
+    latest = store.latest()
+    with screen.phase("start", "from the beginning" if latest is None else f"from step {latest}") as line:
+        group.run(f"{RANKS}:start", options.workload, layout, latest is None)
+        if latest is not None:
+            cluster.load(group, f"{RANKS}:state_of", store, step=latest)
+        progress.losses = group.run(f"{RANKS}:losses")[0]
+        line.result = f"{layout} from step {progress.step}"
+
+
+def train(
+    options: Options,
+    screen: Screen,
+    group: WorkerGroup,
+    layout: Layout,
+    uri: str,
+    store: CheckpointStore,
+    progress: Progress,
+    stopper: Stopper,
+) -> None:
+    """Train until the last step, a signal, or room for a better layout. What was trained is committed on return."""
+    with screen.phase("train", f"from step {progress.step} as {layout}") as line, stopper.deferred():
+        saved = progress.step
+        while progress.step < options.steps and not stopper.asked:
+            progress.trained(group.run(f"{RANKS}:train_step", options.workload, progress.step)[0])
+            line.update(f"step {progress.step} of {options.steps}, loss {progress.losses[-1]:.4f}")
+            if progress.step % options.save_every == 0:
+                saved = progress.step
+                group.run(f"{RANKS}:begin_save", uri, saved)
+                store.prune(keep_last(options.keep_last))
+                line.note(f"step {saved} of {options.steps}, loss {progress.losses[-1]:.4f}, saving")
+                if options.grow and _room_for_better(options, layout):
+                    break
+        if saved < progress.step:
+            group.run(f"{RANKS}:begin_save", uri, progress.step)
+        group.run(f"{RANKS}:finish_save", stopper.left_s if stopper.asked else options.timeout_s)
+        store.prune(keep_last(options.keep_last))
+        line.result = f"step {progress.step} of {options.steps} committed"
+
+
+def _room_for_better(options: Options, layout: Layout) -> bool:
+    """Whether a layout that is preferred would fit, once this group's own workers are gone."""
+    free = free_slots(options.bundle) + layout.world_size
+    better = options.layouts[: options.layouts.index(layout)]
+    return any(other.world_size <= free for other in better)
+
+
+def _kind(error: GroupError) -> str:
+    """The error without what differs from one time to the next: numbers, as of processes and addresses."""
+    return re.sub(r"\d+", "#", str(error))

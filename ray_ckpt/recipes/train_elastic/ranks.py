@@ -1,0 +1,67 @@
+"""What runs on each rank: start or resume, train a step, save beside training. Plain data in, plain data out."""
+
+from __future__ import annotations
+
+import torch
+
+from ray_ckpt.checkpoint.background import SaveHandle
+from ray_ckpt.checkpoint.saving import save
+from ray_ckpt.cluster.worker import WorkerContext
+from ray_ckpt.parallel.layout import Layout
+from ray_ckpt.parallel.stages import parts_of
+from ray_ckpt.parallel.state import TrainState
+from ray_ckpt.parallel.wrap import parallelize
+from ray_ckpt.recipes.model import batch, build, learning_rates, loss_function
+from ray_ckpt.recipes.training import Trainer, grouped_by_part, parameters_of
+from ray_ckpt.recipes.workload import Workload, num_microbatches
+
+
+def start(ctx: WorkerContext, workload: Workload, layout: Layout, fresh: bool) -> None:
+    """Build the model and its optimizer.
+
+    Args:
+        fresh: whether this is the beginning of the training. Otherwise a checkpoint is loaded next: nothing is
+            initialised that it would replace, and the optimizer has one group, which the load splits.
+    """
+    model = build(workload)
+    parallel = parallelize(model, layout, ctx.device, seed=workload.seed if fresh else None)
+    grouped = grouped_by_part(parallel, learning_rates(parts_of(model)))
+    optimizer = torch.optim.Adam(grouped if fresh else parameters_of(parallel).values())
+    trainer = Trainer(parallel, optimizer, loss_function(model), num_microbatches=num_microbatches(layout))
+    # The losses travel with the checkpoint, so that a job that takes over knows the whole curve.
+    extra: dict[str, object] = {"losses": []}
+    state = TrainState(parallel.chunks, optimizer, step=0, extra=extra, tied=parallel.tied, layout=parallel.layout)
+    ctx.objects |= {"model": build(workload), "trainer": trainer, "state": state, "extra": extra}
+
+
+def state_of(ctx: WorkerContext) -> TrainState:
+    """What this rank saves, or loads into."""
+    state: TrainState = ctx.objects["state"]
+    return state
+
+
+def losses(ctx: WorkerContext) -> list[float]:
+    """One per step that has been trained."""
+    found: list[float] = ctx.objects["extra"]["losses"]
+    return found
+
+
+def train_step(ctx: WorkerContext, workload: Workload, step: int) -> float:
+    """Train one step. Returns its loss."""
+    trainer: Trainer = ctx.objects["trainer"]
+    loss = trainer.step(*batch(workload, ctx.objects["model"], step))
+    ctx.objects["extra"]["losses"] = [*losses(ctx), loss]
+    state_of(ctx).step = step + 1
+    return loss
+
+
+def begin_save(ctx: WorkerContext, store: str, step: int) -> None:
+    """Save this step beside the training that goes on. Raises what became of the save before, if that failed."""
+    ctx.objects["save"] = save(state_of(ctx), store, step=step, blocking=False)
+
+
+def finish_save(ctx: WorkerContext, timeout_s: float) -> None:
+    """Wait until what is being saved is committed."""
+    handle: SaveHandle | None = ctx.objects.pop("save", None)
+    if handle is not None:
+        handle.result(timeout_s)

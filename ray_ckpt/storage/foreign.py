@@ -1,0 +1,326 @@
+"""What lies at a target that is no checkpoint of ours: recognised, and described by a Manifest.
+
+    find(storage) ─┬─ a directory   `.metadata`                                     stock DCP; with meta.pt Lightning's
+                   │                `pytorch_model_fsdp_0/`, `optimizer_0/`         accelerate's, DCP in each
+                   │                `*.safetensors.index.json`, `*.safetensors`     one or several safetensors files
+                   └─ a file        a zip archive                                   by torch.save
+                                    a safetensors file, or the index of several
+
+Headers are read here and nothing else: the reader then fetches the bytes that are wanted, as of any checkpoint. Nothing
+runs from any of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ray_ckpt.errors import CheckpointError, CheckpointNotFoundError, FormatError
+from ray_ckpt.format import dcp_metadata, safetensors, torch_file
+from ray_ckpt.format.boxes import Box
+from ray_ckpt.format.dcp_metadata import METADATA_NAME
+from ray_ckpt.format.manifest import MANIFEST_NAME, Chunk, Manifest, ObjectEntry, TensorEntry
+from ray_ckpt.storage.fetch import LOCAL, REMOTE, Piece, Source, Tuning, fetch
+from ray_ckpt.storage.files import InputFile, Storage
+from ray_ckpt.storage.recognise import ACCELERATE_MODEL, ACCELERATE_OPTIMIZER
+
+__all__ = ["Found", "find"]
+
+LIGHTNING_EXTRA = "meta.pt"
+"""Beside `.metadata`: what Lightning's FSDP strategy keeps outside of DCP (`_METADATA_FILENAME` in its source)."""
+
+_LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""A file of torch before 1.6 begins with this."""
+
+_MAX_PICKLE_BYTES = 1 << 30
+"""Of a torch file's `data.pkl`, which takes about 300 bytes per tensor."""
+
+_HEADER_GAP_BYTES = 16 << 10
+"""Local headers of a zip archive that are nearer than this are read together."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that somebody else wrote."""
+
+    kind: str
+    """For messages: what was recognised."""
+    storage: Storage
+    """Where the manifest's files are."""
+    manifest: Manifest
+    notes: tuple[str, ...] = ()
+    """What of it cannot be read, and why."""
+
+
+def find(storage: Storage, *, trusted: bool = False) -> Found:
+    """Recognise what lies at the target.
+
+    Args:
+        trusted: unpickle a `.metadata` without a guard. Torch files are read with one all the same.
+
+    Raises:
+        CheckpointNotFoundError: nothing that this reader knows.
+        FormatError, UnsafeCheckpointError: something that it knows, but damaged or not safe to read.
+    """
+    if storage.exists(METADATA_NAME):
+        return _stock(storage, trusted=trusted)
+    parent = storage.parent()
+    if parent is not None:
+        directory, name = parent
+        num_bytes = directory.size(name)
+        if num_bytes is not None:
+            return _file(directory, name, num_bytes)
+    files, directories = storage.list_files(), storage.list_directories()
+    if ACCELERATE_MODEL in directories or ACCELERATE_OPTIMIZER in directories:
+        return _accelerate(storage, directories, trusted=trusted)
+    indexes = sorted(name for name in files if name.endswith(safetensors.INDEX_SUFFIX))
+    shards = sorted(name for name in files if name.endswith(safetensors.SUFFIX))
+    if len(indexes) > 1:
+        raise FormatError(f"{storage.address} holds {len(indexes)} checkpoints: name one of {', '.join(indexes)}")
+    if indexes:
+        return _indexed(storage, indexes[0])
+    if shards:
+        headers = {name: _header(storage, name, files[name]) for name in shards}
+        return Found("a safetensors directory", storage, safetensors.combine(headers))
+    raise _not_found(storage, files)
+
+
+def _not_found(storage: Storage, files: Iterable[str]) -> CheckpointNotFoundError:
+    single = sorted(name for name in files if name.endswith((".pt", ".pth", ".bin", ".ckpt")))
+    advice = f"; to load a file that torch.save wrote, name the file: {', '.join(single[:3])}" if single else ""
+    return CheckpointNotFoundError(
+        f"no checkpoint in {storage.address}: it holds neither {MANIFEST_NAME} nor {METADATA_NAME}, nor safetensors "
+        f"files, nor accelerate's {ACCELERATE_MODEL}, and is no file{advice}"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ DCP inside
+
+
+def _stock(storage: Storage, *, trusted: bool) -> Found:
+    metadata = dcp_metadata.loads(storage.read_bytes(METADATA_NAME), trusted=trusted)
+    if dcp_metadata.is_ours(metadata):
+        raise CheckpointNotFoundError(
+            f"no committed checkpoint in {storage.address}: a save by ray_ckpt was interrupted just before it "
+            f"wrote {MANIFEST_NAME}; load an earlier step"
+        )
+    manifest = dcp_metadata.to_manifest(metadata)
+    extra_bytes = storage.size(LIGHTNING_EXTRA)
+    if extra_bytes is None:
+        return Found("a checkpoint of stock DCP", storage, manifest)
+    kind = "Lightning's sharded FSDP checkpoint"
+    try:
+        extra = _torch_file(storage, LIGHTNING_EXTRA, extra_bytes)
+    except CheckpointError as error:
+        # The model and the optimizer can be had without it.
+        return Found(kind, storage, manifest, (f"{LIGHTNING_EXTRA} is left out: {error}",))
+    return Found(kind, storage, _join([manifest, extra], storage))
+
+
+def _accelerate(storage: Storage, directories: Iterable[str], *, trusted: bool) -> Found:
+    more = [name for name in directories if name.startswith(("pytorch_model_fsdp_", "optimizer_"))]
+    if other := sorted(set(more) - {ACCELERATE_MODEL, ACCELERATE_OPTIMIZER}):
+        raise FormatError(
+            f"{storage.address} is accelerate's directory of several models or optimizers: name one of its "
+            f"directories, such as {ACCELERATE_MODEL} or {other[0]}"
+        )
+    parts = []
+    for name in (ACCELERATE_MODEL, ACCELERATE_OPTIMIZER):
+        if name in directories:
+            inside = storage.child(name)
+            if not inside.exists(METADATA_NAME):
+                raise FormatError(
+                    f"{inside.address} looks like accelerate's, but holds no {METADATA_NAME}: its save was "
+                    "interrupted, or made with use_dcp=False, which nothing but the same ranks can load"
+                )
+            parts.append(_below(name, _stock(inside, trusted=trusted).manifest))
+    return Found("accelerate's FSDP directory", storage, _join(parts, storage))
+
+
+def _below(directory: str, manifest: Manifest) -> Manifest:
+    """The manifest as seen from the directory above."""
+    tensors = {
+        name: TensorEntry(
+            entry.dtype,
+            entry.shape,
+            tuple(
+                Chunk(chunk.box, f"{directory}/{chunk.file}", chunk.start, chunk.length, None, None, chunk.transforms)
+                for chunk in entry.chunks
+            ),
+            entry.path,
+        )
+        for name, entry in manifest.tensors.items()
+    }
+    objects = {
+        name: dataclasses.replace(entry, file=f"{directory}/{entry.file}") for name, entry in manifest.objects.items()
+    }
+    return Manifest(tensors, objects, {f"{directory}/{file}": size for file, size in manifest.files.items()})
+
+
+def _join(manifests: Iterable[Manifest], storage: Storage) -> Manifest:
+    """One manifest of several parts.
+
+    Raises:
+        FormatError: two of them hold one name.
+    """
+    tensors: dict[str, TensorEntry] = {}
+    objects: dict[str, ObjectEntry] = {}
+    files: dict[str, int] = {}
+    for manifest in manifests:
+        names = manifest.tensors.keys() | manifest.objects.keys()
+        if twice := sorted(names & (tensors.keys() | objects.keys())):
+            raise FormatError(f"two parts of {storage.address} hold {twice[0]!r}")
+        tensors |= manifest.tensors
+        objects |= manifest.objects
+        files |= manifest.files
+    return Manifest(tensors, objects, files)
+
+
+# ------------------------------------------------------------------------------------------------ single files
+
+
+def _file(directory: Storage, name: str, num_bytes: int) -> Found:
+    """What the first bytes of a file, or its name, tell."""
+    if name.endswith(safetensors.INDEX_SUFFIX):
+        return _indexed(directory, name)
+    with directory.open_input(name) as file:
+        start = _read(file, 0, min(num_bytes, len(_LEGACY_MAGIC)))
+    if start.startswith(torch_file.MAGIC):
+        return Found("a file that torch.save wrote", directory, _torch_file(directory, name, num_bytes))
+    if start == _LEGACY_MAGIC:
+        raise FormatError(
+            f"{name} was saved in the format of torch before 1.6: rewrite it once, by "
+            "torch.save(torch.load(file, weights_only=True), file)"
+        )
+    if name.endswith(safetensors.SUFFIX) or start[safetensors.LENGTH_BYTES :].lstrip().startswith(b"{"):
+        manifest = safetensors.combine({name: _header(directory, name, num_bytes)})
+        return Found("a safetensors file", directory, manifest)
+    raise FormatError(
+        f"{directory.address}/{name} is neither a checkpoint's directory, nor a file by torch.save or safetensors"
+    )
+
+
+def _indexed(storage: Storage, index_name: str) -> Found:
+    index = safetensors.parse_index(storage.read_bytes(index_name), index_name)
+    headers = {}
+    for name in sorted(set(index.values())):
+        num_bytes = storage.size(name)
+        if num_bytes is None:
+            raise FormatError(f"{index_name} names {name}, which is not there; the checkpoint is incomplete")
+        headers[name] = _header(storage, name, num_bytes)
+    return Found("a sharded safetensors checkpoint", storage, safetensors.combine(headers, index))
+
+
+def _header(storage: Storage, name: str, num_bytes: int) -> safetensors.Header:
+    with storage.open_input(name) as file:
+        start = _read(file, 0, min(num_bytes, safetensors.LENGTH_BYTES))
+        length = safetensors.header_length(start, name, num_bytes)
+        return safetensors.parse_header(_read(file, safetensors.LENGTH_BYTES, length), name, num_bytes)
+
+
+def _torch_file(storage: Storage, name: str, num_bytes: int) -> Manifest:
+    with storage.open_input(name) as file:
+        members = _members(file, num_bytes)
+        pickle_name = next((member for member in members if member.endswith("/data.pkl")), None)
+        if pickle_name is None:
+            raise FormatError(f"{name} is a zip archive without a data.pkl: torch.save did not write it")
+        prefix = pickle_name.removesuffix("data.pkl")
+        small = {key: members[prefix + key] for key in ("data.pkl", "byteorder") if prefix + key in members}
+        if any(member.file_size > _MAX_PICKLE_BYTES for member in small.values()):
+            raise FormatError(f"{name} has a data.pkl of {small['data.pkl'].file_size} bytes, which is no state dict's")
+        contents = {key: _member(file, member) for key, member in small.items()}
+    if contents.get("byteorder", b"little").strip() != b"little":
+        raise FormatError(f"{name} was saved on a big-endian machine: load it with torch.load and save it again here")
+    content = torch_file.parse(contents["data.pkl"], name)
+    storages = {key: members[f"{prefix}data/{key}"] for key in content.storages if f"{prefix}data/{key}" in members}
+    return torch_file.to_manifest(content, _places(storage, name, storages), name, num_bytes)
+
+
+def _members(file: InputFile, num_bytes: int) -> dict[str, zipfile.ZipInfo]:
+    """The members of a zip archive, none of them compressed or encrypted.
+
+    Raises:
+        FormatError: the archive is damaged, or torch.save did not write it.
+    """
+    try:
+        with zipfile.ZipFile(io.BufferedReader(_Window(file, num_bytes), 64 << 10)) as archive:
+            members = {member.filename: member for member in archive.infolist()}
+    except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError) as error:
+        raise FormatError(f"{file.name} is a damaged zip archive: {error}") from error
+    if any(name.endswith("/constants.pkl") for name in members):
+        raise FormatError(f"{file.name} is a TorchScript archive, which holds code: save its state_dict() instead")
+    if odd := [name for name, member in members.items() if member.compress_type or member.flag_bits & 1]:
+        raise FormatError(f"{file.name} holds {odd[0]!r} compressed or encrypted: torch.save did not write it")
+    return members
+
+
+def _member(file: InputFile, member: zipfile.ZipInfo) -> bytes:
+    header = _read(file, member.header_offset, torch_file.LOCAL_HEADER_BYTES)
+    return _read(file, torch_file.data_start(header, member.header_offset, file.name), member.file_size)
+
+
+def _places(storage: Storage, file: str, members: Mapping[str, zipfile.ZipInfo]) -> dict[str, tuple[int, int]]:
+    """Where the bytes of these members begin, and how many there are. Their local headers are read, many at a time."""
+    size = torch_file.LOCAL_HEADER_BYTES
+    headers = {key: torch.empty(size, dtype=torch.uint8) for key in members}
+    pieces = [
+        Piece(Source(key, file, member.header_offset, (1,), torch.uint8, size, None), Box((0,), (size,)), headers[key])
+        for key, member in members.items()
+    ]
+    fetch(storage, pieces, _header_tuning(storage))
+    return {
+        key: (
+            torch_file.data_start(headers[key].numpy().tobytes(), member.header_offset, file),
+            member.file_size,
+        )
+        for key, member in members.items()
+    }
+
+
+def _header_tuning(storage: Storage) -> Tuning:
+    return dataclasses.replace(LOCAL if storage.is_local else REMOTE, max_gap_bytes=_HEADER_GAP_BYTES)
+
+
+def _read(file: InputFile, offset: int, length: int) -> bytes:
+    data = bytearray(length)
+    if length:
+        file.read_into(offset, memoryview(data))
+    return bytes(data)
+
+
+class _Window(io.RawIOBase):
+    """A file of known size as `zipfile` wants to see it."""
+
+    def __init__(self, file: InputFile, num_bytes: int) -> None:
+        super().__init__()
+        self._file = file
+        self._num_bytes = num_bytes
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._num_bytes}[whence]
+        if base + offset < 0:
+            raise ValueError(f"no position {base + offset}")
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, memory: memoryview) -> int:  # type: ignore[override]
+        length = min(len(memory), max(0, self._num_bytes - self._position))
+        if length:
+            self._file.read_into(self._position, memoryview(memory)[:length])
+        self._position += length
+        return length

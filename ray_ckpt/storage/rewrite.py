@@ -1,0 +1,187 @@
+"""Copying a checkpoint's bytes into a new file, box by box, in bounded memory.
+
+    rewrite ─┬─ objects: their values, or their containers as they are
+             └─ tensors, some MiB at a time ── reader, checked ──> buffer ── pack_pieces, hashed ──> file
+
+Held at any time: the buffer of `BATCH_BYTES`, what `fetch` reads into on the way (8 MiB for local files, 48 MiB over a
+network), and the objects. A tensor that a DCP stream extension has encoded is the exception: it must be decoded whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.checkpoint._extension import ExtensionRegistry
+
+from ray_ckpt.errors import UnsafeCheckpointError
+from ray_ckpt.format.blob import parse_dtype
+from ray_ckpt.format.boxes import Box
+from ray_ckpt.format.manifest import Chunk, ObjectEntry
+from ray_ckpt.storage.fetch import LOCAL, REMOTE, Tuning
+from ray_ckpt.storage.files import Storage
+from ray_ckpt.storage.locate import SavedChunk
+from ray_ckpt.storage.objects import Decoder, SavedObject, fetch_containers, saved_object
+from ray_ckpt.storage.pack import Packed, pack_pieces
+from ray_ckpt.storage.reader import ArrowStorageReader, Wanted
+from ray_ckpt.storage.staging import bytes_of
+
+__all__ = ["BATCH_BYTES", "WantedTensor", "rewrite"]
+
+BATCH_BYTES = 16 << 20
+"""Bytes of tensors that are read before they are written."""
+
+_ALIGNMENT = 16
+"""Of a tensor in the buffer, in bytes: the widest element."""
+
+Entry = tuple[int, torch.Tensor]
+"""The caller's key of a tensor, and one of its dtype and shape on the meta device."""
+
+
+@dataclass(frozen=True)
+class WantedTensor:
+    """A part of a tensor that goes into the new file."""
+
+    name: str
+    dtype: str
+    box: Box
+    chunks: tuple[Chunk, ...]
+    """The saved chunks that it has elements of."""
+
+
+def rewrite(
+    source: Storage,
+    target: Storage,
+    file: str,
+    objects: Mapping[int, tuple[str, ObjectEntry]],
+    tensors: Mapping[int, WantedTensor],
+) -> Packed[int]:
+    """Write one file from the bytes of others. It is durable on return.
+
+    Args:
+        source: of the saved chunks and objects.
+        file: name of the new file in `target`.
+        objects: name and entry, by the caller's key.
+        tensors: by the caller's key.
+
+    Raises:
+        IntegrityError: what was read differs from its checksum.
+        CheckpointError, StorageError: something cannot be read, or not be written.
+    """
+    reading = _Reading(source)
+    saved = reading.objects(objects)
+    return pack_pieces(target, file, saved, reading.pieces(tensors))
+
+
+class _Reading:
+    def __init__(self, source: Storage) -> None:
+        self._storage = source
+        self._reader = ArrowStorageReader(source)
+        self._tuning: Tuning = LOCAL if source.is_local else REMOTE
+        self._decoder = Decoder(ExtensionRegistry(), trusted=False)
+
+    # ------------------------------------------------------------------------------------------------- objects
+
+    def objects(self, entries: Mapping[int, tuple[str, ObjectEntry]]) -> list[tuple[int, SavedObject]]:
+        """Values that the manifest holds are written anew; everything else keeps its bytes."""
+        distant = {name: entry for name, entry in entries.values() if entry.inline is None and entry.blob is None}
+        containers = fetch_containers(self._storage, distant, self._tuning, verify=True)
+        return [(key, self._object(name, entry, containers)) for key, (name, entry) in entries.items()]
+
+    def _object(self, name: str, entry: ObjectEntry, containers: Mapping[str, bytes]) -> SavedObject:
+        if entry.inline is not None:
+            return saved_object(entry.inline.value)
+        data = self._decoder.decode(entry.blob or containers[name], entry.transforms, name)
+        try:
+            value = self._decoder.load(data, name)
+        except UnsafeCheckpointError:
+            return SavedObject(data, None)  # what it is, is for whoever loads it with trusted=True
+        return SavedObject(data, saved_object(value).inline)
+
+    # ------------------------------------------------------------------------------------------------- tensors
+
+    def pieces(self, tensors: Mapping[int, WantedTensor]) -> Iterator[tuple[Entry, memoryview]]:
+        """The bytes of the tensors, in order. A piece is valid until the next one is asked for."""
+        buffer = torch.empty(BATCH_BYTES, dtype=torch.uint8)
+        for batch in _batches(tensors):
+            yield from self._read(batch, buffer)
+
+    def _read(self, batch: Sequence[_Fragment], buffer: torch.Tensor) -> Iterator[tuple[Entry, memoryview]]:
+        views: list[torch.Tensor] = []
+        position = 0
+        for fragment in batch:
+            end = position + fragment.num_bytes
+            views.append(buffer[position:end].view(fragment.entry[1].dtype).view(fragment.box.sizes))
+            position = -(-end // _ALIGNMENT) * _ALIGNMENT
+        self._fill(batch, views)
+        for fragment, view in zip(batch, views, strict=True):
+            yield fragment.entry, bytes_of(view)
+
+    def _fill(self, batch: Sequence[_Fragment], views: Sequence[torch.Tensor]) -> None:
+        wanted = []
+        for fragment, view in zip(batch, views, strict=True):
+            for chunk in fragment.tensor.chunks:
+                common = chunk.box.intersect(fragment.box)
+                if common is not None:
+                    saved = SavedChunk(fragment.tensor.name, view.dtype, chunk)
+                    target = _narrowed(view, fragment.box, common)
+                    wanted.append(Wanted(saved, _relative(common, chunk.box), target))
+        self._reader.read_tensors(wanted)
+
+
+@dataclass(frozen=True)
+class _Fragment:
+    """Consecutive elements of a part, few enough for the buffer."""
+
+    tensor: WantedTensor
+    entry: Entry
+    box: Box
+
+    @property
+    def num_bytes(self) -> int:
+        return self.box.num_elements * self.entry[1].dtype.itemsize
+
+
+def _batches(tensors: Mapping[int, WantedTensor]) -> Iterator[list[_Fragment]]:
+    """Fragments that fill the buffer, in order."""
+    batch: list[_Fragment] = []
+    position = 0
+    for key, tensor in tensors.items():
+        entry = key, torch.empty(tensor.box.sizes, dtype=parse_dtype(tensor.dtype), device="meta")
+        for box in _row_major(tensor.box, BATCH_BYTES // entry[1].dtype.itemsize):
+            fragment = _Fragment(tensor, entry, box)
+            if position + fragment.num_bytes > BATCH_BYTES:
+                yield batch
+                batch, position = [], 0
+            batch.append(fragment)
+            position = -(-(position + fragment.num_bytes) // _ALIGNMENT) * _ALIGNMENT
+    if batch:
+        yield batch
+
+
+def _row_major(box: Box, max_elements: int) -> Iterator[Box]:
+    """Cut a box into boxes of at most `max_elements` whose elements follow each other in row-major order."""
+    if box.num_elements <= max_elements:
+        yield box
+        return
+    dim = next(d for d, size in enumerate(box.sizes) if size > 1)
+    inner = box.num_elements // box.sizes[dim]
+    step = max(1, max_elements // inner)
+    for start in range(0, box.sizes[dim], step):
+        size = min(step, box.sizes[dim] - start)
+        offsets = tuple(offset + start if d == dim else offset for d, offset in enumerate(box.offsets))
+        yield from _row_major(
+            Box(offsets, tuple(size if d == dim else s for d, s in enumerate(box.sizes))), max_elements
+        )
+
+
+def _relative(box: Box, frame: Box) -> Box:
+    return Box(tuple(a - b for a, b in zip(box.offsets, frame.offsets, strict=True)), box.sizes)
+
+
+def _narrowed(view: torch.Tensor, frame: Box, box: Box) -> torch.Tensor:
+    """The part `box` of a tensor that holds `frame`."""
+    for dim, (offset, size) in enumerate(zip(_relative(box, frame).offsets, box.sizes, strict=True)):
+        view = view.narrow(dim, offset, size)
+    return view

@@ -1,0 +1,36 @@
+"""Functions that tests run as tasks. Importable by their processes, so that they travel by name."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+
+
+def square(number: int) -> int:
+    return number * number
+
+
+def fail_on(number: int, culprits: list[int]) -> int:
+    if number in culprits:
+        raise ValueError(f"the disk of {number} is on fire")
+    return number
+
+
+def die(number: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_once(directory: str) -> str:
+    """Dies when it is first run, and leaves a mark for the second time."""
+    mark = Path(directory, "mark")
+    if not mark.exists():
+        mark.write_text("")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "alive"
+
+
+def hang(directory: str) -> None:
+    Path(directory, str(os.getpid())).write_text("")
+    threading.Event().wait()

@@ -1,0 +1,245 @@
+"""The elastic job under real kills: of worker processes and of whole nodes, from outside, at seeded steps.
+
+All tests share one `ray start` head with two CPUs; those that kill a node add one first.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import re
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from ray_ckpt.parallel.layout import Layout
+from ray_ckpt.parallel.materialise import materialise
+from ray_ckpt.parallel.stages import parts_of
+from ray_ckpt.recipes.model import batch, build, learning_rates, loss_function
+from ray_ckpt.recipes.workload import Workload
+from ray_ckpt.storage.store import CheckpointStore
+from tests.clusters import Head, Sandbox, Started, add_node, joined, start_head, wait_until, wait_until_free
+
+pytestmark = pytest.mark.timeout(300)
+
+JOB = "jobs/train_elastic.py"
+MODEL = "tests.models:Perceptron"
+STEPS = 40
+SAVE_EVERY = 2
+NEVER_ALIKE = itertools.count(2)
+"""Last parts of the addresses that nodes get: Ray knows a dead node by its address for a while."""
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    """A running cluster of one node with two CPUs, which this process has joined to look at it."""
+    with Sandbox() as sandbox:
+        head = start_head(sandbox, num_cpus=2)
+        with joined(head):
+            yield head
+
+
+@dataclass(frozen=True)
+class Kill:
+    """What is killed once the job has saved this step."""
+
+    step: int
+    node: bool
+    """The whole node that was added, or else one worker process."""
+
+
+def start_job(head: Head, layouts: str, storage: Path, *options: str) -> Started:
+    return head.sandbox.start(
+        *(sys.executable, JOB, "--address", head.address, "--model", MODEL, "--layouts", layouts),
+        *("--steps", str(STEPS), "--save-every", str(SAVE_EVERY), "--storage", str(storage)),
+        *("--json", str(storage) + ".json", *options),
+    )
+
+
+def report_of(storage: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads(Path(str(storage) + ".json").read_text())
+    return report
+
+
+def reference(layouts: str) -> list[float]:
+    """The losses of the same training in this process, on whole batches."""
+    workload = Workload.of(MODEL, 500, 4, [Layout.parse(text) for text in layouts.split(",")])
+    model = build(workload)
+    materialise(model, torch.device("cpu"), workload.seed)
+    optimizer = torch.optim.Adam(
+        {"params": list(model.get_submodule(part).parameters()), "lr": rate}
+        for part, rate in learning_rates(parts_of(model)).items()
+        if any(True for _ in model.get_submodule(part).parameters())
+    )
+    losses = []
+    for step in range(STEPS):
+        inputs, targets = batch(workload, model, step)
+        optimizer.zero_grad()
+        loss = loss_function(model)(model(inputs), targets)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+    return losses
+
+
+def workers(sandbox: Sandbox) -> list[psutil.Process]:
+    """The processes of the job's worker group."""
+    found = []
+    for process in sandbox.processes():
+        try:
+            if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::Worker"):
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def strike(head: Head, job: Started, kill: Kill, chance: random.Random, node: Started | None) -> None:
+    """Wait until the job has saved the step, then kill."""
+    saved = re.compile(rf"step {kill.step} of {STEPS}, .* saving")
+    wait_until(lambda: bool(saved.search(job.stdout)) or job.ended, 90, lambda: (kill, job.stdout, job.stderr))
+    assert not job.ended, (kill, job.stdout, job.stderr)
+    if kill.node:
+        assert node is not None
+        head.sandbox.kill(node)
+        return
+    victims = workers(head.sandbox)
+    assert victims, "the job has workers while it trains"
+    chance.choice(victims).kill()
+
+
+def run_under_kills(
+    head: Head, storage: Path, layouts: str, kills: Sequence[Kill], seed: int, node: Started | None = None
+) -> dict[str, Any]:
+    """Run the job to its end, and check what holds whatever was killed."""
+    chance = random.Random(seed)
+    job = start_job(head, layouts, storage, "--max-failures", str(len(kills) + 1), "--start-timeout", "60")
+    for kill in kills:
+        strike(head, job, kill, chance, node)
+    assert job.wait(120) == 0, job.stdout + job.stderr
+    report = report_of(storage)
+    assert report["final_step"] == STEPS
+    assert report["losses"] == pytest.approx(reference(layouts), rel=1e-4)
+    assert CheckpointStore(storage).latest() == STEPS
+    assert report["stopped"] is False
+    assert len(report["layouts_used"]) == len(report["restarts"]) + 1
+    for restart in report["restarts"]:
+        assert restart["step"] >= kills[0].step
+        assert restart["seconds_lost"] > 0
+    # Nobody notices a kill that the training outran; any other has its rank.
+    assert len(report["restarts"]) == len(kills)
+    assert all(type(restart["rank"]) is int for restart in report["restarts"])
+    wait_until_free(30)
+    return report
+
+
+def test_a_killed_worker_is_replaced_and_the_losses_are_those_of_an_uninterrupted_run(
+    head: Head, tmp_path: Path
+) -> None:
+    report = run_under_kills(head, tmp_path / "run", "pp2,single", [Kill(6, node=False)], seed=1)
+    assert report["layouts_used"] == ["pp2", "pp2"]
+    [restart] = report["restarts"]
+    assert "died: process" in restart["cause"]
+
+
+def test_after_the_loss_of_a_node_training_goes_on_in_another_layout(head: Head, tmp_path: Path) -> None:
+    node = add_node(head, f"127.0.0.{next(NEVER_ALIKE)}")
+    report = run_under_kills(head, tmp_path / "run", "fsdp2x3,pp2", [Kill(4, node=True)], seed=2, node=node)
+    assert report["layouts_used"] == ["fsdp2x3", "pp2"]
+
+
+def test_a_signal_saves_and_a_second_job_goes_on_from_there(head: Head, tmp_path: Path) -> None:
+    storage = tmp_path / "run"
+    job = start_job(head, "pp2", storage, "--grace", "20")
+    job.wait_for(f"step 4 of {STEPS}", 60)
+    job.process.send_signal(signal.SIGTERM)
+    assert job.wait(20) == 128 + signal.SIGTERM, job.stdout + job.stderr
+    stopped = report_of(storage)
+    assert stopped["stopped"] is True
+    assert 4 <= stopped["final_step"] < STEPS
+    assert CheckpointStore(storage).latest() == stopped["final_step"] == len(stopped["losses"])
+    wait_until_free(30)
+    second = start_job(head, "single", storage)
+    assert second.wait(90) == 0, second.stdout + second.stderr
+    assert f"start: single from step {stopped['final_step']}" in second.stdout
+    assert report_of(storage)["losses"] == pytest.approx(reference("pp2"), rel=1e-4)
+
+
+def test_a_failure_that_repeats_itself_is_not_tried_again(head: Head, tmp_path: Path) -> None:
+    arguments = ["--address", head.address, "--model", "tests.models:Failing", "--layouts", "pp2", "--steps", "4"]
+    job = head.sandbox.start(sys.executable, JOB, *arguments, "--max-failures", "9", "--storage", str(tmp_path))
+    assert job.wait(90) == 1
+    assert job.stdout.count("group: 2 workers") == 2
+    last = job.stderr.splitlines()[-1]
+    assert last.startswith("error: rank 1 on ")
+    assert "cannot learn this" in last
+    wait_until_free(30)
+
+
+@pytest.mark.slow
+def test_it_grows_when_room_comes_back(head: Head, tmp_path: Path) -> None:
+    storage = tmp_path / "run"
+    job = start_job(head, "fsdp2x3,single", storage, "--grow")
+    job.wait_for(f"step 2 of {STEPS}", 60)
+    os.kill(job.pid, signal.SIGSTOP)  # so that it does not end before the node is there
+    node = add_node(head, f"127.0.0.{next(NEVER_ALIKE)}")
+    os.kill(job.pid, signal.SIGCONT)
+    assert job.wait(120) == 0, job.stdout + job.stderr
+    report = report_of(storage)
+    assert report["layouts_used"] == ["single", "fsdp2x3"]
+    assert report["restarts"] == []
+    assert report["losses"] == pytest.approx(reference("fsdp2x3,single"), rel=1e-4)
+    head.sandbox.kill(node)
+
+
+@pytest.mark.slow
+def test_it_waits_for_room_before_it_takes_less(head: Head, tmp_path: Path) -> None:
+    """Two CPUs are there and three wanted: the third comes while the job waits for it."""
+    job = start_job(head, "fsdp2x3,single", tmp_path / "run", "--wait-for-capacity", "60")
+    job.wait_for("waiting for 3 x {CPU: 1}", 60)
+    node = add_node(head, f"127.0.0.{next(NEVER_ALIKE)}")
+    assert job.wait(120) == 0, job.stdout + job.stderr
+    assert report_of(tmp_path / "run")["layouts_used"] == ["fsdp2x3"]
+    head.sandbox.kill(node)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--layouts", "pp2,"], "layout '' has the token ''"),
+        (["--layouts", "fsdp1x2.tp2"], "FSDP1 does not combine"),
+        (["--layouts", "pp7", "--layers", "4"], "with 4 layers"),
+        (["--cpus-per-worker", "0"], "must ask for some CPU or GPU"),
+        (["--json", "/no/such/directory/out.json"], "no such directory"),
+    ],
+)
+def test_wrong_use_gets_one_line_and_exit_code_2(options: list[str], message: str) -> None:
+    with Sandbox() as sandbox:
+        job = sandbox.start(sys.executable, JOB, *options)
+        assert job.wait(60) == 2
+        [line] = job.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("seed", range(20))
+def test_kills_at_random_steps(head: Head, tmp_path: Path, seed: int) -> None:
+    """One to three kills; in every fourth run the first is a node's."""
+    chance = random.Random(seed)
+    steps = sorted(chance.sample(range(SAVE_EVERY, STEPS // 2, SAVE_EVERY), chance.randint(1, 3)))
+    with_node = seed % 4 == 3
+    node = add_node(head, f"127.0.0.{next(NEVER_ALIKE)}") if with_node else None
+    kills = [Kill(step, node=with_node and number == 0) for number, step in enumerate(steps)]
+    layouts = "fsdp2x3,pp2,single" if with_node else chance.choice(["pp2,single", "fsdp2x2", "hsdp2x1,single"])
+    run_under_kills(head, tmp_path / "run", layouts, kills, seed, node)
