@@ -50,20 +50,23 @@ class Fault:
     """Only files whose name contains this."""
 
 
+happened: set[Fault] = set()
+"""What this process has carried out."""
+
+
 class FaultyStorage(Storage):
     """Carries out a fault on the rank that it is for."""
 
     def __init__(self, target: str, fault: Fault, rank: int) -> None:
         super().__init__(target, retry=AT_ONCE)
         self.fault = fault
-        self.happened = False
         self.left = ACTIONS[fault.action][0] if rank == fault.rank else 0
 
     def perform(self, operation: str, name: str, action: Callable[[], T]) -> T:
         def faulty() -> T:
             if self.left and operation in self.fault.operations and self.fault.name in name:
                 self.left -= 1
-                self.happened = True
+                happened.add(self.fault)
                 ACTIONS[self.fault.action][1]()
             return action()
 

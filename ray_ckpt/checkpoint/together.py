@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ray_ckpt.checkpoint.carriers import Carrier, LostContact
-from ray_ckpt.errors import CheckpointError, RayCkptError
+from ray_ckpt.errors import CheckpointError, RayCkptError, StorageError
 
 T = TypeVar("T")
 
@@ -87,7 +87,8 @@ class Exchange:
             example = next(iter(self._failures.values()))
             return None, _combine(self._operation, texts, self._carrier.num_ranks, example)
         value, failure = _attempt(of_coordinator)
-        if failure is not None and not isinstance(failure, RayCkptError):
+        # What is wrong with the checkpoint is wrong for all; what its storage does is the coordinator's own experience.
+        if isinstance(failure, StorageError) or not isinstance(failure, RayCkptError | None):
             failure = _combine(self._operation, {0: _describe(failure)}, self._carrier.num_ranks, failure)
         return value, failure
 
