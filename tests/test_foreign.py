@@ -45,7 +45,9 @@ def _model_of(snapshots: list[Snapshot]) -> list[Snapshot]:
     return [replace(each, fingerprints=chosen(each.fingerprints), values=chosen(each.values)) for each in snapshots]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=[pytest.mark.slow] if name == "fsdp1x2" else []) for name in LAYOUTS]
+)
 def test_what_others_wrote_arrives(
     written: tuple[Path, dict[str, list[Snapshot]]], tmp_path: Path, layout: str
 ) -> None:

@@ -395,7 +395,7 @@ def test_hostile_index(tmp_path):
         assert message in _refused(tmp_path, error)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_damage_never_ends_in_anything_but_our_errors(tmp_path_factory, data):
     """Random bytes changed in a file: it has a manifest that holds together, or it is refused by an error of ours."""

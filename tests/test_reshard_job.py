@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from ray_ckpt.cluster import tasks
 from ray_ckpt.cluster.tasks import run_tasks
-from ray_ckpt.errors import DIED, CheckpointExistsError, GroupTimeoutError, IntegrityError, WorkerError
+from ray_ckpt.errors import DIED, CheckpointExistsError, GroupTimeoutError, IntegrityError, UsageError, WorkerError
 from ray_ckpt.format.boxes import Box, check_cover
 from ray_ckpt.format.digest import fingerprint
 from ray_ckpt.format.manifest import MANIFEST_NAME, Chunk, Manifest, TensorEntry
@@ -176,7 +176,7 @@ def _copy(rank: int, source: str, target: str) -> tuple[int, int]:
     return entry.num_bytes, grown
 
 
-@pytest.mark.parametrize("writer", [ArrowStorageWriter, dcp.FileSystemWriter])
+@pytest.mark.parametrize("writer", [ArrowStorageWriter, pytest.param(dcp.FileSystemWriter, marks=pytest.mark.slow)])
 def test_memory_is_bounded_whatever_the_size_of_a_tensor(tmp_path: Path, writer: Any) -> None:
     weight = torch.arange(40_000_000.0).reshape(8000, 5000)
     dcp.save({"weight": weight}, storage_writer=writer(str(tmp_path / "source")))
@@ -300,18 +300,23 @@ def test_a_foreign_source_becomes_a_checkpoint_of_ours(tmp_path: Path) -> None:
     assert len(manifest.files) == 4
 
 
+def test_the_source_may_be_a_store_of_steps(saved: Path, tmp_path: Path) -> None:
+    saved.rename(tmp_path / "step-3")
+    prepared = job.prepare(job.Options(str(tmp_path), "tp2", str(tmp_path / "target")), SCREEN)
+    assert prepared.source.address == str(tmp_path / "step-3")
+    assert list(prepared.files) == [0, 1]
+
+
 def test_wrong_use_is_one_line_and_touches_nothing(saved: Path, tmp_path: Path) -> None:
     driver.save([{"other": torch.ones(3)}], [ArrowStorageWriter(tmp_path / "taken")])
     before = (tmp_path / "taken" / MANIFEST_NAME).read_bytes()
-    for arguments, message in [
-        (["--source", saved, "--to", "tp2", "--target", tmp_path / "taken"], "already holds a committed checkpoint"),
-        (["--source", saved, "--to", "fsdp7", "--target", tmp_path / "t"], "fsdp7"),
-    ]:
-        done = _run_script(*arguments)
-        assert done.returncode == 2
-        assert message in done.stderr
-        assert done.stderr.count("\n") == 1
+    done = _run_script("--source", saved, "--to", "tp2", "--target", tmp_path / "taken")
+    assert done.returncode == 2
+    assert "already holds a committed checkpoint" in done.stderr
+    assert done.stderr.count("\n") == 1
     assert (tmp_path / "taken" / MANIFEST_NAME).read_bytes() == before
+    with pytest.raises(UsageError, match="fsdp7"):
+        job.prepare(job.Options(str(saved), "fsdp7", str(tmp_path / "t")), SCREEN)
 
 
 # ------------------------------------------------------------------------------------------------------ its tasks
@@ -367,6 +372,7 @@ class TestTasks:
         assert (failure.rank, failure.error_type) == (8, DIED)
         assert "lost 3 times" in failure.message
 
+    @pytest.mark.slow
     def test_what_hangs_is_named_and_ended(self, tmp_path: Path) -> None:
         start = time.monotonic()
         with pytest.raises(GroupTimeoutError, match=r"not done within 4 s: tasks 2$"):

@@ -190,11 +190,8 @@ def _find_model(manifest: Manifest, optimizers: Sequence[_Optimizer], wanted: Co
     Raises:
         StateMismatchError: several prefixes fit equally well.
     """
-    saved = {
-        name
-        for name in manifest.tensors
-        if not any(name.startswith(f"{optimizer.prefix}.") for optimizer in optimizers)
-    }
+    of_optimizers = tuple(f"{optimizer.prefix}." for optimizer in optimizers)
+    saved = {name for name in manifest.tensors if not name.startswith(of_optimizers)}
     for first in wanted:
         prefixes = {name[: -len(first)] for name in saved if name == first or name.endswith(f".{first}")}
         if prefixes:

@@ -8,7 +8,9 @@ import click
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--source", required=True, metavar="PATH|URI", help="The checkpoint to rewrite, whoever wrote it.")
+@click.option(
+    "--source", required=True, metavar="PATH|URI", help="The checkpoint to rewrite, or the store of its steps."
+)
 @click.option("--to", required=True, metavar="LAYOUT", help="The layout to write it for, such as fsdp2x2.tp2.")
 @click.option("--target", required=True, metavar="PATH|URI", help="Shared storage for the new checkpoint.")
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint that is already there.")

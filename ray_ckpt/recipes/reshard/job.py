@@ -34,6 +34,7 @@ from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.publish import refuse_if_taken
 from ray_ckpt.storage.reader import ArrowStorageReader
 from ray_ckpt.storage.rewrite import WantedTensor
+from ray_ckpt.storage.target import find
 
 WRITE_RANK = "ray_ckpt.recipes.reshard.task:write_rank"
 
@@ -83,12 +84,14 @@ def prepare(options: Options, screen: Screen) -> Prepared:
 
     Raises:
         UsageError: there is no such layout, or the target is taken.
+        CheckpointNotFoundError: there is no checkpoint at the source, nor a step of a store.
         CheckpointError, StorageError: the source cannot be read.
     """
     layout = Layout.parse(options.to)
-    source, target = Storage(_absolute(options.source)), Storage(_absolute(options.target))
+    target = Storage(_absolute(options.target))
     if not options.overwrite:
         refuse_if_taken(target)
+    source = find(_absolute(options.source), None)
     with screen.phase("read", f"what {source.address} holds") as line:
         reader = ArrowStorageReader(source)
         manifest = reader.read_manifest()
