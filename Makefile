@@ -9,13 +9,12 @@ BIN := .venv/bin
 demo: .venv/.installed
 	$(BIN)/python jobs/pipeline_to_fsdp.py $(ARGS)
 
-# Three files of tests at a time on two cores: most of them wait for processes to start.
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest -n 3 --dist loadfile -m "not slow and not matrix and not faults" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not matrix and not faults" $(ARGS)
 
 # More of the same fault matrix than `make test` has time for.
 test-slow: .venv/.installed-dev
-	$(BIN)/python -m pytest -n 3 --dist loadfile -m slow $(ARGS)
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 # Every layout saved and loaded in every other, three models.
 test-matrix: .venv/.installed-dev
