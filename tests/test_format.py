@@ -121,7 +121,7 @@ def _boxes(draw):
     """A chunk's shape, its strides in some dim order, and a box of it."""
     shape = draw(_sizes)
     order = draw(st.permutations(range(len(shape))))
-    permuted = contiguous_strides([shape[d] for d in order])
+    permuted = contiguous_strides(tuple(shape[d] for d in order))
     strides = [0] * len(shape)
     for dim, stride in zip(order, permuted, strict=True):
         strides[dim] = stride
