@@ -30,7 +30,7 @@ from ray_ckpt import cluster
 from ray_ckpt.cluster.group import WorkerGroup
 from ray_ckpt.errors import DIED, GroupTimeoutError, RayCkptError, StorageError, WorkerError
 from ray_ckpt.format.manifest import MANIFEST_NAME
-from ray_ckpt.recipes.pipeline_to_fsdp import probe
+from ray_ckpt.recipes import probe
 from ray_ckpt.storage.files import Storage
 from tests import faulty, rank_functions
 from tests.faulty import Fault, TravellingStorage

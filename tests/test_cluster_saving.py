@@ -24,7 +24,7 @@ from ray_ckpt.errors import (
     UsageError,
     WorkerError,
 )
-from ray_ckpt.recipes.pipeline_to_fsdp import probe
+from ray_ckpt.recipes import probe
 from ray_ckpt.storage.reader import ArrowStorageReader
 from ray_ckpt.storage.store import CheckpointStore
 from tests import rank_functions
