@@ -270,10 +270,11 @@ class _OwnState:
 
     def __init__(self, action):
         self.action = action
+        self.state = _state(2)  # here, because making it is a collective
 
     def state_dict(self):
         self.action()
-        return _state(2)
+        return self.state
 
     def load_state_dict(self, state_dict):
         pass
