@@ -60,6 +60,7 @@ def test_the_demo_needs_no_test_dependencies(installed: Path) -> None:
     ("target", "arguments", "expected"),
     [
         ("test", "-k fingerprint -x", '-m "not slow and not matrix and not faults" -k fingerprint -x'),
+        ("test-slow", "-k s3", ".venv/bin/python -m pytest -m slow -k s3"),
         ("test-matrix", "-k llama", ".venv/bin/python -m pytest -m matrix -k llama"),
         ("test-faults", "-x", ".venv/bin/python -m pytest -m faults -x"),
         ("bench", "--sizes 0.1", ".venv/bin/python benchmarks/storage.py --sizes 0.1"),

@@ -30,6 +30,8 @@ from ray_ckpt.recipes.training import Trainer, grouped_by_part, parameters_of
 from tests.decoders import MODELS
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.timeout(300)
+
 CPU = torch.device("cpu")
 STEPS = 2
 BATCH = 24
