@@ -13,11 +13,10 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ray_ckpt.cluster.connect import connect
 from ray_ckpt.cluster.tasks import run_tasks
 from ray_ckpt.errors import StorageError, UsageError
 from ray_ckpt.format import dcp_metadata
@@ -29,6 +28,7 @@ from ray_ckpt.protocol.messages import FileRecord, Item, LocalPlan, RankRecord, 
 from ray_ckpt.recipes.reshard.plan import partition
 from ray_ckpt.recipes.reshard.task import RankFile
 from ray_ckpt.recipes.screen import Screen, format_bytes
+from ray_ckpt.recipes.setting import connected
 from ray_ckpt.report import SaveReport
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.publish import refuse_if_taken
@@ -74,7 +74,7 @@ def run(options: Options, screen: Screen) -> SaveReport:
         RayCkptError: the source cannot be read, or a task failed; nothing was committed.
     """
     prepared = prepare(options, screen)
-    with connected(options, screen):
+    with connected(screen, options.address, num_cpus=1, verbose=options.verbose):
         rewrite(prepared, options.timeout_s, screen)
     return commit(prepared, screen)
 
@@ -184,16 +184,6 @@ def _run_tasks(prepared: Prepared, timeout_s: float, screen: Screen) -> dict[int
         )
         line.result = f"{len(records)} ranks written"
     return records
-
-
-@contextlib.contextmanager
-def connected(options: Options, screen: Screen) -> Iterator[None]:
-    """Join a Ray cluster for the block, or start a local one."""
-    with contextlib.ExitStack() as stack:
-        with screen.phase("ray", "looking for a cluster, or starting a local one") as line:
-            is_local = stack.enter_context(connect(options.address, verbose=options.verbose))
-            line.result = "started a local Ray" if is_local else "joined a running cluster"
-        yield
 
 
 def _check_shared(target: Storage, records: Mapping[int, FileRecord]) -> None:
