@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import threading
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -43,7 +44,7 @@ class S3:
 
 @contextmanager
 def run_s3() -> Iterator[S3]:
-    """Serve until the block ends."""
+    """Serve until the block ends. Starts empty: all servers of one process share what they hold."""
     moto = DomainDispatcherApplication(create_backend_app)
     state: S3
 
@@ -62,6 +63,7 @@ def run_s3() -> Iterator[S3]:
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
+        urllib.request.urlopen(f"http://127.0.0.1:{server.port}/moto-api/reset", data=b"", timeout=10).close()
         filesystem, _ = pafs.FileSystem.from_uri(
             state.uri("", bucket="any").replace("?", "?allow_bucket_creation=true&")
         )

@@ -32,7 +32,7 @@ from ray_ckpt.errors import DIED, GroupTimeoutError, RayCkptError, StorageError,
 from ray_ckpt.format.manifest import MANIFEST_NAME
 from ray_ckpt.recipes import probe
 from ray_ckpt.storage.files import Storage
-from tests import faulty, rank_functions
+from tests import faulty, rank_states
 from tests.faulty import Fault, TravellingStorage
 from tests.s3 import S3, run_s3
 
@@ -117,12 +117,12 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def hold(group: WorkerGroup, step: int, ranks: tuple[int, ...] = WORKERS) -> None:
-    group.call(rank_functions.hold_step, dict.fromkeys(ranks, (step,)), timeout_s=30)
+    group.call(rank_states.hold_step, dict.fromkeys(ranks, (step,)), timeout_s=30)
 
 
 def held(group: WorkerGroup, ranks: tuple[int, ...] = WORKERS) -> set[int]:
     """The steps that these workers hold, every element of them."""
-    return set(group.call(rank_functions.held_step, dict.fromkeys(ranks, ()), timeout_s=30).values())
+    return set(group.call(rank_states.held_step, dict.fromkeys(ranks, ()), timeout_s=30).values())
 
 
 class Striking(Storage):
@@ -141,10 +141,10 @@ class Striking(Storage):
 def attempt(group: WorkerGroup, case: Case, target: str) -> tuple[RayCkptError | None, float]:
     """Do what meets the fault. What it raised, and how long it took."""
     storage: Storage = TravellingStorage(target, case.storage_fault)
-    state_of = rank_functions.held_state_of
+    state_of = rank_states.held_state_of
     if case.phase == "plan" and case.rank != DRIVER:
-        storage, state_of = Storage(target), rank_functions.faulty_state_of
-        group.run(rank_functions.expect, case.action, case.rank)
+        storage, state_of = Storage(target), rank_states.faulty_state_of
+        group.run(rank_states.expect, case.action, case.rank)
     elif case.phase == "commit" and case.rank != DRIVER:
         number = signal.SIGKILL if case.action == "killed" else signal.SIGSTOP
         storage = Striking(target, group.workers[case.rank].pid, number)
@@ -163,10 +163,10 @@ def attempt(group: WorkerGroup, case: Case, target: str) -> tuple[RayCkptError |
 def check(group: WorkerGroup, case: Case, before: str, target: str) -> None:
     """Everything that is promised of one fault."""
     hold(group, 1)
-    cluster.save(group, rank_functions.held_state_of, before)
+    cluster.save(group, rank_states.held_state_of, before)
     if case.phase == "read":
         hold(group, 2)
-        cluster.save(group, rank_functions.held_state_of, target)
+        cluster.save(group, rank_states.held_state_of, target)
     hold(group, 3)
     error, seconds = attempt(group, case, target)
     recovers = case.action in RECOVERS
@@ -191,9 +191,9 @@ def check(group: WorkerGroup, case: Case, before: str, target: str) -> None:
 
 def reload(group: WorkerGroup, target: str, ranks: tuple[int, ...]) -> None:
     if len(ranks) == NUM_WORKERS:
-        cluster.load(group, rank_functions.held_state_of, target)
+        cluster.load(group, rank_states.held_state_of, target)
     else:
-        group.call(rank_functions.load_alone, dict.fromkeys(ranks, (target,)), timeout_s=30)
+        group.call(rank_states.load_alone, dict.fromkeys(ranks, (target,)), timeout_s=30)
 
 
 def assert_blamed(case: Case, error: RayCkptError, seconds: float) -> None:
@@ -222,8 +222,8 @@ def test_faults_that_workers_survive(group: WorkerGroup, tmp_path: Path, phase: 
     assert cases
     for case in cases:
         check(group, case, str(tmp_path / f"{case}" / "before"), str(tmp_path / f"{case}" / "now"))
-        assert group.run(rank_functions.held_saves) == [0] * NUM_WORKERS, case
-        assert group.run(rank_functions.held_loads) == [0] * NUM_WORKERS, case
+        assert group.run(rank_states.held_saves) == [0] * NUM_WORKERS, case
+        assert group.run(rank_states.held_loads) == [0] * NUM_WORKERS, case
 
 
 @pytest.mark.parametrize(

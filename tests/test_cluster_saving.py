@@ -27,7 +27,7 @@ from ray_ckpt.errors import (
 from ray_ckpt.recipes import probe
 from ray_ckpt.storage.reader import ArrowStorageReader
 from ray_ckpt.storage.store import CheckpointStore
-from tests import rank_functions
+from tests import rank_functions, rank_states
 from tests.faulty import Fault, TravellingStorage
 
 pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
@@ -87,22 +87,22 @@ def assert_can_go_on(group: WorkerGroup, ranks: list[int], target: Path) -> None
 def test_workers_without_a_process_group_save_one_checkpoint(group: WorkerGroup, tmp_path: Path) -> None:
     assert group.run(rank_functions.has_process_group) == [False] * NUM_WORKERS
     group.run(rank_functions.remember, 5)
-    report = cluster.save(group, rank_functions.stage_of, tmp_path / "a", layout="pp3")
+    report = cluster.save(group, rank_states.stage_of, tmp_path / "a", layout="pp3")
     assert report.num_files == NUM_WORKERS
     assert load_step(tmp_path / "a", 5)
     assert not load_step(tmp_path / "a", 6)
     assert ArrowStorageReader(tmp_path / "a").read_manifest().layout == "pp3"
-    assert group.run(rank_functions.held_saves) == [0] * NUM_WORKERS
+    assert group.run(rank_states.held_saves) == [0] * NUM_WORKERS
     # Unchanged plans travel as tokens now; what they are filled with is new.
     group.run(rank_functions.remember, 6)
-    cluster.save(group, "tests.rank_functions:stage_of", tmp_path / "b")
+    cluster.save(group, "tests.rank_states:stage_of", tmp_path / "b")
     assert load_step(tmp_path / "b", 6)
     assert load_step(tmp_path / "a", 5)
 
 
 def test_the_layout_that_the_states_name_is_in_the_manifest(group: WorkerGroup, tmp_path: Path) -> None:
-    cluster.save(group, rank_functions.replica_of, tmp_path / "named")
-    cluster.save(group, rank_functions.replica_of, tmp_path / "told", layout="other")
+    cluster.save(group, rank_states.replica_of, tmp_path / "named")
+    cluster.save(group, rank_states.replica_of, tmp_path / "told", layout="other")
     layouts = [ArrowStorageReader(tmp_path / name).read_manifest().layout for name in ("named", "told")]
     assert layouts == ["ddp3", "other"]
 
@@ -111,71 +111,71 @@ def test_steps_of_a_store_are_saved_by_number(group: WorkerGroup, tmp_path: Path
     store = CheckpointStore(tmp_path)
     for step in (3, 4):
         group.run(rank_functions.remember, step)
-        report = cluster.save(group, rank_functions.stage_of, store if step == 3 else str(tmp_path), step=step)
+        report = cluster.save(group, rank_states.stage_of, store if step == 3 else str(tmp_path), step=step)
         assert report.uri == str(tmp_path / f"step-{step}")
     assert store.steps() == (3, 4)
     assert load_step(tmp_path / "step-3", 3)
     assert load_step(tmp_path / "step-4", 4)
     with pytest.raises(UsageError, match=r"which step .* save\(..., step=N\)"):
-        cluster.save(group, rank_functions.stage_of, store)
+        cluster.save(group, rank_states.stage_of, store)
 
 
 def held_steps(group: WorkerGroup) -> list[int]:
-    return list(group.run(rank_functions.held_step))
+    return list(group.run(rank_states.held_step))
 
 
 def test_workers_without_a_process_group_load_what_they_hold(group: WorkerGroup, tmp_path: Path) -> None:
     for step in (1, 2):
-        group.run(rank_functions.hold_step, step)
-        cluster.save(group, rank_functions.held_state_of, tmp_path, step=step)
-    group.run(rank_functions.hold_step, 7)
+        group.run(rank_states.hold_step, step)
+        cluster.save(group, rank_states.held_state_of, tmp_path, step=step)
+    group.run(rank_states.hold_step, 7)
     assert held_steps(group) == [7] * NUM_WORKERS
-    reports = cluster.load(group, rank_functions.held_state_of, tmp_path, 1)
+    reports = cluster.load(group, rank_states.held_state_of, tmp_path, 1)
     assert held_steps(group) == [1] * NUM_WORKERS
     assert [report.num_bytes for report in reports] == [4 * (1000 + rank) + 4 * 7 for rank in range(NUM_WORKERS)]
     assert {report.uri for report in reports} == {str(tmp_path / "step-1")}
-    cluster.load(group, "tests.rank_functions:held_state_of", CheckpointStore(tmp_path))
+    cluster.load(group, "tests.rank_states:held_state_of", CheckpointStore(tmp_path))
     assert held_steps(group) == [2] * NUM_WORKERS
-    assert group.run(rank_functions.held_loads) == [0] * NUM_WORKERS
+    assert group.run(rank_states.held_loads) == [0] * NUM_WORKERS
 
 
 def test_what_does_not_fit_is_refused_on_every_worker_before_anything_changes(
     group: WorkerGroup, tmp_path: Path
 ) -> None:
-    group.run(rank_functions.hold_step, 1)
-    cluster.save(group, rank_functions.grown_stage_of, tmp_path / "grown")
-    group.run(rank_functions.hold_step, 7)
+    group.run(rank_states.hold_step, 1)
+    cluster.save(group, rank_states.grown_stage_of, tmp_path / "grown")
+    group.run(rank_states.hold_step, 7)
     with pytest.raises(
         WorkerError, match=r"ranks 0, 1, 2 on .*StateMismatchError: .*common: saved float32\[8\]"
     ) as caught:
-        cluster.load(group, rank_functions.held_state_of, tmp_path / "grown")
+        cluster.load(group, rank_states.held_state_of, tmp_path / "grown")
     assert caught.value.ranks == (0, 1, 2)
     # Nobody wants what is left over, which no worker can know alone.
-    group.run(rank_functions.hold_step, 1)
-    cluster.save(group, rank_functions.with_more_state_of, tmp_path / "more")
-    group.run(rank_functions.hold_step, 7)
+    group.run(rank_states.hold_step, 1)
+    cluster.save(group, rank_states.with_more_state_of, tmp_path / "more")
+    group.run(rank_states.hold_step, 7)
     with pytest.raises(WorkerError, match=r"more: saved .*wanted not at all"):
-        cluster.load(group, rank_functions.held_state_of, tmp_path / "more")
+        cluster.load(group, rank_states.held_state_of, tmp_path / "more")
     assert held_steps(group) == [7] * NUM_WORKERS
-    assert group.run(rank_functions.held_loads) == [0] * NUM_WORKERS
-    reports = cluster.load(group, rank_functions.held_state_of, tmp_path / "more", strict=False)
+    assert group.run(rank_states.held_loads) == [0] * NUM_WORKERS
+    reports = cluster.load(group, rank_states.held_state_of, tmp_path / "more", strict=False)
     assert [report.unexpected for report in reports] == [("more",)] * NUM_WORKERS
     assert held_steps(group) == [1] * NUM_WORKERS
     with pytest.raises(CheckpointNotFoundError):
-        cluster.load(group, rank_functions.held_state_of, tmp_path / "nothing")
+        cluster.load(group, rank_states.held_state_of, tmp_path / "nothing")
     with pytest.raises(UsageError, match="give a sequence"):
-        cluster.load(group, rank_functions.held_state_of, tmp_path / "more", only="common")
+        cluster.load(group, rank_states.held_state_of, tmp_path / "more", only="common")
 
 
 def test_stages_of_different_jobs_are_saved_and_loaded_by_one_group(group: WorkerGroup, tmp_path: Path) -> None:
     """Every worker holds a stage of a run of its own, trained to a step of its own."""
-    group.call(rank_functions.hold_own_run, {rank: (rank + 1,) for rank in range(NUM_WORKERS)})
-    cluster.save(group, rank_functions.held_state_of, tmp_path)
+    group.call(rank_states.hold_own_run, {rank: (rank + 1,) for rank in range(NUM_WORKERS)})
+    cluster.save(group, rank_states.held_state_of, tmp_path)
     names = ArrowStorageReader(tmp_path).read_manifest().tensors
     assert sorted(names) == ["run0.weight", "run1.weight", "run2.weight"]
-    group.call(rank_functions.hold_own_run, dict.fromkeys(range(NUM_WORKERS), (9,)))
-    cluster.load(group, rank_functions.held_state_of, tmp_path)
-    assert group.run(rank_functions.own_run) == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    group.call(rank_states.hold_own_run, dict.fromkeys(range(NUM_WORKERS), (9,)))
+    cluster.load(group, rank_states.held_state_of, tmp_path)
+    assert group.run(rank_states.own_run) == [(1, 1.0), (2, 2.0), (3, 3.0)]
 
 
 def test_what_others_wrote_is_loaded_under_the_names_of_the_state(group: WorkerGroup, tmp_path: Path) -> None:
@@ -183,16 +183,16 @@ def test_what_others_wrote_is_loaded_under_the_names_of_the_state(group: WorkerG
     torch.save(
         {"state_dict": {f"net.{name}": value for name, value in layer.state_dict().items()}}, tmp_path / "x.ckpt"
     )
-    group.run(rank_functions.hold_layer)
-    assert not any(torch.equal(weight, layer.weight) for weight in group.run(rank_functions.held_weight))
-    reports = cluster.load(group, rank_functions.held_state_of, tmp_path / "x.ckpt")
-    assert all(torch.equal(weight, layer.weight) for weight in group.run(rank_functions.held_weight))
+    group.run(rank_states.hold_layer)
+    assert not any(torch.equal(weight, layer.weight) for weight in group.run(rank_states.held_weight))
+    reports = cluster.load(group, rank_states.held_state_of, tmp_path / "x.ckpt")
+    assert all(torch.equal(weight, layer.weight) for weight in group.run(rank_states.held_weight))
     assert reports[0].unexpected == ()
 
 
 def test_the_workers_share_the_files_of_a_checkpoint_that_is_verified(group: WorkerGroup, tmp_path: Path) -> None:
     group.run(rank_functions.remember, 3)
-    cluster.save(group, rank_functions.stage_of, tmp_path, step=1)
+    cluster.save(group, rank_states.stage_of, tmp_path, step=1)
     report = cluster.verify(group, tmp_path)
     assert report.verified
     files = sorted((tmp_path / "step-1").glob("*.distcp"))
@@ -208,16 +208,16 @@ def test_the_workers_share_the_files_of_a_checkpoint_that_is_verified(group: Wor
 def test_a_driver_that_does_not_see_the_workers_files_commits_nothing(group: WorkerGroup, tmp_path: Path) -> None:
     group.run(rank_functions.move_into, str(tmp_path))
     with pytest.raises(CommitError, match="where the driver sees no such file; give a directory that is mounted on"):
-        cluster.save(group, rank_functions.stage_of, "/proc/self/cwd/run")
+        cluster.save(group, rank_states.stage_of, "/proc/self/cwd/run")
     assert list((tmp_path / "run").iterdir()) == []
     assert not Path("run").exists()
 
 
 def test_a_changed_state_is_never_saved_under_an_old_plan(group: WorkerGroup, tmp_path: Path) -> None:
     group.run(rank_functions.remember, 1)
-    cluster.save(group, rank_functions.stage_of, tmp_path / "before")
-    cluster.save(group, rank_functions.grown_stage_of, tmp_path / "grown")
-    cluster.save(group, rank_functions.stage_of, tmp_path / "after")
+    cluster.save(group, rank_states.stage_of, tmp_path / "before")
+    cluster.save(group, rank_states.grown_stage_of, tmp_path / "grown")
+    cluster.save(group, rank_states.stage_of, tmp_path / "after")
     grown = ArrowStorageReader(tmp_path / "grown").read_manifest()
     assert grown.tensors["common"].shape == (8,)
     assert [grown.tensors[f"new{rank}"].shape for rank in range(NUM_WORKERS)] == [(3, 1), (3, 2), (3, 3)]
@@ -227,21 +227,21 @@ def test_a_changed_state_is_never_saved_under_an_old_plan(group: WorkerGroup, tm
 
 def test_wrong_use_is_refused_by_the_driver(group: WorkerGroup, tmp_path: Path) -> None:
     group.run(rank_functions.remember, 2)
-    cluster.save(group, rank_functions.stage_of, tmp_path)
+    cluster.save(group, rank_states.stage_of, tmp_path)
     with pytest.raises(CheckpointExistsError, match="already holds a committed checkpoint"):
-        cluster.save(group, rank_functions.stage_of, tmp_path)
+        cluster.save(group, rank_states.stage_of, tmp_path)
     group.run(rank_functions.remember, 3)
     with pytest.raises(CommitError, match="'common' on ranks"):
-        cluster.save(group, rank_functions.differing_replicas_of, tmp_path, overwrite=True)
+        cluster.save(group, rank_states.differing_replicas_of, tmp_path, overwrite=True)
     assert load_step(tmp_path, 2)
-    cluster.save(group, rank_functions.stage_of, tmp_path, overwrite=True)
+    cluster.save(group, rank_states.stage_of, tmp_path, overwrite=True)
     assert load_step(tmp_path, 3)
     assert len(list(tmp_path.glob("*.distcp"))) == NUM_WORKERS
 
 
 def test_a_rank_that_raises_while_planning_is_named_and_all_go_on(group: WorkerGroup, tmp_path: Path) -> None:
     with pytest.raises(WorkerError, match=r"rank 1 on .*: ValueError: the model is gone") as caught:
-        cluster.save(group, rank_functions.failing_state_of, tmp_path)
+        cluster.save(group, rank_states.failing_state_of, tmp_path)
     assert caught.value.ranks == (1,)
     assert_nothing_was_committed(tmp_path)
     assert_can_go_on(group, [0, 1, 2], tmp_path)
@@ -254,19 +254,19 @@ def test_a_rank_that_cannot_write_is_named_and_all_go_on(
 ) -> None:
     cause = {"raises": "Permission denied", "no space": "No space left on device"}[action]
     with pytest.raises(WorkerError, match=f"rank {rank} on .*StorageError: cannot .*{cause}") as caught:
-        cluster.save(group, rank_functions.stage_of, TravellingStorage(str(tmp_path), Fault(action, WRITE, rank)))
+        cluster.save(group, rank_states.stage_of, TravellingStorage(str(tmp_path), Fault(action, WRITE, rank)))
     assert caught.value.ranks == (rank,)
     assert_nothing_was_committed(tmp_path)
     assert_can_go_on(group, [0, 1, 2], tmp_path)
     group.run(rank_functions.remember, 4)
-    cluster.save(group, rank_functions.stage_of, tmp_path)
+    cluster.save(group, rank_states.stage_of, tmp_path)
     assert load_step(tmp_path, 4)
 
 
 @pytest.mark.parametrize("action", ["throttled", "slow"])
 def test_what_passes_by_itself_does_not_end_a_save(group: WorkerGroup, tmp_path: Path, action: str) -> None:
     group.run(rank_functions.remember, 8)
-    cluster.save(group, rank_functions.stage_of, TravellingStorage(str(tmp_path), Fault(action, WRITE, 2)))
+    cluster.save(group, rank_states.stage_of, TravellingStorage(str(tmp_path), Fault(action, WRITE, 2)))
     assert load_step(tmp_path, 8)
 
 
@@ -274,9 +274,9 @@ def test_a_failed_write_is_retried_on_that_rank_alone(group: WorkerGroup, tmp_pa
     group.run(rank_functions.remember, 7)
     fails_twice = Fault("raises twice", ("finish",), rank=1)
     with pytest.raises(WorkerError, match=r"rank 1 .*Permission denied"):
-        cluster.save(group, rank_functions.stage_of, TravellingStorage(str(tmp_path / "a"), fails_twice), retries=1)
+        cluster.save(group, rank_states.stage_of, TravellingStorage(str(tmp_path / "a"), fails_twice), retries=1)
     assert_nothing_was_committed(tmp_path / "a")
-    cluster.save(group, rank_functions.stage_of, TravellingStorage(str(tmp_path / "b"), fails_twice), retries=2)
+    cluster.save(group, rank_states.stage_of, TravellingStorage(str(tmp_path / "b"), fails_twice), retries=2)
     assert load_step(tmp_path / "b", 7)
     # File names count the tries: rank 1 needed a third, the others wrote once.
     manifest = ArrowStorageReader(tmp_path / "b").read_manifest()
@@ -288,7 +288,7 @@ def in_planning(state_of: Callable[..., object], action: str, target: Path) -> t
 
 
 def in_writing(state_of: Callable[..., object], action: str, target: Path) -> tuple[object, object]:
-    return rank_functions.stage_of, TravellingStorage(str(target), Fault(action, WRITE, rank=1))
+    return rank_states.stage_of, TravellingStorage(str(target), Fault(action, WRITE, rank=1))
 
 
 PHASES = [in_writing, pytest.param(in_planning, marks=pytest.mark.slow)]
@@ -298,7 +298,7 @@ PHASES = [in_writing, pytest.param(in_planning, marks=pytest.mark.slow)]
 def test_a_rank_that_dies_is_named_within_ten_seconds(
     doomed_group: WorkerGroup, tmp_path: Path, phase: Callable[..., tuple[object, object]]
 ) -> None:
-    state_of, target = phase(rank_functions.dying_state_of, "killed", tmp_path)
+    state_of, target = phase(rank_states.dying_state_of, "killed", tmp_path)
     start = time.monotonic()
     with pytest.raises(WorkerError) as caught:
         cluster.save(doomed_group, state_of, target)
@@ -313,7 +313,7 @@ def test_a_rank_that_dies_is_named_within_ten_seconds(
 def test_a_rank_that_hangs_is_named_when_the_time_is_up(
     doomed_group: WorkerGroup, tmp_path: Path, phase: Callable[..., tuple[object, object]]
 ) -> None:
-    state_of, target = phase(rank_functions.hanging_state_of, "hangs", tmp_path)
+    state_of, target = phase(rank_states.hanging_state_of, "hangs", tmp_path)
     start = time.monotonic()
     with pytest.raises(GroupTimeoutError, match=r"no answer within .* from rank 1 on"):
         cluster.save(doomed_group, state_of, target, timeout_s=2)
@@ -326,7 +326,7 @@ def test_a_closed_group_saves_nothing(tmp_path: Path) -> None:
     group = WorkerGroup(1, cpus_per_worker=0.5, process_group=False, start_timeout_s=60)
     group.close()
     with pytest.raises(GroupError, match="closed"):
-        cluster.save(group, rank_functions.stage_of, tmp_path)
+        cluster.save(group, rank_states.stage_of, tmp_path)
 
 
 def test_the_driver_needs_no_torch() -> None:

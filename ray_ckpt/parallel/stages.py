@@ -33,7 +33,7 @@ def build_on_meta(factory: Callable[[], nn.Module]) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise UsageError(f"the model factory must return a torch.nn.Module, not {type(model).__name__}")
     prefixes = tuple(f"{part}." for part in parts_of(model))
-    if outside := [name for name in saved_names(model) if not name.startswith(prefixes)]:
+    if outside := [name for name in _saved_names(model) if not name.startswith(prefixes)]:
         raise UsageError(
             f"{type(model).__name__} owns parameters or buffers beside its layers ({', '.join(outside[:5])}): move "
             "them into a layer, as each belongs to a pipeline stage"
@@ -48,9 +48,15 @@ def build_on_meta(factory: Callable[[], nn.Module]) -> nn.Module:
     return model
 
 
-def saved_names(model: nn.Module) -> list[str]:
+def _saved_names(model: nn.Module) -> list[str]:
     """Names of all parameters and persistent buffers; of tied ones, all names."""
-    return [name for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, torch.Tensor)]
+    buffers = [
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for name, _ in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    ]
+    return [name for name, _ in model.named_parameters(remove_duplicate=False)] + buffers
 
 
 def parts_of(model: nn.Module) -> list[str]:
