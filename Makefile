@@ -27,6 +27,8 @@ test-faults: .venv/.installed-dev
 # All measurements, one after the other; ARGS are those of the first.
 bench: .venv/.installed-dev
 	PYTHONPATH=. $(BIN)/python benchmarks/storage.py $(ARGS)
+	PYTHONPATH=. $(BIN)/python benchmarks/layouts.py
+	PYTHONPATH=. $(BIN)/python benchmarks/s3.py
 	PYTHONPATH=. $(BIN)/python benchmarks/async_save.py
 	PYTHONPATH=. $(BIN)/python benchmarks/planning.py
 

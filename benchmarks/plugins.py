@@ -70,11 +70,11 @@ def _raw_save(state: State, directory: str) -> None:
 
 def _raw_load(state: State, directory: str) -> None:
     """Stage k wrote its tensors in order, so the place of each is known; the targets are shards of rows."""
-    for file, entries in _stages(state).items():
+    for file, entries in stages(state).items():
         descriptor = os.open(os.path.join(directory, f"{file}.raw"), os.O_RDONLY)
         position = 0
         for target in entries:
-            local, first_row = _local_rows(target)
+            local, first_row = local_rows(target)
             data = memoryview(local.numpy()).cast("B")
             offset = position + first_row * (local.nbytes // max(1, len(local)))
             while len(data):
@@ -84,14 +84,16 @@ def _raw_load(state: State, directory: str) -> None:
         os.close(descriptor)
 
 
-def _stages(state: State) -> dict[int, list[torch.Tensor]]:
-    stages: dict[int, list[torch.Tensor]] = {}
+def stages(state: State) -> dict[int, list[torch.Tensor]]:
+    """Number of a stage -> its tensors, in the order in which they were saved."""
+    found: dict[int, list[torch.Tensor]] = {}
     for name, tensor in state.items():
-        stages.setdefault(int(name.split(".")[0].removeprefix("stage")), []).append(tensor)
-    return stages
+        found.setdefault(int(name.split(".")[0].removeprefix("stage")), []).append(tensor)
+    return found
 
 
-def _local_rows(target: torch.Tensor) -> tuple[torch.Tensor, int]:
+def local_rows(target: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """This rank's rows, and the number of the first of them."""
     if not isinstance(target, DTensor):
         return target, 0
     rank, world_size = dist.get_rank(), dist.get_world_size()

@@ -15,14 +15,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import shutil
-import statistics
 import tempfile
-import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -30,34 +26,12 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, zeros
 
+from benchmarks.measuring import Cost, Sample, drop_from_cache, measure, ratio, summarise
 from benchmarks.plugins import PLUGINS, State
 from tests.ranks import run_ranks
 
 NUM_STAGES = 4
 SMALL = "10 000 x 4 KB"
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What one operation cost one rank."""
-
-    seconds: float
-    cpu_seconds: float
-    read_bytes: int
-    memory_bytes: int
-
-
-@dataclass(frozen=True)
-class Row:
-    """Medians over the repeats; the memory is the most that any rank took in any of them."""
-
-    case: str
-    operation: str
-    plugin: str
-    seconds: float
-    cpu_seconds: float
-    read_ratio: float
-    memory_bytes: int
 
 
 def _shapes(case: str, stage: int) -> dict[str, tuple[int, ...]]:
@@ -66,43 +40,6 @@ def _shapes(case: str, stage: int) -> dict[str, tuple[int, ...]]:
         return {f"stage{stage}.tensor{number}": (256, 4) for number in range(10_000 // NUM_STAGES)}
     width = int((float(case.removesuffix(" GiB")) * 2**30 / (NUM_STAGES * 3 * 4)) ** 0.5)
     return {f"stage{stage}.{part}": (width, width) for part in ("weight", "exp_avg", "exp_avg_sq")}
-
-
-def _measure(action: Callable[[], None]) -> Sample:
-    _reset_peak_memory()
-    before, read, usage = _memory("VmRSS"), _bytes_read(), resource.getrusage(resource.RUSAGE_SELF)
-    dist.barrier()
-    started = time.perf_counter()
-    action()
-    dist.barrier()
-    seconds = time.perf_counter() - started
-    after = resource.getrusage(resource.RUSAGE_SELF)
-    cpu = after.ru_utime + after.ru_stime - usage.ru_utime - usage.ru_stime
-    return Sample(seconds, cpu, _bytes_read() - read, max(0, _memory("VmHWM") - before))
-
-
-def _reset_peak_memory() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def _memory(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) << 10
-    raise LookupError(field)
-
-
-def _bytes_read() -> int:
-    return int(Path("/proc/self/io").read_text().split()[1])
-
-
-def _drop_from_cache(directory: str) -> None:
-    if dist.get_rank() == 0:
-        for path in Path(directory).iterdir():
-            descriptor = os.open(path, os.O_RDONLY)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
-    dist.barrier()
 
 
 def _save_all(rank: int, case: str, root: str, names: Sequence[str], repeats: int) -> list[tuple[str, Sample]]:
@@ -117,7 +54,7 @@ def _save_all(rank: int, case: str, root: str, names: Sequence[str], repeats: in
                 shutil.rmtree(directory, ignore_errors=True)
                 os.makedirs(directory)
             dist.barrier()
-            samples.append((name, _measure(lambda name=name, to=directory: PLUGINS[name].save(state, to))))
+            samples.append((name, measure(lambda name=name, to=directory: PLUGINS[name].save(state, to))))
     return samples
 
 
@@ -136,8 +73,8 @@ def _load_all(
         for name in names:
             directory = _directory(root, name)
             if cold:
-                _drop_from_cache(directory)
-            sample = _measure(lambda name=name, source=directory: PLUGINS[name].load(dict(state), source))
+                drop_from_cache(directory)
+            sample = measure(lambda name=name, source=directory: PLUGINS[name].load(dict(state), source))
             if repeat or cold:  # the first warm round warms up
                 samples.append((name, sample))
     return samples
@@ -147,34 +84,13 @@ def _directory(root: str, plugin: str) -> str:
     return os.path.join(root, plugin.replace(" ", "-"))
 
 
-def _summarise(case: str, operation: str, by_rank: Sequence[Sequence[tuple[str, Sample]]]) -> list[Row]:
-    total = sum(torch.Size(s).numel() * 4 for stage in range(NUM_STAGES) for s in _shapes(case, stage).values())
-    rounds: dict[str, list[list[Sample]]] = {}
-    for entries in zip(*by_rank, strict=True):
-        rounds.setdefault(entries[0][0], []).append([sample for _, sample in entries])
-    return [
-        Row(
-            case,
-            operation,
-            name,
-            seconds=statistics.median(max(s.seconds for s in ranks) for ranks in of_plugin),
-            cpu_seconds=statistics.median(sum(s.cpu_seconds for s in ranks) for ranks in of_plugin),
-            read_ratio=statistics.median(sum(s.read_bytes for s in ranks) for ranks in of_plugin) / total,
-            memory_bytes=max(sample.memory_bytes for ranks in of_plugin for sample in ranks),
-        )
-        for name, of_plugin in rounds.items()
-    ]
-
-
-def _run_case(case: str, root: str, names: Sequence[str], options: argparse.Namespace) -> list[Row]:
-    scratch = Path(root)
-    save = run_ranks(_save_all, NUM_STAGES, scratch, case, root, names, options.repeats, timeout_s=3600)
-    rows = _summarise(case, "save", save)
+def _run_case(case: str, root: str, names: Sequence[str], options: argparse.Namespace) -> None:
+    save = run_ranks(_save_all, NUM_STAGES, Path(root), case, root, names, options.repeats, timeout_s=3600)
+    _print_rows(case, "save", summarise(save))
     for operation in ("load", *(["load, cold"] if options.cold else [])):
         arguments = (case, root, names, options.repeats, operation == "load, cold")
-        load = run_ranks(_load_all, options.ranks, scratch, *arguments, timeout_s=3600)
-        rows += _summarise(case, operation, load)
-    return rows
+        load = run_ranks(_load_all, options.ranks, Path(root), *arguments, timeout_s=3600)
+        _print_rows(case, operation, summarise(load))
 
 
 def _print_head() -> None:
@@ -182,20 +98,16 @@ def _print_head() -> None:
     print("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |", flush=True)
 
 
-def _print_rows(rows: Sequence[Row]) -> None:
-    seconds = {(row.case, row.operation, row.plugin): row.seconds for row in rows}
-    for row in rows:
-        stock, raw = (seconds.get((row.case, row.operation, name)) for name in ("stock FileSystem", "raw"))
+def _print_rows(case: str, operation: str, costs: Mapping[str, Cost]) -> None:
+    total = sum(torch.Size(s).numel() * 4 for stage in range(NUM_STAGES) for s in _shapes(case, stage).values())
+    stock, raw = (costs[name].seconds if name in costs else None for name in ("stock FileSystem", "raw"))
+    for name, cost in costs.items():
         print(
-            f"| {row.case} | {row.operation} | {row.plugin} | {row.seconds:.3f} | {_ratio(stock, row.seconds)} faster "
-            f"| {_ratio(row.seconds, raw)} | {row.cpu_seconds:.2f} | {row.read_ratio:.2f} "
-            f"| {row.memory_bytes / 2**20:.0f} MiB |",
+            f"| {case} | {operation} | {name} | {cost.seconds:.3f} | {ratio(stock, cost.seconds)} faster "
+            f"| {ratio(cost.seconds, raw)} | {cost.cpu_seconds:.2f} | {cost.read_bytes / total:.2f} "
+            f"| {cost.memory_bytes / 2**20:.0f} MiB |",
             flush=True,
         )
-
-
-def _ratio(seconds: float | None, base: float | None) -> str:
-    return f"{seconds / base:.2f}x" if seconds and base else "-"
 
 
 def _plot(path: str, case: str, root: str, options: argparse.Namespace) -> None:
@@ -209,8 +121,8 @@ def _plot(path: str, case: str, root: str, options: argparse.Namespace) -> None:
     times: dict[str, list[float]] = {name: [] for name in names}
     for count in counts:
         load = run_ranks(_load_all, count, Path(root), case, root, names, options.repeats, False, timeout_s=3600)
-        for row in _summarise(case, "load", load):
-            times[row.plugin].append(row.seconds)
+        for name, cost in summarise(load).items():
+            times[name].append(cost.seconds)
     figure, axes = pyplot.subplots(figsize=(6, 4))
     for name in names:
         axes.plot(counts, times[name], marker="o", label=name)
@@ -241,7 +153,7 @@ def main() -> None:
         else:
             _print_head()
             for case in cases:
-                _print_rows(_run_case(case, root, options.plugins, options))
+                _run_case(case, root, options.plugins, options)
     finally:
         shutil.rmtree(root)
 

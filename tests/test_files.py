@@ -1,4 +1,4 @@
-"""One behavioural suite for storage, against a directory, a memory file system of fsspec and S3."""
+"""One behavioural suite for storage, against a directory, a memory file system of fsspec, S3 and Google's store."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ray_ckpt.errors import FormatError, StorageError, UnsafeCheckpointError, Us
 from ray_ckpt.storage.files import RetryPolicy, Storage
 from ray_ckpt.storage.reader import ArrowStorageReader
 from ray_ckpt.storage.writer import ArrowStorageWriter
+from tests.gcs import run_gcs
 from tests.s3 import run_s3
 
 AT_ONCE = RetryPolicy(attempts=4, first_wait_s=0.001, max_wait_s=0.002)
@@ -24,7 +25,13 @@ def s3():
         yield server
 
 
-@pytest.fixture(params=["path", "file", "memory", "s3"])
+@pytest.fixture(scope="module")
+def gcs():
+    with run_gcs() as place:
+        yield place
+
+
+@pytest.fixture(params=["path", "file", "memory", "s3", "gs"])
 def storage(request, tmp_path):
     if request.param == "path":
         return Storage(tmp_path / "new" / "place")
@@ -32,6 +39,8 @@ def storage(request, tmp_path):
         return Storage(f"file://{tmp_path}/new/place")
     if request.param == "memory":
         return Storage(f"memory://{uuid.uuid4().hex}/place")
+    if request.param == "gs":
+        return Storage(request.getfixturevalue("gcs").format(path=f"{uuid.uuid4().hex}/place"))
     return Storage(request.getfixturevalue("s3").uri(f"{uuid.uuid4().hex}/place"))
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import pickle
-import random
 
 import pytest
 import torch
@@ -220,19 +218,6 @@ def test_zstandard(tmp_path):
     found = driver.load({"weight": torch.ones(50_000), "object": None}, ArrowStorageReader(tmp_path))
     assert torch.equal(found["weight"], state["weight"])
     assert found["object"] == torch.Size([4])
-
-
-def test_prefixed_layout_of_s3torchconnector(tmp_path):
-    """Its prefix strategies put every rank's files below a directory of its own, named in `relative_path`."""
-    dcp.save(_state(), storage_writer=FileSystemWriter(tmp_path, single_file_per_rank=False))
-    metadata = pickle.loads((tmp_path / ".metadata").read_bytes())
-    for number, info in enumerate(metadata.storage_data.values()):
-        prefixed = f"{random.Random(number).getrandbits(8):08b}/epoch_1/{info.relative_path}"
-        (tmp_path / prefixed).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / info.relative_path).rename(tmp_path / prefixed)
-        info.relative_path = prefixed
-    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
-    assert _differing(driver.load(_blank(), ArrowStorageReader(tmp_path))) == []
 
 
 def _async_save_in_process(rank, directory):

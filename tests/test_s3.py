@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import uuid
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from s3torchconnector import S3ClientConfig
+from s3torchconnector._s3client import S3Client
+from s3torchconnector.dcp import S3StorageReader, S3StorageWriter
+from s3torchconnector.dcp.s3_prefix_strategy import BinaryPrefixStrategy
 from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan
@@ -18,6 +24,8 @@ from ray_ckpt.storage.reader import ArrowStorageReader
 from ray_ckpt.storage.writer import ArrowStorageWriter
 from tests import driver
 from tests.s3 import run_s3
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
 AT_ONCE = RetryPolicy(attempts=6, first_wait_s=0.001, max_wait_s=0.002)
 SIZE = 1500
@@ -142,3 +150,70 @@ def test_throttling_without_end_is_an_error(s3, storage):
     finally:
         s3.throttle = lambda environment: False
     assert raised.value.transient
+
+
+def test_anonymous_access_sends_no_credentials(s3, storage):
+    """As `aws --no-sign-request`: a public checkpoint is read without an account."""
+    _save(storage)
+    signed = []
+
+    def watch(environment):
+        signed.append("HTTP_AUTHORIZATION" in environment)
+        return False
+
+    s3.throttle = watch
+    try:
+        _load_rows(storage, 0, 4)
+        assert all(signed)
+        signed.clear()
+        path, options = storage.uri.partition("@")[2].split("?")
+        _load_rows(Storage(f"s3://{path}?{options}&anonymous=true", retry=AT_ONCE), 1, 4)
+        assert signed
+        assert not any(signed)
+    finally:
+        s3.throttle = lambda environment: False
+
+
+@pytest.fixture
+def connector(s3, monkeypatch):
+    """Amazon's own DCP storage on the same server, which its constructors take no address of."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    config = S3ClientConfig(force_path_style=True)
+    client = S3Client("us-east-1", endpoint=f"http://127.0.0.1:{s3.port}", s3client_config=config)
+
+    def connect(kind, path, **options):
+        storage = kind("us-east-1", f"s3://bucket/{path}/", s3client_config=config, **options)
+        storage.fs._client = client
+        return storage
+
+    return connect
+
+
+STATE = {"weight": torch.arange(600_000.0).view(600, 1000), "lr": 0.1, "inner": {"x": torch.ones(3).bfloat16()}}
+BLANK = {"weight": torch.zeros(600, 1000), "lr": 0.0, "inner": {"x": torch.zeros(3).bfloat16()}}
+
+
+def _equal(found):
+    same = torch.equal(found["weight"], STATE["weight"]) and torch.equal(found["inner"]["x"], STATE["inner"]["x"])
+    return same and found["lr"] == STATE["lr"]
+
+
+@pytest.mark.parametrize("prefix_strategy", [None, BinaryPrefixStrategy(epoch_num=3)])
+def test_what_s3torchconnector_wrote_is_read(s3, connector, prefix_strategy):
+    path = uuid.uuid4().hex
+    dcp.save(STATE, storage_writer=connector(S3StorageWriter, path, prefix_strategy=prefix_strategy), no_dist=True)
+    found = copy.deepcopy(BLANK)
+    assert not _equal(found)
+    s3.reset()
+    dcp.load(found, storage_reader=ArrowStorageReader(Storage(s3.uri(path))), no_dist=True)
+    assert _equal(found)
+    assert s3.sent_bytes < 1.1 * STATE["weight"].nbytes
+
+
+def test_s3torchconnector_reads_what_we_wrote(s3, connector):
+    path = uuid.uuid4().hex
+    dcp.save(STATE, storage_writer=ArrowStorageWriter(s3.uri(path)), no_dist=True)
+    found = copy.deepcopy(BLANK)
+    dcp.load(found, storage_reader=connector(S3StorageReader, path), no_dist=True)
+    assert _equal(found)

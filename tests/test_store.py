@@ -19,6 +19,7 @@ from ray_ckpt.storage.reader import ArrowStorageReader
 from ray_ckpt.storage.retention import keep, keep_every, keep_last
 from ray_ckpt.storage.store import CheckpointStore
 from tests.faulty import AT_ONCE
+from tests.gcs import run_gcs
 from tests.s3 import run_s3
 
 ATTEMPT = "0123456789ab"
@@ -30,10 +31,18 @@ def s3():
         yield server
 
 
-@pytest.fixture(params=["path", "s3"])
+@pytest.fixture(scope="module")
+def gcs():
+    with run_gcs() as place:
+        yield place
+
+
+@pytest.fixture(params=["path", "s3", "gs"])
 def store(request, tmp_path):
     if request.param == "path":
         return CheckpointStore(tmp_path / "run")
+    if request.param == "gs":
+        return CheckpointStore(request.getfixturevalue("gcs").format(path=uuid.uuid4().hex))
     return CheckpointStore(Storage(request.getfixturevalue("s3").uri(uuid.uuid4().hex), retry=AT_ONCE))
 
 

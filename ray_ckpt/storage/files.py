@@ -199,6 +199,9 @@ class Storage:
 
     def list_directories(self) -> Sequence[str]:
         """Names of the directories directly in the target, sorted. Object stores make them up from longer names."""
+        if self.filesystem.type_name == "gcs":
+            # Its listings that do not go deeper leave out directories that are no objects of their own.
+            return sorted({name.partition("/")[0] for name in self.list() if "/" in name})
         return sorted(name for name, info in self._entries(recursive=False) if info.type == pafs.FileType.Directory)
 
     def directories_with(self, file: str) -> Sequence[str]:
