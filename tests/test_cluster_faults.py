@@ -94,7 +94,7 @@ def make_group() -> WorkerGroup:
     group = WorkerGroup(NUM_WORKERS, cpus_per_worker=0.5, process_group=False, start_timeout_s=120, call_timeout_s=60)
     # What a first save and load import is not counted where seconds are.
     for module in ("ray_ckpt.protocol.rank", "ray_ckpt.protocol.rank_load"):
-        group.run(probe.load_module, module)
+        group.run(probe.load_code, module)
     return group
 
 

@@ -53,7 +53,7 @@ def doomed_group() -> Iterator[WorkerGroup]:
     """For a test that takes a worker away from it."""
     with make_group() as group:
         # What a first save loads is not counted where seconds are.
-        group.run(probe.load_module, "ray_ckpt.protocol.rank")
+        group.run(probe.load_code, "ray_ckpt.protocol.rank")
         yield group
 
 

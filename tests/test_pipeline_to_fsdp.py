@@ -25,7 +25,9 @@ from ray_ckpt.errors import UsageError, WorkerError
 from ray_ckpt.format.manifest import MANIFEST_NAME, Manifest
 from ray_ckpt.format.snapshot import compare
 from ray_ckpt.parallel.layout import Layout
+from ray_ckpt.recipes.command import main
 from ray_ckpt.recipes.pipeline_to_fsdp import job
+from ray_ckpt.recipes.pipeline_to_fsdp.command import pipeline_to_fsdp
 from ray_ckpt.recipes.screen import Screen
 from ray_ckpt.recipes.setting import check_storage
 from tests import rank_functions
@@ -51,8 +53,13 @@ def run_job(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("workers", [2, 4])
-@pytest.mark.parametrize("target", ["fsdp2", "fsdp1"])
+@pytest.mark.parametrize(
+    ("target", "workers"),
+    [
+        ("fsdp2", 4),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("fsdp2", 2), ("fsdp1", 2), ("fsdp1", 4))),
+    ],
+)
 def test_every_tensor_and_every_hyperparameter_arrives(tmp_path: Path, target: str, workers: int) -> None:
     report_path, storage = tmp_path / "out.json", tmp_path / "run"
     done = run_job(
@@ -109,6 +116,7 @@ def test_weights_that_two_stages_share_are_trained_and_arrive_as_one() -> None:
     assert report["tensors_compared"] == 3 * 4
 
 
+@pytest.mark.slow
 def test_a_model_of_ones_own_with_buffers_and_uneven_stages_through_s3() -> None:
     with run_s3() as s3:
         arguments = ["--model", "tests.models:Perceptron", "--workers", "3", "--steps", "4"]
@@ -247,7 +255,9 @@ def test_a_mismatch_ends_with_exit_code_1_and_a_table(tmp_path: Path) -> None:
     assert "NOT VERIFIED" in done.stdout
 
 
-@pytest.mark.parametrize("moment", ["train", "save", "load"])
+@pytest.mark.parametrize(
+    "moment", ["save", *(pytest.param(moment, marks=pytest.mark.slow) for moment in ("train", "load"))]
+)
 def test_a_killed_worker_is_named_within_ten_seconds_and_a_second_run_succeeds(tmp_path: Path, moment: str) -> None:
     arguments = ["--model", f"tests.models:dies_in_{moment}", "--workers", "2", "--steps", "2"]
     arguments += ["--storage", str(tmp_path / "run")]
@@ -281,11 +291,27 @@ def test_a_killed_worker_is_named_within_ten_seconds_and_a_second_run_succeeds(t
         (["--model", "tests.models:Perceptron", "--to", "tp2"], "Perceptron has no tp_plan()"),
         (["--model", "tests.models:Headed", "--workers", "2"], "beside its layers"),
         (["--model", "tests.models:without_data", "--workers", "2"], "has no sample_batch"),
+    ],
+)
+def test_bad_input_gets_one_line_and_exit_code_2(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, as none of it gets as far as Ray."""
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main(pipeline_to_fsdp)
+    assert ended.value.code == 2
+    assert_one_line(capsys.readouterr().err, message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         (["--workers", "2", "--storage", "/dev/null/run"], "cannot write to --storage /dev/null/run"),
         (["--workers", "2", "--backend", "nccl"], "needs GPUs"),
     ],
 )
-def test_bad_input_gets_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:
+def test_what_only_the_cluster_can_tell_gets_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:
     assert_refused(run_job(*arguments), message)
 
 
@@ -298,7 +324,11 @@ def test_a_committed_checkpoint_is_not_replaced_unless_asked(saved: job.Saved) -
 
 def assert_refused(done: subprocess.CompletedProcess[str], message: str) -> None:
     assert done.returncode == 2, (done.stdout, done.stderr)
-    [line] = done.stderr.splitlines()
+    assert_one_line(done.stderr, message)
+
+
+def assert_one_line(text: str, message: str) -> None:
+    [line] = text.splitlines()
     assert line.startswith("error: ")
     assert message in line
 

@@ -89,6 +89,7 @@ def test_alone_the_job_starts_its_own_ray_and_leaves_nothing(sandbox: Sandbox, t
     wait_until(lambda: not sandbox.processes(), 15, sandbox.processes)
 
 
+@pytest.mark.slow
 def test_verbose_lets_rays_own_lines_through(sandbox: Sandbox) -> None:
     done = sandbox.run_job(*FAILS_ONCE_JOINED, "--verbose", timeout_s=60)
     assert done.wait(0) == 2
@@ -130,6 +131,7 @@ def test_an_address_where_no_cluster_is(sandbox: Sandbox, listening: bool) -> No
 # On a running cluster
 
 
+@pytest.mark.slow
 def test_four_workers_share_the_two_cpus_of_the_cluster_in_ray_address(head: Head, tmp_path: Path) -> None:
     """Joined, not doubled: the run shows up in that cluster, asks for half a CPU each, and gives everything back."""
     before = set(placement_group_table())
@@ -154,6 +156,7 @@ def test_the_cluster_is_found_by_other_ways(head: Head, how: str) -> None:
     wait_until_free(10)
 
 
+@pytest.mark.slow
 def test_a_stale_address_file_is_passed_over(sandbox: Sandbox) -> None:
     """The cluster that `ray start` had recorded is gone: the job runs on a local Ray."""
     sandbox.ray.mkdir()
@@ -224,6 +227,7 @@ def submit(head: Head, name: str, *arguments: str, wait: bool = True) -> Started
 # A node goes
 
 
+@pytest.mark.slow
 def test_the_rank_of_a_killed_node_is_named(head: Head) -> None:
     """Three workers on two nodes; all processes of the second node are killed at once in mid-training."""
     node = add_node(head, "127.0.0.2", num_cpus=1)

@@ -158,6 +158,7 @@ def test_after_the_loss_of_a_node_training_goes_on_in_another_layout(head: Head,
     assert report["layouts_used"] == ["fsdp2x3", "pp2"]
 
 
+@pytest.mark.slow
 def test_a_signal_saves_and_a_second_job_goes_on_from_there(head: Head, tmp_path: Path) -> None:
     storage = tmp_path / "run"
     job = start_job(head, "pp2", storage, "--grace", "20")
@@ -175,6 +176,7 @@ def test_a_signal_saves_and_a_second_job_goes_on_from_there(head: Head, tmp_path
     assert report_of(storage)["losses"] == pytest.approx(reference("pp2"), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_failure_that_repeats_itself_is_not_tried_again(head: Head, tmp_path: Path) -> None:
     arguments = ["--address", head.address, "--model", "tests.models:Failing", "--layouts", "pp2", "--steps", "4"]
     job = head.sandbox.start(sys.executable, JOB, *arguments, "--max-failures", "9", "--storage", str(tmp_path))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ray_ckpt.cluster.worker import WorkerContext
+from ray_ckpt.cluster.worker import WorkerContext, resolve
 from ray_ckpt.format.manifest import Manifest
 from ray_ckpt.format.translate import Names
 from ray_ckpt.protocol.fit import LoadOffer
@@ -54,7 +53,7 @@ def plan(
     memory: PlanMemory = ctx.objects.setdefault(_MEMORY, PlanMemory())
     save = RankSave(storage)
     _saves(ctx)[attempt] = save
-    state = _resolve(state_of)(ctx)
+    state = resolve(state_of)(ctx)
     return SaveOffer(save.plan(state, memory, known), state.layout if isinstance(state, TrainState) else None)
 
 
@@ -97,7 +96,7 @@ def open_load(ctx: WorkerContext, attempt: str, storage: Storage, options: Mappi
 
 def name_load(ctx: WorkerContext, attempt: str, state_of: StateOf | str) -> Names | None:
     """What this rank's part of the state is called."""
-    return _loads(ctx)[attempt].names(_resolve(state_of)(ctx))
+    return _loads(ctx)[attempt].names(resolve(state_of)(ctx))
 
 
 def adapt_load(ctx: WorkerContext, attempt: str, names: Names | None) -> None:
@@ -107,7 +106,7 @@ def adapt_load(ctx: WorkerContext, attempt: str, names: Names | None) -> None:
 
 def offer_load(ctx: WorkerContext, attempt: str, state_of: StateOf | str) -> LoadOffer:
     """Compare the checkpoint with the state."""
-    return _loads(ctx)[attempt].offer(_resolve(state_of)(ctx))
+    return _loads(ctx)[attempt].offer(resolve(state_of)(ctx))
 
 
 def read_load(ctx: WorkerContext, attempt: str, verdict: LoadOffer) -> None:
@@ -145,9 +144,3 @@ def _loads(ctx: WorkerContext) -> dict[str, RankLoad]:
     """Attempt -> this rank's side of it."""
     loads: dict[str, RankLoad] = ctx.objects.setdefault(_LOADS, {})
     return loads
-
-
-def _resolve(state_of: StateOf | str) -> StateOf:
-    """The function, or the one of that name."""
-    found: StateOf = pkgutil.resolve_name(state_of) if isinstance(state_of, str) else state_of
-    return found

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 
-from ray_ckpt.cluster.worker import WorkerContext
+from ray_ckpt.cluster.worker import WorkerContext, load_module
 from ray_ckpt.format.manifest import MANIFEST_NAME
 from ray_ckpt.storage.files import Storage
 
@@ -19,8 +18,8 @@ class StorageView:
     has_checkpoint: bool
 
 
-def load_module(ctx: WorkerContext, name: str) -> None:
-    importlib.import_module(name)
+def load_code(ctx: WorkerContext, module: str) -> None:
+    load_module(module)
 
 
 def write_probe(ctx: WorkerContext, uri: str, token: str) -> None:

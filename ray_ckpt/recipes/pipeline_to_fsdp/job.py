@@ -217,6 +217,6 @@ def form_group(options: Options, screen: Screen, phase: str, layout: Layout) -> 
             call_timeout_s=options.timeout_s,
             on_wait=lambda wait: show_wait(line, wait, options.start_timeout_s),
         )
-        group.run(probe.load_module, RANKS)
+        group.run(probe.load_code, RANKS)
         line.result = describe_group(group, line)
     return group

@@ -229,7 +229,7 @@ def _form(options: Options, layout: Layout, line: Line, choose: Callable[[], Lay
         call_timeout_s=options.timeout_s,
         on_wait=on_wait,
     )
-    group.run(probe.load_module, RANKS)
+    group.run(probe.load_code, RANKS)
     return group
 
 
