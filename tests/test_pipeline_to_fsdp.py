@@ -25,12 +25,12 @@ from ray_ckpt.errors import UsageError, WorkerError
 from ray_ckpt.format.manifest import MANIFEST_NAME, Manifest
 from ray_ckpt.format.snapshot import compare
 from ray_ckpt.parallel.layout import Layout
-from ray_ckpt.recipes.command import main
 from ray_ckpt.recipes.pipeline_to_fsdp import job
 from ray_ckpt.recipes.pipeline_to_fsdp.command import pipeline_to_fsdp
 from ray_ckpt.recipes.screen import Screen
 from ray_ckpt.recipes.setting import check_storage
 from tests import rank_functions
+from tests.commands import assert_one_line, assert_refused
 from tests.conftest import MARKERS, REPOSITORY
 from tests.models import DOOMED_RANK
 from tests.s3 import run_s3
@@ -255,9 +255,8 @@ def test_a_mismatch_ends_with_exit_code_1_and_a_table(tmp_path: Path) -> None:
     assert "NOT VERIFIED" in done.stdout
 
 
-@pytest.mark.parametrize(
-    "moment", ["save", *(pytest.param(moment, marks=pytest.mark.slow) for moment in ("train", "load"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["train", "save", "load"])
 def test_a_killed_worker_is_named_within_ten_seconds_and_a_second_run_succeeds(tmp_path: Path, moment: str) -> None:
     arguments = ["--model", f"tests.models:dies_in_{moment}", "--workers", "2", "--steps", "2"]
     arguments += ["--storage", str(tmp_path / "run")]
@@ -297,11 +296,7 @@ def test_bad_input_gets_one_line_and_exit_code_2(
     arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In this process, as none of it gets as far as Ray."""
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main(pipeline_to_fsdp)
-    assert ended.value.code == 2
-    assert_one_line(capsys.readouterr().err, message)
+    assert_refused(pipeline_to_fsdp, arguments, message, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize(
@@ -312,25 +307,19 @@ def test_bad_input_gets_one_line_and_exit_code_2(
     ],
 )
 def test_what_only_the_cluster_can_tell_gets_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:
-    assert_refused(run_job(*arguments), message)
+    assert_wrong_use(run_job(*arguments), message)
 
 
 def test_a_committed_checkpoint_is_not_replaced_unless_asked(saved: job.Saved) -> None:
     before = tree(saved.uri)
     arguments = ["--workers", "2", "--steps", "2", "--dim", "32", "--layers", "2", "--storage", saved.uri]
-    assert_refused(run_job(*arguments), "already holds a committed checkpoint")
+    assert_wrong_use(run_job(*arguments), "already holds a committed checkpoint")
     assert tree(saved.uri) == before
 
 
-def assert_refused(done: subprocess.CompletedProcess[str], message: str) -> None:
+def assert_wrong_use(done: subprocess.CompletedProcess[str], message: str) -> None:
     assert done.returncode == 2, (done.stdout, done.stderr)
     assert_one_line(done.stderr, message)
-
-
-def assert_one_line(text: str, message: str) -> None:
-    [line] = text.splitlines()
-    assert line.startswith("error: ")
-    assert message in line
 
 
 def tree(root: str) -> dict[str, bytes]:

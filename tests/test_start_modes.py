@@ -69,6 +69,7 @@ def head() -> Iterator[Head]:
 # Alone
 
 
+@pytest.mark.slow
 def test_alone_the_job_starts_its_own_ray_and_leaves_nothing(sandbox: Sandbox, tmp_path: Path) -> None:
     """A local Ray from a bare environment: verified, nothing but our own lines, no trace of it afterwards."""
     done = sandbox.run_job(*SHORT, "--json", str(tmp_path / "out.json"))

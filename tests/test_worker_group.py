@@ -93,7 +93,7 @@ def test_a_raising_rank_is_named_while_others_sit_in_a_collective(
         group.run(rank_functions.recall)
 
 
-@pytest.mark.parametrize(("rank", "how"), [(0, "SIGKILL"), (2, "exit")])
+@pytest.mark.parametrize(("rank", "how"), [(0, "SIGKILL"), pytest.param(2, "exit", marks=pytest.mark.slow)])
 def test_a_dead_rank_is_named_within_five_seconds(group: WorkerGroup, rank: int, how: str) -> None:
     start = time.monotonic()
     with pytest.raises(WorkerError) as caught:
