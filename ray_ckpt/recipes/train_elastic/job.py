@@ -123,6 +123,22 @@ class Progress:
         self._last = kind
 
 
+@dataclass(frozen=True)
+class Run:
+    """What stays the same from group to group."""
+
+    options: Options
+    screen: Screen
+    uri: str
+    """May hold credentials: shown to nobody."""
+    stopper: Stopper
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def store(self) -> CheckpointStore:
+        return CheckpointStore(self.uri)
+
+
 def check(options: Options) -> None:
     """Find out what cannot work before Ray is started.
 
@@ -150,36 +166,42 @@ def run(options: Options, screen: Screen) -> ElasticReport:
         SystemExit: SIGTERM came while there was nothing to save.
     """
     num_cpus = math.ceil(options.layouts[0].world_size * options.cpus_per_worker)
-    stopper, progress = Stopper(options.grace_s), Progress()
+    stopper = Stopper(options.grace_s)
     with (
         connected(screen, options.address, num_cpus=num_cpus, verbose=options.verbose),
         storage_of(options.storage) as uri,
         stopper.listening(),
     ):
-        store = CheckpointStore(uri)
-        while progress.step < options.steps and not stopper.asked:
-            try:
-                layout, group = form(options, screen)
-                with group:
-                    progress.layouts_used.append(str(layout))
-                    start(options, screen, group, layout, uri, store, progress)
-                    train(options, screen, group, layout, uri, store, progress, stopper)
-            except OutOfTime:
-                screen.console.print("the grace is over: what was trained since the last save is lost", markup=False)
-                break
-            except GroupError as error:
-                progress.failed(error, options.max_failures)
-                screen.console.print(f"failed at step {progress.step}: {error}", markup=False, soft_wrap=True)
+        job = Run(options, screen, uri, stopper)
+        train_all(job)
         return ElasticReport(
-            final_step=store.latest() or 0,
+            final_step=job.store.latest() or 0,
             steps=options.steps,
             stopped=stopper.asked,
-            restarts=progress.restarts,
-            layouts_used=progress.layouts_used,
-            losses=progress.losses,
+            restarts=job.progress.restarts,
+            layouts_used=job.progress.layouts_used,
+            losses=job.progress.losses,
             storage=Storage(uri).address,
             phases=dict(screen.seconds),
         )
+
+
+def train_all(job: Run) -> None:
+    """One group after the other, until all steps are trained or a signal has come."""
+    progress, console = job.progress, job.screen.console
+    while progress.step < job.options.steps and not job.stopper.asked:
+        try:
+            layout, group = form(job.options, job.screen)
+            with group:
+                progress.layouts_used.append(str(layout))
+                start(job, group, layout)
+                train(job, group, layout)
+        except OutOfTime:
+            console.print("the grace is over: what was trained since the last save is lost", markup=False)
+            return
+        except GroupError as error:
+            progress.failed(error, job.options.max_failures)
+            console.print(f"failed at step {progress.step}: {error}", markup=False, soft_wrap=True)
 
 
 class _Reconsider(Exception):
@@ -233,54 +255,39 @@ def _form(options: Options, layout: Layout, line: Line, choose: Callable[[], Lay
     return group
 
 
-def start(
-    options: Options,
-    screen: Screen,
-    group: WorkerGroup,
-    layout: Layout,
-    uri: str,
-    store: CheckpointStore,
-    progress: Progress,
-) -> None:
+def start(job: Run, group: WorkerGroup, layout: Layout) -> None:
     """Begin, or go on from the latest committed step."""
+    progress = job.progress
     if not progress.layouts_used[1:]:
-        check_storage(group, uri, overwrite=True)
-    latest = store.latest()
-    with screen.phase("start", "from the beginning" if latest is None else f"from step {latest}") as line:
-        group.run(f"{RANKS}:start", options.workload, layout, latest is None)
+        check_storage(group, job.uri, overwrite=True)
+    latest = job.store.latest()
+    with job.screen.phase("start", "from the beginning" if latest is None else f"from step {latest}") as line:
+        group.run(f"{RANKS}:start", job.options.workload, layout, latest is None)
         if latest is not None:
-            cluster.load(group, f"{RANKS}:state_of", store, step=latest)
+            cluster.load(group, f"{RANKS}:state_of", job.store, step=latest)
         progress.losses = group.run(f"{RANKS}:losses")[0]
         line.result = f"{layout} from step {progress.step}"
 
 
-def train(
-    options: Options,
-    screen: Screen,
-    group: WorkerGroup,
-    layout: Layout,
-    uri: str,
-    store: CheckpointStore,
-    progress: Progress,
-    stopper: Stopper,
-) -> None:
+def train(job: Run, group: WorkerGroup, layout: Layout) -> None:
     """Train until the last step, a signal, or room for a better layout. What was trained is committed on return."""
-    with screen.phase("train", f"from step {progress.step} as {layout}") as line, stopper.deferred():
+    options, progress, stopper = job.options, job.progress, job.stopper
+    with job.screen.phase("train", f"from step {progress.step} as {layout}") as line, stopper.deferred():
         saved = progress.step
         while progress.step < options.steps and not stopper.asked:
             progress.trained(group.run(f"{RANKS}:train_step", options.workload, progress.step)[0])
             line.update(f"step {progress.step} of {options.steps}, loss {progress.losses[-1]:.4f}")
             if progress.step % options.save_every == 0:
                 saved = progress.step
-                group.run(f"{RANKS}:begin_save", uri, saved)
-                store.prune(keep_last(options.keep_last))
+                group.run(f"{RANKS}:begin_save", job.uri, saved)
+                job.store.prune(keep_last(options.keep_last))
                 line.note(f"step {saved} of {options.steps}, loss {progress.losses[-1]:.4f}, saving")
                 if options.grow and _room_for_better(options, layout):
                     break
         if saved < progress.step:
-            group.run(f"{RANKS}:begin_save", uri, progress.step)
+            group.run(f"{RANKS}:begin_save", job.uri, progress.step)
         group.run(f"{RANKS}:finish_save", stopper.left_s if stopper.asked else options.timeout_s)
-        store.prune(keep_last(options.keep_last))
+        job.store.prune(keep_last(options.keep_last))
         line.result = f"step {progress.step} of {options.steps} committed"
 
 
