@@ -12,6 +12,10 @@ def square(number: int) -> int:
     return number * number
 
 
+def working_directory() -> str:
+    return os.getcwd()
+
+
 def fail_on(number: int, culprits: list[int]) -> int:
     if number in culprits:
         raise ValueError(f"the disk of {number} is on fire")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -40,6 +41,7 @@ from tests import driver, task_functions
 from tests.clusters import wait_until
 from tests.conftest import REPOSITORY
 from tests.ranks import run_ranks
+from tests.s3 import run_s3
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 
@@ -218,7 +220,7 @@ def _damage(path: Path, position: int | None) -> None:
 SCREEN = Screen(Console(file=io.StringIO()))
 
 
-def _reshard(source: Path, to: str, target: Path, *, overwrite: bool = False) -> Manifest:
+def _reshard(source: Path | str, to: str, target: Path | str, *, overwrite: bool = False) -> Manifest:
     """The job in this process, on this module's Ray, whose workers it shares with the other tests."""
     prepared = job.prepare(job.Options(str(source), to, str(target), overwrite), SCREEN)
     job.rewrite(prepared, 60, SCREEN)
@@ -298,6 +300,33 @@ def test_a_foreign_source_becomes_a_checkpoint_of_ours(tmp_path: Path) -> None:
     assert all(torch.equal(found["model"][name], value) for name, value in state["model"].items())
     assert manifest.values() == {"lr": 0.25}
     assert len(manifest.files) == 4
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_from_s3_to_s3() -> None:
+    with run_s3() as s3:
+        source, target = s3.uri("source"), s3.uri("target")
+        driver.save([_state()], [ArrowStorageWriter(source)])
+        manifest = _reshard(source, "fsdp2x3", target)
+        assert len(manifest.files) == 3
+        assert _differing(driver.load(_blank(), ArrowStorageReader(target))) == []
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_target_that_tasks_do_not_share_is_refused(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One name, and another directory in every process: what each one's working directory is."""
+    here = Path("/proc/self/cwd", tmp_path.name)
+    there = Path(run_tasks(task_functions.working_directory, {0: ()}, timeout_s=60)[0], tmp_path.name)
+    monkeypatch.chdir(tmp_path)
+    try:
+        with pytest.raises(UsageError, match=r"--target .* is not shared: the file that the task of rank 0 wrote"):
+            _reshard(saved, "tp2", here)
+        assert not here.exists()
+        assert len(list(there.glob("*.distcp"))) == 2, "the tasks did write, but not here"
+    finally:
+        shutil.rmtree(there)
 
 
 def test_the_source_may_be_a_store_of_steps(saved: Path, tmp_path: Path) -> None:

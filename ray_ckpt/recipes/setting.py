@@ -42,8 +42,7 @@ def describe_group(group: WorkerGroup, line: Line) -> str:
 def storage_of(storage: str | None) -> Iterator[str]:
     """Where to save: as asked, or a temporary directory that goes away with the job."""
     if storage is not None:
-        # A relative path would mean another directory on every worker.
-        yield storage if "://" in storage else str(Path(storage).absolute())
+        yield Storage(storage).uri  # absolute, as a relative path would mean another directory on every worker
         return
     directory = str(Path(tempfile.gettempdir()) / f"ray-ckpt-{secrets.token_hex(6)}")
     try:

@@ -15,7 +15,6 @@ import importlib.metadata
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from ray_ckpt.cluster.tasks import run_tasks
 from ray_ckpt.errors import StorageError, UsageError
@@ -88,10 +87,10 @@ def prepare(options: Options, screen: Screen) -> Prepared:
         CheckpointError, StorageError: the source cannot be read.
     """
     layout = Layout.parse(options.to)
-    target = Storage(_absolute(options.target))
+    target = Storage(options.target)
     if not options.overwrite:
         refuse_if_taken(target)
-    source = find(_absolute(options.source), None)
+    source = find(options.source, None)
     with screen.phase("read", f"what {source.address} holds") as line:
         reader = ArrowStorageReader(source)
         manifest = reader.read_manifest()
@@ -207,8 +206,3 @@ def _discard(target: Storage, attempt: str) -> None:
         for name in target.list_files():
             if name.endswith(f"-{attempt}.distcp"):
                 target.delete(name)
-
-
-def _absolute(place: str) -> str:
-    """A relative path would mean another directory in every task."""
-    return place if "://" in place else str(Path(place).absolute())
