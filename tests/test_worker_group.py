@@ -178,6 +178,7 @@ except WorkerError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_group_that_started_ray_itself_also_stops_it_after_a_failure() -> None:
     done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "(0,) False"
