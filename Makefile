@@ -4,17 +4,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-clusters test-slow test-matrix test-faults bench bench-async bench-planning lint format clean constraints
+.PHONY: demo test test-jobs test-slow test-matrix test-faults bench bench-async bench-planning lint format clean constraints
 
 demo: .venv/.installed
 	$(BIN)/python jobs/pipeline_to_fsdp.py $(ARGS)
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest -m "not clusters and not slow and not matrix and not faults" $(ARGS)
+	$(BIN)/python -m pytest -m "not jobs and not slow and not matrix and not faults" $(ARGS)
 
-# The ways to start a job: alone, on a `ray start` cluster, by `ray job submit`, autoscaled; and by which it ends.
-test-clusters: .venv/.installed-dev
-	$(BIN)/python -m pytest -m "clusters and not slow and not faults" $(ARGS)
+# The jobs as a person runs them: alone, on a `ray start` cluster, by `ray job submit`, autoscaled; and how they end.
+test-jobs: .venv/.installed-dev
+	$(BIN)/python -m pytest -m "jobs and not slow and not faults" $(ARGS)
 
 # More of the same fault matrix than `make test` has time for.
 test-slow: .venv/.installed-dev

@@ -90,6 +90,7 @@ def test_every_tensor_and_every_hyperparameter_arrives(tmp_path: Path, target: s
     assert done.stderr == ""
 
 
+@pytest.mark.jobs
 @pytest.mark.parametrize(
     ("source", "target"),
     [("fsdp2x3", "pp2"), pytest.param("tp2", "single", marks=pytest.mark.slow)],
@@ -243,6 +244,7 @@ def test_storage_that_nodes_do_not_share_is_found_before_a_byte_is_saved(
     assert list((tmp_path / "shared").iterdir()) == []
 
 
+@pytest.mark.jobs
 def test_a_mismatch_ends_with_exit_code_1_and_a_table(tmp_path: Path) -> None:
     report_path = tmp_path / "out.json"
     done = run_job("--model", "tests.models:Noisy", "--workers", "2", "--steps", "2", "--json", str(report_path))
@@ -299,6 +301,7 @@ def test_bad_input_gets_one_line_and_exit_code_2(
     assert_refused(pipeline_to_fsdp, arguments, message, monkeypatch, capsys)
 
 
+@pytest.mark.jobs
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -310,6 +313,7 @@ def test_what_only_the_cluster_can_tell_gets_one_line_and_exit_code_2(arguments:
     assert_wrong_use(run_job(*arguments), message)
 
 
+@pytest.mark.jobs
 def test_a_committed_checkpoint_is_not_replaced_unless_asked(saved: job.Saved) -> None:
     before = tree(saved.uri)
     arguments = ["--workers", "2", "--steps", "2", "--dim", "32", "--layers", "2", "--storage", saved.uri]

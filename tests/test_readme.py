@@ -14,7 +14,7 @@ from tests.conftest import REPOSITORY
 RUN_BY = {
     "make demo": ".ci/run",
     "make test": ".ci/run",
-    "make test-clusters": ".ci/run",
+    "make test-jobs": ".ci/run",
     "make test-slow": "tests/test_makefile.py::test_arguments_reach_the_commands",
     "make test-matrix": "tests/test_makefile.py::test_arguments_reach_the_commands",
     "make test-faults": "tests/test_makefile.py::test_arguments_reach_the_commands",
@@ -75,7 +75,7 @@ def test_ci_runs_what_it_is_said_to_run() -> None:
     assert {command for command, where in RUN_BY.items() if where == ".ci/run" and command in script} == {
         "make demo",
         "make test",
-        "make test-clusters",
+        "make test-jobs",
         "make lint",
     }
 

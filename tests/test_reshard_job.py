@@ -239,6 +239,7 @@ def _run_script(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.jobs
 @pytest.mark.usefixtures("local_ray")
 def test_a_rewritten_checkpoint_is_the_same_for_everybody(saved: Path, tmp_path: Path) -> None:
     """The command, as a process of its own."""

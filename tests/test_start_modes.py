@@ -51,7 +51,7 @@ JSON_KEYS = {
 }
 
 
-pytestmark = pytest.mark.clusters
+pytestmark = pytest.mark.jobs
 
 
 @pytest.fixture

@@ -160,7 +160,7 @@ def test_after_the_loss_of_a_node_training_goes_on_in_another_layout(head: Head,
     assert report["layouts_used"] == ["fsdp2x3", "pp2"]
 
 
-@pytest.mark.clusters
+@pytest.mark.jobs
 def test_a_signal_saves_and_a_second_job_goes_on_from_there(head: Head, tmp_path: Path) -> None:
     storage = tmp_path / "run"
     job = start_job(head, "pp2", storage, "--grace", "20")

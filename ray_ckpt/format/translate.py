@@ -35,8 +35,9 @@ _OPTIMIZER = re.compile(r"(.+?)\.param_groups\.")
 _LIST = re.compile(r"(.+?)\.param_groups\.(\d+)\.(params|param_names)")
 _MEMBERS = (".params", ".param_names")
 
-_LIKE_THE_PARAMETER = frozenset(
-    {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum", "square_avg", "grad_avg", "acc_delta"}
+_LIKE_THE_PARAMETER = (
+    *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"),
+    *("sum", "square_avg", "grad_avg", "acc_delta"),
 )
 """Optimizer state that has the shape of its parameter."""
 
