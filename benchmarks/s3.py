@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import logging
 import statistics
 import tempfile
 import warnings
@@ -92,6 +93,7 @@ def main() -> None:
     seconds: dict[tuple[str, str], list[float]] = collections.defaultdict(list)
     requests: dict[tuple[str, str], collections.Counter[str]] = {}
     fetched: dict[tuple[str, str], int] = {}
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # a line per request
     with run_s3() as s3, tempfile.TemporaryDirectory() as scratch:
         for repeat in range(options.repeats):
             for name in CONTESTANTS:

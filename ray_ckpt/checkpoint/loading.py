@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from ray_ckpt.checkpoint.carriers import carrier
+from ray_ckpt.checkpoint.carriers import carrier, on_any_rank
 from ray_ckpt.checkpoint.target import source
 from ray_ckpt.checkpoint.together import Exchange, together
 from ray_ckpt.errors import UsageError
 from ray_ckpt.format.translate import join
 from ray_ckpt.parallel.claims import KeyMap
+from ray_ckpt.parallel.state import TrainState
 from ray_ckpt.protocol.fit import agree
 from ray_ckpt.protocol.rank_load import LoadOptions, RankLoad, State
 from ray_ckpt.report import LoadReport
@@ -71,7 +72,7 @@ def load(
     with together("load"):
         rank.open()
     ranks = Exchange("load", carrier())
-    if rank.may_be_foreign:
+    if rank.may_be_foreign and on_any_rank(isinstance(state, TrainState)):
         of_ranks = ranks.gather(lambda: rank.names(state))
         common = ranks.broadcast(lambda: join(of_ranks))
         with together("load"):

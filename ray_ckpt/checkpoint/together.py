@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ray_ckpt.checkpoint.carriers import Carrier, LostContact
+from ray_ckpt.checkpoint.carriers import Carrier, LostContact, on_any_rank
 from ray_ckpt.errors import CheckpointError, RayCkptError, StorageError
 
 T = TypeVar("T")
@@ -24,13 +24,14 @@ def together(operation: str) -> Iterator[None]:
         yield
     except Exception as error:
         failure = error
-    text = None if failure is None else _describe(failure)
-    texts: list[str | None] = [text]
+    if not on_any_rank(failure is not None):
+        return
+    texts: list[str | None] = [None if failure is None else _describe(failure)]
     if dist.is_initialized():
-        texts *= dist.get_world_size()
+        text, texts = texts[0], texts * dist.get_world_size()
         dist.all_gather_object(texts, text)
-    if failures := {rank: text for rank, text in enumerate(texts) if text is not None}:
-        raise _combine(operation, failures, len(texts), failure) from failure
+    failures = {rank: text for rank, text in enumerate(texts) if text is not None}
+    raise _combine(operation, failures, len(texts), failure) from failure
 
 
 class Exchange:
