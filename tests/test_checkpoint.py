@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemWriter
 
@@ -166,3 +167,41 @@ def test_every_rank_learns_which_rank_failed_and_none_hangs(tmp_path: Path) -> N
         assert saving == "save failed on rank 1: MemoryError: no room for the optimizer"
         assert loading.startswith("load failed on rank 1: StateMismatchError: the checkpoint does not fit")
     assert not (tmp_path / "bad").exists()
+
+
+def save_again_and_again(rank: int, directory: str) -> list[tuple[str, int]]:
+    """What became of each save, and how often the ranks' plans or records were gathered for it."""
+    gathered = []
+    gather = dist.gather_object
+
+    def counted(*args: Any, **kwargs: Any) -> None:
+        gathered.append(args)
+        gather(*args, **kwargs)
+
+    dist.gather_object = counted
+    rows, found = 4, []
+    for number, change in enumerate(["", "values", "a shape on rank 1", "values", "taken", "values"]):
+        if change == "a shape on rank 1":
+            rows += rank
+        state = {f"mine{rank}": torch.full((rows, 3), float(number)), "all": torch.full((5,), float(number))}
+        target = f"{directory}/{0 if change == 'taken' else number}"
+        gathered.clear()
+        try:
+            report = ray_ckpt.save(state, target)
+        except CheckpointExistsError:
+            found.append(("exists", len(gathered)))
+            continue
+        found.append((report.uri, len(gathered)))
+        like = {name: torch.full_like(value, -1.0) for name, value in state.items()}
+        ray_ckpt.load(like, target, strict=False)
+        assert all(torch.equal(like[name], value) for name, value in state.items()), change
+    return found
+
+
+def test_ranks_whose_plans_have_not_changed_need_not_tell_them_again(tmp_path: Path) -> None:
+    """One round less; any change on any rank, and anything that speaks against the save, is told to all."""
+    for found in run_ranks(save_again_and_again, 3, tmp_path, str(tmp_path)):
+        assert [number for _, number in found] == [2, 1, 2, 1, 1, 1]
+        assert [uri == "exists" for uri, _ in found] == [False, False, False, False, True, False]
+    attempts = {Manifest.from_json((tmp_path / n / MANIFEST_NAME).read_bytes()).attempt for n in "01235"}
+    assert len(attempts) == 5

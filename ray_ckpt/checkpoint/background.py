@@ -21,6 +21,7 @@ from ray_ckpt.checkpoint.carriers import Alone, Carrier, LostContact, Star, time
 from ray_ckpt.errors import CheckpointError, SavePendingError
 from ray_ckpt.protocol.coordinator import PlanCache
 from ray_ckpt.protocol.host_copy import HostCopy
+from ray_ckpt.protocol.messages import Assignment
 from ray_ckpt.protocol.rank import PlanMemory
 from ray_ckpt.report import SaveReport
 
@@ -127,6 +128,8 @@ class Saver:
         self.cache = PlanCache()
         self.known: frozenset[str] = frozenset()
         """Tokens of this rank's plans that the coordinator's cache holds."""
+        self.agreed: Assignment | None = None
+        """What this rank was told to do with the plan of that token."""
 
     @property
     def busy(self) -> bool:

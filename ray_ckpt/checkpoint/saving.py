@@ -1,6 +1,7 @@
 """save(state, target): the phases of `protocol/`, carried by collectives, and by messages beside training.
 
 every rank     settle the save before, hold -> plan ── gather ──> coordinator: merge ── scatter ──>
+               or, when no rank's plan has changed since that save: as then
 every rank     if training goes on meanwhile: copy (blocking=False); from here on in a thread (background.py)
 every rank     write files ── gather ──> coordinator: check ── broadcast ──> publish ── broadcast ──> SaveReport
 """
@@ -10,14 +11,15 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, overload
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar, overload
 
 import torch
+import xxhash
 from torch.distributed.checkpoint.stateful import Stateful
 
 from ray_ckpt.checkpoint.background import SaveHandle, Saver, saver
-from ray_ckpt.checkpoint.carriers import Carrier, carrier
+from ray_ckpt.checkpoint.carriers import Carrier, carrier, on_any_rank
 from ray_ckpt.checkpoint.together import Exchange
 from ray_ckpt.errors import RayCkptError, UsageError
 from ray_ckpt.format import dcp_metadata
@@ -29,6 +31,7 @@ from ray_ckpt.report import SaveReport
 from ray_ckpt.storage.target import Target, destination
 
 State = Stateful | Mapping[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -128,9 +131,10 @@ def save(
         layout=state.layout if layout is None and isinstance(state, TrainState) else layout,
         saved_by={"torch": torch.__version__},
         cache=mine.cache,
+        attempt=_next_attempt(mine.agreed),
     )
     trainers = carrier()
-    order = _agree(trainers, mine, writer, coordinator, state, skip=if_busy == "skip")
+    order = _agree(trainers, mine, writer, coordinator, state, skip=if_busy == "skip", beside_training=not blocking)
     if order.assignment is None:
         if trainers.rank == 0:
             text = f"the save of {storage.address} is skipped: the one before is still being written"
@@ -148,16 +152,22 @@ def save(
 
 
 def _agree(
-    trainers: Carrier, mine: Saver, writer: RankSave, coordinator: Coordinator, state: State, *, skip: bool
+    trainers: Carrier,
+    mine: Saver,
+    writer: RankSave,
+    coordinator: Coordinator,
+    state: State,
+    *,
+    skip: bool,
+    beside_training: bool,
 ) -> _Order:
     """Plan together, unless a rank is busy, or a save in the background has failed."""
-
-    def offer() -> _Offer:
-        if skip and mine.busy:
-            return _Offer(None, mine.has_carrier)
-        mine.settle()
-        plan = writer.plan(state, mine.memory, mine.known)
-        return _Offer(plan, mine.has_carrier)
+    ranks = Exchange("save", trainers)
+    offer = _kept(functools.partial(_offer, mine, writer, state, skip=skip))
+    if trainers.num_ranks > 1 and not on_any_rank(not _may_repeat(mine, offer, coordinator, trainers, beside_training)):
+        assert mine.agreed is not None, "what is repeated was agreed"
+        mine.agreed = replace(mine.agreed, attempt=coordinator.attempt)
+        return _Order(mine.agreed, new_carrier=False)
 
     def give_orders() -> Sequence[_Order]:
         plans = [offer.plan for offer in offers if offer.plan is not None]
@@ -166,26 +176,65 @@ def _agree(
         new_carrier = not all(offer.has_carrier for offer in offers)
         return [_Order(assignment, new_carrier) for assignment in coordinator.merge(plans)]
 
-    ranks = Exchange("save", trainers)
     offers = ranks.gather(offer)
     order = ranks.scatter(give_orders)
     if order.assignment is not None:
-        mine.known = frozenset({mine.memory.token})
+        mine.known, mine.agreed = frozenset({mine.memory.token}), order.assignment
     return order
+
+
+def _offer(mine: Saver, writer: RankSave, state: State, *, skip: bool) -> _Offer:
+    if skip and mine.busy:
+        return _Offer(None, mine.has_carrier)
+    mine.settle()
+    return _Offer(writer.plan(state, mine.memory, mine.known), mine.has_carrier)
+
+
+def _may_repeat(
+    mine: Saver, offer: Callable[[], _Offer], coordinator: Coordinator, trainers: Carrier, beside_training: bool
+) -> bool:
+    """Whether this rank can do what it did at the save before, of a state that has changed in nothing but its values.
+
+    When all ranks can, nothing more needs to be said than that. What speaks against it is said afterwards.
+    """
+    try:
+        offered = offer()
+        if trainers.rank == 0 and mine.agreed is not None:
+            coordinator.merge_again()
+    except Exception:
+        return False
+    unchanged = mine.agreed is not None and offered.plan is not None and offered.plan.items is None
+    return unchanged and (offered.has_carrier or not beside_training)
+
+
+def _next_attempt(agreed: Assignment | None) -> str | None:
+    """A name for an attempt that all ranks know without being told."""
+    return None if agreed is None else xxhash.xxh3_64_hexdigest(agreed.attempt.encode())[:12]
+
+
+def _kept(function: Callable[[], T]) -> Callable[[], T]:
+    """Calls it now; what it gave, value or failure, is given as often as one asks."""
+    try:
+        value = function()
+    except Exception as error:
+        failure = error
+
+        def fail() -> T:
+            raise failure
+
+        return fail
+    return lambda: value
 
 
 def _staged(writer: RankSave, assignment: Assignment, mine: Saver) -> Callable[[], RankRecord]:
     """Copy this rank's part. A failure is raised by what is returned, where the other ranks learn of it too."""
-    try:
-        writer.stage(assignment, mine.host_copy)
-    except Exception as error:
-        failure = error
+    staged = _kept(functools.partial(writer.stage, assignment, mine.host_copy))
 
-        def fail() -> RankRecord:
-            raise failure
+    def write() -> RankRecord:
+        staged()
+        return writer.write(assignment)
 
-        return fail
-    return functools.partial(writer.write, assignment)
+    return write
 
 
 def _finish(ranks: Exchange, coordinator: Coordinator, writer: RankSave, write: Callable[[], RankRecord]) -> SaveReport:

@@ -53,6 +53,11 @@ class PlanCache:
         """Tokens whose items are known: ranks need not send these again."""
         return frozenset(self._tokens)
 
+    @property
+    def plans(self) -> list[LocalPlan]:
+        """What ranks send that hold the same again, by rank."""
+        return [LocalPlan(token, None) for token in self._tokens]
+
     def update(self, plans: Sequence[LocalPlan]) -> _Merged:
         """What these plans add up to, from memory where nothing has changed."""
         tokens = [plan.token for plan in plans]
@@ -74,6 +79,7 @@ class Coordinator:
         saved_by: name -> version of the software, kept in the manifest.
         fingerprints: `Fingerprint.digest` of tensors by name, kept in the manifest.
         cache: of the attempts before; keep one per group of ranks.
+        attempt: names this one; no other may have the same.
     """
 
     def __init__(
@@ -85,6 +91,7 @@ class Coordinator:
         saved_by: Mapping[str, str] | None = None,
         fingerprints: Mapping[str, str] | None = None,
         cache: PlanCache | None = None,
+        attempt: str | None = None,
     ) -> None:
         self._start = time.monotonic()
         self._storage = storage
@@ -95,7 +102,7 @@ class Coordinator:
         self._cache = cache or PlanCache()
         self._merged: _Merged | None = None
         self._manifest: Manifest | None = None
-        self.attempt = uuid.uuid4().hex[:12]
+        self.attempt = attempt or uuid.uuid4().hex[:12]
 
     def merge(self, plans: Sequence[LocalPlan]) -> list[Assignment]:
         """Decide who writes what, by rank. A part that several ranks hold is written by the least loaded of them.
@@ -109,6 +116,14 @@ class Coordinator:
         with collector_paused():
             self._merged = self._cache.update(plans)
         return [Assignment(self.attempt, rank, skipped) for rank, skipped in enumerate(self._merged.skipped)]
+
+    def merge_again(self) -> None:
+        """Decide as for the attempt before, as every rank holds what it held then.
+
+        Raises:
+            CheckpointExistsError: as `merge`.
+        """
+        self.merge(self._cache.plans)
 
     def check(self, records: Sequence[RankRecord]) -> None:
         """Check that all of it was written, by the records of all ranks, by rank.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import mmap
 import weakref
 from collections.abc import Sequence
@@ -43,7 +44,6 @@ class HostCopy:
         self._items: tuple[Item, ...] = ()
         self._skipped: Sequence[int] = ()
         self._places: list[torch.Tensor | None] = []
-        self._bytes: list[torch.Tensor | None] = []
 
     @property
     def num_bytes(self) -> int:
@@ -62,34 +62,36 @@ class HostCopy:
         left_out = set(skipped)
         devices = set()
         values: list[Any] = []
+        places, sources = [], []
         for position, value in enumerate(holdings.values):
             if position in left_out:
                 values.append(None)
             elif holdings.items[position].spec is None:
                 values.append(_frozen(value))
             else:
-                values.append(self._fill(position, plain(value)))
+                source = plain(value)
+                place = self._place(position, source)
+                values.append(place)
                 devices.add(value.device)
+                places.append(_copied(place))
+                sources.append(_copied(source))
+        if places:
+            # One call for all: what Python adds to the copy of a small tensor is as much as the copy.
+            torch._foreach_copy_(places, sources, non_blocking=True)
         for device in devices:
             if device.type == "cuda":
                 torch.cuda.current_stream(device).synchronize()
         return Holdings(holdings.items, tuple(values))
 
-    def _fill(self, position: int, source: torch.Tensor) -> torch.Tensor:
-        place, raw = self._places[position], self._bytes[position]
+    def _place(self, position: int, source: torch.Tensor) -> torch.Tensor:
+        place = self._places[position]
         assert place is not None, "what is not skipped has its place"
-        assert raw is not None
         if (source.dtype, source.shape) != (place.dtype, place.shape):
             name, _, spec = self._items[position]
             raise UsageError(
                 f"{name!r} was planned as {_described(spec)} but is now {source.dtype}{list(source.shape)}; "
                 "do not change the state dict during a save"
             )
-        if source.is_contiguous():
-            # As bytes, because some dtypes of less than a byte cannot be copied by their own.
-            raw.copy_(source.reshape(-1).view(torch.uint8), non_blocking=True)
-        else:
-            place.copy_(source, non_blocking=True)
         return place
 
     def _lay_out(self, holdings: Holdings, skipped: Sequence[int]) -> None:
@@ -102,7 +104,7 @@ class HostCopy:
         specs = [None if position in left_out else item.spec for position, item in enumerate(holdings.items)]
         sizes = [_num_bytes(spec) for spec in specs]
         spans = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
-        self._items, self._places, self._bytes = (), [], []
+        self._items, self._places = (), []
         if must_pin or sum(spans) > self._buffer.nbytes:
             self._pinned = self._pinned or must_pin
             self._buffer = torch.empty(0, dtype=torch.uint8)  # given back before more is taken
@@ -110,7 +112,6 @@ class HostCopy:
         parts = self._buffer[: sum(spans)].split_with_sizes(spans)
         for spec, size, part in zip(specs, sizes, parts, strict=True):
             raw = None if spec is None else part[:size]
-            self._bytes.append(raw)
             self._places.append(None if spec is None or raw is None else _shaped(raw, spec))
         self._items, self._skipped = holdings.items, skipped
 
@@ -136,6 +137,20 @@ def _pin(buffer: torch.Tensor) -> None:
     runtime = torch.cuda.cudart()
     torch.cuda.check_error(runtime.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 1))
     weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr()).atexit = False
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    """As what torch copies it: its bytes, where it cannot do so by the dtype, as for some of less than a byte."""
+    return tensor if _has_copy(tensor.dtype) else tensor.reshape(-1).view(torch.uint8)
+
+
+@functools.cache
+def _has_copy(dtype: torch.dtype) -> bool:
+    try:
+        torch.empty(1, dtype=dtype).copy_(torch.empty(1, dtype=dtype))
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
 
 
 def _shaped(raw: torch.Tensor, spec: TensorSpec) -> torch.Tensor:

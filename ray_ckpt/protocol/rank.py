@@ -36,7 +36,7 @@ class PlanMemory:
     def __init__(self) -> None:
         self.token = ""
         """Of the last plan."""
-        self._items: tuple[Item, ...] | None = None
+        self.items: tuple[Item, ...] | None = None
 
     def plan(self, holdings: Holdings, known: frozenset[str]) -> LocalPlan:
         """The plan of these holdings.
@@ -44,8 +44,8 @@ class PlanMemory:
         Args:
             known: tokens that the coordinator still has the items of.
         """
-        if self._items != holdings.items:
-            self.token, self._items = uuid.uuid4().hex, holdings.items
+        if self.items != holdings.items:
+            self.token, self.items = uuid.uuid4().hex, holdings.items
         return LocalPlan(self.token, None if self.token in known else holdings.items)
 
 
@@ -78,8 +78,11 @@ class RankSave:
             UsageError: as `hold`.
         """
         with collector_paused():
-            self._holdings = hold(state.state_dict() if isinstance(state, Stateful) else state)
-            return memory.plan(self._holdings, known)
+            holdings = hold(state.state_dict() if isinstance(state, Stateful) else state)
+            plan = memory.plan(holdings, known)
+            # The very items of an equal plan before: to compare them again costs nothing then.
+            self._holdings = Holdings(memory.items or (), holdings.values)
+            return plan
 
     def stage(self, assignment: Assignment, host_copy: HostCopy) -> None:
         """Copy what is to be written, and digest what is not, so that the state may change before `write`.
