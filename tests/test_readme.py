@@ -98,6 +98,7 @@ def _help_of(job: str) -> str:
     return done.stdout
 
 
+@pytest.mark.jobs
 @pytest.mark.parametrize("block", blocks("python"), ids=lambda block: block.split()[1])
 def test_every_python_block_runs(block: str, tmp_path: Path) -> None:
     done = subprocess.run(
