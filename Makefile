@@ -12,7 +12,7 @@ demo: .venv/.installed
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest -m "not jobs and not slow and not matrix and not faults" $(ARGS)
 
-# The jobs as a person runs them: alone, on a `ray start` cluster, by `ray job submit`, autoscaled; and how they end.
+# The jobs as a person runs them, on `ray start` clusters and by `ray job submit`; the README's Python.
 test-jobs: .venv/.installed-dev
 	$(BIN)/python -m pytest -m "jobs and not slow and not faults" $(ARGS)
 

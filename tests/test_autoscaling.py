@@ -17,7 +17,7 @@ def nodes_up() -> int:
     return sum(node["Alive"] for node in ray.nodes())
 
 
-@pytest.mark.jobs
+@pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_nodes_come_for_the_job_and_go_after_it(tmp_path: Path) -> None:
     """The placement group is the demand: the job says what it waits for, runs on the new nodes, and lets them go."""

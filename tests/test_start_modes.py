@@ -72,6 +72,7 @@ def head() -> Iterator[Head]:
 # Alone
 
 
+@pytest.mark.slow
 def test_alone_the_job_starts_its_own_ray_and_leaves_nothing(sandbox: Sandbox, tmp_path: Path) -> None:
     """A local Ray from a bare environment: verified, nothing but our own lines, no trace of it afterwards."""
     done = sandbox.run_job(*SHORT, "--json", str(tmp_path / "out.json"))
@@ -92,6 +93,7 @@ def test_alone_the_job_starts_its_own_ray_and_leaves_nothing(sandbox: Sandbox, t
     wait_until(lambda: not sandbox.processes(), 15, sandbox.processes)
 
 
+@pytest.mark.slow
 def test_verbose_lets_rays_own_lines_through(sandbox: Sandbox) -> None:
     done = sandbox.run_job(*FAILS_ONCE_JOINED, "--verbose", timeout_s=60)
     assert done.wait(0) == 2
