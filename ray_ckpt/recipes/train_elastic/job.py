@@ -86,8 +86,8 @@ class Progress:
     restarts: list[Restart] = field(default_factory=list)
     _failure: tuple[str, int | None, int, float] | None = None
     """Cause, rank, step and time of a failure that has not been made up for."""
-    _last: tuple[int, str] | None = None
-    """Step and kind of the last failure."""
+    _last: tuple[int, int | None, str] | None = None
+    """Step, rank and kind of the last failure."""
 
     @property
     def step(self) -> int:
@@ -117,7 +117,7 @@ class Progress:
             self.restarts.append(Restart(cause, rank, step, time.monotonic() - since))
         rank = error.ranks[0] if isinstance(error, WorkerError) else None
         self._failure = (str(error), rank, self.step, time.monotonic())
-        kind = (self.step, _kind(error))
+        kind = (self.step, rank, _kind(error))
         if kind == self._last or len(self.restarts) >= max_failures:
             raise error
         self._last = kind
