@@ -53,7 +53,7 @@ def carrier() -> Carrier:
 
 
 def on_any_rank(it_is_so: bool) -> bool:
-    """Whether it is so on any rank of the trainer's group, by one small collective: a quarter of what objects cost."""
+    """Whether it is so on any rank of the trainer's group, by one small collective: objects cost five times that."""
     if not dist.is_initialized():
         return it_is_so
     trainers = dist.group.WORLD

@@ -56,7 +56,6 @@ def load(
             `("model", "optim")`. Below `model`, `ema` and `extra` a part can be named, of other sections the whole.
         key_map: wanted name -> saved name, as a mapping or a function. A parameter is renamed under `model.`, and its
             optimizer state follows.
-
         hyperparameters: whether the optimizers take what was saved, or keep their own, as they must where several
             pipeline stages saved their groups under one name and only one survived; see `LoadReport.lost`.
 

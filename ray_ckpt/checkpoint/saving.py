@@ -199,12 +199,14 @@ def _may_repeat(
     """
     try:
         offered = offer()
-        if trainers.rank == 0 and mine.agreed is not None:
+        unchanged = mine.agreed is not None and offered.plan is not None and offered.plan.items is None
+        if not unchanged or (beside_training and not offered.has_carrier):
+            return False
+        if trainers.rank == 0:
             coordinator.merge_again()
     except Exception:
         return False
-    unchanged = mine.agreed is not None and offered.plan is not None and offered.plan.items is None
-    return unchanged and (offered.has_carrier or not beside_training)
+    return True
 
 
 def _next_attempt(agreed: Assignment | None) -> str | None:

@@ -26,9 +26,10 @@ def together(operation: str) -> Iterator[None]:
         failure = error
     if not on_any_rank(failure is not None):
         return
-    texts: list[str | None] = [None if failure is None else _describe(failure)]
+    text = None if failure is None else _describe(failure)
+    texts: list[str | None] = [text]
     if dist.is_initialized():
-        text, texts = texts[0], texts * dist.get_world_size()
+        texts *= dist.get_world_size()
         dist.all_gather_object(texts, text)
     failures = {rank: text for rank, text in enumerate(texts) if text is not None}
     raise _combine(operation, failures, len(texts), failure) from failure

@@ -42,7 +42,7 @@ def allocate(model: nn.Module, device: torch.device, tied: Mapping[str, str]) ->
     """Give every tensor on meta memory of undefined content; tied weights share theirs.
 
     Args:
-        tied: name -> the name of the weight whose memory it shares, as `stages.tied_names` has it.
+        tied: name -> the name of the weight whose memory it shares, as `tied_names` has it.
     """
     model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
     tie(model, tied)
