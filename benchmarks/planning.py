@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from ray_ckpt.collector import collector_paused
 from ray_ckpt.format import dcp_metadata
+from ray_ckpt.format.manifest import TensorColumns
 from ray_ckpt.protocol.coordinator import Coordinator, PlanCache
 from ray_ckpt.protocol.holdings import hold
 from ray_ckpt.protocol.messages import Assignment, FileRecord, LocalPlan, RankRecord
@@ -173,7 +174,9 @@ def _record(assignment: Assignment, num_items: int) -> RankRecord:
     data_starts = array("q", [start + 1024 for start in starts])
     blocks = array("q", [4096]) * len(positions)
     name = f"__{assignment.rank}_0-{assignment.attempt}.distcp"
-    file = FileRecord(name, positions, starts, lengths, data_starts, blocks, bytes(8 * len(positions)), {})
+    file = FileRecord(
+        TensorColumns(name, starts, lengths, data_starts, blocks, bytes(8 * len(positions))), positions, {}
+    )
     return RankRecord((file,), bytes(16 * len(assignment.skipped)))
 
 

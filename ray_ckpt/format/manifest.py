@@ -22,14 +22,14 @@ import base64
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from json.encoder import encode_basestring_ascii as _quoted
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
-from ray_ckpt.errors import FormatError, UnsafeCheckpointError
+from ray_ckpt.errors import CommitError, FormatError, UnsafeCheckpointError
 from ray_ckpt.format import values
 from ray_ckpt.format.boxes import Box, check_cover, shared_box
 from ray_ckpt.format.ranges import span
@@ -78,6 +78,40 @@ class Chunk(NamedTuple):
     """Descriptors of the DCP stream extensions that encoded the container, outermost first."""
     strides: tuple[int, ...] | None = None
     """Of the elements at `data_start`, in elements; None for row-major order, as ours always are."""
+
+
+@dataclass(frozen=True)
+class TensorColumns:
+    """The tensors in one written file, a column per fact: thousands of them travel as six values."""
+
+    file: str
+    starts: Sequence[int]
+    """Of the container, in the file, in bytes."""
+    lengths: Sequence[int]
+    """Of the container, in bytes."""
+    data_starts: Sequence[int]
+    """Of the elements, in the file, in bytes."""
+    block_bytes: Sequence[int]
+    """Of a checksum block."""
+    sums: bytes
+    """All block sums, one tensor's after the other's."""
+
+    def chunks(self, parts: Iterable[tuple[Box, int]]) -> Iterator[Chunk]:
+        """As the manifest has them.
+
+        Args:
+            parts: box and bytes of each tensor, in the order of the columns.
+
+        Raises:
+            CommitError: there are more or fewer checksums than blocks.
+        """
+        end = 0
+        columns = zip(parts, self.starts, self.lengths, self.data_starts, self.block_bytes, strict=True)
+        for (box, num_bytes), start, length, data_start, block_bytes in columns:
+            begin, end = end, end + 8 * -(-num_bytes // block_bytes)
+            yield Chunk(box, self.file, start, length, data_start, BlockSums(block_bytes, self.sums[begin:end]))
+        if end != len(self.sums):
+            raise CommitError(f"refusing to commit: {self.file} has checksums of {len(self.sums)} bytes, not of {end}")
 
 
 class TensorEntry(NamedTuple):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import math
 import operator
 import time
 import uuid
@@ -15,8 +13,8 @@ import xxhash
 from ray_ckpt.collector import collector_paused
 from ray_ckpt.errors import CommitError
 from ray_ckpt.format.boxes import Box, check_cover, shared_box
-from ray_ckpt.format.manifest import BlockSums, Chunk, Manifest, ObjectEntry, Path, TensorEntry, itemsize
-from ray_ckpt.protocol.messages import Assignment, FileRecord, Item, LocalPlan, RankRecord, TensorSpec
+from ray_ckpt.format.manifest import Chunk, Manifest, ObjectEntry, Path, TensorEntry
+from ray_ckpt.protocol.messages import Assignment, FileRecord, Item, LocalPlan, RankRecord, TensorSpec, num_bytes
 from ray_ckpt.report import SaveReport
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.publish import publish, refuse_if_taken
@@ -252,16 +250,17 @@ def _share(
     replicated: list[tuple[Key, list[tuple[int, int]], int]] = []
     for key, held in holders.items():
         rank, position = held[0]
-        num_bytes = _num_bytes(plans[rank][position].spec)
+        spec = plans[rank][position].spec
+        size = 1 if spec is None else num_bytes(spec)
         if len(held) == 1:
-            loads[rank] += num_bytes
+            loads[rank] += size
         else:
-            replicated.append((key, held, num_bytes))
+            replicated.append((key, held, size))
     skipped: list[list[int]] = [[] for _ in plans]
     writers: dict[Key, int] = {}
-    for key, held, num_bytes in replicated:
+    for key, held, size in replicated:
         writer = min((rank for rank, _ in held), key=lambda rank: loads[rank])
-        loads[writer] += num_bytes
+        loads[writer] += size
         writers[key] = writer
         for rank, position in held:
             if rank != writer:
@@ -279,23 +278,19 @@ def _check_boxes(boxes: Mapping[str, Sequence[TensorSpec]]) -> None:
 
 
 def _chunks(file: FileRecord, items: Sequence[Item]) -> Iterator[tuple[Item, Chunk]]:
-    end = 0
-    columns = zip(file.positions, file.starts, file.lengths, file.data_starts, file.block_bytes, strict=True)
-    for position, start, length, data_start, block_bytes in columns:
-        item = items[position]
-        spec = item.spec
-        assert spec is not None, "the writer puts only tensors into these columns"
-        begin, end = end, end + 8 * -(-_num_bytes(spec) // block_bytes)
-        sums = BlockSums(block_bytes, file.sums[begin:end])
-        yield item, Chunk(shared_box(spec.offsets, spec.sizes), file.name, start, length, data_start, sums)
-    if end != len(file.sums):
-        raise CommitError(f"refusing to commit: {file.name} has checksums of {len(file.sums)} bytes, not of {end}")
+    written = [items[position] for position in file.positions]
+    return zip(written, file.tensors.chunks(map(_extent, written)), strict=True)
+
+
+def _extent(item: Item) -> tuple[Box, int]:
+    assert item.spec is not None, "the writer puts only tensors into these columns"
+    return shared_box(item.spec.offsets, item.spec.sizes), num_bytes(item.spec)
 
 
 def _end(file: FileRecord) -> int:
     """Bytes in the file, up to the end of the last container."""
     return max(
-        max(map(operator.add, file.starts, file.lengths), default=0),
+        max(map(operator.add, file.tensors.starts, file.tensors.lengths), default=0),
         max((entry.start + entry.length for entry in file.objects.values()), default=0),
     )
 
@@ -310,11 +305,6 @@ def _key(item: Item) -> Key:
 
 def _whole(spec: TensorSpec | None) -> tuple[str, tuple[int, ...]] | None:
     return None if spec is None else (spec.dtype, spec.shape)
-
-
-@functools.lru_cache(maxsize=4096)
-def _num_bytes(spec: TensorSpec | None) -> int:
-    return 1 if spec is None else math.prod(spec.sizes) * itemsize(spec.dtype)
 
 
 def _checksum_bytes(entry: ObjectEntry | None) -> bytes:

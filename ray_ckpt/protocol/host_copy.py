@@ -21,7 +21,7 @@ from ray_ckpt.errors import UsageError
 from ray_ckpt.format.blob import parse_dtype
 from ray_ckpt.format.manifest import Inline
 from ray_ckpt.protocol.holdings import Holdings
-from ray_ckpt.protocol.messages import Item, TensorSpec
+from ray_ckpt.protocol.messages import Item, TensorSpec, num_bytes
 from ray_ckpt.storage.objects import saved_object
 from ray_ckpt.storage.staging import plain
 
@@ -102,7 +102,7 @@ class HostCopy:
             return
         left_out = set(skipped)
         specs = [None if position in left_out else item.spec for position, item in enumerate(holdings.items)]
-        sizes = [_num_bytes(spec) for spec in specs]
+        sizes = [0 if spec is None else num_bytes(spec) for spec in specs]
         spans = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
         self._items, self._places = (), []
         if must_pin or sum(spans) > self._buffer.nbytes:
@@ -155,10 +155,6 @@ def _has_copy(dtype: torch.dtype) -> bool:
 
 def _shaped(raw: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
     return raw.view(parse_dtype(spec.dtype)).view(spec.sizes)
-
-
-def _num_bytes(spec: TensorSpec | None) -> int:
-    return 0 if spec is None else torch.Size(spec.sizes).numel() * parse_dtype(spec.dtype).itemsize
 
 
 def _described(spec: TensorSpec | None) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ray_ckpt.format.manifest import ObjectEntry, Path
+from ray_ckpt.format.manifest import ObjectEntry, Path, TensorColumns, itemsize
 
 
 class TensorSpec(NamedTuple):
@@ -18,6 +20,12 @@ class TensorSpec(NamedTuple):
     """Of the whole tensor."""
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
+
+
+@functools.lru_cache(maxsize=4096)
+def num_bytes(spec: TensorSpec) -> int:
+    """Of a part's elements. Cached, as a state has thousands of parts and few specs."""
+    return math.prod(spec.sizes) * itemsize(spec.dtype)
 
 
 class Item(NamedTuple):
@@ -53,22 +61,17 @@ class Assignment:
 
 @dataclass(frozen=True)
 class FileRecord:
-    """One written file; the columns run over the tensors in it."""
+    """One written file."""
 
-    name: str
+    tensors: TensorColumns
     positions: Sequence[int]
-    starts: Sequence[int]
-    """Of the container, in the file, in bytes."""
-    lengths: Sequence[int]
-    """Of the container, in bytes."""
-    data_starts: Sequence[int]
-    """Of the elements, in the file, in bytes."""
-    block_bytes: Sequence[int]
-    """Of a checksum block."""
-    sums: bytes
-    """All block sums, one tensor's after the other's."""
+    """Of its tensors, in the same order."""
     objects: Mapping[int, ObjectEntry]
     """By position."""
+
+    @property
+    def name(self) -> str:
+        return self.tensors.file
 
 
 @dataclass(frozen=True)

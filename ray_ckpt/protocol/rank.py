@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import math
 import uuid
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from ray_ckpt.format.blob import parse_dtype
 from ray_ckpt.format.manifest import ObjectEntry
 from ray_ckpt.protocol.holdings import Holdings, hold
 from ray_ckpt.protocol.host_copy import HostCopy
-from ray_ckpt.protocol.messages import Assignment, FileRecord, Item, LocalPlan, RankRecord, TensorSpec
+from ray_ckpt.protocol.messages import Assignment, FileRecord, Item, LocalPlan, RankRecord, TensorSpec, num_bytes
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.objects import SavedObject, saved_object
 from ray_ckpt.storage.pack import MAX_FILE_BYTES, Packed, hash_tensors, pack_file, share_out, write_in_threads
@@ -110,7 +109,7 @@ class RankSave:
             items = self._holdings.items
             skipped = set(assignment.skipped)
             positions = [position for position in range(len(items)) if position not in skipped]
-            shares = share_out([_num_bytes(items[p].spec) for p in positions], self._threads, self._max_file_bytes)
+            shares = share_out([_size(items[p].spec) for p in positions], self._threads, self._max_file_bytes)
             writes: list[Callable[[], FileRecord]] = [
                 functools.partial(self._write_file, assignment, [positions[index] for index in share])
                 for share in shares
@@ -166,18 +165,13 @@ def file_record(packed: Packed[int]) -> FileRecord:
     """What a rank tells of a file that it has written. Keys are positions in its plan."""
     first_at: dict[int, ObjectEntry] = {}
     return FileRecord(
-        name=packed.name,
+        packed.tensors,
         positions=array("q", packed.keys),
-        starts=packed.starts,
-        lengths=packed.lengths,
-        data_starts=packed.data_starts,
-        block_bytes=packed.block_bytes,
-        sums=packed.sums,
         # Objects that share a container are one entry, which pickle then sends once.
         objects={position: first_at.setdefault(entry.start, entry) for position, entry in packed.objects},
     )
 
 
-@functools.lru_cache(maxsize=4096)
-def _num_bytes(spec: TensorSpec | None) -> int:
-    return 1 if spec is None else max(1, math.prod(spec.sizes) * parse_dtype(spec.dtype).itemsize)
+def _size(spec: TensorSpec | None) -> int:
+    """What counts when items are shared out: bytes, and at least one, as nothing is free."""
+    return 1 if spec is None else max(1, num_bytes(spec))

@@ -16,7 +16,7 @@ import torch
 import xxhash
 
 from ray_ckpt.format.blob import ALIGNMENT, container
-from ray_ckpt.format.manifest import ObjectEntry
+from ray_ckpt.format.manifest import ObjectEntry, TensorColumns
 from ray_ckpt.storage.files import OutputFile, Storage
 from ray_ckpt.storage.objects import INLINE_BLOB_BYTES, SavedObject
 from ray_ckpt.storage.staging import BlockHasher, block_size, host_pieces
@@ -36,21 +36,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Packed(Generic[K]):
-    """What went into one file, in the order given. The columns run over its tensors."""
+    """What went into one file, in the order given."""
 
-    name: str
+    tensors: TensorColumns
     keys: list[K]
     """The caller's names for the tensors."""
-    starts: array[int]
-    """Of the container, in the file, in bytes."""
-    lengths: array[int]
-    """Of the container, in bytes."""
-    data_starts: array[int]
-    """Of the elements, in the file, in bytes."""
-    block_bytes: array[int]
-    """Of a checksum block."""
-    sums: bytes
-    """All block sums, one tensor's after the other's."""
     objects: list[tuple[K, ObjectEntry]]
 
 
@@ -163,7 +153,7 @@ class _Packer(Generic[K]):
 
     def packed(self, objects: list[tuple[K, ObjectEntry]]) -> Packed[K]:
         columns = self._starts, self._lengths, self._data_starts, self._block_bytes
-        return Packed(self._file.name, self._keys, *columns, bytes(self._sums), objects)
+        return Packed(TensorColumns(self._file.name, *columns, bytes(self._sums)), self._keys, objects)
 
     def add_object(self, saved: SavedObject) -> ObjectEntry:
         """Append an object, or point to an equal one that is already in this file."""

@@ -28,7 +28,7 @@ from ray_ckpt.collector import collector_paused
 from ray_ckpt.errors import UsageError
 from ray_ckpt.format import dcp_metadata
 from ray_ckpt.format.boxes import shared_box
-from ray_ckpt.format.manifest import BlockSums, Chunk, ObjectEntry
+from ray_ckpt.format.manifest import ObjectEntry
 from ray_ckpt.storage.commit import Replica, Written, build_manifest
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.objects import read_object
@@ -193,17 +193,19 @@ def _object_result(item: WriteItem, entry: ObjectEntry) -> WriteResult:
 
 
 def _tensor_results(packed: Packed[WriteItem]) -> list[WriteResult]:
+    planned = [_tensor_data(item) for item in packed.keys]
+    parts = [
+        (
+            shared_box(tuple(data.chunk.offsets), tuple(data.chunk.sizes)),
+            data.chunk.sizes.numel() * data.properties.dtype.itemsize,
+        )
+        for data in planned
+    ]
     results = []
-    columns = (packed.keys, packed.starts, packed.lengths, packed.data_starts, packed.block_bytes)
-    end = 0
-    for item, start, length, data_start, block_bytes in zip(*columns, strict=True):
-        planned = _tensor_data(item)
-        dtype, offsets, sizes = planned.properties.dtype, planned.chunk.offsets, planned.chunk.sizes
-        begin, end = end, end + 8 * -(-sizes.numel() * dtype.itemsize // block_bytes)
-        sums = BlockSums(block_bytes, packed.sums[begin:end])
-        box = shared_box(tuple(offsets), tuple(sizes))
-        chunk = Chunk(box, packed.name, start, length, data_start, sums)
-        results.append(WriteResult(item.index, length, Written(chunk, digest(dtype, sizes, sums.sums))))
+    for item, data, chunk in zip(packed.keys, planned, packed.tensors.chunks(parts), strict=True):
+        assert chunk.checksums is not None, "what was just written has them"
+        told = digest(data.properties.dtype, data.chunk.sizes, chunk.checksums.sums)
+        results.append(WriteResult(item.index, chunk.length, Written(chunk, told)))
     return results
 
 
