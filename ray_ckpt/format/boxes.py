@@ -40,6 +40,10 @@ class Box:
         sizes = tuple(end - offset for offset, end in zip(offsets, ends, strict=True))
         return Box(offsets, sizes) if all(size > 0 for size in sizes) else None
 
+    def within(self, frame: Box) -> Box:
+        """The same elements, in the coordinates of a box that holds them."""
+        return Box(tuple(a - b for a, b in zip(self.offsets, frame.offsets, strict=True)), self.sizes)
+
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether every element of the box is an element of a tensor of this shape."""
         return len(shape) == len(self.sizes) and all(

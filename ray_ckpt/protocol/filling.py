@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint._traverse import set_element
 
 from ray_ckpt.collector import collector_paused
@@ -85,8 +86,7 @@ def _want_tensor(
             continue
         part = target.detach() if target.requires_grad else target
         if not overlap.is_all_of_target:
-            for dim, (offset, size) in enumerate(zip(overlap.target_offsets, overlap.box.sizes, strict=True)):
-                part = part.narrow(dim, offset, size)
+            part = narrow_tensor_by_index(part, overlap.target_offsets, overlap.box.sizes)
         yield Wanted(SavedChunk(name, dtype, chunk), overlap.box, part)
 
 
@@ -117,6 +117,4 @@ def _overlap(saved: Box, held: Box) -> _Overlap | None:
     common = saved.intersect(held)
     if common is None:
         return None
-    in_saved = tuple(a - b for a, b in zip(common.offsets, saved.offsets, strict=True))
-    in_held = tuple(a - b for a, b in zip(common.offsets, held.offsets, strict=True))
-    return _Overlap(Box(in_saved, common.sizes), in_held, common.sizes == held.sizes)
+    return _Overlap(common.within(saved), common.within(held).offsets, common.sizes == held.sizes)

@@ -27,7 +27,7 @@ from ray_ckpt.format import dcp_metadata, values
 from ray_ckpt.format.blob import container, parse_dtype
 from ray_ckpt.format.manifest import MANIFEST_NAME, BlockSums, Chunk, Manifest, ObjectEntry, itemsize
 from ray_ckpt.report import Damage, VerifyReport
-from ray_ckpt.storage.fetch import LOCAL, REMOTE
+from ray_ckpt.storage.fetch import tuning_for
 from ray_ckpt.storage.files import InputFile, Storage
 from ray_ckpt.storage.objects import Decoder, fetch_containers
 from ray_ckpt.storage.publish import STOCK_RECORD_NAME
@@ -78,7 +78,7 @@ def audit(storage: Storage, manifest: Manifest, *, rank: int = 0, num_ranks: int
         stretch for file, of_file in parts.items() for stretch in _stretches(file, of_file, sizes.get(file, 0))
     ]
     mine = stretches[rank::num_ranks]
-    tuning = LOCAL if storage.is_local else REMOTE
+    tuning = tuning_for(storage)
     with ThreadPoolExecutor(tuning.threads, thread_name_prefix="ray_ckpt-verify") as pool:
         damages = [damage for found in pool.map(lambda stretch: _check(storage, stretch), mine) for damage in found]
     if rank == 0:
@@ -282,7 +282,7 @@ def _misquoted(storage: Storage, manifest: Manifest, sizes: Mapping[str, int]) -
         and entry.start + entry.length <= sizes.get(entry.file, 0)
     }
     places = {(entry.file, entry.start): name for name, entry in quoted.items()}
-    tuning = LOCAL if storage.is_local else REMOTE
+    tuning = tuning_for(storage)
     try:
         read = fetch_containers(storage, {name: quoted[name] for name in places.values()}, tuning, verify=False)
     except StorageError as error:

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 import xxhash
+from torch.distributed._shard._utils import narrow_tensor_by_index
 
 from ray_ckpt.collector import collector_paused
 from ray_ckpt.errors import IntegrityError
@@ -53,6 +54,10 @@ LOCAL = Tuning(threads=4, max_gap_bytes=16 << 10, max_read_bytes=1 << 20, edge_b
 REMOTE = Tuning(
     threads=12, max_gap_bytes=512 << 10, max_read_bytes=4 << 20, edge_bytes=1 << 20, min_direct_bytes=4 << 20
 )
+
+
+def tuning_for(storage: Storage) -> Tuning:
+    return LOCAL if storage.is_local else REMOTE
 
 
 def local_threads() -> int:
@@ -204,10 +209,7 @@ def _plan_scattered(piece: Piece, tuning: Tuning) -> Iterator[_Range]:
         max_gap=tuning.max_gap_bytes,
     )
     for part in parts:
-        offsets = [a - b for a, b in zip(part.box.offsets, piece.box.offsets, strict=True)]
-        target = piece.target
-        for dim, (offset, size) in enumerate(zip(offsets, part.box.sizes, strict=True)):
-            target = target.narrow(dim, offset, size)
+        target = narrow_tensor_by_index(piece.target, part.box.within(piece.box).offsets, part.box.sizes)
         scatter = _Scatter(target, source.dtype, source.strides, part.end - part.start)
         yield _widened(source, part.start, part.end, scatter)
 

@@ -124,7 +124,7 @@ class Storage:
 
     def child(self, name: str) -> Storage:
         """The storage of a directory below this one: of the same class and retry policy, on the same connections."""
-        base, mark, options = self.uri.partition("?") if "://" in self.uri else (self.uri, "", "")
+        base, mark, options = self._split_uri()
         child = copy.copy(self)
         child.uri = f"{base.rstrip('/')}/{check_file_name(name)}{mark}{options}"
         child._built = None
@@ -135,7 +135,7 @@ class Storage:
 
     def parent(self) -> tuple[Storage, str] | None:
         """The directory that holds the target, and the target's name in it; None at the top of a file system."""
-        base, mark, options = self.uri.partition("?") if "://" in self.uri else (self.uri, "", "")
+        base, mark, options = self._split_uri()
         scheme, separator, path = base.rstrip("/").rpartition("://")
         directory, _, name = path.rpartition("/")
         if not name or not (directory or path.startswith("/")):
@@ -144,6 +144,10 @@ class Storage:
         parent.uri = f"{scheme}{separator}{directory or '/'}{mark}{options}"
         parent._built = None
         return parent, name
+
+    def _split_uri(self) -> tuple[str, str, str]:
+        """The address, and a URI's options with the mark before them. A path may hold that mark itself."""
+        return self.uri.partition("?") if "://" in self.uri else (self.uri, "", "")
 
     @property
     def is_local(self) -> bool:

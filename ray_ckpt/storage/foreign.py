@@ -25,7 +25,7 @@ from ray_ckpt.format import dcp_metadata, safetensors, torch_file
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.dcp_metadata import METADATA_NAME
 from ray_ckpt.format.manifest import MANIFEST_NAME, Chunk, Manifest, ObjectEntry, TensorEntry
-from ray_ckpt.storage.fetch import LOCAL, REMOTE, Piece, Source, Tuning, fetch
+from ray_ckpt.storage.fetch import Piece, Source, Tuning, fetch, tuning_for
 from ray_ckpt.storage.files import InputFile, Storage
 from ray_ckpt.storage.recognise import ACCELERATE_MODEL, ACCELERATE_OPTIMIZER
 
@@ -283,7 +283,7 @@ def _places(storage: Storage, file: str, members: Mapping[str, zipfile.ZipInfo])
 
 
 def _header_tuning(storage: Storage) -> Tuning:
-    return dataclasses.replace(LOCAL if storage.is_local else REMOTE, max_gap_bytes=_HEADER_GAP_BYTES)
+    return dataclasses.replace(tuning_for(storage), max_gap_bytes=_HEADER_GAP_BYTES)
 
 
 def _read(file: InputFile, offset: int, length: int) -> bytes:

@@ -161,7 +161,7 @@ def read_values(
     storage: Storage, entries: Mapping[str, ObjectEntry], decoder: Decoder, tuning: Tuning, *, verify: bool
 ) -> dict[str, Any]:
     """Non-tensors by name. Those that the manifest holds itself cost no read."""
-    containers = _containers(storage, entries, decoder, tuning, verify=verify)
+    containers = decoded_containers(storage, entries, decoder, tuning, verify=verify)
     return {
         name: decoder.load(containers[name], name) if entry.inline is None else copy.deepcopy(entry.inline.value)
         for name, entry in entries.items()
@@ -179,7 +179,7 @@ def read_objects(
 ) -> None:
     """Hand the planner its non-tensors. Those that the manifest holds itself cost no read."""
     entries = {item.storage_index.fqn: entry for item, entry in items}
-    containers = _containers(storage, entries, decoder, tuning, verify=verify)
+    containers = decoded_containers(storage, entries, decoder, tuning, verify=verify)
     for item, entry in items:
         name = item.storage_index.fqn
         if entry.inline is not None:
@@ -190,10 +190,10 @@ def read_objects(
             _hand_over(planner, item, decoder.load(containers[name], name))
 
 
-def _containers(
+def decoded_containers(
     storage: Storage, entries: Mapping[str, ObjectEntry], decoder: Decoder, tuning: Tuning, *, verify: bool
 ) -> dict[str, bytes]:
-    """The decoded containers of those objects whose value is not in the manifest."""
+    """The containers of those objects whose value is not in the manifest, without the transforms."""
     present = {name: entry.blob for name, entry in entries.items() if entry.inline is None and entry.blob is not None}
     distant = {name: entry for name, entry in entries.items() if entry.inline is None and entry.blob is None}
     present |= fetch_containers(storage, distant, tuning, verify=verify)

@@ -26,7 +26,7 @@ from ray_ckpt.errors import FormatError, UsageError
 from ray_ckpt.format import dcp_metadata
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.manifest import MANIFEST_NAME, Chunk, Manifest, ObjectEntry
-from ray_ckpt.storage.fetch import LOCAL, REMOTE, Piece, Tuning, fetch, local_threads
+from ray_ckpt.storage.fetch import Piece, Tuning, fetch, local_threads, tuning_for
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.foreign import find
 from ray_ckpt.storage.locate import SavedChunk, load_whole, locate
@@ -187,9 +187,9 @@ class ArrowStorageReader(StorageReader):
 
     @property
     def _tuning(self) -> Tuning:
-        if self.storage.is_local:
-            return dataclasses.replace(LOCAL, threads=self.threads or local_threads())
-        return dataclasses.replace(REMOTE, threads=self.threads or REMOTE.threads)
+        tuning = tuning_for(self.storage)
+        threads = local_threads() if self.storage.is_local else tuning.threads
+        return dataclasses.replace(tuning, threads=self.threads or threads)
 
     def _chunk(self, item: ReadItem) -> SavedChunk:
         entry = self._entries.get(item.storage_index)

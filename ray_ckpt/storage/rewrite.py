@@ -13,16 +13,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint._extension import ExtensionRegistry
 
 from ray_ckpt.errors import UnsafeCheckpointError
 from ray_ckpt.format.blob import parse_dtype
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.manifest import Chunk, ObjectEntry
-from ray_ckpt.storage.fetch import LOCAL, REMOTE, Tuning
+from ray_ckpt.storage.fetch import tuning_for
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.locate import SavedChunk
-from ray_ckpt.storage.objects import Decoder, SavedObject, fetch_containers, saved_object
+from ray_ckpt.storage.objects import Decoder, SavedObject, decoded_containers, saved_object
 from ray_ckpt.storage.pack import Packed, pack_pieces
 from ray_ckpt.storage.reader import ArrowStorageReader, Wanted
 from ray_ckpt.storage.staging import bytes_of
@@ -78,21 +79,20 @@ class _Reading:
     def __init__(self, source: Storage) -> None:
         self._storage = source
         self._reader = ArrowStorageReader(source)
-        self._tuning: Tuning = LOCAL if source.is_local else REMOTE
+        self._tuning = tuning_for(source)
         self._decoder = Decoder(ExtensionRegistry(), trusted=False)
 
     # ------------------------------------------------------------------------------------------------- objects
 
     def objects(self, entries: Mapping[int, tuple[str, ObjectEntry]]) -> list[tuple[int, SavedObject]]:
         """Values that the manifest holds are written anew; everything else keeps its bytes."""
-        distant = {name: entry for name, entry in entries.values() if entry.inline is None and entry.blob is None}
-        containers = fetch_containers(self._storage, distant, self._tuning, verify=True)
+        containers = decoded_containers(self._storage, dict(entries.values()), self._decoder, self._tuning, verify=True)
         return [(key, self._object(name, entry, containers)) for key, (name, entry) in entries.items()]
 
     def _object(self, name: str, entry: ObjectEntry, containers: Mapping[str, bytes]) -> SavedObject:
         if entry.inline is not None:
             return saved_object(entry.inline.value)
-        data = self._decoder.decode(entry.blob or containers[name], entry.transforms, name)
+        data = containers[name]
         try:
             value = self._decoder.load(data, name)
         except UnsafeCheckpointError:
@@ -125,8 +125,9 @@ class _Reading:
                 common = chunk.box.intersect(fragment.box)
                 if common is not None:
                     saved = SavedChunk(fragment.tensor.name, view.dtype, chunk)
-                    target = _narrowed(view, fragment.box, common)
-                    wanted.append(Wanted(saved, _relative(common, chunk.box), target))
+                    place = common.within(fragment.box)
+                    target = narrow_tensor_by_index(view, place.offsets, place.sizes)
+                    wanted.append(Wanted(saved, common.within(chunk.box), target))
         self._reader.read_tensors(wanted)
 
 
@@ -174,14 +175,3 @@ def _row_major(box: Box, max_elements: int) -> Iterator[Box]:
         yield from _row_major(
             Box(offsets, tuple(size if d == dim else s for d, s in enumerate(box.sizes))), max_elements
         )
-
-
-def _relative(box: Box, frame: Box) -> Box:
-    return Box(tuple(a - b for a, b in zip(box.offsets, frame.offsets, strict=True)), box.sizes)
-
-
-def _narrowed(view: torch.Tensor, frame: Box, box: Box) -> torch.Tensor:
-    """The part `box` of a tensor that holds `frame`."""
-    for dim, (offset, size) in enumerate(zip(_relative(box, frame).offsets, box.sizes, strict=True)):
-        view = view.narrow(dim, offset, size)
-    return view
