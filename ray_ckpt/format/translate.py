@@ -25,12 +25,14 @@ from typing import Any, TypeVar
 from ray_ckpt.errors import FormatError, StateMismatchError
 from ray_ckpt.format.manifest import Manifest, ObjectEntry, Path, TensorEntry
 
-__all__ = ["Names", "Translation", "group_lists", "join", "may_be_foreign", "translate"]
+__all__ = ["HYPERPARAMETERS", "Names", "Translation", "group_lists", "join", "may_be_foreign", "translate"]
 
 MODEL, OPTIM = "model", "optim"
 """What our names begin with."""
 
-_OURS = f"{OPTIM}.param_groups."
+HYPERPARAMETERS = f"{OPTIM}.param_groups."
+"""What the names of hyper-parameters begin with."""
+
 _OPTIMIZER = re.compile(r"(.+?)\.param_groups\.")
 _LIST = re.compile(r"(.+?)\.param_groups\.(\d+)\.(params|param_names)")
 _MEMBERS = (".params", ".param_names")
@@ -99,7 +101,7 @@ def may_be_foreign(manifest: Manifest) -> bool:
         not manifest.attempt
         or bool(group_lists(manifest))
         or not any(name.startswith(f"{MODEL}.") for name in manifest.tensors)
-        or any(not name.startswith(_OURS) and _OPTIMIZER.match(name) for name in manifest.objects)
+        or any(not name.startswith(HYPERPARAMETERS) and _OPTIMIZER.match(name) for name in manifest.objects)
     )
 
 
@@ -142,7 +144,7 @@ def translate(manifest: Manifest, lists: Mapping[str, Any], names: Names) -> Tra
 def _is_ours(manifest: Manifest, names: Names) -> bool:
     """Whether everything has our names already, at the cost of a look-up each."""
     return all(f"{MODEL}.{name}" in manifest.tensors for name in names.model) and (
-        not names.parameters or any(name.startswith(_OURS) for name in manifest.objects)
+        not names.parameters or any(name.startswith(HYPERPARAMETERS) for name in manifest.objects)
     )
 
 

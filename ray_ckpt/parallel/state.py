@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from ray_ckpt.errors import UsageError
 from ray_ckpt.format.digest import fingerprint
 from ray_ckpt.format.snapshot import Snapshot
+from ray_ckpt.format.translate import HYPERPARAMETERS
 from ray_ckpt.parallel.claims import Part, Plan, Saved, Spec
 from ray_ckpt.parallel.named_model import NamedModel
 from ray_ckpt.parallel.named_optimizers import NamedOptimizers
@@ -191,7 +192,7 @@ class TrainState:
 
 def is_hyperparameter(name: str) -> bool:
     """Whether a tensor of this name has to be known before anything is loaded, as a value is."""
-    return name.startswith("optim.param_groups.")
+    return name.startswith(HYPERPARAMETERS)
 
 
 def _listed(optimizers: Any) -> list[torch.optim.Optimizer]:

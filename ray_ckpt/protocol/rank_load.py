@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor
 from ray_ckpt.collector import collector_paused
 from ray_ckpt.errors import StateMismatchError, UsageError
 from ray_ckpt.format.manifest import itemsize
-from ray_ckpt.format.translate import Names
+from ray_ckpt.format.translate import HYPERPARAMETERS, Names
 from ray_ckpt.parallel.claims import Claim, KeyMap, Plan, Saved, Spec
 from ray_ckpt.parallel.state import TrainState
 from ray_ckpt.protocol.fit import LoadOffer, listed, mark, marked
@@ -41,8 +41,6 @@ from ray_ckpt.report import LoadReport
 from ray_ckpt.storage.files import Storage
 
 State = TrainState | Stateful | Mapping[str, Any]
-
-_HYPERPARAMETERS = "optim.param_groups."
 
 
 @dataclass(frozen=True)
@@ -148,7 +146,7 @@ class RankLoad:
         needed = _everything if options.key_map else _needed_by(state)
         kept: Mapping[str, Any] = {}
         if options.keep_hyperparameters and isinstance(state, TrainState):
-            self._source.drop(_HYPERPARAMETERS)
+            self._source.drop(HYPERPARAMETERS)
             self._list_names()
             kept = _own_hyperparameters(state, options.key_map)
         saved = self._saved = self._source.saved(needed, options.only, options.key_map, kept)
@@ -249,7 +247,7 @@ def _own_hyperparameters(state: TrainState, key_map: KeyMap | None) -> dict[str,
         if name.startswith("param_groups."):
             parameter, _, key = name.removeprefix("param_groups.").rpartition(".")
             saved = view.name_of(f"model.{parameter}").removeprefix("model.")
-            own[f"{_HYPERPARAMETERS}{saved}.{key}"] = value
+            own[f"{HYPERPARAMETERS}{saved}.{key}"] = value
     return own
 
 
