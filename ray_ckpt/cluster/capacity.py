@@ -5,7 +5,7 @@ from __future__ import annotations
 import ray
 from ray._private.state import available_resources_per_node
 
-from ray_ckpt.cluster.resources import Resources
+from ray_ckpt.cluster.resources import Resources, fitting
 
 
 def free_slots(bundle: Resources) -> int:
@@ -19,9 +19,3 @@ def free_slots(bundle: Resources) -> int:
 def all_slots(bundle: Resources) -> int:
     """Workers of this demand that would fit if nothing else ran on the nodes that are up."""
     return sum(fitting(bundle, node["Resources"]) for node in ray.nodes() if node["Alive"])
-
-
-def fitting(bundle: Resources, free: Resources) -> int:
-    """Workers of this demand that fit on one node."""
-    # Ray counts in units of 1e-4, so that three thirds may be a little less than a whole.
-    return int(min((free.get(name, 0) + 1e-6) / amount for name, amount in bundle.items()))

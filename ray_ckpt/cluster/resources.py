@@ -90,10 +90,16 @@ def explain_shortage(bundle: Resources, num_workers: int, nodes: Sequence[Resour
         )
         advice = "wait for other work to end (`ray status` shows it), or ask for less"
     else:
-        fitting = sum(int(min(node.get(name, 0) / amount for name, amount in bundle.items())) for node in nodes)
-        missing = f"only {fitting} workers fit, as no worker can be split over two nodes"
+        num_fitting = sum(fitting(bundle, node) for node in nodes)
+        missing = f"only {num_fitting} workers fit, as no worker can be split over two nodes"
         advice = "ask for less per worker, or for fewer workers"
     return f"asked for {asked}; the cluster has {describe_nodes(nodes)}; missing {missing}. What to do: {advice}"
+
+
+def fitting(bundle: Resources, free: Resources) -> int:
+    """Workers of this demand that fit on one node."""
+    # Ray counts in units of 1e-4, so that three thirds may be a little less than a whole.
+    return int(min((free.get(name, 0) + 1e-6) / amount for name, amount in bundle.items()))
 
 
 def describe_nodes(nodes: Sequence[Resources]) -> str:
