@@ -290,6 +290,7 @@ def test_a_killed_worker_is_named_within_ten_seconds_and_a_second_run_succeeds(t
         (["--to", "fsdp1x2.tp2"], "FSDP1 does not combine with other axes"),
         (["--to", "fsdp2x3", "--target", "fsdp1"], "--target fsdp1 is short for --to fsdp1x4"),
         (["--model", "tests.models:Perceptron", "--to", "tp2"], "Perceptron has no tp_plan()"),
+        (["--to", "ep2"], "PipelineModel has no layer of experts to split over 2 ranks"),
         (["--model", "tests.models:Headed", "--workers", "2"], "beside its layers"),
         (["--model", "tests.models:without_data", "--workers", "2"], "has no sample_batch"),
     ],

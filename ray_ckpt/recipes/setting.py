@@ -1,19 +1,21 @@
-"""Where a job runs: the cluster, the shared storage, and a look at it before the first byte is saved."""
+"""What a job looks at before it starts: whether the model can be laid out so, the cluster, the shared storage."""
 
 from __future__ import annotations
 
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from ray_ckpt.cluster.connect import connect
 from ray_ckpt.cluster.group import PlacementWait, WorkerGroup
 from ray_ckpt.errors import CheckpointExistsError, StorageError, UsageError, WorkerError
+from ray_ckpt.parallel.layout import Layout
 from ray_ckpt.recipes import probe
 from ray_ckpt.recipes.screen import Line, Screen
+from ray_ckpt.recipes.workload import Workload
 from ray_ckpt.storage.files import Storage
 
 
@@ -25,6 +27,24 @@ def connected(screen: Screen, address: str | None, *, num_cpus: int, verbose: bo
             is_local = stack.enter_context(connect(address, num_cpus=num_cpus, verbose=verbose))
             line.result = "started a local Ray" if is_local else "joined a running cluster"
         yield
+
+
+def check_layouts(workload: Workload, layouts: Sequence[Layout]) -> None:
+    """Find out what cannot work before Ray is started.
+
+    Raises:
+        UsageError: a layout is not supported, or the model cannot be imported or built, or laid out so.
+    """
+    for layout in layouts:
+        layout.check_supported()
+    if workload.model is None and all(layout.num_stages <= workload.layers and layout.ep == 1 for layout in layouts):
+        return  # the default model, which all others fit
+    # Only now, as it takes seconds to load.
+    from ray_ckpt.parallel.wrap import check_fits
+    from ray_ckpt.recipes.model import build
+
+    for layout in layouts:
+        check_fits(build(workload), layout)
 
 
 def show_wait(line: Line, wait: PlacementWait, timeout_s: float) -> None:

@@ -42,6 +42,7 @@ def pipeline_to_fsdp(
     from ray_ckpt.parallel.layout import Layout
     from ray_ckpt.recipes.pipeline_to_fsdp import job
     from ray_ckpt.recipes.screen import Screen
+    from ray_ckpt.recipes.setting import check_layouts
 
     check_json_path(json_path)
     if target is not None and kind is not None:
@@ -52,7 +53,7 @@ def pipeline_to_fsdp(
         target=Layout.parse(target or f"{kind or 'fsdp2'}x{workers}"),
         **options,
     )
-    job.check(asked)
+    check_layouts(asked.workload, (asked.source, asked.target))
     report = job.run(asked, Screen(console))
     report.show(console)
     if json_path is not None:

@@ -73,25 +73,6 @@ class Saved:
     losses: list[float]
 
 
-def check(options: Options) -> None:
-    """Find out what cannot work before Ray is started.
-
-    Raises:
-        UsageError: a layout is not supported, or the model cannot be imported or built, or laid out so.
-    """
-    layouts = (options.source, options.target)
-    for layout in layouts:
-        layout.check_supported()
-    if options.model is None and options.layers >= max(layout.num_stages for layout in layouts):
-        return
-    # Only now, as it takes seconds to load.
-    from ray_ckpt.parallel.wrap import check_fits
-    from ray_ckpt.recipes.model import build
-
-    for layout in layouts:
-        check_fits(build(options.workload), layout)
-
-
 def run(options: Options, screen: Screen) -> JobReport:
     """Run all phases and return what they proved.
 

@@ -25,7 +25,7 @@ from ray_ckpt.errors import GroupError, UsageError, WorkerError
 from ray_ckpt.parallel.layout import Layout
 from ray_ckpt.recipes import probe
 from ray_ckpt.recipes.screen import Line, Screen
-from ray_ckpt.recipes.setting import check_storage, connected, describe_group, show_wait, storage_of
+from ray_ckpt.recipes.setting import check_layouts, check_storage, connected, describe_group, show_wait, storage_of
 from ray_ckpt.recipes.train_elastic.report import ElasticReport, Restart
 from ray_ckpt.recipes.train_elastic.stopping import OutOfTime, Stopper
 from ray_ckpt.recipes.workload import Workload
@@ -143,18 +143,11 @@ def check(options: Options) -> None:
     """Find out what cannot work before Ray is started.
 
     Raises:
-        UsageError: a layout is not supported, or the model cannot be imported or built, or laid out so.
+        UsageError: the workers ask for nothing, or as `check_layouts`.
     """
-    for layout in options.layouts:
-        layout.check_supported()
     if not options.bundle:
         raise UsageError("a worker must ask for some CPU or GPU, or the cluster cannot place it")
-    # Only now, as it takes seconds to load.
-    from ray_ckpt.parallel.wrap import check_fits
-    from ray_ckpt.recipes.model import build
-
-    for layout in options.layouts:
-        check_fits(build(options.workload), layout)
+    check_layouts(options.workload, options.layouts)
 
 
 def run(options: Options, screen: Screen) -> ElasticReport:
