@@ -9,8 +9,12 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.clusters import Head
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -38,3 +42,14 @@ def local_ray() -> Iterator[None]:
 
     with connect("local", num_cpus=4):
         yield
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    """A running cluster of one node with two CPUs, which this process has joined to look at it."""
+    from tests.clusters import Sandbox, joined, start_head
+
+    with Sandbox() as sandbox:
+        head = start_head(sandbox, num_cpus=2)
+        with joined(head):
+            yield head

@@ -28,7 +28,6 @@ from tests.clusters import (
     add_node,
     drivers,
     free_port,
-    joined,
     start_head,
     wait_until,
     wait_until_free,
@@ -58,15 +57,6 @@ pytestmark = pytest.mark.jobs
 def sandbox() -> Iterator[Sandbox]:
     with Sandbox() as sandbox:
         yield sandbox
-
-
-@pytest.fixture(scope="module")
-def head() -> Iterator[Head]:
-    """A running cluster of one node with two CPUs, which this process has joined to look at it."""
-    with Sandbox() as sandbox:
-        head = start_head(sandbox, num_cpus=2)
-        with joined(head):
-            yield head
 
 
 # Alone
