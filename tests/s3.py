@@ -30,12 +30,21 @@ class S3:
     """Number of requests by method."""
     sent_bytes: int = 0
     """Bytes of all GET responses."""
-    throttle: Callable[[Environment], bool] = lambda environment: False
-    """Whether to answer a request with 503 SlowDown."""
+    throttle: Callable[[Environment], bool] | None = None
+    """Sees every request, and says whether to answer it with 503 SlowDown."""
 
     def uri(self, path: str, *, key: str = "key", bucket: str = _BUCKET) -> str:
         options = f"scheme=http&endpoint_override=127.0.0.1:{self.port}&region=us-east-1"
         return f"s3://{key}:secret@{bucket}/{path}?{options}"
+
+    @contextmanager
+    def throttled(self, throttle: Callable[[Environment], bool]) -> Iterator[None]:
+        """Within the block."""
+        self.throttle = throttle
+        try:
+            yield
+        finally:
+            self.throttle = None
 
     def reset(self) -> None:
         self.requests.clear()
@@ -50,7 +59,7 @@ def run_s3() -> Iterator[S3]:
 
     def application(environment: Environment, start_response: Callable[..., Any]) -> Iterable[bytes]:
         state.requests[environment["REQUEST_METHOD"]] += 1
-        if state.throttle(environment):
+        if state.throttle is not None and state.throttle(environment):
             start_response("503 Slow Down", [("Content-Type", "application/xml")])
             return [_SLOW_DOWN]
         body = list(moto(environment, start_response))

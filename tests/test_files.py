@@ -205,11 +205,8 @@ def test_real_throttling_of_s3(s3):
         left -= 1
         return left > 0 and environment["REQUEST_METHOD"] in ("PUT", "POST")
 
-    s3.throttle = throttle
-    try:
+    with s3.throttled(throttle):
         storage.write_atomic("a", b"1")
-    finally:
-        s3.throttle = lambda environment: False
     assert storage.read_bytes("a") == b"1"
 
 

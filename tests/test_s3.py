@@ -103,11 +103,8 @@ def test_commit_is_the_last_request(s3, storage):
             writes.append(environment["PATH_INFO"].rpartition("/")[2])
         return False
 
-    s3.throttle = watch
-    try:
+    with s3.throttled(watch):
         _save(storage)
-    finally:
-        s3.throttle = lambda environment: False
     assert writes[-1] == "manifest.json"
     first_of_manifest = writes.index("manifest.json")
     assert not any(name.endswith(".distcp") for name in writes[first_of_manifest:])
@@ -132,23 +129,17 @@ def test_throttling_only_delays(s3, storage, method):
         left -= hit
         return hit
 
-    s3.throttle = throttle
-    try:
+    with s3.throttled(throttle):
         _save(storage)
         _load_rows(storage, 1, 4)
-    finally:
-        s3.throttle = lambda environment: False
     assert left == 0
 
 
 def test_throttling_without_end_is_an_error(s3, storage):
     _save(storage)
-    s3.throttle = lambda environment: environment["REQUEST_METHOD"] == "GET"
-    try:
-        with pytest.raises(StorageError) as raised:
-            _load_rows(Storage(storage.uri, retry=RetryPolicy(1, 0.001, 0.001)), 0, 4)
-    finally:
-        s3.throttle = lambda environment: False
+    always = s3.throttled(lambda environment: environment["REQUEST_METHOD"] == "GET")
+    with always, pytest.raises(StorageError) as raised:
+        _load_rows(Storage(storage.uri, retry=RetryPolicy(1, 0.001, 0.001)), 0, 4)
     assert raised.value.transient
 
 
@@ -161,8 +152,7 @@ def test_anonymous_access_sends_no_credentials(s3, storage):
         signed.append("HTTP_AUTHORIZATION" in environment)
         return False
 
-    s3.throttle = watch
-    try:
+    with s3.throttled(watch):
         _load_rows(storage, 0, 4)
         assert all(signed)
         signed.clear()
@@ -170,8 +160,6 @@ def test_anonymous_access_sends_no_credentials(s3, storage):
         _load_rows(Storage(f"s3://{path}?{options}&anonymous=true", retry=AT_ONCE), 1, 4)
         assert signed
         assert not any(signed)
-    finally:
-        s3.throttle = lambda environment: False
 
 
 @pytest.fixture
