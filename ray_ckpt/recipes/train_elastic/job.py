@@ -130,13 +130,11 @@ class Run:
     options: Options
     screen: Screen
     uri: str
-    """May hold credentials: shown to nobody."""
+    """Of the store, for the workers. May hold credentials: shown to nobody."""
+    store: CheckpointStore
+    """One for the whole run, as it keeps its connections."""
     stopper: Stopper
     progress: Progress = field(default_factory=Progress)
-
-    @property
-    def store(self) -> CheckpointStore:
-        return CheckpointStore(self.uri)
 
 
 def check(options: Options) -> None:
@@ -165,7 +163,7 @@ def run(options: Options, screen: Screen) -> ElasticReport:
         storage_of(options.storage) as uri,
         stopper.listening(),
     ):
-        job = Run(options, screen, uri, stopper)
+        job = Run(options, screen, uri, CheckpointStore(uri), stopper)
         train_all(job)
         return ElasticReport(
             final_step=job.store.latest() or 0,

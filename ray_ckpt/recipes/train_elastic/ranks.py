@@ -50,7 +50,7 @@ def train_step(ctx: WorkerContext, workload: Workload, step: int) -> float:
     """Train one step. Returns its loss."""
     trainer: Trainer = ctx.objects["trainer"]
     loss = trainer.step(*batch(workload, ctx.objects["model"], step))
-    ctx.objects["extra"]["losses"] = [*losses(ctx), loss]
+    losses(ctx).append(loss)
     state_of(ctx).step = step + 1
     return loss
 
