@@ -205,3 +205,29 @@ def test_ranks_whose_plans_have_not_changed_need_not_tell_them_again(tmp_path: P
         assert [uri == "exists" for uri, _ in found] == [False, False, False, False, True, False]
     attempts = {Manifest.from_json((tmp_path / n / MANIFEST_NAME).read_bytes()).attempt for n in "01235"}
     assert len(attempts) == 5
+
+
+def leave_a_replica_to_rank_1(rank: int, directory: str) -> None:
+    """Rank 1 begins as at the save before, without the replica, and learns that rank 0 no longer holds it."""
+    state = {"replica": torch.zeros(5), f"mine{rank}": torch.zeros(1 + 1000 * rank)}
+    for step in range(3):
+        if (rank, step) == (0, 2):
+            del state["replica"]
+        for tensor in state.values():
+            tensor.add_(1.0)
+        handle = ray_ckpt.save(state, directory, step=step, blocking=False)
+        for tensor in state.values():
+            tensor.mul_(-1.0)  # what is saved must be a copy
+        handle.result(timeout_s=30.0)
+        for tensor in state.values():
+            tensor.mul_(-1.0)
+
+
+def test_a_rank_that_went_ahead_copies_again_when_the_others_have_changed(tmp_path: Path) -> None:
+    run_ranks(leave_a_replica_to_rank_1, 2, tmp_path, str(tmp_path / "run"))
+    for step, writer in enumerate([0, 0, 1]):
+        [chunk] = ray_ckpt.CheckpointStore(tmp_path / "run").manifest(step).tensors["replica"].chunks
+        assert chunk.file.startswith(f"__{writer}_")
+        like = {"replica": torch.zeros(5), "mine0": torch.zeros(1), "mine1": torch.zeros(1001)}
+        ray_ckpt.load(like, tmp_path / "run", step=step)
+        assert all(torch.equal(value, torch.full_like(value, step + 1.0)) for value in like.values())

@@ -67,7 +67,9 @@ class SaveHandle:
 
     def start(self, work: Callable[[], SaveReport]) -> None:
         """Do it in a thread that Python waits for before the process ends."""
-        threading.Thread(target=self._run, args=(work,), name="ray_ckpt-save", daemon=False).start()
+        returned = threading.Event()
+        threading.Thread(target=self._run, args=(work, returned), name="ray_ckpt-save", daemon=False).start()
+        returned.set()
 
     def take_failure(self) -> CheckpointError | None:
         """What went wrong, unless `result` has raised it already; to be raised now."""
@@ -89,7 +91,9 @@ class SaveHandle:
             print(f"ray_ckpt: {self._described()}", file=sys.stderr, flush=True)
         return True
 
-    def _run(self, work: Callable[[], SaveReport]) -> None:
+    def _run(self, work: Callable[[], SaveReport], returned: threading.Event) -> None:
+        # Else it may keep the interpreter to itself for milliseconds before whoever starts it gets on.
+        returned.wait()
         try:
             self._report = work()
         except LostContact as error:
@@ -134,6 +138,10 @@ class Saver:
     @property
     def busy(self) -> bool:
         return self._pending is not None and not self._pending.done()
+
+    def remember(self, assignment: Assignment) -> None:
+        """What this save does, for the next one of the same plan."""
+        self.known, self.agreed = frozenset({self.memory.token}), assignment
 
     @property
     def has_carrier(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -54,15 +54,25 @@ def carrier() -> Carrier:
 
 def on_any_rank(it_is_so: bool) -> bool:
     """Whether it is so on any rank of the trainer's group, by one small collective: objects cost five times that."""
+    return ask_any_rank(it_is_so)()
+
+
+def ask_any_rank(it_is_so: bool) -> Callable[[], bool]:
+    """As `on_any_rank`, with the time until the answer is called for left for other things, but no other collective."""
     if not dist.is_initialized():
-        return it_is_so
+        return lambda: it_is_so
     trainers = dist.group.WORLD
     assert trainers is not None, "an initialised process has a group"
     kinds = {device.type for device in trainers._device_types}
     device = torch.device("cpu" if "cpu" in kinds else kinds.pop())
     flag = torch.tensor([it_is_so], dtype=torch.int32, device=device)
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag.item())
+    answer = dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True)
+
+    def wait() -> bool:
+        answer.wait()
+        return bool(flag.item())
+
+    return wait
 
 
 class Alone:

@@ -1,7 +1,7 @@
 """save(state, target): the phases of `protocol/`, carried by collectives, and by messages beside training.
 
 every rank     settle the save before, hold -> plan ── gather ──> coordinator: merge ── scatter ──>
-               or, when no rank's plan has changed since that save: as then
+               or, when no rank's plan has changed since that save: as then, and nothing is waited for but that word
 every rank     if training goes on meanwhile: copy (blocking=False); from here on in a thread (background.py)
 every rank     write files ── gather ──> coordinator: check ── broadcast ──> publish ── broadcast ──> SaveReport
 """
@@ -19,7 +19,7 @@ import xxhash
 from torch.distributed.checkpoint.stateful import Stateful
 
 from ray_ckpt.checkpoint.background import SaveHandle, Saver, saver
-from ray_ckpt.checkpoint.carriers import Carrier, carrier, on_any_rank
+from ray_ckpt.checkpoint.carriers import Carrier, ask_any_rank, carrier
 from ray_ckpt.checkpoint.together import Exchange
 from ray_ckpt.errors import RayCkptError, UsageError
 from ray_ckpt.format import dcp_metadata
@@ -47,10 +47,17 @@ class _Offer:
 class _Order:
     """What a rank is to do."""
 
-    assignment: Assignment | None
-    """None: nothing, because some rank is busy."""
+    assignment: Assignment
     new_carrier: bool
     """Some rank cannot talk to the others beside training yet, or no longer."""
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """What a rank has begun to do. The state may change from here on if it goes on beside training."""
+
+    order: _Order
+    write: Callable[[], RankRecord]
 
 
 @overload
@@ -134,53 +141,27 @@ def save(
         attempt=_next_attempt(mine.agreed),
     )
     trainers = carrier()
-    order = _agree(trainers, mine, writer, coordinator, state, skip=if_busy == "skip", beside_training=not blocking)
-    if order.assignment is None:
+    offer = _kept(functools.partial(_offer, mine, writer, state, skip=if_busy == "skip"))
+    begin = functools.partial(_begin, writer, mine, beside_training=not blocking)
+    expected = _expected(mine, offer, coordinator, trainers, beside_training=not blocking)
+    others_differ = ask_any_rank(expected is None)
+    # While the ranks hear of each other, each goes ahead with what they do if nothing but values has changed.
+    begun = None if expected is None else begin(expected)
+    if others_differ():
+        order = _agree(trainers, coordinator, offer)
+        begun = None if order is None else begin(order)
+    if begun is None:
         if trainers.rank == 0:
             text = f"the save of {storage.address} is skipped: the one before is still being written"
             warnings.warn(text, stacklevel=2)
         return None
+    mine.remember(begun.order.assignment)
     if blocking:
-        return _finish(
-            Exchange("save", trainers), coordinator, writer, functools.partial(writer.write, order.assignment)
-        )
-    ranks = Exchange("save", mine.carrier(anew=order.new_carrier))
-    write = _staged(writer, order.assignment, mine)
+        return _finish(Exchange("save", trainers), coordinator, writer, begun.write)
+    ranks = Exchange("save", mine.carrier(anew=begun.order.new_carrier))
     handle = SaveHandle(storage.address)
-    mine.start(handle, functools.partial(_finish, ranks, coordinator, writer, write))
+    mine.start(handle, functools.partial(_finish, ranks, coordinator, writer, begun.write))
     return handle
-
-
-def _agree(
-    trainers: Carrier,
-    mine: Saver,
-    writer: RankSave,
-    coordinator: Coordinator,
-    state: State,
-    *,
-    skip: bool,
-    beside_training: bool,
-) -> _Order:
-    """Plan together, unless a rank is busy, or a save in the background has failed."""
-    ranks = Exchange("save", trainers)
-    offer = _kept(functools.partial(_offer, mine, writer, state, skip=skip))
-    if trainers.num_ranks > 1 and not on_any_rank(not _may_repeat(mine, offer, coordinator, trainers, beside_training)):
-        assert mine.agreed is not None, "what is repeated was agreed"
-        mine.agreed = replace(mine.agreed, attempt=coordinator.attempt)
-        return _Order(mine.agreed, new_carrier=False)
-
-    def give_orders() -> Sequence[_Order]:
-        plans = [offer.plan for offer in offers if offer.plan is not None]
-        if len(plans) < len(offers):
-            return [_Order(None, False)] * len(offers)
-        new_carrier = not all(offer.has_carrier for offer in offers)
-        return [_Order(assignment, new_carrier) for assignment in coordinator.merge(plans)]
-
-    offers = ranks.gather(offer)
-    order = ranks.scatter(give_orders)
-    if order.assignment is not None:
-        mine.known, mine.agreed = frozenset({mine.memory.token}), order.assignment
-    return order
 
 
 def _offer(mine: Saver, writer: RankSave, state: State, *, skip: bool) -> _Offer:
@@ -190,23 +171,52 @@ def _offer(mine: Saver, writer: RankSave, state: State, *, skip: bool) -> _Offer
     return _Offer(writer.plan(state, mine.memory, mine.known), mine.has_carrier)
 
 
-def _may_repeat(
-    mine: Saver, offer: Callable[[], _Offer], coordinator: Coordinator, trainers: Carrier, beside_training: bool
-) -> bool:
-    """Whether this rank can do what it did at the save before, of a state that has changed in nothing but its values.
+def _expected(
+    mine: Saver, offer: Callable[[], _Offer], coordinator: Coordinator, trainers: Carrier, *, beside_training: bool
+) -> _Order | None:
+    """To do as at the save before, if this rank can: its state has changed in nothing but its values.
 
     When all ranks can, nothing more needs to be said than that. What speaks against it is said afterwards.
     """
     try:
         offered = offer()
-        unchanged = mine.agreed is not None and offered.plan is not None and offered.plan.items is None
-        if not unchanged or (beside_training and not offered.has_carrier):
-            return False
+        unchanged = offered.plan is not None and offered.plan.items is None
+        if mine.agreed is None or not unchanged or (beside_training and not offered.has_carrier):
+            return None
         if trainers.rank == 0:
             coordinator.merge_again()
     except Exception:
-        return False
-    return True
+        return None
+    return _Order(replace(mine.agreed, attempt=coordinator.attempt), new_carrier=False)
+
+
+def _agree(trainers: Carrier, coordinator: Coordinator, offer: Callable[[], _Offer]) -> _Order | None:
+    """Plan together, unless a rank is busy, which is None, or a save in the background has failed."""
+
+    def give_orders() -> Sequence[_Order | None]:
+        plans = [offer.plan for offer in offers if offer.plan is not None]
+        if len(plans) < len(offers):
+            return [None] * len(offers)
+        new_carrier = not all(offer.has_carrier for offer in offers)
+        return [_Order(assignment, new_carrier) for assignment in coordinator.merge(plans)]
+
+    ranks = Exchange("save", trainers)
+    offers = ranks.gather(offer)
+    return ranks.scatter(give_orders)
+
+
+def _begin(writer: RankSave, mine: Saver, order: _Order, *, beside_training: bool) -> _Begun:
+    """Copy this rank's part if training goes on. A failure is raised by `write`, where all ranks learn of it."""
+    write = functools.partial(writer.write, order.assignment)
+    if not beside_training:
+        return _Begun(order, write)
+    staged = _kept(functools.partial(writer.stage, order.assignment, mine.host_copy))
+
+    def write_staged() -> RankRecord:
+        staged()
+        return write()
+
+    return _Begun(order, write_staged)
 
 
 def _next_attempt(agreed: Assignment | None) -> str | None:
@@ -226,17 +236,6 @@ def _kept(function: Callable[[], T]) -> Callable[[], T]:
 
         return fail
     return lambda: value
-
-
-def _staged(writer: RankSave, assignment: Assignment, mine: Saver) -> Callable[[], RankRecord]:
-    """Copy this rank's part. A failure is raised by what is returned, where the other ranks learn of it too."""
-    staged = _kept(functools.partial(writer.stage, assignment, mine.host_copy))
-
-    def write() -> RankRecord:
-        staged()
-        return writer.write(assignment)
-
-    return write
 
 
 def _finish(ranks: Exchange, coordinator: Coordinator, writer: RankSave, write: Callable[[], RankRecord]) -> SaveReport:

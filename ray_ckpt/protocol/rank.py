@@ -62,6 +62,7 @@ class RankSave:
         self._threads = threads
         self._max_file_bytes = max_file_bytes
         self._holdings = Holdings((), ())
+        self._staged: Holdings | None = None
         self._digests: bytes | None = None
         self._numbers = itertools.count()
         self._begun: list[str] = []
@@ -86,6 +87,8 @@ class RankSave:
     def stage(self, assignment: Assignment, host_copy: HostCopy) -> None:
         """Copy what is to be written, and digest what is not, so that the state may change before `write`.
 
+        Before `write` it may be called again, for another assignment.
+
         Args:
             host_copy: its memory may not be used for another copy before the last `write` has returned.
 
@@ -94,7 +97,7 @@ class RankSave:
         """
         with collector_paused():
             self._digests = self._digest_replicas(assignment.skipped)
-            self._holdings = host_copy.take(self._holdings, assignment.skipped)
+            self._staged = host_copy.take(self._holdings, assignment.skipped)
 
     def write(self, assignment: Assignment) -> RankRecord:
         """Write everything but what is skipped; durable on return. May be called again after a failure.
@@ -103,9 +106,10 @@ class RankSave:
             StorageError: a file could not be written.
             UsageError: a tensor has no plain elements, or is no longer what was planned.
         """
-        staged = self._digests is not None
+        if self._staged is not None:
+            self._holdings = self._staged  # lets go of the originals: training may be done with them
         # What was staged is written beside training, for which the collector may not stand still so long.
-        with contextlib.nullcontext() if staged else collector_paused():
+        with contextlib.nullcontext() if self._staged is not None else collector_paused():
             items = self._holdings.items
             skipped = set(assignment.skipped)
             positions = [position for position in range(len(items)) if position not in skipped]
