@@ -76,6 +76,7 @@ def _save_all(rank: int, case: str, root: str, repeats: int) -> dict[str, list[t
             wait()
             if repeat:
                 samples[name].append((blocked, time.perf_counter() - start))
+            del wait  # here, as taking down what it holds is not part of what the next one takes
             dist.barrier()
     return samples
 
