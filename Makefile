@@ -3,6 +3,11 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/pip install --disable-pip-version-check -q --no-compile -c constraints.txt
+
+# Many processes import the same code, so Python keeps it compiled, wherever it is told not to. The packages are compiled as
+# they are imported: most of what they bring never is, and pip would take a third of its time for it.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-jobs test-slow test-matrix test-faults bench bench-async bench-planning lint format clean constraints
 
@@ -57,11 +62,11 @@ clean:
 # Installs again only when what is to be installed has changed.
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e .
+	$(PIP) -e .
 	touch $@
 
 .venv/.installed-dev: .venv/.installed
-	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+	$(PIP) -e '.[dev]'
 	touch $@
 
 # Chooses the newest versions that go together. torch and ray are pinned by hand: everything here is measured with them.
