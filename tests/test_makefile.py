@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -47,7 +48,7 @@ def test_the_second_call_installs_nothing(installed: Path, target: str) -> None:
 @pytest.mark.parametrize("changed", ["pyproject.toml", "constraints.txt"])
 def test_a_change_of_what_is_needed_installs_again(installed: Path, target: str, changed: str) -> None:
     set_age(installed / changed, 0)
-    assert "pip install --disable-pip-version-check -q -c constraints.txt -e" in would_run(installed, target)
+    assert re.search(r"pip install .*-c constraints\.txt -e", would_run(installed, target))
 
 
 def test_the_demo_needs_no_test_dependencies(installed: Path) -> None:
