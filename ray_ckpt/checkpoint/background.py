@@ -92,8 +92,9 @@ class SaveHandle:
         return True
 
     def _run(self, work: Callable[[], SaveReport], returned: threading.Event) -> None:
-        # Else it may keep the interpreter to itself for milliseconds before whoever starts it gets on.
-        returned.wait()
+        # Else it may keep the interpreter to itself for milliseconds before whoever starts it gets on. Not for longer
+        # than that is worth: an interrupt may keep the word from coming.
+        returned.wait(timeout=1.0)
         try:
             self._report = work()
         except LostContact as error:
