@@ -22,6 +22,8 @@ from ray_ckpt.errors import (
 )
 from ray_ckpt.format.manifest import MANIFEST_NAME, Manifest
 from ray_ckpt.parallel.state import TrainState
+from ray_ckpt.protocol.holdings import Holdings
+from ray_ckpt.protocol.host_copy import HostCopy
 from ray_ckpt.recipes.model import PipelineModel
 from tests.ranks import run_ranks
 from tests.test_state import fresh, train, trained
@@ -207,8 +209,19 @@ def test_ranks_whose_plans_have_not_changed_need_not_tell_them_again(tmp_path: P
     assert len(attempts) == 5
 
 
-def leave_a_replica_to_rank_1(rank: int, directory: str) -> None:
-    """Rank 1 begins as at the save before, without the replica, and learns that rank 0 no longer holds it."""
+def leave_a_replica_to_rank_1(rank: int, directory: str) -> list[int]:
+    """Rank 1 begins as at the save before, without the replica, and learns that rank 0 no longer holds it.
+
+    How often this rank has copied its state, by save.
+    """
+    copied = [0, 0, 0]
+    take = HostCopy.take
+
+    def counted(*args: Any) -> Holdings:
+        copied[step] += 1
+        return take(*args)
+
+    HostCopy.take = counted  # type: ignore[method-assign]
     state = {"replica": torch.zeros(5), f"mine{rank}": torch.zeros(1 + 1000 * rank)}
     for step in range(3):
         if (rank, step) == (0, 2):
@@ -221,10 +234,11 @@ def leave_a_replica_to_rank_1(rank: int, directory: str) -> None:
         handle.result(timeout_s=30.0)
         for tensor in state.values():
             tensor.mul_(-1.0)
+    return copied
 
 
 def test_a_rank_that_went_ahead_copies_again_when_the_others_have_changed(tmp_path: Path) -> None:
-    run_ranks(leave_a_replica_to_rank_1, 2, tmp_path, str(tmp_path / "run"))
+    assert run_ranks(leave_a_replica_to_rank_1, 2, tmp_path, str(tmp_path / "run")) == [[1, 1, 1], [1, 1, 2]]
     for step, writer in enumerate([0, 0, 1]):
         [chunk] = ray_ckpt.CheckpointStore(tmp_path / "run").manifest(step).tensors["replica"].chunks
         assert chunk.file.startswith(f"__{writer}_")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -48,7 +47,22 @@ def test_the_second_call_installs_nothing(installed: Path, target: str) -> None:
 @pytest.mark.parametrize("changed", ["pyproject.toml", "constraints.txt"])
 def test_a_change_of_what_is_needed_installs_again(installed: Path, target: str, changed: str) -> None:
     set_age(installed / changed, 0)
-    assert re.search(r"pip install .*-c constraints\.txt -e", would_run(installed, target))
+    expected = "pip install --disable-pip-version-check -q --no-compile -c constraints.txt -e"
+    assert expected in would_run(installed, target)
+
+
+def test_what_is_run_keeps_its_compiled_code() -> None:
+    shown = subprocess.run(
+        ["make", "--eval", "show:; @env", "show"],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=30,
+    ).stdout
+    assert "PATH=" in shown
+    assert "PYTHONDONTWRITEBYTECODE" not in shown
 
 
 def test_the_demo_needs_no_test_dependencies(installed: Path) -> None:
