@@ -58,7 +58,7 @@ def on_any_rank(it_is_so: bool) -> bool:
 
 
 def ask_any_rank(it_is_so: bool) -> Callable[[], bool]:
-    """As `on_any_rank`, with the time until the answer is called for left for other things, but no other collective."""
+    """Begin what `on_any_rank` does, and go on; what is returned waits for the answer."""
     if not dist.is_initialized():
         return lambda: it_is_so
     trainers = dist.group.WORLD

@@ -1,8 +1,9 @@
 """save(state, target): the phases of `protocol/`, carried by collectives, and by messages beside training.
 
 every rank     settle the save before, hold -> plan ── gather ──> coordinator: merge ── scatter ──>
-               or, when no rank's plan has changed since that save: as then, and nothing is waited for but that word
-every rank     if training goes on meanwhile: copy (blocking=False); from here on in a thread (background.py)
+               or, when no rank's plan has changed since that save: as then, which one small collective confirms
+every rank     if training goes on meanwhile: copy (blocking=False), also while that collective is under way;
+               from here on in a thread (background.py)
 every rank     write files ── gather ──> coordinator: check ── broadcast ──> publish ── broadcast ──> SaveReport
 """
 
