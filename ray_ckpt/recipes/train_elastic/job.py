@@ -27,7 +27,7 @@ from ray_ckpt.recipes import probe
 from ray_ckpt.recipes.screen import Line, Screen
 from ray_ckpt.recipes.setting import check_layouts, check_storage, connected, describe_group, show_wait, storage_of
 from ray_ckpt.recipes.train_elastic.report import ElasticReport, Restart
-from ray_ckpt.recipes.train_elastic.stopping import OutOfTime, Stopper
+from ray_ckpt.recipes.train_elastic.stopping import Stopper
 from ray_ckpt.recipes.workload import Workload
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.retention import keep_last
@@ -187,7 +187,9 @@ def train_all(job: Run) -> None:
                 progress.layouts_used.append(str(layout))
                 start(job, group, layout)
                 train(job, group, layout)
-        except OutOfTime:
+        except KeyboardInterrupt:
+            if not job.stopper.out_of_time:
+                raise
             console.print("the grace is over: what was trained since the last save is lost", markup=False)
             return
         except GroupError as error:

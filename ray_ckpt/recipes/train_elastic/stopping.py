@@ -9,10 +9,6 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-class OutOfTime(BaseException):
-    """The grace is over. No `Exception`, so that nothing on the way treats it as a failure to recover from."""
-
-
 class Stopper:
     """Knows whether to stop, and how long that may take.
 
@@ -23,6 +19,8 @@ class Stopper:
     def __init__(self, grace_s: float) -> None:
         self._grace_s = grace_s
         self._deadline: float | None = None
+        self.out_of_time = False
+        """Whether the grace is over. Told by a `KeyboardInterrupt`, which nothing on the way takes for a failure."""
         self._deferred = False
 
     @property
@@ -69,4 +67,6 @@ class Stopper:
         signal.setitimer(signal.ITIMER_REAL, 0.9 * self._grace_s)
 
     def _out_of_time(self, number: int, frame: FrameType | None) -> None:
-        raise OutOfTime
+        self.out_of_time = True
+        # Of what a signal may raise, a wait of Ray's lets only this and SystemExit through, and as new ones.
+        raise KeyboardInterrupt
