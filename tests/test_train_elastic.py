@@ -12,6 +12,7 @@ import random
 import re
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,6 +168,56 @@ def test_a_signal_saves_and_a_second_job_goes_on_from_there(head: Head, tmp_path
     assert second.wait(90) == 0, second.stdout + second.stderr
     assert f"start: single from step {stopped['final_step']}" in second.stdout
     assert report_of(storage)["losses"] == pytest.approx(reference("pp2"), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_no_more_failures_than_are_allowed(head: Head, tmp_path: Path) -> None:
+    job = start_job(head, "pp2", tmp_path / "run", "--max-failures", "0")
+    strike(head, job, Kill(SAVE_EVERY, node=False), random.Random(0), None)
+    assert job.wait(60) == 1, job.stdout + job.stderr
+    assert re.match(r"error: rank [01] on .* died: process \d+", job.stderr.splitlines()[-1])
+    assert (CheckpointStore(tmp_path / "run").latest() or 0) < STEPS
+    wait_until_free(30)
+
+
+@pytest.mark.slow
+def test_when_the_grace_is_over_the_job_ends_without_the_save(head: Head, tmp_path: Path) -> None:
+    """The workers stand still, so that neither the step nor a save can end."""
+    job = start_job(head, "pp2", tmp_path / "run", "--grace", "5")
+    job.wait_for(f"step {2 * SAVE_EVERY} of {STEPS}", 60)
+    stopped = workers(head.sandbox)
+    for worker in stopped:
+        worker.suspend()
+    began = time.monotonic()
+    job.process.send_signal(signal.SIGTERM)
+    assert job.wait(30) == 128 + signal.SIGTERM, job.stdout + job.stderr
+    # The process of a job takes a moment to end after its grace.
+    assert 4 < time.monotonic() - began < 10
+    assert "the grace is over: what was trained since the last save is lost" in job.stdout
+    report = report_of(tmp_path / "run")
+    assert report["stopped"] is True
+    assert report["final_step"] == CheckpointStore(tmp_path / "run").latest() >= SAVE_EVERY
+    wait_until_free(30)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ([JOB, "--layouts", "pp4"], "waiting for 4 x {CPU: 1}"),
+        (["jobs/pipeline_to_fsdp.py", "--workers", "2", "--steps", "1000000"], "train: 1000000 steps"),
+    ],
+    ids=["train_elastic", "pipeline_to_fsdp"],
+)
+def test_a_signal_where_nothing_is_to_be_saved_ends_the_job_at_once(
+    head: Head, tmp_path: Path, arguments: list[str], text: str
+) -> None:
+    job = head.sandbox.start(sys.executable, *arguments, "--address", head.address, "--storage", str(tmp_path))
+    job.wait_for(text, 60)
+    job.process.send_signal(signal.SIGTERM)
+    assert job.wait(10) == 128 + signal.SIGTERM, job.stdout + job.stderr
+    assert "error: terminated" in job.stderr.splitlines()
+    wait_until_free(30)
 
 
 @pytest.mark.slow

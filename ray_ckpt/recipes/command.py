@@ -35,8 +35,8 @@ def _run(command: click.Command) -> int:
         # What click makes of KeyboardInterrupt.
         return _fail("interrupted", code=128 + signal.SIGINT)
     except SystemExit as error:
-        if error.code == signal.SIGTERM:
-            # What Ray's own handler raises.
+        if error.code in (signal.SIGTERM, 1):
+            # What Ray's own handler raises, and what a wait of Ray's makes of that. Nothing else here leaves so.
             return _fail("terminated", code=128 + signal.SIGTERM)
         raise
 
