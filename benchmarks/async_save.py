@@ -25,7 +25,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 import ray_ckpt
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 NUM_RANKS = 4
 SMALL = "10 000 x 4 KB"

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from benchmarks.measuring import Sample, measure, ratio, summarise
 from benchmarks.plugins import PLUGINS, State
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 LAYERS = range(8)
 CONTESTANTS = ("ours, our verbs", "ours", "stock FileSystem")

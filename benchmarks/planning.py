@@ -34,13 +34,13 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from ray_ckpt.collector import collector_paused
 from ray_ckpt.format import dcp_metadata
 from ray_ckpt.format.manifest import TensorColumns
+from ray_ckpt.gc_pause import collector_paused
 from ray_ckpt.protocol.coordinator import Coordinator, PlanCache
 from ray_ckpt.protocol.holdings import hold
 from ray_ckpt.protocol.messages import Assignment, FileRecord, LocalPlan, RankRecord
-from ray_ckpt.protocol.rank import PlanMemory
+from ray_ckpt.protocol.rank_save import PlanMemory
 from ray_ckpt.storage.files import Storage
 
 T = TypeVar("T")
@@ -101,7 +101,7 @@ class Row(torch.Tensor):
 
 @dataclass
 class Cost:
-    """Seconds of processor time, which neighbours on the machine do not change much."""
+    """Seconds of processor time, which neighbors on the machine do not change much."""
 
     rank: float = 0.0
     """Of the slowest."""

@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.tensor import DTensor
 
 import ray_ckpt
-from ray_ckpt.storage.reader import ArrowStorageReader
-from ray_ckpt.storage.writer import ArrowStorageWriter
+from ray_ckpt.dcp.reader import ArrowStorageReader
+from ray_ckpt.dcp.writer import ArrowStorageWriter
 
 State = dict[str, torch.Tensor]
 

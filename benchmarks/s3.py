@@ -28,8 +28,8 @@ from torch.distributed.tensor import Shard, zeros
 
 from benchmarks.measuring import Sample, measure, ratio
 from benchmarks.plugins import PLUGINS, Plugin, State, local_rows, stages
-from tests.ranks import run_ranks
-from tests.s3 import run_s3
+from tests.support.ranks import run_ranks
+from tests.support.s3 import run_s3
 
 NUM_RANKS = 4
 PARTS = ("weight", "exp_avg", "exp_avg_sq")

@@ -28,7 +28,7 @@ from torch.distributed.tensor import Shard, zeros
 
 from benchmarks.measuring import Cost, Sample, drop_from_cache, measure, ratio, summarise
 from benchmarks.plugins import PLUGINS, State
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 NUM_STAGES = 4
 SMALL = "10 000 x 4 KB"

@@ -33,13 +33,13 @@ if TYPE_CHECKING:
     from ray_ckpt.checkpoint.saving import save
     from ray_ckpt.checkpoint.verifying import verify
     from ray_ckpt.cluster.group import WorkerGroup
-    from ray_ckpt.format.digest import fingerprint
+    from ray_ckpt.dcp.reader import ArrowStorageReader
+    from ray_ckpt.dcp.writer import ArrowStorageWriter
+    from ray_ckpt.format.fingerprinting import fingerprint
     from ray_ckpt.format.manifest import Manifest
     from ray_ckpt.parallel.layout import Layout
-    from ray_ckpt.parallel.state import TrainState
-    from ray_ckpt.storage.reader import ArrowStorageReader
+    from ray_ckpt.state.train_state import TrainState
     from ray_ckpt.storage.store import CheckpointStore
-    from ray_ckpt.storage.writer import ArrowStorageWriter
 
 __all__ = [
     "ArrowStorageReader",
@@ -73,14 +73,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "ArrowStorageReader": "ray_ckpt.storage.reader",
-    "ArrowStorageWriter": "ray_ckpt.storage.writer",
+    "ArrowStorageReader": "ray_ckpt.dcp.reader",
+    "ArrowStorageWriter": "ray_ckpt.dcp.writer",
     "CheckpointStore": "ray_ckpt.storage.store",
     "Layout": "ray_ckpt.parallel.layout",
     "Manifest": "ray_ckpt.format.manifest",
-    "TrainState": "ray_ckpt.parallel.state",
+    "TrainState": "ray_ckpt.state.train_state",
     "WorkerGroup": "ray_ckpt.cluster.group",
-    "fingerprint": "ray_ckpt.format.digest",
+    "fingerprint": "ray_ckpt.format.fingerprinting",
     "load": "ray_ckpt.checkpoint.loading",
     "save": "ray_ckpt.checkpoint.saving",
     "verify": "ray_ckpt.checkpoint.verifying",

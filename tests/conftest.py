@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from tests.clusters import Head
+    from tests.support.clusters import Head
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -28,8 +28,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Workers import the functions that the tests send them.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
 
-# Where models that die on purpose leave a mark (tests/models.py). The environment of the workers is that of their Ray,
-# so it has to be set before one is started.
+# Where models that die on purpose leave a mark (tests/support/models.py). The environment of the workers is that of
+# their Ray, so it has to be set before one is started.
 MARKERS = Path(tempfile.mkdtemp(prefix="ray-ckpt-markers-"))
 os.environ["RAY_CKPT_TEST_MARKERS"] = str(MARKERS)
 atexit.register(shutil.rmtree, MARKERS, ignore_errors=True)
@@ -47,7 +47,7 @@ def local_ray() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
     """A running cluster of one node with two CPUs, which this process has joined to look at it."""
-    from tests.clusters import Sandbox, joined, start_head
+    from tests.support.clusters import Sandbox, joined, start_head
 
     with Sandbox() as sandbox:
         head = start_head(sandbox, num_cpus=2)

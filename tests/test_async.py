@@ -22,14 +22,14 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import ray_ckpt
 from ray_ckpt.checkpoint.background import SaveHandle, saver
+from ray_ckpt.dcp.reader import ArrowStorageReader
 from ray_ckpt.errors import CheckpointError, CheckpointExistsError, SavePendingError, StorageError, UsageError
 from ray_ckpt.format.manifest import MANIFEST_NAME
 from ray_ckpt.report import SaveReport
 from ray_ckpt.storage.files import Storage
-from ray_ckpt.storage.reader import ArrowStorageReader
 from tests.conftest import REPOSITORY
-from tests.faulty import Fault, FaultyStorage, GatedStorage, wait_until
-from tests.ranks import RanksError, run_ranks
+from tests.support.faulty import Fault, FaultyStorage, GatedStorage, wait_until
+from tests.support.ranks import RanksError, run_ranks
 from tests.test_state import fresh, train, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -80,7 +80,7 @@ def test_the_trainer_is_held_up_little_longer_than_a_copy_takes(tmp_path: Path) 
         if number:  # the first takes the memory
             blocked.append(time.perf_counter() - start)
         handle.result(timeout_s=60.0)
-    # The least of each, because neighbours on the machine only ever add to it.
+    # The least of each, because neighbors on the machine only ever add to it.
     assert min(blocked) <= 1.5 * min(copied)
 
 
@@ -407,7 +407,7 @@ def run_script(body: str, directory: Path) -> subprocess.CompletedProcess[str]:
         [
             "import sys, torch, ray_ckpt",
             "from pathlib import Path",
-            "from tests.faulty import *",
+            "from tests.support.faulty import *",
             f"root = Path({str(directory)!r})",
             "state = {'w': torch.arange(1e6)}",
             body,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from tests.clusters import Sandbox, joined, start_autoscaled_head, wait_until, wait_until_free
+from tests.support.clusters import Sandbox, joined, start_autoscaled_head, wait_until, wait_until_free
 
 
 def nodes_up() -> int:

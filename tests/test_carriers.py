@@ -11,8 +11,8 @@ import pytest
 import torch.distributed as dist
 
 from ray_ckpt.checkpoint.carriers import Alone, Carrier, Collectives, LostContact, Star, timeout_of
-from tests.faulty import wait_until
-from tests.ranks import RanksError, run_ranks
+from tests.support.faulty import wait_until
+from tests.support.ranks import RanksError, run_ranks
 
 VALUES = ["", "a", {"nested": [1, (2.0, None)]}, b"0123456789" * 500_000]
 

@@ -21,11 +21,11 @@ from ray_ckpt.errors import (
     UsageError,
 )
 from ray_ckpt.format.manifest import MANIFEST_NAME, Manifest
-from ray_ckpt.parallel.state import TrainState
 from ray_ckpt.protocol.holdings import Holdings
 from ray_ckpt.protocol.host_copy import HostCopy
 from ray_ckpt.recipes.model import PipelineModel
-from tests.ranks import run_ranks
+from ray_ckpt.state.train_state import TrainState
+from tests.support.ranks import run_ranks
 from tests.test_state import fresh, train, trained
 
 

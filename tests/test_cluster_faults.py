@@ -32,9 +32,9 @@ from ray_ckpt.errors import DIED, GroupTimeoutError, RayCkptError, StorageError,
 from ray_ckpt.format.manifest import MANIFEST_NAME
 from ray_ckpt.recipes import probe
 from ray_ckpt.storage.files import Storage
-from tests import faulty, rank_states
-from tests.faulty import Fault, TravellingStorage
-from tests.s3 import S3, run_s3
+from tests.support import faulty, rank_states
+from tests.support.faulty import Fault, TravellingStorage
+from tests.support.s3 import S3, run_s3
 
 pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
 
@@ -93,7 +93,7 @@ IN_MAKE_TEST = {("read", "killed", 1)}
 def make_group() -> WorkerGroup:
     group = WorkerGroup(NUM_WORKERS, cpus_per_worker=0.5, process_group=False, start_timeout_s=120, call_timeout_s=60)
     # What a first save and load import is not counted where seconds are.
-    for module in ("ray_ckpt.protocol.rank", "ray_ckpt.protocol.rank_load"):
+    for module in ("ray_ckpt.protocol.rank_save", "ray_ckpt.protocol.rank_load"):
         group.run(probe.load_code, module)
     return group
 

@@ -14,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 
 from ray_ckpt import cluster
 from ray_ckpt.cluster.group import WorkerGroup
+from ray_ckpt.dcp.reader import ArrowStorageReader
 from ray_ckpt.errors import (
     DIED,
     CheckpointExistsError,
@@ -25,10 +26,9 @@ from ray_ckpt.errors import (
     WorkerError,
 )
 from ray_ckpt.recipes import probe
-from ray_ckpt.storage.reader import ArrowStorageReader
 from ray_ckpt.storage.store import CheckpointStore
-from tests import rank_functions, rank_states
-from tests.faulty import Fault, TravellingStorage
+from tests.support import rank_functions, rank_states
+from tests.support.faulty import Fault, TravellingStorage
 
 pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
 
@@ -53,7 +53,7 @@ def doomed_group() -> Iterator[WorkerGroup]:
     """For a test that takes a worker away from it."""
     with make_group() as group:
         # What a first save loads is not counted where seconds are.
-        group.run(probe.load_code, "ray_ckpt.protocol.rank")
+        group.run(probe.load_code, "ray_ckpt.protocol.rank_save")
         yield group
 
 
@@ -95,7 +95,7 @@ def test_workers_without_a_process_group_save_one_checkpoint(group: WorkerGroup,
     assert group.run(rank_states.held_saves) == [0] * NUM_WORKERS
     # Unchanged plans travel as tokens now; what they are filled with is new.
     group.run(rank_functions.remember, 6)
-    cluster.save(group, "tests.rank_states:stage_of", tmp_path / "b")
+    cluster.save(group, "tests.support.rank_states:stage_of", tmp_path / "b")
     assert load_step(tmp_path / "b", 6)
     assert load_step(tmp_path / "a", 5)
 
@@ -134,7 +134,7 @@ def test_workers_without_a_process_group_load_what_they_hold(group: WorkerGroup,
     assert held_steps(group) == [1] * NUM_WORKERS
     assert [report.num_bytes for report in reports] == [4 * (1000 + rank) + 4 * 7 for rank in range(NUM_WORKERS)]
     assert {report.uri for report in reports} == {str(tmp_path / "step-1")}
-    cluster.load(group, "tests.rank_states:held_state_of", CheckpointStore(tmp_path))
+    cluster.load(group, "tests.support.rank_states:held_state_of", CheckpointStore(tmp_path))
     assert held_steps(group) == [2] * NUM_WORKERS
     assert group.run(rank_states.held_loads) == [0] * NUM_WORKERS
 

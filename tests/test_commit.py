@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from ray_ckpt.dcp.reader import ArrowStorageReader
+from ray_ckpt.dcp.writer import ArrowStorageWriter
 from ray_ckpt.errors import CheckpointExistsError, CheckpointNotFoundError, CommitError, UsageError
-from ray_ckpt.format.digest import fingerprint
+from ray_ckpt.format.fingerprinting import fingerprint
 from ray_ckpt.format.manifest import MANIFEST_NAME, Manifest
 from ray_ckpt.storage.files import Storage
-from ray_ckpt.storage.reader import ArrowStorageReader
-from ray_ckpt.storage.writer import ArrowStorageWriter
-from tests import driver
+from tests.support import driver
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 

@@ -24,15 +24,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import ray_ckpt
+from ray_ckpt.dcp.reader import ArrowStorageReader
+from ray_ckpt.dcp.writer import ArrowStorageWriter
 from ray_ckpt.errors import CheckpointError
 from ray_ckpt.format.manifest import MANIFEST_NAME
 from ray_ckpt.storage.files import Storage
-from ray_ckpt.storage.reader import ArrowStorageReader
-from ray_ckpt.storage.writer import ArrowStorageWriter
-from tests import faulty
-from tests.faulty import CountedStorage, Fault, TravellingStorage, wait_until
-from tests.ranks import RanksError, run_ranks
-from tests.s3 import run_s3
+from tests.support import faulty
+from tests.support.faulty import CountedStorage, Fault, TravellingStorage, wait_until
+from tests.support.ranks import RanksError, run_ranks
+from tests.support.s3 import run_s3
 
 WORLD_SIZE = 3
 ALL = ("create", "write", "finish", "sync")

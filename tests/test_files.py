@@ -1,4 +1,4 @@
-"""One behavioural suite for storage, against a directory, a memory file system of fsspec, S3 and Google's store."""
+"""One behavioral suite for storage, against a directory, a memory file system of fsspec, S3 and Google's store."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import uuid
 
 import pytest
 
+from ray_ckpt.dcp.reader import ArrowStorageReader
+from ray_ckpt.dcp.writer import ArrowStorageWriter
 from ray_ckpt.errors import FormatError, StorageError, UnsafeCheckpointError, UsageError
 from ray_ckpt.storage.files import RetryPolicy, Storage
-from ray_ckpt.storage.reader import ArrowStorageReader
-from ray_ckpt.storage.writer import ArrowStorageWriter
-from tests.gcs import run_gcs
-from tests.s3 import run_s3
+from tests.support.gcs import run_gcs
+from tests.support.s3 import run_s3
 
 AT_ONCE = RetryPolicy(attempts=4, first_wait_s=0.001, max_wait_s=0.002)
 

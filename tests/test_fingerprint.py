@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ray_ckpt.errors import FormatError
-from ray_ckpt.format import digest
+from ray_ckpt.format import fingerprinting
 from ray_ckpt.format.boxes import Box
-from ray_ckpt.format.digest import fingerprint
 from ray_ckpt.format.fingerprint import Fingerprint, merge
+from ray_ckpt.format.fingerprinting import fingerprint
 
 DTYPES = [
     torch.float32,
@@ -38,8 +38,10 @@ def fingerprint_part(whole: torch.Tensor, box: Box) -> Fingerprint:
     part = whole
     for dim, (offset, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
         part = part.narrow(dim, offset, size)
-    sums = [digest._sum_part(p, b, whole.shape) for p, b in digest._contiguous_parts(part, box)]
-    return Fingerprint(str(whole.dtype).removeprefix("torch."), tuple(whole.shape), {box: sum(sums) & digest.WORD_MASK})
+    sums = [fingerprinting._sum_part(p, b, whole.shape) for p, b in fingerprinting._contiguous_parts(part, box)]
+    return Fingerprint(
+        str(whole.dtype).removeprefix("torch."), tuple(whole.shape), {box: sum(sums) & fingerprinting.WORD_MASK}
+    )
 
 
 @st.composite
@@ -100,7 +102,7 @@ def test_strided_tensors_and_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatc
     tensor = torch.arange(6 * 10 * 4, dtype=torch.float32).reshape(6, 10, 4)
     digests = set()
     for chunk in (7, 64, 1 << 18):
-        monkeypatch.setattr(digest, "CHUNK_WORDS", chunk)
+        monkeypatch.setattr(fingerprinting, "CHUNK_WORDS", chunk)
         digests |= {
             fingerprint(tensor).digest,
             fingerprint(tensor.permute(2, 0, 1).contiguous().permute(1, 2, 0)).digest,

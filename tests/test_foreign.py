@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from ray_ckpt.format.snapshot import Snapshot
-from tests import foreign_ranks, states
-from tests.ranks import run_ranks
+from tests.support import foreign_ranks, states
+from tests.support.ranks import run_ranks
 
 FULL: dict[str, dict[str, Any]] = {
     "by index": {},

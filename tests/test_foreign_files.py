@@ -1,4 +1,4 @@
-"""Files that torch.save and safetensors wrote: recognised, read exactly, into any sharding, and safe when hostile."""
+"""Files that torch.save and safetensors wrote: recognized, read exactly, into any sharding, and safe when hostile."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from ray_ckpt.dcp.reader import ArrowStorageReader
 from ray_ckpt.errors import CheckpointNotFoundError, FormatError, RayCkptError, UnsafeCheckpointError
 from ray_ckpt.storage.files import RetryPolicy, Storage
-from ray_ckpt.storage.reader import ArrowStorageReader
-from tests import driver
-from tests.foreign import PLACEMENTS, blank, differing, load_shards, weights
-from tests.ranks import run_ranks
-from tests.s3 import run_s3
+from tests.support import driver
+from tests.support.foreign import PLACEMENTS, blank, differing, load_shards, weights
+from tests.support.ranks import run_ranks
+from tests.support.s3 import run_s3
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ray_ckpt.format.digest import fingerprint
+from ray_ckpt.format.fingerprinting import fingerprint
 from tests.conftest import REPOSITORY
 
 pytestmark = [

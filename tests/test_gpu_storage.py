@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ray_ckpt.dcp.reader import ArrowStorageReader
+from ray_ckpt.dcp.writer import ArrowStorageWriter
 from ray_ckpt.errors import IntegrityError
-from ray_ckpt.storage.reader import ArrowStorageReader
 from ray_ckpt.storage.staging import STAGING_BYTES, host_pieces
-from ray_ckpt.storage.writer import ArrowStorageWriter
-from tests import driver
+from tests.support import driver
 
 pytestmark = [
     pytest.mark.gpu,

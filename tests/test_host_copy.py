@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ray_ckpt.errors import UsageError
-from ray_ckpt.format.blob import parse_dtype
+from ray_ckpt.format.torch_container import parse_dtype
 from ray_ckpt.protocol.holdings import Holdings, hold
 from ray_ckpt.protocol.host_copy import HostCopy
 from ray_ckpt.storage.objects import saved_object

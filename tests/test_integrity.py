@@ -9,10 +9,10 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from ray_ckpt.dcp.reader import ArrowStorageReader
+from ray_ckpt.dcp.writer import ArrowStorageWriter
 from ray_ckpt.errors import FormatError, IntegrityError, RayCkptError
-from ray_ckpt.storage.reader import ArrowStorageReader
-from ray_ckpt.storage.writer import ArrowStorageWriter
-from tests import driver
+from tests.support import driver
 
 ROWS, COLUMNS = 700, 1000  # 2.8 MB: blocks of 12 KiB that no row boundary meets
 

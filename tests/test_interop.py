@@ -16,12 +16,12 @@ from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
 
+from ray_ckpt.dcp.reader import ArrowStorageReader
+from ray_ckpt.dcp.writer import ArrowStorageWriter
 from ray_ckpt.errors import UsageError
 from ray_ckpt.storage.files import Storage
-from ray_ckpt.storage.reader import ArrowStorageReader
-from ray_ckpt.storage.writer import ArrowStorageWriter
-from tests import driver
-from tests.ranks import run_ranks
+from tests.support import driver
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 

@@ -17,11 +17,11 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Replicate as Whole
 from torch.distributed.tensor import Shard as ShardOf
 
-from ray_ckpt.format.blob import parse_dtype
-from ray_ckpt.storage.reader import ArrowStorageReader
-from ray_ckpt.storage.writer import ArrowStorageWriter
-from tests import driver
-from tests.ranks import run_ranks
+from ray_ckpt.dcp.reader import ArrowStorageReader
+from ray_ckpt.dcp.writer import ArrowStorageWriter
+from ray_ckpt.format.torch_container import parse_dtype
+from tests.support import driver
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 
@@ -112,7 +112,7 @@ def test_strided_and_cast_targets(tmp_path):
     assert torch.equal(target["narrower"], weight.bfloat16())
 
 
-class Colour(enum.IntEnum):
+class Color(enum.IntEnum):
     RED = 1
 
 

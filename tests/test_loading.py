@@ -14,9 +14,9 @@ from torch import nn
 import ray_ckpt
 from ray_ckpt.errors import CheckpointError, StateMismatchError, UsageError
 from ray_ckpt.parallel.stages import take_stage
-from ray_ckpt.parallel.state import TrainState
 from ray_ckpt.recipes.model import PipelineModel
-from tests.ranks import run_ranks
+from ray_ckpt.state.train_state import TrainState
+from tests.support.ranks import run_ranks
 from tests.test_state import fresh, train, trained
 
 

@@ -22,13 +22,13 @@ from ray_ckpt.checkpoint.loading import load
 from ray_ckpt.checkpoint.saving import save
 from ray_ckpt.format.snapshot import Snapshot, compare
 from ray_ckpt.parallel.layout import Layout
+from ray_ckpt.parallel.parallelize import parallelize
 from ray_ckpt.parallel.stages import build_on_meta, parts_of
-from ray_ckpt.parallel.state import TrainState
-from ray_ckpt.parallel.wrap import parallelize
 from ray_ckpt.recipes.model import learning_rates, loss_function
 from ray_ckpt.recipes.training import Trainer, grouped_by_part, parameters_of
-from tests.decoders import MODELS
-from tests.ranks import run_ranks
+from ray_ckpt.state.train_state import TrainState
+from tests.support.decoders import MODELS
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -29,11 +29,11 @@ from ray_ckpt.recipes.pipeline_to_fsdp import job
 from ray_ckpt.recipes.pipeline_to_fsdp.command import pipeline_to_fsdp
 from ray_ckpt.recipes.screen import Screen
 from ray_ckpt.recipes.setting import check_storage
-from tests import rank_functions
-from tests.commands import assert_one_line, assert_refused
 from tests.conftest import MARKERS, REPOSITORY
-from tests.models import DOOMED_RANK
-from tests.s3 import run_s3
+from tests.support import rank_functions
+from tests.support.commands import assert_one_line, assert_refused
+from tests.support.models import DOOMED_RANK
+from tests.support.s3 import run_s3
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -109,7 +109,9 @@ def test_any_layout_to_any_other_each_with_its_own_number_of_workers(tmp_path: P
 
 @pytest.mark.slow
 def test_weights_that_two_stages_share_are_trained_and_arrive_as_one() -> None:
-    done = run_job("--model", "tests.models:tied", "--from", "pp2", "--to", "fsdp2x2", "--steps", "4", "--json", "-")
+    done = run_job(
+        "--model", "tests.support.models:tied", "--from", "pp2", "--to", "fsdp2x2", "--steps", "4", "--json", "-"
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["verified"] is True
@@ -120,7 +122,7 @@ def test_weights_that_two_stages_share_are_trained_and_arrive_as_one() -> None:
 @pytest.mark.slow
 def test_a_model_of_ones_own_with_buffers_and_uneven_stages_through_s3() -> None:
     with run_s3() as s3:
-        arguments = ["--model", "tests.models:Perceptron", "--workers", "3", "--steps", "4"]
+        arguments = ["--model", "tests.support.models:Perceptron", "--workers", "3", "--steps", "4"]
         done = run_job(*arguments, "--storage", s3.uri("run"), "--json", "-")
         assert done.returncode == 0, done.stderr
         # A data file per stage, the two records of what is in them, and a probe per worker.
@@ -247,7 +249,9 @@ def test_storage_that_nodes_do_not_share_is_found_before_a_byte_is_saved(
 @pytest.mark.jobs
 def test_a_mismatch_ends_with_exit_code_1_and_a_table(tmp_path: Path) -> None:
     report_path = tmp_path / "out.json"
-    done = run_job("--model", "tests.models:Noisy", "--workers", "2", "--steps", "2", "--json", str(report_path))
+    done = run_job(
+        "--model", "tests.support.models:Noisy", "--workers", "2", "--steps", "2", "--json", str(report_path)
+    )
     assert done.returncode == 1
     report = json.loads(report_path.read_text())
     assert report["verified"] is False
@@ -260,7 +264,7 @@ def test_a_mismatch_ends_with_exit_code_1_and_a_table(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["train", "save", "load"])
 def test_a_killed_worker_is_named_within_ten_seconds_and_a_second_run_succeeds(tmp_path: Path, moment: str) -> None:
-    arguments = ["--model", f"tests.models:dies_in_{moment}", "--workers", "2", "--steps", "2"]
+    arguments = ["--model", f"tests.support.models:dies_in_{moment}", "--workers", "2", "--steps", "2"]
     arguments += ["--storage", str(tmp_path / "run")]
     done = run_job(*arguments)
     took_s = time.time() - float((MARKERS / moment).read_text())
@@ -281,18 +285,18 @@ def test_a_killed_worker_is_named_within_ten_seconds_and_a_second_run_succeeds(t
         (["--target", "ddp"], "ddp"),
         (["--json", "/no/such/directory/out.json"], "no such directory"),
         (["--workers", "4", "--layers", "3"], "cannot cut PipelineModel with 3 layers"),
-        (["--model", "tests.models"], "pkg.module:factory"),
+        (["--model", "tests.support.models"], "pkg.module:factory"),
         (["--model", "no.such.module:factory"], "No module named 'no'"),
-        (["--model", "tests.models:no_such_factory"], "no_such_factory"),
-        (["--model", "tests.models:DOOMED_RANK"], "not a callable"),
-        (["--model", "tests.models:not_a_model"], "must return a torch.nn.Module, not str"),
+        (["--model", "tests.support.models:no_such_factory"], "no_such_factory"),
+        (["--model", "tests.support.models:DOOMED_RANK"], "not a callable"),
+        (["--model", "tests.support.models:not_a_model"], "must return a torch.nn.Module, not str"),
         (["--from", "pp2.tp"], "layout 'pp2.tp' has the token 'tp'"),
         (["--to", "fsdp1x2.tp2"], "FSDP1 does not combine with other axes"),
         (["--to", "fsdp2x3", "--target", "fsdp1"], "--target fsdp1 is short for --to fsdp1x4"),
-        (["--model", "tests.models:Perceptron", "--to", "tp2"], "Perceptron has no tp_plan()"),
+        (["--model", "tests.support.models:Perceptron", "--to", "tp2"], "Perceptron has no tp_plan()"),
         (["--to", "ep2"], "PipelineModel has no layer of experts to split over 2 ranks"),
-        (["--model", "tests.models:Headed", "--workers", "2"], "beside its layers"),
-        (["--model", "tests.models:without_data", "--workers", "2"], "has no sample_batch"),
+        (["--model", "tests.support.models:Headed", "--workers", "2"], "beside its layers"),
+        (["--model", "tests.support.models:without_data", "--workers", "2"], "has no sample_batch"),
     ],
 )
 def test_bad_input_gets_one_line_and_exit_code_2(

@@ -21,7 +21,7 @@ GROWTH = 8
     ids=["tensors", "ranks of shards", "ranks"],
 )
 def test_the_coordinators_work_grows_no_faster_than_the_parts(small: Case, large: Case) -> None:
-    """Processor time, the least of two, because neighbours on the machine only ever add to it."""
+    """Processor time, the least of two, because neighbors on the machine only ever add to it."""
 
     def seconds(case: Case) -> float:
         costs = []

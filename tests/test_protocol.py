@@ -21,9 +21,9 @@ from ray_ckpt.protocol.coordinator import Coordinator, PlanCache
 from ray_ckpt.protocol.holdings import hold
 from ray_ckpt.protocol.host_copy import HostCopy
 from ray_ckpt.protocol.messages import Item, LocalPlan, RankRecord, TensorSpec
-from ray_ckpt.protocol.rank import PlanMemory, RankSave
+from ray_ckpt.protocol.rank_save import PlanMemory, RankSave
 from ray_ckpt.storage.files import Storage
-from tests.ranks import RanksError, run_ranks
+from tests.support.ranks import RanksError, run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.ranks import RanksError, run_ranks
+from tests.support.ranks import RanksError, run_ranks
 
 
 def _sum_of_ranks(rank, offset):

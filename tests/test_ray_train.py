@@ -14,10 +14,10 @@ import ray
 import torch
 
 import ray_ckpt
-from ray_ckpt.parallel.state import TrainState
+from ray_ckpt.state.train_state import TrainState
 from ray_ckpt.storage.store import CheckpointStore
 from tests.conftest import REPOSITORY
-from tests.faulty import wait_until
+from tests.support.faulty import wait_until
 
 pytestmark = [
     pytest.mark.slow,

@@ -24,9 +24,11 @@ from safetensors.torch import save_file
 
 from ray_ckpt.cluster import tasks
 from ray_ckpt.cluster.tasks import run_tasks
+from ray_ckpt.dcp.reader import ArrowStorageReader
+from ray_ckpt.dcp.writer import ArrowStorageWriter
 from ray_ckpt.errors import DIED, CheckpointExistsError, GroupTimeoutError, IntegrityError, UsageError, WorkerError
 from ray_ckpt.format.boxes import Box, check_cover
-from ray_ckpt.format.digest import fingerprint
+from ray_ckpt.format.fingerprinting import fingerprint
 from ray_ckpt.format.manifest import MANIFEST_NAME, Chunk, Manifest, TensorEntry
 from ray_ckpt.parallel.layout import Layout
 from ray_ckpt.recipes.reshard import job
@@ -34,14 +36,12 @@ from ray_ckpt.recipes.reshard.plan import partition
 from ray_ckpt.recipes.screen import Screen
 from ray_ckpt.storage import rewrite as rewriting
 from ray_ckpt.storage.files import Storage
-from ray_ckpt.storage.reader import ArrowStorageReader
 from ray_ckpt.storage.rewrite import WantedTensor, rewrite
-from ray_ckpt.storage.writer import ArrowStorageWriter
-from tests import driver, task_functions
-from tests.clusters import wait_until
 from tests.conftest import REPOSITORY
-from tests.ranks import run_ranks
-from tests.s3 import run_s3
+from tests.support import driver, task_functions
+from tests.support.clusters import wait_until
+from tests.support.ranks import run_ranks
+from tests.support.s3 import run_s3
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 
@@ -367,7 +367,7 @@ class TestTasks:
         monkeypatch.setattr(tasks, "SUBMITTED_AT_ONCE", 2)
         done: dict[int, int] = {}
         values = run_tasks(
-            "tests.task_functions:square", {n: (n,) for n in range(7)}, timeout_s=60, on_done=done.__setitem__
+            "tests.support.task_functions:square", {n: (n,) for n in range(7)}, timeout_s=60, on_done=done.__setitem__
         )
         assert list(values.items()) == [(n, n * n) for n in range(7)]
         assert done == values

@@ -14,15 +14,18 @@ import ray_ckpt
 PACKAGE = Path(ray_ckpt.__file__).parent
 
 FLOORS = {
-    "collector": 0,
     "errors": 0,
+    "gc_pause": 0,
     "report": 0,
+    "text": 0,
     "format": 1,
     "storage": 2,
     "parallel": 2,
+    "state": 2,
     "protocol": 3,
     "checkpoint": 4,
     "cluster": 4,
+    "dcp": 4,
     "recipes": 5,
     "__init__": 6,
 }

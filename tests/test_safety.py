@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
+from ray_ckpt.dcp.reader import ArrowStorageReader
+from ray_ckpt.dcp.writer import ArrowStorageWriter
 from ray_ckpt.errors import CheckpointError, FormatError, RayCkptError, UnsafeCheckpointError
 from ray_ckpt.format import dcp_metadata
 from ray_ckpt.format.manifest import MANIFEST_NAME, Manifest
-from ray_ckpt.storage.reader import ArrowStorageReader
-from ray_ckpt.storage.writer import ArrowStorageWriter
-from tests import driver
+from tests.support import driver
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 

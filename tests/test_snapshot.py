@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ray_ckpt.format.boxes import Box
-from ray_ckpt.format.digest import fingerprint
 from ray_ckpt.format.fingerprint import Fingerprint
+from ray_ckpt.format.fingerprinting import fingerprint
 from ray_ckpt.format.snapshot import ABSENT, Mismatch, Snapshot, compare
 from tests.test_fingerprint import fingerprint_part
 

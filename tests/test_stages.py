@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ray_ckpt.errors import UsageError
-from ray_ckpt.parallel.materialise import allocate, fill, materialise, tied_names
+from ray_ckpt.parallel.materialize import allocate, fill, materialize, tied_names
 from ray_ckpt.parallel.stages import build_on_meta, cut_by_names, cut_evenly, parts_of, stages_that_share, take_stage
 from ray_ckpt.recipes.model import PipelineModel
-from tests.models import Headed, Nested, Perceptron, tied
+from tests.support.models import Headed, Nested, Perceptron, tied
 
 CPU = torch.device("cpu")
 
 
-def materialise_stage(whole: nn.Module, names: list[str], seed: int) -> nn.Module:
+def materialize_stage(whole: nn.Module, names: list[str], seed: int) -> nn.Module:
     skeleton, ties = copy.deepcopy(whole), tied_names(whole)
     stage = take_stage(whole, names)
     allocate(stage, CPU, ties)
@@ -77,10 +77,10 @@ def test_a_cut_of_ones_own_names_every_part_once_and_in_order() -> None:
 def test_parts_may_lie_deeper_and_leave_the_whole_model_whole() -> None:
     whole = build_on_meta(Nested)
     names = [name for name, _ in whole.named_parameters()]
-    stages = [materialise_stage(whole, parts, seed=1) for parts in cut_evenly(whole, 3)]
+    stages = [materialize_stage(whole, parts, seed=1) for parts in cut_evenly(whole, 3)]
     assert [name for name, _ in whole.named_parameters()] == names
     reference = build_on_meta(Nested)
-    materialise(reference, CPU, seed=1)
+    materialize(reference, CPU, seed=1)
     assert [list(stage.state_dict()) for stage in stages] == [
         ["inner.first.weight", "inner.blocks.0.weight"],
         ["inner.blocks.1.weight"],
@@ -106,10 +106,10 @@ def test_ties_survive_and_are_known_where_a_cut_parts_them() -> None:
     assert ties == {"layer2.weight": "layer1.weight"}
     assert stages_that_share([["layer1", "layer2"]], ties) == {}
     assert stages_that_share([["layer1"], ["layer2"]], ties) == {"layer2.weight": (1, 0)}
-    first, last = (materialise_stage(build_on_meta(tied), [name], seed=0) for name in ("layer1", "layer2"))
+    first, last = (materialize_stage(build_on_meta(tied), [name], seed=0) for name in ("layer1", "layer2"))
     assert torch.equal(first.get_parameter("layer1.weight"), last.get_parameter("layer2.weight"))
     reference = build_on_meta(tied)
-    materialise(reference, CPU, seed=0)
+    materialize(reference, CPU, seed=0)
     assert reference.get_parameter("layer1.weight") is reference.get_parameter("layer2.weight")
     assert torch.equal(reference.get_parameter("layer1.weight"), first.get_parameter("layer1.weight"))
 
@@ -124,9 +124,9 @@ def test_stages_run_one_after_the_other_are_the_model(factory: type[nn.Module]) 
     whole = build_on_meta(factory)
     stages = []
     for names in cut_evenly(whole, 3):
-        stages.append(materialise_stage(whole, names, seed=3))
+        stages.append(materialize_stage(whole, names, seed=3))
     reference = build_on_meta(factory)
-    materialise(reference, CPU, seed=3)
+    materialize(reference, CPU, seed=3)
     inputs = torch.randn(5, 6)
     hidden = inputs
     for stage in stages:
@@ -139,7 +139,7 @@ def test_stages_run_one_after_the_other_are_the_model(factory: type[nn.Module]) 
 
 def test_a_stage_holds_memory_for_its_own_layers_only() -> None:
     whole = build_on_meta(lambda: PipelineModel(6, 4))
-    stage = materialise_stage(whole, ["layer2"], seed=0)
+    stage = materialize_stage(whole, ["layer2"], seed=0)
     assert list(stage.state_dict()) == ["layer2.weight", "layer2.bias"]
     assert [name for name, parameter in whole.named_parameters() if not parameter.is_meta] == [
         "layer2.weight",
@@ -151,7 +151,7 @@ def test_another_seed_gives_other_values() -> None:
     values = []
     for seed in (0, 1):
         model = build_on_meta(lambda: PipelineModel(6, 2))
-        materialise(model, CPU, seed)
+        materialize(model, CPU, seed)
         values.append(model.get_parameter("layer1.weight").detach())
         assert not torch.equal(model.get_parameter("layer1.weight"), model.get_parameter("layer2.weight"))
     assert not torch.equal(*values)

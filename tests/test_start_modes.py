@@ -19,7 +19,7 @@ import ray
 from ray.job_submission import JobStatus, JobSubmissionClient
 from ray.util import placement_group_table
 
-from tests.clusters import (
+from tests.support.clusters import (
     BIN,
     JOB,
     Head,

@@ -19,10 +19,10 @@ from torch.distributed.checkpoint.state_dict import (
 
 import ray_ckpt
 from ray_ckpt.errors import StateMismatchError, UsageError
-from ray_ckpt.parallel.hyperparameters import same
 from ray_ckpt.parallel.stages import build_on_meta, take_stage
-from ray_ckpt.parallel.state import TrainState
 from ray_ckpt.recipes.model import PipelineModel
+from ray_ckpt.state.hyperparameters import same
+from ray_ckpt.state.train_state import TrainState
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 NAMES = ["layer1.weight", "layer1.bias", "layer2.weight", "layer2.bias"]

@@ -14,9 +14,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import ray_ckpt
 from ray_ckpt.format.snapshot import Snapshot
-from ray_ckpt.parallel.state import TrainState
-from tests.ranks import run_ranks
-from tests.states import LAYOUTS, OPTIMIZERS, build, differing, train
+from ray_ckpt.state.train_state import TrainState
+from tests.support.ranks import run_ranks
+from tests.support.states import LAYOUTS, OPTIMIZERS, build, differing, train
 
 EVERYWHERE = [name for name in OPTIMIZERS if name != "adafactor"]
 """torch cannot step Adafactor on DTensors, and under FSDP1 it is refused: see below."""
@@ -75,7 +75,7 @@ def check(tmp_path: Path, triples: list[tuple[str, str, str]]) -> None:
                 assert differing(continued, target_continued) == [], where
 
 
-def test_each_layout_loads_its_own_and_its_neighbours(tmp_path: Path) -> None:
+def test_each_layout_loads_its_own_and_its_neighbors(tmp_path: Path) -> None:
     pairs = [*zip(NAMES, NAMES[1:] + NAMES[:1], strict=True), *zip(NAMES, NAMES, strict=True)]
     check(tmp_path, [(*pair, EVERYWHERE[turn % len(EVERYWHERE)]) for turn, pair in enumerate(pairs)])
 

@@ -17,10 +17,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import ray_ckpt
 from ray_ckpt.errors import CommitError, StateMismatchError, UsageError
-from ray_ckpt.parallel import packing
-from ray_ckpt.parallel.state import TrainState
-from tests.ranks import run_ranks
-from tests.states import build, differing, train
+from ray_ckpt.state import sealing
+from ray_ckpt.state.train_state import TrainState
+from tests.support.ranks import run_ranks
+from tests.support.states import build, differing, train
 
 SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     "lambda": lambda optimizer: lr_scheduler.LambdaLR(optimizer, [Decay(0.9), lambda step: 0.5**step]),
@@ -266,8 +266,8 @@ def test_ranks_that_count_differently_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_nested_state_is_packed_exactly(value: Any) -> None:
-    packed = packing.pack("name", value)
-    unpacked = packing.unpack("name", packed)
+    packed = sealing.pack("name", value)
+    unpacked = sealing.unpack("name", packed)
     assert unpacked == value
     assert repr(unpacked) == repr(value)
     assert all(not isinstance(leaf, dict) for leaf in packed.values())
@@ -275,16 +275,16 @@ def test_nested_state_is_packed_exactly(value: Any) -> None:
 
 def test_tensors_within_lists_are_packed_as_tensors() -> None:
     tensors = [torch.arange(3), torch.ones(2)]
-    packed = packing.pack("name", {"a": tensors, "b": tensors[0]})
+    packed = sealing.pack("name", {"a": tensors, "b": tensors[0]})
     assert packed["name.a.$1"] is tensors[1]
-    unpacked = packing.unpack("name", packed)
+    unpacked = sealing.unpack("name", packed)
     assert unpacked["a"][0] is unpacked["b"] is tensors[0]
 
 
 @pytest.mark.parametrize("value", [{"a": [object()]}, {"a": np.float64(1)}, {"a": {"b": {1.5: Path()}}}])
 def test_what_no_reader_would_get_back_is_refused_by_name(value: Any) -> None:
     with pytest.raises(UsageError, match=r"'name\.a.*' is a .*, which cannot be saved so that any reader gets it back"):
-        packing.pack("name", value)
+        sealing.pack("name", value)
 
 
 def sharded_average(rank: int, directory: str) -> dict[str, torch.Tensor]:

@@ -16,9 +16,9 @@ import ray_ckpt
 from ray_ckpt.errors import CommitError, StateMismatchError, UsageError
 from ray_ckpt.format.snapshot import Snapshot, compare
 from ray_ckpt.parallel.stages import take_stage
-from ray_ckpt.parallel.state import TrainState
-from tests.ranks import run_ranks
-from tests.states import Scaled
+from ray_ckpt.state.train_state import TrainState
+from tests.support.ranks import run_ranks
+from tests.support.states import Scaled
 
 TIES = {"head.weight": "embed.weight"}
 MIB = 2**20

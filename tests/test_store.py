@@ -12,15 +12,15 @@ import torch.distributed.checkpoint as dcp
 
 import ray_ckpt
 from ray_ckpt.checkpoint.together import alone_with_dcp
+from ray_ckpt.dcp.reader import ArrowStorageReader
 from ray_ckpt.errors import CheckpointError, CheckpointNotFoundError, StorageError, UsageError
 from ray_ckpt.format.manifest import MANIFEST_NAME
 from ray_ckpt.storage.files import Storage
-from ray_ckpt.storage.reader import ArrowStorageReader
 from ray_ckpt.storage.retention import keep, keep_every, keep_last
 from ray_ckpt.storage.store import CheckpointStore
-from tests.faulty import AT_ONCE
-from tests.gcs import run_gcs
-from tests.s3 import run_s3
+from tests.support.faulty import AT_ONCE
+from tests.support.gcs import run_gcs
+from tests.support.s3 import run_s3
 
 ATTEMPT = "0123456789ab"
 

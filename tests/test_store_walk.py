@@ -21,13 +21,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
 
 import ray_ckpt
+from ray_ckpt.dcp.reader import ArrowStorageReader
 from ray_ckpt.errors import CheckpointError, CheckpointNotFoundError, UsageError
 from ray_ckpt.format import dcp_metadata
 from ray_ckpt.protocol.coordinator import Coordinator
-from ray_ckpt.protocol.rank import PlanMemory, RankSave
+from ray_ckpt.protocol.rank_save import PlanMemory, RankSave
 from ray_ckpt.storage.audit import audit
 from ray_ckpt.storage.files import Storage
-from ray_ckpt.storage.reader import ArrowStorageReader
 from ray_ckpt.storage.retention import keep, keep_every, keep_last
 from ray_ckpt.storage.store import CheckpointStore
 

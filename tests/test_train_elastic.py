@@ -23,19 +23,19 @@ import pytest
 import torch
 
 from ray_ckpt.parallel.layout import Layout
-from ray_ckpt.parallel.materialise import materialise
+from ray_ckpt.parallel.materialize import materialize
 from ray_ckpt.parallel.stages import parts_of
 from ray_ckpt.recipes.model import batch, build, learning_rates, loss_function
 from ray_ckpt.recipes.train_elastic.command import train_elastic
 from ray_ckpt.recipes.workload import Workload
 from ray_ckpt.storage.store import CheckpointStore
-from tests.clusters import Head, Sandbox, Started, add_node, wait_until, wait_until_free
-from tests.commands import assert_refused
+from tests.support.clusters import Head, Sandbox, Started, add_node, wait_until, wait_until_free
+from tests.support.commands import assert_refused
 
 pytestmark = pytest.mark.timeout(300)
 
 JOB = "jobs/train_elastic.py"
-MODEL = "tests.models:Perceptron"
+MODEL = "tests.support.models:Perceptron"
 STEPS = 40
 SAVE_EVERY = 2
 NEVER_ALIKE = itertools.count(2)
@@ -68,7 +68,7 @@ def reference(layouts: str) -> list[float]:
     """The losses of the same training in this process, on whole batches."""
     workload = Workload.of(MODEL, 500, 4, [Layout.parse(text) for text in layouts.split(",")])
     model = build(workload)
-    materialise(model, torch.device("cpu"), workload.seed)
+    materialize(model, torch.device("cpu"), workload.seed)
     optimizer = torch.optim.Adam(
         {"params": list(model.get_submodule(part).parameters()), "lr": rate}
         for part, rate in learning_rates(parts_of(model)).items()
@@ -222,7 +222,16 @@ def test_a_signal_where_nothing_is_to_be_saved_ends_the_job_at_once(
 
 @pytest.mark.slow
 def test_a_failure_that_repeats_itself_is_not_tried_again(head: Head, tmp_path: Path) -> None:
-    arguments = ["--address", head.address, "--model", "tests.models:Failing", "--layouts", "pp2", "--steps", "4"]
+    arguments = [
+        "--address",
+        head.address,
+        "--model",
+        "tests.support.models:Failing",
+        "--layouts",
+        "pp2",
+        "--steps",
+        "4",
+    ]
     job = head.sandbox.start(sys.executable, JOB, *arguments, "--max-failures", "9", "--storage", str(tmp_path))
     assert job.wait(90) == 1
     assert job.stdout.count("group: 2 workers") == 2

@@ -23,10 +23,10 @@ from ray_ckpt.report import VerifyReport
 from ray_ckpt.storage.audit import PIECE_BYTES
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.store import CheckpointStore
-from tests import faulty
-from tests.faulty import Fault, FaultyStorage
-from tests.ranks import run_ranks
-from tests.s3 import run_s3
+from tests.support import faulty
+from tests.support.faulty import Fault, FaultyStorage
+from tests.support.ranks import run_ranks
+from tests.support.s3 import run_s3
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

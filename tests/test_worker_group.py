@@ -15,7 +15,7 @@ from ray.util import placement_group_table
 from ray_ckpt.cluster.group import WorkerGroup
 from ray_ckpt.cluster.worker import WorkerInfo
 from ray_ckpt.errors import DIED, GroupError, GroupTimeoutError, PlacementError, UsageError, WorkerError
-from tests import rank_functions
+from tests.support import rank_functions
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -71,7 +71,7 @@ def test_results_come_in_rank_order_with_a_context(group: WorkerGroup) -> None:
     [
         ([0], "ValueError", "ValueError"),
         ([0, 1], "ValueError", "ValueError"),
-        ([1], "unpicklable", "tests.rank_functions.UnpicklableError"),
+        ([1], "unpicklable", "tests.support.rank_functions.UnpicklableError"),
         ([1], "checkpoint", "torch.distributed.checkpoint.api.CheckpointException"),
     ],
 )

@@ -22,7 +22,7 @@ from ray_ckpt.errors import CheckpointError, SavePendingError
 from ray_ckpt.protocol.coordinator import PlanCache
 from ray_ckpt.protocol.host_copy import HostCopy
 from ray_ckpt.protocol.messages import Assignment
-from ray_ckpt.protocol.rank import PlanMemory
+from ray_ckpt.protocol.rank_save import PlanMemory
 from ray_ckpt.report import SaveReport
 
 

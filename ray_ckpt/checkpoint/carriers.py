@@ -62,7 +62,7 @@ def ask_any_rank(it_is_so: bool) -> Callable[[], bool]:
     if not dist.is_initialized():
         return lambda: it_is_so
     trainers = dist.group.WORLD
-    assert trainers is not None, "an initialised process has a group"
+    assert trainers is not None, "an initialized process has a group"
     kinds = {device.type for device in trainers._device_types}
     device = torch.device("cpu" if "cpu" in kinds else kinds.pop())
     flag = torch.tensor([it_is_so], dtype=torch.int32, device=device)

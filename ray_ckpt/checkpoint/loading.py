@@ -12,16 +12,15 @@ from collections.abc import Sequence
 from typing import Literal
 
 from ray_ckpt.checkpoint.carriers import carrier, on_any_rank
-from ray_ckpt.checkpoint.target import source
-from ray_ckpt.checkpoint.together import Exchange, together
+from ray_ckpt.checkpoint.together import Exchange, source, together
 from ray_ckpt.errors import UsageError
 from ray_ckpt.format.translate import join
-from ray_ckpt.parallel.claims import KeyMap
-from ray_ckpt.parallel.state import TrainState
-from ray_ckpt.protocol.fit import agree
+from ray_ckpt.protocol.agreement import agree
 from ray_ckpt.protocol.rank_load import LoadOptions, RankLoad, State
 from ray_ckpt.report import LoadReport
-from ray_ckpt.storage.target import Target
+from ray_ckpt.state.load_plan import KeyMap
+from ray_ckpt.state.train_state import TrainState
+from ray_ckpt.storage.resolve import Target
 
 
 def load(

@@ -24,12 +24,12 @@ from ray_ckpt.checkpoint.carriers import Carrier, ask_any_rank, carrier
 from ray_ckpt.checkpoint.together import Exchange
 from ray_ckpt.errors import RayCkptError, UsageError
 from ray_ckpt.format import dcp_metadata
-from ray_ckpt.parallel.state import TrainState
 from ray_ckpt.protocol.coordinator import Coordinator
 from ray_ckpt.protocol.messages import Assignment, LocalPlan, RankRecord
-from ray_ckpt.protocol.rank import RankSave
+from ray_ckpt.protocol.rank_save import RankSave
 from ray_ckpt.report import SaveReport
-from ray_ckpt.storage.target import Target, destination
+from ray_ckpt.state.train_state import TrainState
+from ray_ckpt.storage.resolve import Target, destination
 
 State = Stateful | Mapping[str, Any]
 T = TypeVar("T")

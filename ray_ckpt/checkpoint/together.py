@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 
-from ray_ckpt.checkpoint.carriers import Carrier, LostContact, on_any_rank
+from ray_ckpt.checkpoint.carriers import Carrier, LostContact, carrier, on_any_rank
 from ray_ckpt.errors import CheckpointError, RayCkptError, StorageError
+from ray_ckpt.storage.files import Storage
+from ray_ckpt.storage.resolve import Target, find
 
 T = TypeVar("T")
 
@@ -116,24 +116,16 @@ class RankError(Exception):
     """What a rank raised that is none of our own errors, and may not pickle. Its text is that error's."""
 
 
-@contextmanager
-def alone_with_dcp() -> Iterator[None]:
-    """Call DCP on this rank alone, with `no_dist=True`: what failed is raised as it is."""
-    try:
-        with _as_one_process():
-            yield
-    except CheckpointException as error:
-        for cause, _ in error.failures.values():
-            raise cause from error
-        raise CheckpointError(str(error)) from error
+def source(operation: str, target: Target, step: int | None) -> Storage:
+    """As `find`; all ranks call it, and get what the coordinator has found.
 
+    Args:
+        operation: for the message when it fails.
 
-@contextmanager
-def _as_one_process() -> Iterator[None]:
-    """Without a process group DCP warns that it assumes one process. That is as good as any other layout."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        yield
+    Raises:
+        CheckpointNotFoundError: no step was named, and there is no committed checkpoint.
+    """
+    return Exchange(operation, carrier()).broadcast(lambda: find(target, step))
 
 
 def _describe(error: BaseException) -> str:

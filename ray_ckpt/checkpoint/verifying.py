@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from ray_ckpt.checkpoint.carriers import carrier
-from ray_ckpt.checkpoint.target import source
-from ray_ckpt.checkpoint.together import Exchange
+from ray_ckpt.checkpoint.together import Exchange, source
 from ray_ckpt.report import VerifyReport
 from ray_ckpt.storage.audit import audit
-from ray_ckpt.storage.reader import ArrowStorageReader
-from ray_ckpt.storage.target import Target
+from ray_ckpt.storage.checkpoint_reader import CheckpointReader
+from ray_ckpt.storage.resolve import Target
 
 
 def verify(target: Target, step: int | None = None) -> VerifyReport:
@@ -37,7 +36,7 @@ def verify(target: Target, step: int | None = None) -> VerifyReport:
     ranks = Exchange("verify", mine)
 
     def check() -> VerifyReport:
-        manifest = ArrowStorageReader(storage).read_manifest()
+        manifest = CheckpointReader(storage).read_manifest()
         return audit(storage, manifest, rank=mine.rank, num_ranks=mine.num_ranks)
 
     shares = ranks.gather(check)

@@ -1,6 +1,6 @@
 """Collect one call's outcomes from all ranks, and tell the rank that failed from those that suffered for it.
 
-The first error to arrive is often a victim's: neighbours of a dead rank report a lost connection before Ray reports the
+The first error to arrive is often a victim's: neighbors of a dead rank report a lost connection before Ray reports the
 death, and ranks further away sit in a collective until its timeout. So after a first error the others get a short
 grace, and failures are then ranked:
 

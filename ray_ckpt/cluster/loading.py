@@ -21,19 +21,18 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from ray_ckpt.cluster import rank_side
-from ray_ckpt.cluster.aftermath import tell_all
+from ray_ckpt.cluster import worker_side
 from ray_ckpt.cluster.group import WorkerGroup
 from ray_ckpt.errors import UsageError
 from ray_ckpt.format.translate import join
-from ray_ckpt.protocol.fit import agree
+from ray_ckpt.protocol.agreement import agree
 from ray_ckpt.report import LoadReport
-from ray_ckpt.storage.target import Target, find
+from ray_ckpt.storage.resolve import Target, find
 
 
 def load(
     group: WorkerGroup,
-    state_of: rank_side.StateOf | str,
+    state_of: worker_side.StateOf | str,
     target: Target,
     step: int | None = None,
     *,
@@ -85,11 +84,11 @@ def load(
         return list(group.call(fn, args_of, timeout_s=max(0.0, deadline - time.monotonic())).values())
 
     try:
-        if any(call(rank_side.open_load, storage, options)):
-            call(rank_side.adapt_load, join(call(rank_side.name_load, state_of)))
-        verdict = agree(call(rank_side.offer_load, state_of))
-        call(rank_side.read_load, verdict)
-        return call(rank_side.finish_load, verdict)
+        if any(call(worker_side.open_load, storage, options)):
+            call(worker_side.adapt_load, join(call(worker_side.name_load, state_of)))
+        verdict = agree(call(worker_side.offer_load, state_of))
+        call(worker_side.read_load, verdict)
+        return call(worker_side.finish_load, verdict)
     except BaseException:
-        tell_all(group, rank_side.forget_load, attempt)
+        worker_side.tell_all(group, worker_side.forget_load, attempt)
         raise

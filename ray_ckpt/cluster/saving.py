@@ -18,14 +18,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from ray_ckpt.cluster import rank_side
-from ray_ckpt.cluster.aftermath import tell_all
+from ray_ckpt.cluster import worker_side
 from ray_ckpt.cluster.group import WorkerGroup
 from ray_ckpt.errors import CommitError
 from ray_ckpt.protocol.coordinator import Coordinator, PlanCache
 from ray_ckpt.report import SaveReport
 from ray_ckpt.storage.files import Storage
-from ray_ckpt.storage.target import Target, destination
+from ray_ckpt.storage.resolve import Target, destination
 
 _plans: WeakKeyDictionary[WorkerGroup, PlanCache] = WeakKeyDictionary()
 """Of the last save of each group: a worker whose plan has not changed sends a token instead."""
@@ -33,7 +32,7 @@ _plans: WeakKeyDictionary[WorkerGroup, PlanCache] = WeakKeyDictionary()
 
 def save(
     group: WorkerGroup,
-    state_of: rank_side.StateOf | str,
+    state_of: worker_side.StateOf | str,
     target: Target,
     *,
     step: int | None = None,
@@ -72,23 +71,23 @@ def save(
         return group.call(fn, args_of, timeout_s=max(0.0, deadline - time.monotonic()), **options)
 
     try:
-        offers = call(rank_side.plan, dict.fromkeys(ranks, (coordinator.attempt, state_of, storage, cache.tokens)))
+        offers = call(worker_side.plan, dict.fromkeys(ranks, (coordinator.attempt, state_of, storage, cache.tokens)))
         coordinator.layout = layout or offers[0].layout
         assignments = coordinator.merge([offer.plan for offer in offers.values()])
         args_of = {assignment.rank: (assignment,) for assignment in assignments}
-        records = call(rank_side.write, args_of, beside=True, retries=retries)
+        records = call(worker_side.write, args_of, beside=True, retries=retries)
         coordinator.check(list(records.values()))
         _check_shared(storage, coordinator.manifest.files)
-        [stock_record] = call(rank_side.stock_record, {0: (coordinator.manifest,)}, beside=True).values()
+        [stock_record] = call(worker_side.stock_record, {0: (coordinator.manifest,)}, beside=True).values()
     except BaseException:
         # What a dead worker leaves behind is for the store's clean-up.
-        tell_all(group, rank_side.discard, coordinator.attempt)
+        worker_side.tell_all(group, worker_side.discard, coordinator.attempt)
         raise
     try:
         return coordinator.publish(stock_record)
     finally:
         # Whether it is committed may be the storage's secret: the files stay, and only the state is let go of.
-        tell_all(group, rank_side.finish, coordinator.attempt)
+        worker_side.tell_all(group, worker_side.finish, coordinator.attempt)
 
 
 def _check_shared(storage: Storage, files: Mapping[str, int]) -> None:

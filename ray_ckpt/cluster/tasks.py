@@ -41,7 +41,7 @@ def run_tasks(
 
     At most `SUBMITTED_AT_ONCE` are with Ray at a time, which runs those that the cluster has CPUs for; the others are
     the demand that an autoscaler sees. After a failure no further task is submitted, those that run get a moment to
-    report failures of their own, and the rest is cancelled.
+    report failures of their own, and the rest is canceled.
 
     Args:
         fn: a top-level function, or its name as `"package.module:function"`, which takes and returns plain data.
@@ -55,7 +55,7 @@ def run_tasks(
 
     Raises:
         WorkerError: tasks raised or died; `failures` names each by its number, as `rank`.
-        GroupTimeoutError: the time was up; names the tasks that had not ended. Those that ran are cancelled.
+        GroupTimeoutError: the time was up; names the tasks that had not ended. Those that ran are canceled.
     """
     run = _Run(fn, dict(args_of), cpus, on_done)
     try:

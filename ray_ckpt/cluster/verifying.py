@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ray_ckpt.cluster import rank_side
+from ray_ckpt.cluster import worker_side
 from ray_ckpt.cluster.group import WorkerGroup
 from ray_ckpt.report import VerifyReport
-from ray_ckpt.storage.target import Target, find
+from ray_ckpt.storage.resolve import Target, find
 
 
 def verify(
@@ -25,6 +25,6 @@ def verify(
     """
     args = (find(target, step), group.num_workers)
     shares = group.call(
-        rank_side.verify, dict.fromkeys(range(group.num_workers), args), timeout_s=timeout_s, beside=True
+        worker_side.verify, dict.fromkeys(range(group.num_workers), args), timeout_s=timeout_s, beside=True
     )
     return VerifyReport.merge(list(shares.values()))

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from ray_ckpt.collector import collector_paused
 from ray_ckpt.errors import RankFailure
+from ray_ckpt.gc_pause import collector_paused
 
 if TYPE_CHECKING:
     import torch

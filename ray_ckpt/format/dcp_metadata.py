@@ -22,11 +22,11 @@ import torch.serialization
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 
-from ray_ckpt.collector import collector_paused
 from ray_ckpt.errors import FormatError, UnsafeCheckpointError
-from ray_ckpt.format.blob import dtype_name, parse_dtype
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.manifest import Chunk, Manifest, ObjectEntry, Path, TensorEntry
+from ray_ckpt.format.torch_container import dtype_name, parse_dtype
+from ray_ckpt.gc_pause import collector_paused
 
 METADATA_NAME = ".metadata"
 """Where stock DCP keeps its record of a checkpoint."""

@@ -31,10 +31,11 @@ from typing import Any, NamedTuple, TypeVar
 
 from ray_ckpt.errors import CommitError, FormatError, UnsafeCheckpointError
 from ray_ckpt.format import values
+from ray_ckpt.format.block_sums import BlockSums
 from ray_ckpt.format.boxes import Box, check_cover, shared_box
 from ray_ckpt.format.ranges import span
 
-__all__ = ["MANIFEST_NAME", "VERSION", "BlockSums", "Chunk", "Manifest", "ObjectEntry", "TensorEntry"]
+__all__ = ["MANIFEST_NAME", "VERSION", "Chunk", "Manifest", "ObjectEntry", "TensorEntry"]
 
 MANIFEST_NAME = "manifest.json"
 """A directory that holds a file of this name holds a committed checkpoint; any other does not."""
@@ -44,21 +45,6 @@ VERSION = 1
 
 Path = tuple[str | int, ...]
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class BlockSums:
-    """One XXH3-64 per block of a chunk's data, or of an object's bytes."""
-
-    block_bytes: int
-    sums: bytes
-    """8 bytes per block, little-endian."""
-
-    def __getitem__(self, block: int) -> int:
-        return int.from_bytes(self.sums[8 * block : 8 * block + 8], "little")
-
-    def __len__(self) -> int:
-        return len(self.sums) // 8
 
 
 class Chunk(NamedTuple):

@@ -30,10 +30,10 @@ from typing import Any, NamedTuple
 import torch
 
 from ray_ckpt.errors import FormatError, UnsafeCheckpointError
-from ray_ckpt.format.blob import dtype_name
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.manifest import Chunk, Inline, Manifest, ObjectEntry, Path, TensorEntry
 from ray_ckpt.format.ranges import span
+from ray_ckpt.format.torch_container import dtype_name
 
 __all__ = ["LOCAL_HEADER_BYTES", "MAGIC", "Content", "Tensor", "data_start", "parse", "to_manifest"]
 

@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 from ray_ckpt.errors import FormatError, StateMismatchError
 from ray_ckpt.format.manifest import Manifest, ObjectEntry, Path, TensorEntry
+from ray_ckpt.text import listed
 
 __all__ = ["HYPERPARAMETERS", "Names", "Translation", "group_lists", "join", "may_be_foreign", "translate"]
 
@@ -45,9 +46,6 @@ _LIKE_THE_PARAMETER = (
 
 _PREFERRED = (f"{MODEL}.", "", "state_dict.")
 """Prefixes of the model that win over others which fit as well, such as those of averaged copies."""
-
-_MAX_NAMES = 5
-"""As many names as a message lists."""
 
 E = TypeVar("E", TensorEntry, ObjectEntry)
 
@@ -208,7 +206,7 @@ def _find_model(manifest: Manifest, optimizers: Sequence[_Optimizer], wanted: Co
             return preferred
     if len(best) > 1:
         raise StateMismatchError(
-            f"the checkpoint holds several models that fit: below {_listed(sorted(best))}; say which by a key map"
+            f"the checkpoint holds several models that fit: below {listed(sorted(best))}; say which by a key map"
         )
     return best[0]
 
@@ -244,7 +242,7 @@ def _by_name(
     groups = optimizer.groups or {}
     members = [member for group in groups.values() for member in group]
     if len(set(members)) < len(members):
-        raise FormatError(f"{optimizer.prefix}.param_groups lists a parameter twice among {_listed(members)}")
+        raise FormatError(f"{optimizer.prefix}.param_groups lists a parameter twice among {listed(members)}")
     if not optimizer.is_indexed:
         return {number: {member: str(member) for member in group} for number, group in groups.items()}
     if all(len(optimizer.member_names.get(number, ())) == len(group) for number, group in groups.items()):
@@ -305,12 +303,12 @@ def _what_is_lost(optimizer: _Optimizer, groups: Mapping[int, Mapping[int | str,
     """Why the groups' hyper-parameters are not those of all parameters; empty when they are."""
     if optimizer.groups is None:
         return ""
-    listed = {str(member) for group in groups.values() for member in group}
-    unlisted = sorted(set(_with_state(optimizer, manifest)) - listed)
+    members = {str(member) for group in groups.values() for member in group}
+    unlisted = sorted(set(_with_state(optimizer, manifest)) - members)
     if not unlisted:
         return ""
     return (
-        f"the parameter groups at {optimizer.prefix!r} do not list {_listed(unlisted)}, though their state was saved: "
+        f"the parameter groups at {optimizer.prefix!r} do not list {listed(unlisted)}, though their state was saved: "
         "several ranks (pipeline stages) saved groups of their own under the same names, of which one survived, key by "
         "key; the hyper-parameters of the others are lost, and those that are left may be a mixture"
     )
@@ -392,16 +390,7 @@ class _Renamed:
         return applied
 
 
-def _move_tensor(entry: TensorEntry, path: Path) -> TensorEntry:
-    return TensorEntry(entry.dtype, entry.shape, entry.chunks, path)
-
-
 def _path(name: str) -> tuple[str, str]:
     """Where our own flat state has it: below its first part."""
     first, _, rest = name.partition(".")
     return first, rest
-
-
-def _listed(names: Sequence[object]) -> str:
-    more = len(names) - _MAX_NAMES
-    return ", ".join(str(name) for name in names[:_MAX_NAMES]) + (f" and {more} more" if more > 0 else "")

@@ -1,7 +1,7 @@
 """Join and leave a process group.
 
 rank 0:       serve_store() -> port           a TCP store on port 0, so no port is ever guessed
-every rank:   join(host, port, ...)           same store, torch.distributed initialised
+every rank:   join(host, port, ...)           same store, torch.distributed initialized
 every rank:   leave()                         barrier, then destroy: nobody leaves while a peer still works
 """
 
@@ -38,7 +38,7 @@ def join(
     host: str,
     timeout_s: float,
 ) -> None:
-    """Initialise torch.distributed in this process. Blocks until all ranks are there.
+    """Initialize torch.distributed in this process. Blocks until all ranks are there.
 
     Args:
         store_host: where rank 0 serves the store.

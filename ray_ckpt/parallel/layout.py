@@ -22,7 +22,7 @@ from typing import Any, Literal
 from ray_ckpt.errors import UsageError
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
-"""Outermost first: neighbouring ranks differ in the last axis that is split."""
+"""Outermost first: neighboring ranks differ in the last axis that is split."""
 
 DataParallel = Literal["none", "ddp", "fsdp1", "fsdp2"]
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ray_ckpt.errors import UsageError
-from ray_ckpt.parallel.materialise import initialiser, owns_state
+from ray_ckpt.parallel.materialize import initializer, owns_state
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -26,7 +26,7 @@ def build_on_meta(factory: Callable[[], nn.Module]) -> nn.Module:
 
     Raises:
         UsageError: the factory does not return a module, it has parameters or persistent buffers outside its parts, or
-            a module that cannot be initialised after the fact.
+            a module that cannot be initialized after the fact.
     """
     with torch.device("meta"):
         model = factory()
@@ -39,11 +39,11 @@ def build_on_meta(factory: Callable[[], nn.Module]) -> nn.Module:
             "them into a layer, as each belongs to a pipeline stage"
         )
     for name, module in model.named_modules():
-        if owns_state(module) and initialiser(model, module) is None:
+        if owns_state(module) and initializer(model, module) is None:
             raise UsageError(
                 f"module {name!r} ({type(module).__name__}) has parameters or buffers of its own but no "
                 "reset_parameters(), and the model no _init_weights(module): it is built on the meta device and could "
-                "not be initialised"
+                "not be initialized"
             )
     return model
 

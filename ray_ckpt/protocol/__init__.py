@@ -1,6 +1,6 @@
 """How ranks and a coordinator save and load a checkpoint together. Who carries their messages is left open.
 
-    every rank     RankSave.plan        what it holds            -> LocalPlan      (rank.py, holdings.py)
+    every rank     RankSave.plan        what it holds            -> LocalPlan      (rank_save.py, holdings.py)
     coordinator    Coordinator.merge    who writes what          -> Assignment     (coordinator.py)
     every rank     RankSave.stage       only if training goes on meanwhile: a private copy       (host_copy.py)
     every rank     RankSave.write       files, with checksums    -> RankRecord
@@ -8,7 +8,7 @@
     coordinator    Coordinator.publish  the commit               -> SaveReport
 
     every rank     RankLoad.open, offer what it wants            -> LoadOffer      (rank_load.py)
-    coordinator    agree                what nobody wants        -> LoadOffer      (fit.py)
+    coordinator    agree                what nobody wants        -> LoadOffer      (agreement.py)
     every rank     RankLoad.check, read, finish                  -> LoadReport
 
 `checkpoint/` carries them by collectives, `cluster/` by actor calls. Messages (messages.py) are plain columns: one

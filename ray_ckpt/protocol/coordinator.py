@@ -10,17 +10,15 @@ from dataclasses import dataclass, replace
 
 import xxhash
 
-from ray_ckpt.collector import collector_paused
 from ray_ckpt.errors import CommitError
 from ray_ckpt.format.boxes import Box, check_cover, shared_box
 from ray_ckpt.format.manifest import Chunk, Manifest, ObjectEntry, Path, TensorEntry
+from ray_ckpt.gc_pause import collector_paused
 from ray_ckpt.protocol.messages import Assignment, FileRecord, Item, LocalPlan, RankRecord, TensorSpec, num_bytes
 from ray_ckpt.report import SaveReport
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.publish import publish, refuse_if_taken
-
-_MAX_NAMES = 5
-"""As many names as an error message lists."""
+from ray_ckpt.text import listed
 
 Key = tuple[str, tuple[int, ...] | None]
 """Name and offsets of a part: what is saved once, however many ranks hold it. Offsets are None for an object."""
@@ -187,7 +185,7 @@ class Coordinator:
         if len(written) == len(expected) and expected == set(written):
             return
         missing = sorted(items[position].name for position in expected - set(written))
-        found = f"lacks {_listed(missing)}" if missing else "has items twice, or items that nobody planned"
+        found = f"lacks {listed(missing)}" if missing else "has items twice, or items that nobody planned"
         raise CommitError(f"refusing to commit: what rank {rank} reports to have written {found}")
 
     def _check_replicas(
@@ -210,7 +208,7 @@ class Coordinator:
         if conflicts:
             raise CommitError(
                 "refusing to commit: ranks hold different things under one name, of which only one would survive: "
-                f"{_listed(conflicts)}; give them different names, or make the ranks agree"
+                f"{listed(conflicts)}; give them different names, or make the ranks agree"
             )
 
 
@@ -317,8 +315,3 @@ def _describe(spec: TensorSpec | None) -> str:
 
 def _part(spec: TensorSpec | None) -> str:
     return "no tensor" if spec is None else f"of size {list(spec.sizes)}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - _MAX_NAMES
-    return ", ".join(names[:_MAX_NAMES]) + (f" and {more} more" if more > 0 else "")

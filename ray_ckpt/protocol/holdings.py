@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ray_ckpt.errors import UsageError
-from ray_ckpt.format.blob import dtype_name
+from ray_ckpt.format.torch_container import dtype_name
 from ray_ckpt.protocol.messages import Item, TensorSpec
 
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from ray_ckpt.errors import UsageError
-from ray_ckpt.format.blob import parse_dtype
 from ray_ckpt.format.manifest import Inline
+from ray_ckpt.format.torch_container import parse_dtype
 from ray_ckpt.protocol.holdings import Holdings
 from ray_ckpt.protocol.messages import Item, TensorSpec, num_bytes
 from ray_ckpt.storage.objects import saved_object

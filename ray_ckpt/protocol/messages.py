@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ray_ckpt.format.manifest import ObjectEntry, Path, TensorColumns, itemsize
@@ -81,3 +81,17 @@ class RankRecord:
     files: tuple[FileRecord, ...]
     replicas: bytes
     """16 bytes for every skipped position: XXH3-128 of a tensor's block sums, or XXH3-64 of an object's container."""
+
+
+@dataclass(frozen=True)
+class LoadOffer:
+    """What a rank found when it compared the checkpoint with what it holds."""
+
+    missing: tuple[str, ...]
+    """Wanted, and not saved."""
+    cast: tuple[str, ...]
+    """Wanted in another dtype than it was saved in."""
+    unwanted: bytes
+    """A bit per name of the checkpoint, in sorted order: not wanted by this rank."""
+    notes: Mapping[str, str] = field(default_factory=dict)
+    """Section -> what becomes of it, where that depends on the layout."""

@@ -6,7 +6,7 @@ every rank     names    what this rank's part of the state is called
 coordinator    join     what all ranks hold                                   (format/translate.py)
 every rank     adapt    the manifest under our names
 every rank     offer    plan; refuse what this rank misses                     (changes nothing)
-coordinator    agree    fit.py: what no rank wants
+coordinator    agree    agreement.py: what no rank wants
 every rank     check    refuse what is left over
 every rank     read     allocate; bytes go straight into the live tensors
 every rank     finish   hyper-parameters, schedulers, counters, generators
@@ -28,19 +28,23 @@ from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 
-from ray_ckpt.collector import collector_paused
 from ray_ckpt.errors import StateMismatchError, UsageError
 from ray_ckpt.format.manifest import itemsize
 from ray_ckpt.format.translate import HYPERPARAMETERS, Names
-from ray_ckpt.parallel.claims import Claim, KeyMap, Plan, Saved, Spec
-from ray_ckpt.parallel.state import TrainState
-from ray_ckpt.protocol.fit import LoadOffer, listed, mark, marked
+from ray_ckpt.gc_pause import collector_paused
+from ray_ckpt.protocol.agreement import mark, marked
 from ray_ckpt.protocol.holdings import is_stateful
-from ray_ckpt.protocol.source import Source
+from ray_ckpt.protocol.load_source import Source
+from ray_ckpt.protocol.messages import LoadOffer
 from ray_ckpt.report import LoadReport
+from ray_ckpt.state.load_plan import Claim, KeyMap, Plan, Saved, Spec
+from ray_ckpt.state.train_state import TrainState
 from ray_ckpt.storage.files import Storage
+from ray_ckpt.text import listed
 
 State = TrainState | Stateful | Mapping[str, Any]
+
+_listed = partial(listed, at_most=8, separator="; ")
 
 
 @dataclass(frozen=True)
@@ -169,7 +173,7 @@ class RankLoad:
         if left and self._options.strict:
             texts = [f"{name}: saved {self._source.describe(name)}, wanted not at all" for name in left]
             raise StateMismatchError(
-                f"{self._source.label} does not fit what it is loaded into: {listed(texts)}. Load a part of it by "
+                f"{self._source.label} does not fit what it is loaded into: {_listed(texts)}. Load a part of it by "
                 "only=('model', ...), or all that fits by strict=False"
             )
 
@@ -234,7 +238,7 @@ class RankLoad:
         if cast and not self._options.cast:
             advice = ". cast=True converts dtypes"
         if texts:
-            texts = [f"{self._source.label} does not fit what it is loaded into: {listed(sorted(texts))}{advice}"]
+            texts = [f"{self._source.label} does not fit what it is loaded into: {_listed(sorted(texts))}{advice}"]
         if texts or problems:
             raise StateMismatchError("; ".join([*texts, *problems]))
 
@@ -291,7 +295,7 @@ def _plan_of_dict(nested: dict[str, Any], saved: Saved, then: Callable[[], None]
         for name, value in flat.items()
     }
     meta = [name for name, value in flat.items() if isinstance(value, torch.Tensor) and value.is_meta]
-    problems = [f"{listed(meta)} on the meta device, where nothing can be read to"] if meta else []
+    problems = [f"{_listed(meta)} on the meta device, where nothing can be read to"] if meta else []
 
     def apply(loaded: Mapping[str, torch.Tensor]) -> None:
         for name, claim in claims.items():

@@ -85,7 +85,7 @@ def batch(workload: Workload, model: Any, step: int) -> tuple[torch.Tensor, torc
 
 
 def learning_rates(parts: Sequence[str]) -> dict[str, float]:
-    """Different for neighbouring parts of the model, so that a load that takes one for all is found out."""
+    """Different for neighboring parts of the model, so that a load that takes one for all is found out."""
     return {part: 1e-3 * (number % 4 + 1) for number, part in enumerate(parts)}
 
 

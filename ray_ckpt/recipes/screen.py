@@ -64,7 +64,7 @@ class Screen:
 
 
 def _print_plain(console: Console, text: str) -> None:
-    """One line however long, as it is: paths and numbers are neither wrapped, nor coloured, nor taken for markup."""
+    """One line however long, as it is: paths and numbers are neither wrapped, nor colored, nor taken for markup."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -40,7 +40,7 @@ def check_layouts(workload: Workload, layouts: Sequence[Layout]) -> None:
     if workload.model is None and all(layout.num_stages <= workload.layers and layout.ep == 1 for layout in layouts):
         return  # the default model, which all others fit
     # Only now, as it takes seconds to load.
-    from ray_ckpt.parallel.wrap import check_fits
+    from ray_ckpt.parallel.parallelize import check_fits
     from ray_ckpt.recipes.model import build
 
     for layout in layouts:

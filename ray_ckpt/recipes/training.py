@@ -19,8 +19,8 @@ from torch import nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
 from torch.distributed.tensor import DTensor
 
+from ray_ckpt.parallel.parallelize import Parallelized
 from ray_ckpt.parallel.stages import stages_that_share
-from ray_ckpt.parallel.wrap import Parallelized
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

@@ -24,14 +24,14 @@ from torch.distributed.checkpoint._extension import ExtensionRegistry
 
 from ray_ckpt.errors import CheckpointError, CheckpointNotFoundError, FormatError, StorageError
 from ray_ckpt.format import dcp_metadata, values
-from ray_ckpt.format.blob import container, parse_dtype
-from ray_ckpt.format.manifest import MANIFEST_NAME, BlockSums, Chunk, Manifest, ObjectEntry, itemsize
+from ray_ckpt.format.block_sums import BlockHasher, BlockSums
+from ray_ckpt.format.manifest import MANIFEST_NAME, Chunk, Manifest, ObjectEntry, itemsize
+from ray_ckpt.format.torch_container import container, parse_dtype
 from ray_ckpt.report import Damage, VerifyReport
-from ray_ckpt.storage.fetch import tuning_for
 from ray_ckpt.storage.files import InputFile, Storage
 from ray_ckpt.storage.objects import Decoder, fetch_containers
 from ray_ckpt.storage.publish import STOCK_RECORD_NAME
-from ray_ckpt.storage.staging import BlockHasher
+from ray_ckpt.storage.ranged_reads import tuning_for
 
 PIECE_BYTES = 4 << 20
 """Size of a read, and of the one buffer that a thread holds."""

@@ -1,4 +1,4 @@
-"""What lies at a target that is no checkpoint of ours: recognised, and described by a Manifest.
+"""What lies at a target that is no checkpoint of ours: recognized, and described by a Manifest.
 
     find(storage) ─┬─ a directory   `.metadata`                                     stock DCP; with meta.pt Lightning's
                    │                `pytorch_model_fsdp_0/`, `optimizer_0/`         accelerate's, DCP in each
@@ -25,9 +25,9 @@ from ray_ckpt.format import dcp_metadata, safetensors, torch_file
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.dcp_metadata import METADATA_NAME
 from ray_ckpt.format.manifest import MANIFEST_NAME, Chunk, Manifest, ObjectEntry, TensorEntry
-from ray_ckpt.storage.fetch import Piece, Source, Tuning, fetch, tuning_for
 from ray_ckpt.storage.files import InputFile, Storage
-from ray_ckpt.storage.recognise import ACCELERATE_MODEL, ACCELERATE_OPTIMIZER
+from ray_ckpt.storage.foreign_names import ACCELERATE_MODEL, ACCELERATE_OPTIMIZER
+from ray_ckpt.storage.ranged_reads import Piece, Source, Tuning, fetch, tuning_for
 
 __all__ = ["Found", "find"]
 
@@ -49,7 +49,7 @@ class Found:
     """A checkpoint that somebody else wrote."""
 
     kind: str
-    """For messages: what was recognised."""
+    """For messages: what was recognized."""
     storage: Storage
     """Where the manifest's files are."""
     manifest: Manifest
@@ -58,7 +58,7 @@ class Found:
 
 
 def find(storage: Storage, *, trusted: bool = False) -> Found:
-    """Recognise what lies at the target.
+    """Recognize what lies at the target.
 
     Args:
         trusted: unpickle a `.metadata` without a guard. Torch files are read with one all the same.

@@ -1,10 +1,9 @@
 """Non-tensors: numbers, texts, lists and whatever else `torch.save` takes.
 
-    saving    planner ── saved_object ──> container for stock DCP, and the plain value for the manifest
-    loading   manifest entry ── read_objects ──> value ──> planner
+    saving    value ── saved_object ──> container for stock DCP, and the plain value for the manifest
+    loading   manifest entry ── read_values ──> value
 
-No code runs from a checkpoint: containers are unpickled with `weights_only=True`, and a planner that insists on bytes
-gets those of a fresh `torch.save` of the result, because stock DCP's unpickles them without that guard.
+No code runs from a checkpoint: containers are unpickled with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -21,16 +20,14 @@ from typing import Any
 import torch
 import torch.serialization
 from torch.distributed.checkpoint._extension import ExtensionRegistry, StreamTransformExtension
-from torch.distributed.checkpoint._traverse import set_element
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem, SavePlanner, WriteItem
 
 from ray_ckpt.errors import FormatError, UnsafeCheckpointError, UsageError
 from ray_ckpt.format import values
+from ray_ckpt.format.block_sums import BlockSums
 from ray_ckpt.format.boxes import Box
-from ray_ckpt.format.manifest import BlockSums, Inline, ObjectEntry
-from ray_ckpt.storage.fetch import Piece, Source, Tuning, fetch
+from ray_ckpt.format.manifest import Inline, ObjectEntry
 from ray_ckpt.storage.files import Storage
+from ray_ckpt.storage.ranged_reads import Piece, Source, Tuning, fetch
 
 INLINE_BLOB_BYTES = 4 << 10
 """Objects whose container is no longer than this lie in the manifest too, so that reading them costs no request."""
@@ -48,31 +45,12 @@ class SavedObject:
     inline: Inline | None
 
 
-def read_object(planner: SavePlanner, item: WriteItem) -> SavedObject:
-    """A non-tensor as bytes, and as a plain value where it is one."""
-    if _gives_values(planner):
-        return saved_object(planner.lookup_object(item.index))  # type: ignore[attr-defined]
-    data = planner.resolve_data(item)
-    if not isinstance(data, io.BytesIO):
-        raise UsageError(f"the save planner resolves {item.index.fqn!r} to {type(data).__name__}, not to BytesIO")
-    return SavedObject(data.getvalue(), None)
-
-
 def saved_object(value: object) -> SavedObject:
     try:
         text = json.dumps(values.encode(value), allow_nan=False)
     except values.NotPlainError:
         return SavedObject(torch_save(value), None)
     return SavedObject(save_plain(text), Inline(value))
-
-
-def _gives_values(planner: SavePlanner) -> bool:
-    """Whether `resolve_data` is `torch.save` of what `lookup_object` finds, as in stock DCP's planner."""
-    return (
-        isinstance(planner, DefaultSavePlanner)
-        and type(planner).resolve_data is DefaultSavePlanner.resolve_data
-        and type(planner).transform_object is DefaultSavePlanner.transform_object
-    )
 
 
 _plain_containers: dict[str, bytes] = {}
@@ -168,28 +146,6 @@ def read_values(
     }
 
 
-def read_objects(
-    storage: Storage,
-    items: Sequence[tuple[ReadItem, ObjectEntry]],
-    planner: LoadPlanner,
-    decoder: Decoder,
-    tuning: Tuning,
-    *,
-    verify: bool,
-) -> None:
-    """Hand the planner its non-tensors. Those that the manifest holds itself cost no read."""
-    entries = {item.storage_index.fqn: entry for item, entry in items}
-    containers = decoded_containers(storage, entries, decoder, tuning, verify=verify)
-    for item, entry in items:
-        name = item.storage_index.fqn
-        if entry.inline is not None:
-            _hand_over(planner, item, copy.deepcopy(entry.inline.value))
-        elif decoder.trusted:
-            planner.load_bytes(item, io.BytesIO(containers[name]))
-        else:
-            _hand_over(planner, item, decoder.load(containers[name], name))
-
-
 def decoded_containers(
     storage: Storage, entries: Mapping[str, ObjectEntry], decoder: Decoder, tuning: Tuning, *, verify: bool
 ) -> dict[str, bytes]:
@@ -214,15 +170,3 @@ def fetch_containers(
         pieces.append(Piece(source, Box((0,), (entry.length,)), targets[name]))
     fetch(storage, pieces, tuning)
     return {name: target.numpy().tobytes() for name, target in targets.items()}
-
-
-def _hand_over(planner: LoadPlanner, item: ReadItem, value: object) -> None:
-    """Put a value where the planner wants it; stock DCP's planner is spared a `torch.save` and `torch.load` of it."""
-    if isinstance(planner, DefaultLoadPlanner) and type(planner).load_bytes is DefaultLoadPlanner.load_bytes:
-        name = item.dest_index.fqn
-        if planner.flatten_state_dict:
-            set_element(planner.original_state_dict, planner.mappings[name], value)
-        else:
-            planner.state_dict[name] = value
-    else:
-        planner.load_bytes(item, io.BytesIO(torch_save(value)))

@@ -5,9 +5,9 @@ publish(storage, manifest, stock_record)     `.metadata`, then `manifest.json`, 
 
 from __future__ import annotations
 
-from ray_ckpt.collector import collector_paused
 from ray_ckpt.errors import CheckpointError, CheckpointExistsError
 from ray_ckpt.format.manifest import MANIFEST_NAME, Manifest
+from ray_ckpt.gc_pause import collector_paused
 from ray_ckpt.storage.files import Storage
 
 STOCK_RECORD_NAME = ".metadata"

@@ -17,15 +17,15 @@ from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint._extension import ExtensionRegistry
 
 from ray_ckpt.errors import UnsafeCheckpointError
-from ray_ckpt.format.blob import parse_dtype
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.manifest import Chunk, ObjectEntry
-from ray_ckpt.storage.fetch import tuning_for
+from ray_ckpt.format.torch_container import parse_dtype
+from ray_ckpt.storage.checkpoint_reader import CheckpointReader, Wanted
+from ray_ckpt.storage.chunk_sources import SavedChunk
+from ray_ckpt.storage.data_file import Packed, pack_pieces
 from ray_ckpt.storage.files import Storage
-from ray_ckpt.storage.locate import SavedChunk
 from ray_ckpt.storage.objects import Decoder, SavedObject, decoded_containers, saved_object
-from ray_ckpt.storage.pack import Packed, pack_pieces
-from ray_ckpt.storage.reader import ArrowStorageReader, Wanted
+from ray_ckpt.storage.ranged_reads import tuning_for
 from ray_ckpt.storage.staging import bytes_of
 
 __all__ = ["BATCH_BYTES", "WantedTensor", "rewrite"]
@@ -78,7 +78,7 @@ def rewrite(
 class _Reading:
     def __init__(self, source: Storage) -> None:
         self._storage = source
-        self._reader = ArrowStorageReader(source)
+        self._reader = CheckpointReader(source)
         self._tuning = tuning_for(source)
         self._decoder = Decoder(ExtensionRegistry(), trusted=False)
 

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
 from typing import TypeVar
 
 import torch
-import xxhash
 
 from ray_ckpt.errors import UsageError
-from ray_ckpt.format.manifest import BlockSums
 
 PIECE_BYTES = 1 << 20
 """Size of a view of CPU memory: what is hashed just before it is written is still in the cache."""
@@ -24,55 +21,7 @@ PIECE_BYTES = 1 << 20
 STAGING_BYTES = 8 << 20
 """Size of a staging buffer. A writing thread holds at most two."""
 
-_MIN_BLOCK_BYTES, _MAX_BLOCK_BYTES, _BLOCKS_PER_CHUNK = 4 << 10, 1 << 20, 256
-
 K = TypeVar("K")
-
-
-@lru_cache(maxsize=4096)
-def block_size(data_bytes: int) -> int:
-    """Bytes per checksum block: a 256th of the chunk, in steps of 4 KiB, at most 1 MiB.
-
-    A ranged read is widened to whole blocks, so small blocks save reads; each costs 11 bytes of manifest.
-    """
-    blocks = -(-data_bytes // (_BLOCKS_PER_CHUNK * _MIN_BLOCK_BYTES))
-    return min(max(1, blocks) * _MIN_BLOCK_BYTES, _MAX_BLOCK_BYTES)
-
-
-class BlockHasher:
-    """Computes a chunk's block sums from pieces of any size."""
-
-    def __init__(self, block_bytes: int) -> None:
-        self._block_bytes = block_bytes
-        self._sums = bytearray()
-        self._open: xxhash.xxh3_64 | None = None
-        """A block of which more is to come."""
-        self._open_bytes = 0
-
-    def update(self, data: memoryview) -> None:
-        while len(data):
-            taken = min(self._block_bytes - self._open_bytes, len(data))
-            if taken == self._block_bytes:
-                self._append(xxhash.xxh3_64_intdigest(data[:taken]))
-            else:
-                self._open = self._open or xxhash.xxh3_64()
-                self._open.update(data[:taken])
-                self._open_bytes += taken
-                if self._open_bytes == self._block_bytes:
-                    self._close_block(self._open)
-            data = data[taken:]
-
-    def finish(self) -> BlockSums:
-        if self._open is not None:
-            self._close_block(self._open)
-        return BlockSums(self._block_bytes, bytes(self._sums))
-
-    def _close_block(self, block: xxhash.xxh3_64) -> None:
-        self._append(block.intdigest())
-        self._open, self._open_bytes = None, 0
-
-    def _append(self, digest: int) -> None:
-        self._sums += digest.to_bytes(8, "little")
 
 
 def host_pieces(tensors: Iterable[tuple[K, torch.Tensor]]) -> Iterator[tuple[K, memoryview]]:
@@ -107,7 +56,7 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
         raise UsageError(
             f"cannot save a tensor on {tensor.device} with layout {tensor.layout}: it has no plain elements; "
-            "materialise it, or leave it out of the state dict"
+            "materialize it, or leave it out of the state dict"
         )
     return tensor.resolve_conj().resolve_neg() if tensor.is_conj() or tensor.is_neg() else tensor
 

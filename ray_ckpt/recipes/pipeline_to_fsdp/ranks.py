@@ -8,13 +8,13 @@ from torch import nn
 from ray_ckpt.cluster.worker import WorkerContext
 from ray_ckpt.format.snapshot import Snapshot
 from ray_ckpt.parallel.layout import Layout
-from ray_ckpt.parallel.materialise import materialise
+from ray_ckpt.parallel.materialize import materialize
+from ray_ckpt.parallel.parallelize import parallelize
 from ray_ckpt.parallel.stages import parts_of
-from ray_ckpt.parallel.state import TrainState
-from ray_ckpt.parallel.wrap import parallelize
 from ray_ckpt.recipes.model import batch, build, learning_rates, loss_function
 from ray_ckpt.recipes.training import Trainer, grouped_by_part, parameters_of
 from ray_ckpt.recipes.workload import Workload, num_microbatches, num_parts
+from ray_ckpt.state.train_state import TrainState
 
 
 def train(ctx: WorkerContext, workload: Workload, layout: Layout, steps: int) -> list[float]:
@@ -64,7 +64,7 @@ def reference(ctx: WorkerContext, workload: Workload, runs: list[tuple[Layout, i
     if ctx.rank != 0:
         return []
     model = build(workload)
-    materialise(model, ctx.device, workload.seed)
+    materialize(model, ctx.device, workload.seed)
     rates = learning_rates(parts_of(model))
     optimizer = torch.optim.Adam(
         {"params": [p for name, p in model.named_parameters() if name.startswith(f"{part}.")], "lr": rate}

@@ -29,11 +29,11 @@ from ray_ckpt.recipes.reshard.task import RankFile
 from ray_ckpt.recipes.screen import Screen, format_bytes
 from ray_ckpt.recipes.setting import connected
 from ray_ckpt.report import SaveReport
+from ray_ckpt.storage.checkpoint_reader import CheckpointReader
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.publish import refuse_if_taken
-from ray_ckpt.storage.reader import ArrowStorageReader
+from ray_ckpt.storage.resolve import find
 from ray_ckpt.storage.rewrite import WantedTensor
-from ray_ckpt.storage.target import find
 
 WRITE_RANK = "ray_ckpt.recipes.reshard.task:write_rank"
 
@@ -92,7 +92,7 @@ def prepare(options: Options, screen: Screen) -> Prepared:
         refuse_if_taken(target)
     source = find(options.source, None)
     with screen.phase("read", f"what {source.address} holds") as line:
-        reader = ArrowStorageReader(source)
+        reader = CheckpointReader(source)
         manifest = reader.read_manifest()
         line.result = f"{len(manifest.tensors)} tensors, {format_bytes(manifest.total_bytes)}"
     coordinator = Coordinator(

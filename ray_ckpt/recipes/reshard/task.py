@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ray_ckpt.format.manifest import ObjectEntry
 from ray_ckpt.protocol.messages import FileRecord
-from ray_ckpt.protocol.rank import file_record
+from ray_ckpt.protocol.rank_save import file_record
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.rewrite import WantedTensor, rewrite
 

@@ -8,12 +8,12 @@ from ray_ckpt.checkpoint.background import SaveHandle
 from ray_ckpt.checkpoint.saving import save
 from ray_ckpt.cluster.worker import WorkerContext
 from ray_ckpt.parallel.layout import Layout
+from ray_ckpt.parallel.parallelize import parallelize
 from ray_ckpt.parallel.stages import parts_of
-from ray_ckpt.parallel.state import TrainState
-from ray_ckpt.parallel.wrap import parallelize
 from ray_ckpt.recipes.model import batch, build, learning_rates, loss_function
 from ray_ckpt.recipes.training import Trainer, grouped_by_part, parameters_of
 from ray_ckpt.recipes.workload import Workload, num_microbatches
+from ray_ckpt.state.train_state import TrainState
 
 
 def start(ctx: WorkerContext, workload: Workload, layout: Layout, fresh: bool) -> None:
@@ -21,7 +21,7 @@ def start(ctx: WorkerContext, workload: Workload, layout: Layout, fresh: bool) -
 
     Args:
         fresh: whether this is the beginning of the training. Otherwise a checkpoint is loaded next: nothing is
-            initialised that it would replace, and the optimizer has one group, which the load splits.
+            initialized that it would replace, and the optimizer has one group, which the load splits.
     """
     model = build(workload)
     parallel = parallelize(model, layout, ctx.device, seed=workload.seed if fresh else None)

@@ -1,0 +1,158 @@
+"""What the verbs call on each worker: its side of a save or a load, kept in `ctx.objects` between the calls."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ray_ckpt.cluster.group import WorkerGroup
+from ray_ckpt.cluster.worker import WorkerContext, resolve
+from ray_ckpt.errors import GroupError
+from ray_ckpt.format.manifest import Manifest
+from ray_ckpt.format.translate import Names
+from ray_ckpt.protocol.messages import Assignment, LoadOffer, LocalPlan, RankRecord
+from ray_ckpt.report import LoadReport, VerifyReport
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.stateful import Stateful
+
+    from ray_ckpt.protocol.rank_load import RankLoad
+    from ray_ckpt.protocol.rank_save import PlanMemory, RankSave
+    from ray_ckpt.storage.files import Storage
+
+StateOf = Callable[[WorkerContext], "Stateful | Mapping[str, Any]"]
+"""A top-level function that returns what a worker holds: a `TrainState`, another `Stateful`, or a state dict."""
+
+PATIENCE_S = 3.0
+"""How long the workers may take to let go of what they hold, and to remove what they have written."""
+
+_MEMORY = "ray_ckpt.plan_memory"
+_SAVES = "ray_ckpt.saves"
+_LOADS = "ray_ckpt.loads"
+
+
+@dataclass(frozen=True)
+class SaveOffer:
+    """What a worker brings to a save."""
+
+    plan: LocalPlan
+    layout: str | None
+    """What its `TrainState` says of the layout."""
+
+
+def plan(
+    ctx: WorkerContext, attempt: str, state_of: StateOf | str, storage: Storage, known: frozenset[str]
+) -> SaveOffer:
+    """Look through the state, and get ready to write it.
+
+    Args:
+        attempt: names the save: an earlier one that failed may still be writing here, on the worker's other thread.
+        known: tokens of plans that the driver still has.
+    """
+    # The driver loads this module too, and goes without torch.
+    from ray_ckpt.protocol.rank_save import PlanMemory, RankSave
+    from ray_ckpt.state.train_state import TrainState
+
+    memory: PlanMemory = ctx.objects.setdefault(_MEMORY, PlanMemory())
+    save = RankSave(storage)
+    _saves(ctx)[attempt] = save
+    state = resolve(state_of)(ctx)
+    return SaveOffer(save.plan(state, memory, known), state.layout if isinstance(state, TrainState) else None)
+
+
+def write(ctx: WorkerContext, assignment: Assignment) -> RankRecord:
+    """Write what this rank is to write. May be called again after a failure."""
+    return _saves(ctx)[assignment.attempt].write(assignment)
+
+
+def finish(ctx: WorkerContext, attempt: str) -> None:
+    """Let go of the state."""
+    _saves(ctx).pop(attempt, None)
+
+
+def discard(ctx: WorkerContext, attempt: str) -> None:
+    """Remove the files that this rank has begun, and let go of the state."""
+    if save := _saves(ctx).pop(attempt, None):
+        save.discard()
+
+
+def stock_record(ctx: WorkerContext, manifest: Manifest) -> bytes:
+    """The `.metadata` for stock DCP, made on a worker because it takes torch."""
+    from ray_ckpt.format import dcp_metadata
+
+    return dcp_metadata.dumps(manifest)
+
+
+def open_load(ctx: WorkerContext, attempt: str, storage: Storage, options: Mapping[str, Any]) -> bool:
+    """Read what the checkpoint says of itself, and tell whether somebody else may have written it.
+
+    Args:
+        options: fields of `LoadOptions`.
+    """
+    from ray_ckpt.protocol.rank_load import LoadOptions, RankLoad
+
+    load = RankLoad(storage, LoadOptions(**options))
+    load.open()
+    _loads(ctx)[attempt] = load
+    return load.may_be_foreign
+
+
+def name_load(ctx: WorkerContext, attempt: str, state_of: StateOf | str) -> Names | None:
+    """What this rank's part of the state is called."""
+    return _loads(ctx)[attempt].names(resolve(state_of)(ctx))
+
+
+def adapt_load(ctx: WorkerContext, attempt: str, names: Names | None) -> None:
+    """Translate the names of somebody else's checkpoint."""
+    _loads(ctx)[attempt].adapt(names)
+
+
+def offer_load(ctx: WorkerContext, attempt: str, state_of: StateOf | str) -> LoadOffer:
+    """Compare the checkpoint with the state."""
+    return _loads(ctx)[attempt].offer(resolve(state_of)(ctx))
+
+
+def read_load(ctx: WorkerContext, attempt: str, verdict: LoadOffer) -> None:
+    """Read into the state, unless something is left over that nobody wants."""
+    load = _loads(ctx)[attempt]
+    load.check(verdict)
+    load.read()
+
+
+def finish_load(ctx: WorkerContext, attempt: str, verdict: LoadOffer) -> LoadReport:
+    """Set what is not read in place, and let go of the state."""
+    return _loads(ctx).pop(attempt).finish(verdict)
+
+
+def forget_load(ctx: WorkerContext, attempt: str) -> None:
+    """Let go of the state."""
+    _loads(ctx).pop(attempt, None)
+
+
+def verify(ctx: WorkerContext, storage: Storage, num_ranks: int) -> VerifyReport:
+    """Check this rank's share of a checkpoint."""
+    from ray_ckpt.storage.audit import audit
+    from ray_ckpt.storage.checkpoint_reader import CheckpointReader
+
+    return audit(storage, CheckpointReader(storage).read_manifest(), rank=ctx.rank, num_ranks=num_ranks)
+
+
+def _saves(ctx: WorkerContext) -> dict[str, RankSave]:
+    """Attempt -> this rank's side of it."""
+    saves: dict[str, RankSave] = ctx.objects.setdefault(_SAVES, {})
+    return saves
+
+
+def _loads(ctx: WorkerContext) -> dict[str, RankLoad]:
+    """Attempt -> this rank's side of it."""
+    loads: dict[str, RankLoad] = ctx.objects.setdefault(_LOADS, {})
+    return loads
+
+
+def tell_all(group: WorkerGroup, fn: Callable[..., None], attempt: str) -> None:
+    """Call `fn(ctx, attempt)` on every worker that answers soon, beside whatever it does. Others cannot be helped."""
+    with contextlib.suppress(GroupError):
+        args_of = dict.fromkeys(range(group.num_workers), (attempt,))
+        group.call(fn, args_of, timeout_s=PATIENCE_S, beside=True)

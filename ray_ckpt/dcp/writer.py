@@ -1,0 +1,229 @@
+"""ArrowStorageWriter: saves any DCP state dict to any file system, checked and committed once.
+
+dcp.save ─┬─ every rank    set_up_storage_writer    a fresh attempt id; the coordinator looks for a checkpoint
+          ├─ every rank    prepare_local_plan       remembers what this rank holds, before replicas are dropped
+          ├─ coordinator   prepare_global_plan      numbers the ranks
+          ├─ every rank    write_data               data_file.pack_file, one file per thread; digests of dropped replicas
+          └─ coordinator   finish                   results.build_manifest, `.metadata`, `manifest.json`
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import os
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import xxhash
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+from torch.futures import Future
+
+from ray_ckpt.dcp.planner_objects import read_object
+from ray_ckpt.dcp.results import Replica, Written, build_manifest
+from ray_ckpt.errors import UsageError
+from ray_ckpt.format import dcp_metadata
+from ray_ckpt.format.boxes import shared_box
+from ray_ckpt.format.manifest import ObjectEntry
+from ray_ckpt.gc_pause import collector_paused
+from ray_ckpt.storage.data_file import (
+    MAX_FILE_BYTES,
+    Packed,
+    digest,
+    hash_tensors,
+    pack_file,
+    share_out,
+    write_in_threads,
+)
+from ray_ckpt.storage.files import Storage
+from ray_ckpt.storage.publish import publish, refuse_if_taken
+
+__all__ = ["ArrowStorageWriter"]
+
+
+class ArrowStorageWriter(StorageWriter):
+    """A DCP storage writer for `dcp.save` and `dcp.async_save`.
+
+    The checkpoint is committed when `manifest.json` exists, which is written last and at once, after everything else
+    is durable and the coordinator has checked it. Stock DCP reads the result as it reads its own.
+
+    Args:
+        target: Where to: a local path, a URI as `Storage` takes it, or a `Storage`. `checkpoint_id` of `dcp.save`
+            replaces it.
+        overwrite: Replace a committed checkpoint in the target. It stays valid until the new one is committed; its
+            data files are deleted after that. Without it, an existing checkpoint is an error before a byte is written.
+        threads: Files that a rank writes at the same time.
+        max_file_bytes: Limit of a data file's size, see `MAX_FILE_BYTES`.
+        layout: How the model lies across ranks, in the caller's words; kept in the manifest.
+        fingerprints: `Fingerprint.digest` of tensors by name; kept in the manifest. Only the coordinator's count, and
+            they may be assigned until `finish`, because a driver learns them from the ranks.
+    """
+
+    def __init__(
+        self,
+        target: str | os.PathLike[str] | Storage,
+        *,
+        overwrite: bool = False,
+        threads: int = 1,
+        max_file_bytes: int = MAX_FILE_BYTES,
+        layout: str | None = None,
+        fingerprints: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__()
+        if threads < 1 or max_file_bytes < 1:
+            raise UsageError(f"threads={threads} and max_file_bytes={max_file_bytes} must be at least 1")
+        self.storage = target if isinstance(target, Storage) else Storage(target)
+        self.overwrite = overwrite
+        self.threads = threads
+        self.max_file_bytes = max_file_bytes
+        self.layout = layout
+        self.fingerprints = dict(fingerprints or {})
+        self._attempt = ""
+        self._held: list[WriteItem] = []
+
+    @property
+    def checkpoint_id(self) -> str:
+        return self.storage.address
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return bool(os.fspath(checkpoint_id))
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta(checkpoint_id=self.storage.address, save_id=self._attempt)
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        if checkpoint_id:
+            self.storage = Storage(checkpoint_id, retry=self.storage.retry)
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Begin an attempt. DCP passes `rank` and `use_collectives` only to a parameter named `kwargs`.
+
+        Raises:
+            CheckpointExistsError: the target is taken and `overwrite` was not given.
+        """
+        if not kwargs.get("use_collectives", True):
+            raise UsageError(
+                "use_collectives=False would commit one checkpoint per rank in one place; save with collectives, "
+                "or with no_dist=True into one target per process"
+            )
+        self._attempt = uuid.uuid4().hex[:12]
+        if is_coordinator and not self.overwrite:
+            refuse_if_taken(self.storage)
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        if plan.usable:  # a planner that caches plans sends an empty one when nothing has changed
+            self._held = list(plan.items)
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        return [dataclasses.replace(plan, storage_data=rank) for rank, plan in enumerate(plans)]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's items. All of it is durable on return, and every thread's failure has been raised."""
+        numbers = itertools.count()
+
+        def write(items: Sequence[WriteItem]) -> list[WriteResult]:
+            # A retry takes another name: a broken upload may still finish in the background, over the new file.
+            name = f"__{plan.storage_data}_{next(numbers)}-{self._attempt}.distcp"
+            objects = ((item, read_object(planner, item)) for item in items if item.type == WriteItemType.BYTE_IO)
+            packed = pack_file(self.storage, name, objects, _resolve_tensors(planner, items))
+            return [_object_result(item, entry) for item, entry in packed.objects] + _tensor_results(packed)
+
+        shares = share_out([_item_bytes(item) for item in plan.items], self.threads, self.max_file_bytes)
+        writes = [functools.partial(write, [plan.items[index] for index in share]) for share in shares]
+        results = list(itertools.chain.from_iterable(write_in_threads(self.storage, writes, self.threads)))
+        written = {item.index for item in plan.items}
+        results += _digest_replicas([item for item in self._held if item.index not in written], planner)
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Check, then commit.
+
+        Raises:
+            CommitError: what the ranks wrote is not what was planned; nothing is committed.
+            CheckpointExistsError: another attempt has committed meanwhile.
+        """
+        with collector_paused():
+            manifest = build_manifest(
+                metadata,
+                results,
+                attempt=self._attempt,
+                layout=self.layout,
+                fingerprints=self.fingerprints,
+            )
+            stock_record = dcp_metadata.dumps(manifest)
+        publish(self.storage, manifest, stock_record, overwrite=self.overwrite)
+
+
+def _item_bytes(item: WriteItem) -> int:
+    if item.tensor_data is None:
+        return 1
+    return max(1, item.tensor_data.chunk.sizes.numel() * item.tensor_data.properties.dtype.itemsize)
+
+
+def _tensor_data(item: WriteItem) -> TensorWriteData:
+    if item.tensor_data is None:
+        raise UsageError(f"the plan's item {item.index} is a tensor without `tensor_data`")
+    return item.tensor_data
+
+
+def _resolve_tensors(planner: SavePlanner, items: Iterable[WriteItem]) -> Iterator[tuple[WriteItem, torch.Tensor]]:
+    """The tensors among these items, each resolved when its turn comes, because that may allocate memory.
+
+    Raises:
+        UsageError: a tensor is not what the plan says.
+    """
+    for item in items:
+        if item.type == WriteItemType.BYTE_IO:
+            continue
+        planned = _tensor_data(item)
+        dtype, sizes = planned.properties.dtype, planned.chunk.sizes
+        tensor = planner.resolve_data(item)
+        if not isinstance(tensor, torch.Tensor) or (tensor.dtype, tensor.shape) != (dtype, sizes):
+            raise UsageError(
+                f"{item.index.fqn!r} was planned as {dtype} of shape {tuple(sizes)} but is now "
+                f"{getattr(tensor, 'dtype', type(tensor))} of shape {tuple(getattr(tensor, 'shape', ()))}; "
+                "do not change the state dict during a save"
+            )
+        yield item, tensor
+
+
+def _object_result(item: WriteItem, entry: ObjectEntry) -> WriteResult:
+    return WriteResult(item.index, entry.length, Written(entry, f"{entry.checksum:016x}"))
+
+
+def _tensor_results(packed: Packed[WriteItem]) -> list[WriteResult]:
+    planned = [_tensor_data(item) for item in packed.keys]
+    parts = [
+        (
+            shared_box(tuple(data.chunk.offsets), tuple(data.chunk.sizes)),
+            data.chunk.sizes.numel() * data.properties.dtype.itemsize,
+        )
+        for data in planned
+    ]
+    results = []
+    for item, data, chunk in zip(packed.keys, planned, packed.tensors.chunks(parts), strict=True):
+        assert chunk.checksums is not None, "what was just written has them"
+        told = digest(data.properties.dtype, data.chunk.sizes, chunk.checksums.sums)
+        results.append(WriteResult(item.index, chunk.length, Written(chunk, told)))
+    return results
+
+
+def _digest_replicas(items: Sequence[WriteItem], planner: SavePlanner) -> list[WriteResult]:
+    """Digests of what this rank holds and another rank writes: the coordinator compares (see `commit`)."""
+    hashed = hash_tensors(_resolve_tensors(planner, items))
+    digests = [(item, digest(tensor.dtype, tensor.shape, sums)) for item, tensor, sums in hashed]
+    digests += [
+        (item, f"{xxhash.xxh3_64_intdigest(read_object(planner, item).container):016x}")
+        for item in items
+        if item.type == WriteItemType.BYTE_IO
+    ]
+    return [WriteResult(item.index, 0, Replica(text)) for item, text in digests]

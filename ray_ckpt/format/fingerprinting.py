@@ -1,0 +1,134 @@
+"""Compute the fingerprint of a tensor where it lives, on CPU or GPU, in bounded memory.
+
+    contribution(i, bits) = mix(mix(i + 1) + bits * ODD)      mix: the finalizer of SplitMix64
+
+`mix` is a bijection of 64-bit words, so for a fixed index two different elements never contribute the same. Source of
+the constants: Steele, Lea, Flood, "Fast splittable pseudorandom number generators" (OOPSLA 2014).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from ray_ckpt.format.boxes import Box
+from ray_ckpt.format.fingerprint import WORD_MASK, Fingerprint
+
+CHUNK_WORDS = 1 << 18
+"""Words mixed at once: 2 MiB per temporary, so that the temporaries stay in the cache."""
+
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def fingerprint(tensor: torch.Tensor) -> Fingerprint:
+    """Digest what this process holds of `tensor`: all of a plain tensor, the local shard of a DTensor.
+
+    Runs where the tensor lives, on CPU or GPU, with temporaries of a few times `CHUNK_WORDS` words.
+
+    Raises:
+        ValueError: the tensor has no bits of its own: it is on the meta device, or a DTensor with partial sums.
+    """
+    box, local = _local_part(tensor.detach())
+    if local.is_meta:
+        raise ValueError("a tensor on the meta device has no bits to fingerprint")
+    total = sum(_sum_part(part, part_box, tensor.shape) for part, part_box in _contiguous_parts(local, box))
+    return Fingerprint(
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        shape=tuple(tensor.shape),
+        parts={box: total & WORD_MASK} if box.num_elements or not tensor.numel() else {},
+    )
+
+
+def _local_part(tensor: torch.Tensor) -> tuple[Box, torch.Tensor]:
+    if not isinstance(tensor, DTensor):
+        return Box.whole(tensor.shape), tensor
+    if any(placement.is_partial() for placement in tensor.placements):
+        raise ValueError(f"a DTensor with partial sums has no bits to fingerprint: {tensor.placements}")
+    _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    local = tensor.to_local()
+    return Box(tuple(offsets), tuple(local.shape)), local
+
+
+def _contiguous_parts(tensor: torch.Tensor, box: Box) -> Iterator[tuple[torch.Tensor, Box]]:
+    """Split a strided tensor until each part is contiguous or small enough to copy."""
+    if tensor.is_contiguous() or tensor.numel() <= CHUNK_WORDS:
+        yield tensor.contiguous(), box
+        return
+    dim = max(range(tensor.dim()), key=lambda d: tensor.shape[d])
+    offset = 0
+    for half in tensor.tensor_split(2, dim=dim):
+        offsets = tuple(o + offset if d == dim else o for d, o in enumerate(box.offsets))
+        yield from _contiguous_parts(half, Box(offsets, tuple(half.shape)))
+        offset += half.shape[dim]
+
+
+def _sum_part(part: torch.Tensor, box: Box, shape: Sequence[int]) -> int:
+    """Sum of the contributions of a contiguous part, in chunks."""
+    words = _as_words(part)
+    words_per_element = max(1, words.numel() // max(1, part.numel()))
+    dims = _index_dims(box, tuple(shape))
+    total = torch.zeros((), dtype=torch.int64, device=part.device)
+    for start in range(0, words.numel(), CHUNK_WORDS):
+        chunk = words[start : start + CHUNK_WORDS].to(torch.int64)
+        flat = torch.arange(start, start + chunk.numel(), device=part.device)
+        if words_per_element > 1:
+            word, flat = flat % words_per_element, flat // words_per_element
+            index = _global_index(flat, dims) * words_per_element + word
+        else:
+            index = _global_index(flat, dims)
+        mixed = _mix(_mix(index.add_(1)).add_(chunk * _signed(_GOLDEN)))
+        total += mixed.sum()
+    return int(total.item())
+
+
+def _as_words(part: torch.Tensor) -> torch.Tensor:
+    """The bits of a contiguous tensor as a flat tensor of integers, at most 8 bytes each."""
+    views = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
+    if part.is_complex():
+        part = torch.view_as_real(part.resolve_conj())
+    return part.resolve_neg().reshape(-1).view(views[part.element_size()])
+
+
+def _index_dims(box: Box, shape: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    """(size, offset, stride in the global tensor) per dim, innermost first, whole dims merged into their outer one."""
+    dims: list[tuple[int, int, int]] = []
+    stride, inner_is_whole = 1, False
+    for size, offset, length in zip(reversed(box.sizes), reversed(box.offsets), reversed(shape), strict=True):
+        if inner_is_whole:
+            inner_size, _, inner_stride = dims.pop()
+            dims.append((size * inner_size, offset * inner_size, inner_stride))
+        else:
+            dims.append((size, offset, stride))
+        inner_is_whole = size == length
+        stride *= length
+    return dims
+
+
+def _global_index(flat: torch.Tensor, dims: list[tuple[int, int, int]]) -> torch.Tensor:
+    """Row-major index in the global tensor of the elements at these flat positions of a part."""
+    if len(dims) <= 1:
+        return flat + sum(offset * stride for _, offset, stride in dims)
+    index = torch.zeros_like(flat)
+    for size, offset, stride in dims:
+        index += (flat % size + offset) * stride
+        flat = flat // size
+    return index
+
+
+def _mix(words: torch.Tensor) -> torch.Tensor:
+    """SplitMix64's finalizer, in place. int64 arithmetic wraps, which is what modulo 2^64 asks for."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        words.bitwise_xor_(_shift_right(words, shift)).mul_(_signed(factor))
+    return words.bitwise_xor_(_shift_right(words, 31))
+
+
+def _shift_right(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical shift: torch's own copies the sign bit, which is masked off."""
+    return (words >> bits).bitwise_and_((1 << (64 - bits)) - 1)
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64) if word >> 63 else word

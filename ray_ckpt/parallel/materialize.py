@@ -1,0 +1,148 @@
+"""Give a model that was built on the meta device its memory: what this rank holds, and no more.
+
+    skeleton = copy of the whole model on meta      before anything is split
+    wrap                                            its parameters become shards, still on meta
+    allocate(model, device)                         memory for the shards
+    fill(model, skeleton, seed)                     module by module: the values of the whole module, then this shard
+
+Values depend on the seed and on each module's name only, so every layout starts from the same model.
+"""
+
+from __future__ import annotations
+
+import copy
+import zlib
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+
+def materialize(whole: nn.Module, device: torch.device, seed: int) -> None:
+    """Give a whole model its memory and its initial values, on this process alone."""
+    skeleton, tied = copy.deepcopy(whole), tied_names(whole)
+    allocate(whole, device, tied)
+    fill(whole, skeleton, tied, seed)
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Weights that share memory: every further name -> the first one."""
+    first: dict[int, str] = {}
+    tied = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        canonical = first.setdefault(id(parameter), name)
+        if canonical != name:
+            tied[name] = canonical
+    return tied
+
+
+def allocate(model: nn.Module, device: torch.device, tied: Mapping[str, str]) -> None:
+    """Give every tensor on meta memory of undefined content; tied weights share theirs.
+
+    Args:
+        tied: name -> the name of the weight whose memory it shares, as `tied_names` has it.
+    """
+    model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+    tie(model, tied)
+
+
+def tie(model: nn.Module, tied: Mapping[str, str]) -> None:
+    """Let weights that share memory be one parameter again, after each was replaced by itself."""
+    for alias, canonical in tied.items():
+        if _has(model, alias) and _has(model, canonical):
+            parent, _, name = alias.rpartition(".")
+            setattr(model.get_submodule(parent), name, model.get_parameter(canonical))
+
+
+def fill(model: nn.Module, skeleton: nn.Module, tied: Mapping[str, str], seed: int, *, parameters: bool = True) -> None:
+    """Set the initial values of what this rank holds. One module at a time is whole in memory.
+
+    Args:
+        model: a part of the whole model, whose parameters may be shards.
+        skeleton: the whole model on meta, as it was before it was split.
+        parameters: whether to set parameters too; buffers that are not saved have to be set in any case.
+    """
+    for name, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False)) if parameters else {}
+        buffers = dict(module.named_buffers(recurse=False))
+        if not own and not buffers:
+            continue
+        values = values_of(skeleton, name, seed, _device_of(module))
+        for key, parameter in own.items():
+            canonical = tied.get(_join(name, key))
+            if canonical is None:
+                _copy_shard(parameter, values[key])
+            elif not _has(model, canonical):
+                # The canonical weight is on another stage, and starts from the same values there.
+                home, _, own_key = canonical.rpartition(".")
+                _copy_shard(parameter, values_of(skeleton, home, seed, _device_of(module))[own_key])
+        for key, buffer in buffers.items():
+            buffer.copy_(values[key])
+
+
+@torch.no_grad()
+def values_of(skeleton: nn.Module, name: str, seed: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """The initial values of the parameters and buffers that a module of the whole model owns itself, by their names."""
+    module = copy.copy(skeleton.get_submodule(name))
+    module._parameters = {
+        key: None if value is None else nn.Parameter(torch.empty_like(value, device=device), value.requires_grad)
+        for key, value in module._parameters.items()
+    }
+    module._buffers = {
+        key: None if value is None else torch.empty_like(value, device=device) for key, value in module._buffers.items()
+    }
+    reset = initializer(skeleton, module)
+    assert reset is not None, "build_on_meta has checked that every module can be initialized"
+    torch.manual_seed(seed + zlib.crc32(name.encode()))
+    reset()
+    return dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
+
+
+def owns_state(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters(recurse=False)) or any(True for _ in module.buffers(recurse=False))
+
+
+def initializer(model: nn.Module, module: nn.Module) -> Callable[[], object] | None:
+    """How a module of this model is given its initial values.
+
+    By the model's own `_init_weights(module)`, which transformers' models have; else by the module's
+    `reset_parameters()`, as torch's have, a few of them (MultiheadAttention) under the private name.
+    """
+    own: Callable[[nn.Module], object] | None = getattr(model, "_init_weights", None)
+    if own is not None:
+        return lambda: own(module)
+    for name in ("reset_parameters", "_reset_parameters"):
+        reset: Callable[[], object] | None = getattr(module, name, None)
+        if callable(reset):
+            return reset
+    return None
+
+
+@torch.no_grad()
+def _copy_shard(parameter: nn.Parameter, whole: torch.Tensor) -> None:
+    if not isinstance(parameter, DTensor):
+        parameter.copy_(whole)
+        return
+    mesh, placements = parameter.device_mesh, parameter.placements
+    sizes, offsets = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
+    for dim, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
+        whole = whole.narrow(dim, min(offset, whole.shape[dim]), size)
+    parameter.to_local().copy_(whole)
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    return next(tensor.device for group in (module.parameters(False), module.buffers(False)) for tensor in group)
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_parameter(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def _join(module: str, key: str) -> str:
+    return f"{module}.{key}" if module else key

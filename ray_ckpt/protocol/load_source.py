@@ -1,0 +1,203 @@
+"""A checkpoint to load from, as RankLoad sees it: what it holds, and the bytes of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.distributed._shard._utils import narrow_tensor_by_index
+from torch.distributed.checkpoint._traverse import set_element
+
+from ray_ckpt.errors import StateMismatchError, UsageError
+from ray_ckpt.format import translate
+from ray_ckpt.format.boxes import Box, shared_box
+from ray_ckpt.format.manifest import Manifest, ObjectEntry, TensorEntry
+from ray_ckpt.format.torch_container import parse_dtype
+from ray_ckpt.gc_pause import collector_paused
+from ray_ckpt.protocol.holdings import hold
+from ray_ckpt.protocol.messages import TensorSpec
+from ray_ckpt.state.load_plan import KeyMap, Saved, Spec
+from ray_ckpt.state.train_state import is_hyperparameter
+from ray_ckpt.storage.checkpoint_reader import CheckpointReader, Wanted
+from ray_ckpt.storage.chunk_sources import SavedChunk
+from ray_ckpt.storage.files import Storage
+
+
+class Source:
+    """A checkpoint to load from: what it holds, and the bytes of it."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._reader = CheckpointReader(storage)
+        self.manifest = Manifest({}, {}, {})
+        self.lost = ""
+        """Why the optimizer's hyper-parameters cannot be had from somebody else's checkpoint; empty when they can."""
+        self.left_out = ""
+        """All that cannot be had from it, and why."""
+
+    @property
+    def address(self) -> str:
+        return self._reader.address
+
+    def open(self) -> None:
+        self.manifest = self._reader.read_manifest()
+
+    @property
+    def label(self) -> str:
+        """What a message calls it."""
+        return f"the checkpoint ({self._reader.kind})" if self._reader.kind else "the checkpoint"
+
+    @property
+    def may_be_foreign(self) -> bool:
+        """Whether the names in it may need a translation; the same on all ranks."""
+        return translate.may_be_foreign(self.manifest)
+
+    def adapt(self, names: translate.Names) -> None:
+        """Give everything the name that a training state has for it.
+
+        Raises:
+            StateMismatchError: the optimizer's state cannot be told apart by parameter.
+        """
+        lists: dict[str, Any] = dict.fromkeys(translate.group_lists(self.manifest))
+        self.read(lists)
+        translation = translate.translate(self.manifest, lists, names)
+        self.lost = translation.lost
+        self.left_out = "; ".join([*self._reader.notes, *([self.lost] if self.lost else [])])
+        self.manifest = translation.manifest
+
+    def drop(self, prefix: str) -> None:
+        """Go on as if nothing of that prefix had been saved."""
+        tensors = {name: entry for name, entry in self.manifest.tensors.items() if not name.startswith(prefix)}
+        objects = {name: entry for name, entry in self.manifest.objects.items() if not name.startswith(prefix)}
+        self.manifest = dataclasses.replace(self.manifest, tensors=tensors, objects=objects)
+
+    def saved(
+        self,
+        needed: Callable[[str], bool],
+        only: Sequence[str] | None,
+        key_map: KeyMap | None,
+        further: Mapping[str, Any] | None = None,
+    ) -> Saved:
+        """Names, shapes and values.
+
+        Args:
+            needed: which of the values are; most stand in the manifest, the others are read here.
+            only, key_map: as `Saved` takes them.
+            further: values that count as saved.
+        """
+        manifest = self.manifest
+        tensors = {name: Spec(entry.dtype, entry.shape) for name, entry in manifest.tensors.items()}
+        values: dict[str, Any] = manifest.values()
+        view = Saved(tensors, {}, only=only)
+        elsewhere: dict[str, Any] = {
+            name: None for name in manifest.objects if name not in values and needed(name) and view.wants(name)
+        }
+        for name in list(tensors):
+            if is_hyperparameter(name) and needed(name):
+                spec = tensors.pop(name)
+                elsewhere[name] = torch.empty(spec.shape, dtype=parse_dtype(spec.dtype))
+        self.read(elsewhere)
+        values |= elsewhere | dict(further or {})
+        return Saved(tensors, values, layout=manifest.layout, only=only, key_map=key_map)
+
+    def read(self, wanted: dict[str, Any]) -> None:
+        """Fill the tensors of these names, and replace what is none by its value."""
+        fill(wanted, self._reader, self.manifest)
+
+    def describe(self, name: str) -> str:
+        entry = self.manifest.tensors.get(name)
+        return "a value" if entry is None else str(Spec(entry.dtype, entry.shape))
+
+
+def fill(state: dict[str, Any], reader: CheckpointReader, manifest: Manifest) -> None:
+    """Load this rank's part of a state dict: tensors in place, everything else by replacing it.
+
+    A tensor whose dtype differs from the saved one is cast.
+
+    Args:
+        state: nested dicts and lists of tensors (plain, DTensor, ShardedTensor) and other things.
+        manifest: what `reader.read_manifest` returned.
+
+    Raises:
+        StateMismatchError: the checkpoint lacks something of that name, or it has another shape.
+        UsageError: a tensor has no memory of its own.
+        StorageError, FormatError, IntegrityError: as the reader raises them.
+    """
+    with collector_paused():
+        wanted, objects = _want(state, manifest)
+    reader.read_tensors(wanted)
+    for name, value in reader.read_values({name: entry for name, (_, entry) in objects.items()}).items():
+        set_element(state, objects[name][0], value)
+
+
+def _want(
+    state: dict[str, Any], manifest: Manifest
+) -> tuple[list[Wanted], dict[str, tuple[tuple[str | int, ...], ObjectEntry]]]:
+    holdings = hold(state)
+    overlaps = _Overlaps()
+    wanted: list[Wanted] = []
+    objects = {}
+    for (name, path, spec), value in zip(holdings.items, holdings.values, strict=True):
+        if spec is not None:
+            entry = _tensor_entry(manifest, name, spec)
+            wanted += _want_tensor(name, entry, spec, value, overlaps)
+        elif name in manifest.objects:
+            objects[name] = (path or (name,), manifest.objects[name])
+        else:
+            raise StateMismatchError(f"the checkpoint has no value {name!r}, which the state asks for")
+    return wanted, objects
+
+
+def _tensor_entry(manifest: Manifest, name: str, spec: TensorSpec) -> TensorEntry:
+    entry = manifest.tensors.get(name)
+    if entry is None or entry.shape != spec.shape:
+        found = "no such tensor" if entry is None else f"it as {entry.dtype}{list(entry.shape)}"
+        raise StateMismatchError(f"the state asks for {name!r} of shape {list(spec.shape)}; the checkpoint has {found}")
+    return entry
+
+
+def _want_tensor(
+    name: str, entry: TensorEntry, spec: TensorSpec, target: torch.Tensor, overlaps: _Overlaps
+) -> Iterator[Wanted]:
+    if target.is_meta:
+        raise UsageError(f"{name!r} is on the meta device: materialize it, or leave it out of the state")
+    dtype = parse_dtype(entry.dtype)
+    for chunk in entry.chunks:
+        overlap = overlaps.of(chunk.box, spec)
+        if overlap is None:
+            continue
+        part = target.detach() if target.requires_grad else target
+        if not overlap.is_all_of_target:
+            part = narrow_tensor_by_index(part, overlap.target_offsets, overlap.box.sizes)
+        yield Wanted(SavedChunk(name, dtype, chunk), overlap.box, part)
+
+
+class _Overlap(NamedTuple):
+    """What a saved chunk has of what a rank holds."""
+
+    box: Box
+    """In the chunk's own coordinates."""
+    target_offsets: tuple[int, ...]
+    """Of the same elements, in what the rank holds."""
+    is_all_of_target: bool
+
+
+class _Overlaps:
+    """Overlaps of a load, each pair of boxes computed once: a model has thousands of tensors of a few shapes."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Box, TensorSpec], _Overlap | None] = {}
+
+    def of(self, saved: Box, held: TensorSpec) -> _Overlap | None:
+        key = saved, held
+        if key not in self._known:
+            self._known[key] = _overlap(saved, shared_box(held.offsets, held.sizes))
+        return self._known[key]
+
+
+def _overlap(saved: Box, held: Box) -> _Overlap | None:
+    common = saved.intersect(held)
+    if common is None:
+        return None
+    return _Overlap(common.within(saved), common.within(held).offsets, common.sizes == held.sizes)

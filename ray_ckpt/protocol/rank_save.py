@@ -1,0 +1,181 @@
+"""One rank's side of a save."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import uuid
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import xxhash
+from torch.distributed.checkpoint.stateful import Stateful
+
+from ray_ckpt.errors import StorageError, UsageError
+from ray_ckpt.format.manifest import ObjectEntry
+from ray_ckpt.format.torch_container import parse_dtype
+from ray_ckpt.gc_pause import collector_paused
+from ray_ckpt.protocol.holdings import Holdings, hold
+from ray_ckpt.protocol.host_copy import HostCopy
+from ray_ckpt.protocol.messages import Assignment, FileRecord, Item, LocalPlan, RankRecord, TensorSpec, num_bytes
+from ray_ckpt.storage.data_file import MAX_FILE_BYTES, Packed, hash_tensors, pack_file, share_out, write_in_threads
+from ray_ckpt.storage.files import Storage
+from ray_ckpt.storage.objects import SavedObject, saved_object
+
+
+class PlanMemory:
+    """Remembers what a rank planned last, so that a plan which has not changed travels as its token.
+
+    An equal plan is recognized by comparing all of it: a state that has changed is never saved under an old plan.
+    """
+
+    def __init__(self) -> None:
+        self.token = ""
+        """Of the last plan."""
+        self.items: tuple[Item, ...] | None = None
+
+    def plan(self, holdings: Holdings, known: frozenset[str]) -> LocalPlan:
+        """The plan of these holdings.
+
+        Args:
+            known: tokens that the coordinator still has the items of.
+        """
+        if self.items != holdings.items:
+            self.token, self.items = uuid.uuid4().hex, holdings.items
+        return LocalPlan(self.token, None if self.token in known else holdings.items)
+
+
+class RankSave:
+    """Writes what a rank holds, as the coordinator assigns it.
+
+    Args:
+        storage: of the checkpoint.
+        threads: files that are written at the same time.
+        max_file_bytes: another file is started before one grows past this; a single tensor may be larger.
+    """
+
+    def __init__(self, storage: Storage, *, threads: int = 1, max_file_bytes: int = MAX_FILE_BYTES) -> None:
+        self._storage = storage
+        self._threads = threads
+        self._max_file_bytes = max_file_bytes
+        self._holdings = Holdings((), ())
+        self._staged: Holdings | None = None
+        self._digests: bytes | None = None
+        self._numbers = itertools.count()
+        self._begun: list[str] = []
+
+    def plan(self, state: Stateful | Mapping[str, Any], memory: PlanMemory, known: frozenset[str]) -> LocalPlan:
+        """Look through the state. It may not change before `stage` has returned, or `write` where nothing is staged.
+
+        Args:
+            memory: of this rank's plans before.
+            known: tokens of plans that the coordinator still has.
+
+        Raises:
+            UsageError: as `hold`.
+        """
+        with collector_paused():
+            holdings = hold(state.state_dict() if isinstance(state, Stateful) else state)
+            plan = memory.plan(holdings, known)
+            # The very items of an equal plan before: to compare them again costs nothing then.
+            self._holdings = Holdings(memory.items or (), holdings.values)
+            return plan
+
+    def stage(self, assignment: Assignment, host_copy: HostCopy) -> None:
+        """Copy what is to be written, and digest what is not, so that the state may change before `write`.
+
+        Before `write` it may be called again, for another assignment.
+
+        Args:
+            host_copy: its memory may not be used for another copy before the last `write` has returned.
+
+        Raises:
+            UsageError: a tensor has no plain elements, or is no longer what was planned.
+        """
+        with collector_paused():
+            self._digests = self._digest_replicas(assignment.skipped)
+            self._staged = host_copy.take(self._holdings, assignment.skipped)
+
+    def write(self, assignment: Assignment) -> RankRecord:
+        """Write everything but what is skipped; durable on return. May be called again after a failure.
+
+        Raises:
+            StorageError: a file could not be written.
+            UsageError: a tensor has no plain elements, or is no longer what was planned.
+        """
+        if self._staged is not None:
+            self._holdings = self._staged  # lets go of the originals: training may be done with them
+        # What was staged is written beside training, for which the collector may not stand still so long.
+        with contextlib.nullcontext() if self._staged is not None else collector_paused():
+            items = self._holdings.items
+            skipped = set(assignment.skipped)
+            positions = [position for position in range(len(items)) if position not in skipped]
+            shares = share_out([_size(items[p].spec) for p in positions], self._threads, self._max_file_bytes)
+            writes: list[Callable[[], FileRecord]] = [
+                functools.partial(self._write_file, assignment, [positions[index] for index in share])
+                for share in shares
+            ]
+            files = write_in_threads(self._storage, writes, self._threads)
+            digests = self._digests if self._digests is not None else self._digest_replicas(assignment.skipped)
+            return RankRecord(tuple(files), digests)
+
+    def discard(self) -> None:
+        """Remove the files that were begun, which no manifest will ever name. What cannot be removed stays."""
+        for name in self._begun:
+            with contextlib.suppress(StorageError):
+                self._storage.delete(name)
+
+    def _write_file(self, assignment: Assignment, positions: Sequence[int]) -> FileRecord:
+        # A retry takes another name: a broken upload may still finish in the background, over the new file.
+        name = f"__{assignment.rank}_{next(self._numbers)}-{assignment.attempt}.distcp"
+        self._begun.append(name)
+        items, values = self._holdings.items, self._holdings.values
+        objects = ((p, _saved(values[p])) for p in positions if items[p].spec is None)
+        return file_record(pack_file(self._storage, name, objects, self._tensors(positions)))
+
+    def _tensors(self, positions: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
+        items, values = self._holdings.items, self._holdings.values
+        for position in positions:
+            name, _, spec = items[position]
+            if spec is None:
+                continue
+            value = values[position]
+            if value.dtype != parse_dtype(spec.dtype) or value.shape != spec.sizes:
+                raise UsageError(
+                    f"{name!r} was planned as {spec.dtype}{list(spec.sizes)} but is now {value.dtype}"
+                    f"{list(value.shape)}; do not change the state dict during a save"
+                )
+            yield position, value
+
+    def _digest_replicas(self, positions: Sequence[int]) -> bytes:
+        values = self._holdings.values
+        hashed = hash_tensors(self._tensors(positions))
+        digests = {position: xxhash.xxh3_128_digest(sums) for position, _, sums in hashed}
+        return b"".join(digests[p] if p in digests else _digest_object(values[p]) for p in positions)
+
+
+def _saved(value: object) -> SavedObject:
+    return value if isinstance(value, SavedObject) else saved_object(value)
+
+
+def _digest_object(value: object) -> bytes:
+    return xxhash.xxh3_64_intdigest(_saved(value).container).to_bytes(16, "little")
+
+
+def file_record(packed: Packed[int]) -> FileRecord:
+    """What a rank tells of a file that it has written. Keys are positions in its plan."""
+    first_at: dict[int, ObjectEntry] = {}
+    return FileRecord(
+        packed.tensors,
+        positions=array("q", packed.keys),
+        # Objects that share a container are one entry, which pickle then sends once.
+        objects={position: first_at.setdefault(entry.start, entry) for position, entry in packed.objects},
+    )
+
+
+def _size(spec: TensorSpec | None) -> int:
+    """What counts when items are shared out: bytes, and at least one, as nothing is free."""
+    return 1 if spec is None else max(1, num_bytes(spec))

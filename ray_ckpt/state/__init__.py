@@ -1,0 +1,1 @@
+"""What a training run must not lose, under names that do not depend on the layout."""

@@ -1,0 +1,118 @@
+"""An optimizer's hyper-parameters by parameter name, and parameter groups that fit them.
+
+torch fills a parameter group of the target from the *first* name in it, so one group over four pipeline stages would
+silently take stage 0's learning rate. Here groups are split until each holds one distinct set of saved values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from ray_ckpt.text import listed
+
+Values = Mapping[str, Any]
+"""Hyper-parameter name -> value."""
+
+MEMBERS = frozenset({"params", "param_names"})
+"""What else a parameter group holds: who belongs to it."""
+
+OF_THE_DEVICE = frozenset({"foreach", "fused", "capturable", "differentiable"})
+"""How a step is computed rather than what it computes: saved, but the target keeps its own."""
+
+OF_THE_KIND = frozenset({"decoupled_weight_decay"})
+"""What tells Adam from AdamW: has to agree, as a load does not turn one into the other."""
+
+
+def of_group(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key not in MEMBERS}
+
+
+def numbers_of(defaults: Mapping[str, Any]) -> list[str]:
+    """What every optimizer of the kind has had ever since. Flags came with later versions of torch."""
+    return [key for key, value in of_group(defaults).items() if value is not None and not isinstance(value, bool)]
+
+
+def find_problems(
+    kind: str, group: Mapping[str, Any], required: Sequence[str], saved: Mapping[str, Values]
+) -> list[str]:
+    """Why these saved values are none of this optimizer's.
+
+    Args:
+        kind: of the optimizer, for the message.
+        required: names that every optimizer of this kind has.
+        saved: by name of the group's members, as far as any were saved.
+    """
+    problems = []
+    lacking: dict[str, list[str]] = {}
+    for name, values in saved.items():
+        for key in required:
+            if key not in values:
+                lacking.setdefault(key, []).append(name)
+    for key, names in lacking.items():
+        problems.append(
+            f"another kind of optimizer than {kind} was saved: it has no {key!r} for {listed(names, at_most=4)}"
+        )
+    for key in OF_THE_KIND & group.keys():
+        if names := [name for name, values in saved.items() if key in values and values[key] != group[key]]:
+            found = saved[names[0]][key]
+            problems.append(
+                f"another kind of optimizer than {kind} was saved: {key}={found} for {listed(names, at_most=4)}"
+            )
+    return problems
+
+
+def split(saved: Mapping[str, Values]) -> list[tuple[list[str], Values]]:
+    """Names that share all their values, but for those of the device, in order of first appearance."""
+    parts: list[tuple[list[str], Values]] = []
+    for name, values in saved.items():
+        learned = {key: value for key, value in values.items() if key not in OF_THE_DEVICE}
+        for members, common in parts:
+            if same(common, learned):
+                members.append(name)
+                break
+        else:
+            parts.append(([name], learned))
+    return parts
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two values are equal. Those that are tensors are compared by their elements, of DTensors on this rank."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+    if one is other:
+        return True
+    if isinstance(one, DTensor) and isinstance(other, DTensor):
+        # Of whole ones torch would ask the other ranks, which may not be here.
+        return same(one._local_tensor, other._local_tensor)
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.shape == other.shape and torch.equal(one, other)
+    return type(one) is type(other) and bool(one == other)
+
+
+def conflict(parts: Sequence[tuple[Sequence[str], Values]], advice: str) -> str:
+    """What is to be said when one group cannot be split."""
+    differing = sorted({key for _, values in parts for key in values if not same(values[key], parts[0][1].get(key))})
+    found = "; ".join(
+        f"{', '.join(names)}: " + ", ".join(f"{key}={values.get(key)}" for key in differing) for names, values in parts
+    )
+    return (
+        "one parameter group of the optimizer holds parameters that were saved with different hyper-parameters "
+        f"({found}). {advice}"
+    )
+
+
+def adopt(group: dict[str, Any], values: Values) -> None:
+    """Set a group's hyper-parameters. A tensor stays the tensor that it is, as captured graphs read its memory."""
+    for key, value in values.items():
+        live = group.get(key)
+        if isinstance(live, torch.Tensor):
+            with torch.no_grad():
+                live.copy_(torch.as_tensor(value))
+        elif isinstance(value, torch.Tensor) and isinstance(live, (int, float)):
+            group[key] = value.item()
+        else:
+            group[key] = value

@@ -1,0 +1,130 @@
+"""What the parts of a training state want of a checkpoint, before anything is read or changed.
+
+Saved                the checkpoint as a part sees it: names, shapes, dtypes, and all values that are not tensors
+part.plan(saved)  -> Plan(claims, apply)     nothing is changed yet, so a state that does not fit is left alone
+    claim.target()   the memory that a tensor is read into; only now it is allocated
+    plan.apply(...)  after the reading
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from ray_ckpt.format.torch_container import dtype_name
+
+KeyMap = Mapping[str, str] | Callable[[str], str]
+"""Wanted name -> saved name. A name that a mapping lacks, or that comes back as it is, was saved under itself."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A whole tensor, whatever part of it a rank holds."""
+
+    dtype: str
+    """As `str(torch.dtype)` without the `torch.` prefix."""
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Spec:
+        return cls(dtype_name(tensor.dtype), tuple(tensor.shape))
+
+    def __str__(self) -> str:
+        return f"{self.dtype}{list(self.shape)}"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One name that a part wants."""
+
+    saved: str
+    """Its name in the checkpoint."""
+    spec: Spec | None = None
+    """What it has to be; None for what is not a tensor."""
+    target: Callable[[], torch.Tensor] | None = None
+    """The memory to read into, allocated by the call where there is none yet. None for what is not a tensor."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one part wants, and what it does with it."""
+
+    claims: Mapping[str, Claim]
+    """Wanted name -> claim."""
+    apply: Callable[[Mapping[str, torch.Tensor]], None]
+    """Takes the tensors that were read, by wanted name; values it has taken from `Saved` already."""
+    problems: Sequence[str] = ()
+    """Why the checkpoint does not fit, besides names, shapes and dtypes."""
+    taken: Iterable[str] = ()
+    """Further names of the checkpoint that it knows what to do with."""
+    notes: Mapping[str, str] = field(default_factory=dict)
+    """Section -> what becomes of it, where that depends on the layout."""
+
+
+class Saved:
+    """A checkpoint's names, under which parts look for what they want.
+
+    Args:
+        tensors: name -> spec.
+        values: name -> value of everything that is not a tensor, and of tensors that are hyper-parameters.
+        layout: that saved it, in the words of whoever saved it.
+        only: prefixes of the wanted names (whole components of them); None: everything.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Spec],
+        values: Mapping[str, Any],
+        *,
+        layout: str | None = None,
+        only: Sequence[str] | None = None,
+        key_map: KeyMap | None = None,
+    ) -> None:
+        self.tensors = tensors
+        self.values = values
+        self.layout = layout
+        self._only = only
+        self._key_map = key_map
+        self._sorted = sorted({*tensors, *values})
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors or name in self.values
+
+    def under(self, prefix: str) -> list[str]:
+        """The prefix itself, when it is a name, and the names that continue it by a dot."""
+        start = bisect.bisect_left(self._sorted, f"{prefix}.")
+        end = bisect.bisect_left(self._sorted, f"{prefix}/")  # the character after the dot
+        return ([prefix] if prefix in self else []) + self._sorted[start:end]
+
+    def wants(self, name: str) -> bool:
+        """Whether this name, or something below it, is to be loaded at all."""
+        return self._only is None or any(_is_below(name, chosen) or _is_below(chosen, name) for chosen in self._only)
+
+    def name_of(self, wanted: str) -> str:
+        """The name under which `wanted` was saved."""
+        if self._key_map is None:
+            return wanted
+        if isinstance(self._key_map, Mapping):
+            return self._key_map.get(wanted, wanted)
+        return self._key_map(wanted)
+
+
+def _is_below(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(f"{prefix}.")
+
+
+class Part(Protocol):
+    """One section of a training state."""
+
+    section: str
+    """First component of its names."""
+
+    def leaves(self) -> dict[str, Any]:
+        """Name within the section -> live tensor, or a value as `packing.seal` makes it."""
+        ...
+
+    def plan(self, saved: Saved) -> Plan: ...

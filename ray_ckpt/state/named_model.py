@@ -1,0 +1,309 @@
+"""Modules as one set of tensors, under the names of the unwrapped, whole model.
+
+Tied weights are one tensor under one name, the canonical one; so is the copy that a pipeline stage holds of a weight
+which it shares with another stage. On the meta device a rank has no part in a plain tensor, unless the whole module is
+still there; of a DTensor it has its shard, which `Claim.target` gives memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import _get_fqns
+from torch.distributed.fsdp import (
+    FullyShardedDataParallel,
+    ShardedOptimStateDictConfig,
+    ShardedStateDictConfig,
+    StateDictType,
+)
+from torch.distributed.tensor import DTensor
+from torch.optim.swa_utils import AveragedModel
+
+from ray_ckpt.errors import UsageError
+from ray_ckpt.state import sealing
+from ray_ckpt.state.load_plan import Claim, Plan, Saved, Spec
+
+TIES = "all_tied_weights_keys"
+"""Attribute of a module: alias -> canonical name of a weight that it shares. transformers' models have it."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One entry of a module's state dict."""
+
+    module: nn.Module
+    key: str
+    """In the module's own state dict."""
+    value: Any
+
+
+class NamedModel:
+    """Args:
+    modules: the model, or the chunks of it that this rank holds.
+    tied: alias -> canonical name, besides what the modules share by themselves or say in `all_tied_weights_keys`.
+    section: first component of the names in a checkpoint.
+    """
+
+    def __init__(
+        self, modules: Sequence[nn.Module], tied: Mapping[str, str] | None = None, section: str = "model"
+    ) -> None:
+        self.section = section
+        self.modules = tuple(modules)
+        self._tied = {alias: name for module in modules for alias, name in _declared_ties(module).items()}
+        self._tied |= tied or {}
+        self._known_names: dict[tuple[nn.Module, str], list[str]] = {}
+
+    def leaves(self) -> dict[str, Any]:
+        """Live tensors, and sealed values of what is none, without what is on the meta device.
+
+        Raises:
+            UsageError: weights that are said to be tied are different memory, with different values.
+        """
+        leaves: dict[str, Any] = {}
+        for name, entries in self._entries().items():
+            first, *others = [entry.value for entry in entries]
+            if isinstance(first, torch.Tensor):
+                if not first.is_meta:
+                    _check_tied(name, first, others)
+                    leaves[name] = first
+            else:
+                leaves |= sealing.pack(name, first)
+        return leaves
+
+    def plan(self, saved: Saved) -> Plan:
+        held_by_name = self._entries()
+        present = {module: _presence(module) for module in self.modules}
+        entries: dict[str, list[_Entry]] = {}
+        claims: dict[str, Claim] = {}
+        waiting = set()
+        for name, held in held_by_name.items():
+            wanted = f"{self.section}.{name}"
+            if not saved.wants(wanted):
+                continue
+            first, source = held[0], saved.name_of(wanted)
+            if isinstance(first.value, torch.Tensor):
+                if not present[first.module].holds(first):
+                    continue
+                claims[wanted] = Claim(source, Spec.of(first.value), partial(_memory_of, first))
+                waiting |= {entry.module for entry in held if entry.value.is_meta}
+            else:
+                claims |= {flat: Claim(flat) for flat in saved.under(source) or [source]}
+            entries[name] = held
+        return Plan(claims, partial(self._apply, saved, entries), _without_values(waiting))
+
+    def parameters(self) -> dict[nn.Parameter, tuple[str, ...]]:
+        """Each parameter's canonical name; several names, if it is a flat one of FSDP1's."""
+        canonical = self._canonical_names()
+        found: dict[nn.Parameter, tuple[str, ...]] = {}
+        for module in self.modules:
+            for key, parameter in module.named_parameters():
+                names = self._names(module, key)
+                found.setdefault(parameter, tuple(canonical.get(name, name) for name in names))
+        return found
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """As the modules' state dicts show them."""
+        values = {name: held[0].value for name, held in self._entries().items()}
+        return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+
+    @property
+    def flat(self) -> FullyShardedDataParallel | None:
+        """The module that FSDP1 wraps, if it does: its parameters are pieces of flattened ones."""
+        roots = [module for module in self.modules if FullyShardedDataParallel.fsdp_modules(module)]
+        if roots and len(self.modules) > 1:
+            raise UsageError("FSDP1 cannot hold several chunks of a pipeline on one rank: use fully_shard")
+        return roots[0] if roots else None  # type: ignore[return-value]
+
+    def _apply(self, saved: Saved, entries: Mapping[str, Sequence[_Entry]], loaded: Mapping[str, torch.Tensor]) -> None:
+        of_module: dict[nn.Module, dict[str, Any]] = {module: {} for module in self.modules}
+        for name, held in entries.items():
+            wanted = f"{self.section}.{name}"
+            source = saved.name_of(wanted)
+            if wanted in loaded:
+                value = loaded[wanted]
+                for entry in held[1:]:
+                    _memory_of(entry)
+            elif not isinstance(held[0].value, torch.Tensor) and saved.under(source):
+                value = sealing.unpack(source, saved.values)
+            else:
+                continue
+            for entry in held:
+                of_module[entry.module][entry.key] = value
+        for module, state in of_module.items():
+            with sharded_state_dicts(module):
+                # What is missing has been found by now. A module may do more on a load than to take its tensors.
+                module.load_state_dict(state, strict=False)
+
+    def _entries(self) -> dict[str, list[_Entry]]:
+        """Canonical name -> everything that the modules hold under it."""
+        canonical = self._canonical_names()
+        found: dict[str, list[_Entry]] = {}
+        for module in self.modules:
+            with sharded_state_dicts(module):
+                state = module.state_dict()
+            for key, value in state.items():
+                [name] = self._names(module, key)
+                found.setdefault(canonical.get(name, name), []).append(_Entry(module, key, value))
+        return found
+
+    def _names(self, module: nn.Module, key: str) -> list[str]:
+        """The names that an entry has in the unwrapped module: one, or those that FSDP1 has flattened into it."""
+        known = self._known_names.get((module, key))
+        if known is None:
+            inner, inner_key = module, key
+            if isinstance(module, AveragedModel) and key.startswith("module."):
+                inner, inner_key = module.module, key.removeprefix("module.")
+            known = self._known_names[module, key] = sorted(_get_fqns(inner, inner_key))
+        return known
+
+    def _canonical_names(self) -> dict[str, str]:
+        """Alias -> canonical name."""
+        shared: dict[int, list[str]] = {}
+        for module in self.modules:
+            for key, tensor in (
+                *module.named_parameters(remove_duplicate=False),
+                *module.named_buffers(remove_duplicate=False),
+            ):
+                if len(names := self._names(module, key)) == 1:
+                    shared.setdefault(id(tensor), []).extend(names)
+        canonical = dict(self._tied)
+        declared = set(self._tied.values())
+        for names in shared.values():
+            if len(set(names)) > 1:
+                first = next((self._tied[name] for name in names if name in self._tied), None)
+                first = first or next((name for name in names if name in declared), names[0])
+                canonical |= {name: first for name in names if name != first}
+        return canonical
+
+
+@contextlib.contextmanager
+def sharded_state_dicts(module: nn.Module) -> Iterator[None]:
+    """Under FSDP1 a state dict holds DTensors within this block, if the module was given a device mesh."""
+    if not FullyShardedDataParallel.fsdp_modules(module):
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        with FullyShardedDataParallel.state_dict_type(
+            module,
+            StateDictType.SHARDED_STATE_DICT,
+            ShardedStateDictConfig(offload_to_cpu=False),
+            ShardedOptimStateDictConfig(offload_to_cpu=False),
+        ):
+            yield
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    for attribute in ("_fsdp_wrapped_module", "_orig_mod", "module"):
+        inner = module._modules.get(attribute)
+        if inner is not None and len(module._modules) == 1:
+            return _unwrapped(inner)
+    return module
+
+
+def _declared_ties(module: nn.Module) -> dict[str, str]:
+    ties = getattr(_unwrapped(module), TIES, None)
+    return dict(ties) if isinstance(ties, Mapping) else {}
+
+
+@dataclass(frozen=True)
+class _Presence:
+    """How much of a module is on this rank, as far as the meta device leaves that open."""
+
+    untouched: bool
+    """Nothing that is saved of it has memory yet: all of it is this rank's."""
+    sharded: bool
+    """Some of its parameters are shards that have no memory yet: its buffers are this rank's too."""
+
+    def holds(self, entry: _Entry) -> bool:
+        value = entry.value
+        if not value.is_meta or isinstance(value, DTensor) or self.untouched:
+            return True
+        return self.sharded and not isinstance(_live(entry), nn.Parameter)
+
+
+def _presence(module: nn.Module) -> _Presence:
+    parameters = list(module.parameters())
+    persistent = (
+        buffer
+        for child in module.modules()
+        for name, buffer in child.named_buffers(recurse=False)
+        if name not in child._non_persistent_buffers_set
+    )
+    return _Presence(
+        untouched=all(tensor.is_meta for tensor in (*parameters, *persistent)),
+        sharded=any(tensor.is_meta and isinstance(tensor, DTensor) for tensor in parameters),
+    )
+
+
+def _without_values(modules: set[nn.Module]) -> list[str]:
+    """What a checkpoint does not give its values, in modules that get their memory only now."""
+    lost = [
+        key
+        for module in modules
+        for prefix, child in module.named_modules()
+        for key in (f"{prefix}.{name}".lstrip(".") for name in sorted(child._non_persistent_buffers_set))
+        if (buffer := module.get_buffer(key)) is not None and buffer.is_meta
+    ]
+    if not lost:
+        return []
+    return [
+        f"{', '.join(lost)} have neither memory nor a place in the checkpoint, as they are not persistent: give them "
+        "both before the load"
+    ]
+
+
+def _live(entry: _Entry) -> torch.Tensor:
+    """The parameter or buffer itself."""
+    path, _, name = entry.key.rpartition(".")
+    return getattr(entry.module.get_submodule(path), name)  # type: ignore[no-any-return]
+
+
+def _memory_of(entry: _Entry) -> torch.Tensor:
+    """The live tensor of an entry; on the meta device it gets its memory first."""
+    if not entry.value.is_meta:
+        return entry.value  # type: ignore[no-any-return]
+    live = _live(entry)
+    if live.is_meta:
+        memory = torch.empty_like(live.detach(), device=_device_of(entry.module))
+        if isinstance(live, nn.Parameter):
+            try:
+                # Whoever holds the parameter, such as an optimizer, shall hold the same one afterwards.
+                torch.utils.swap_tensors(live, nn.Parameter(memory, requires_grad=live.requires_grad))
+            except RuntimeError as error:
+                raise UsageError(
+                    f"{entry.key!r} is on the meta device and cannot be given memory ({error}): call "
+                    "to_empty(device=...) before the optimizer is made"
+                ) from error
+        else:
+            path, _, name = entry.key.rpartition(".")
+            setattr(entry.module.get_submodule(path), name, memory)
+    return _live(entry).detach()
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    """Where a module belongs that is on the meta device: where its shards do, or else on the CPU."""
+    kinds = {p.device_mesh.device_type for p in module.parameters() if isinstance(p, DTensor)} - {"cpu"}
+    kind = kinds.pop() if kinds else "cpu"
+    return torch.device(kind, torch.get_device_module(kind).current_device()) if kind != "cpu" else torch.device(kind)
+
+
+def _check_tied(name: str, first: torch.Tensor, others: Sequence[torch.Tensor]) -> None:
+    for other in others:
+        one, two = _local(first), _local(other)
+        if one.data_ptr() != two.data_ptr() and not (one.shape == two.shape and torch.equal(one, two)):
+            raise UsageError(
+                f"the weights tied under {name!r} are different memory and hold different values: they were untied, "
+                "for instance by wrapping each layer for itself, and one name cannot save both"
+            )
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor

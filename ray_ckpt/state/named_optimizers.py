@@ -1,0 +1,318 @@
+"""Optimizers as one set of tensors and values, under the names of the parameters that they belong to.
+
+    state.<parameter>.<key>                       what the optimizer remembers of a parameter
+    param_groups.<parameter>.<hyper-parameter>    the values of the group that the parameter is in
+
+Nothing here takes a step: what an optimizer does not remember yet is not saved, and what the checkpoint does not
+remember is forgotten by the load. A fresh optimizer gets its state from what was saved: a tensor of the parameter's
+shape lies as the parameter does, any other is whole on every rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from ray_ckpt.errors import UsageError
+from ray_ckpt.state import hyperparameters, sealing
+from ray_ckpt.state.load_plan import Claim, Plan, Saved
+from ray_ckpt.state.named_model import NamedModel, sharded_state_dicts
+from ray_ckpt.state.saved_optimizers import PARAM_GROUPS, STATE, Owner, SavedOptimizers, flatten
+
+_FRESH_ADVICE = "Load into a fresh optimizer, whose groups are split to match, or give each set its own group"
+_SCHEDULED_ADVICE = (
+    "They would be split, but an LR scheduler counts them: name it in TrainState(schedulers=...), or make it after the "
+    "load"
+)
+
+
+class NamedOptimizers:
+    section = "optim"
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], model: NamedModel) -> None:
+        self.optimizers = tuple(optimizers)
+        self._model = model
+        self.scheduled: frozenset[int] = frozenset()
+        """Ids of optimizers whose schedulers can follow when groups are split."""
+        self.origins: dict[int, list[int]] = {}
+        """Id of an optimizer -> for each of its groups, which one it was before the last load."""
+
+    def leaves(self) -> dict[str, Any]:
+        """Live tensors, and sealed values of what is none.
+
+        Raises:
+            UsageError: a parameter of an optimizer is none of the model's, or two optimizers have it.
+        """
+        names = self.names()
+        leaves: dict[str, Any] = {}
+        for optimizer in self.optimizers:
+            for parameter, state in self._states(optimizer, names).items():
+                for key, value in flatten(state).items():
+                    leaves[f"{STATE}.{parameter}.{key}"] = _sealed(f"{STATE}.{parameter}.{key}", value)
+            for number, group in enumerate(optimizer.param_groups):
+                values = {
+                    key: _sealed(f"{PARAM_GROUPS}[{number}].{key}", value)
+                    for key, value in hyperparameters.of_group(group).items()
+                }
+                for member in group["params"]:
+                    for name in names[member]:
+                        leaves |= {f"{PARAM_GROUPS}.{name}.{key}": value for key, value in values.items()}
+        return leaves
+
+    def names(self) -> dict[nn.Parameter, tuple[str, ...]]:
+        """Of every parameter that some optimizer has.
+
+        Raises:
+            UsageError: it is none of the model's, or two optimizers have it.
+        """
+        known = self._model.parameters()
+        found: dict[nn.Parameter, tuple[str, ...]] = {}
+        owner: dict[nn.Parameter, int] = {}
+        for number, optimizer in enumerate(self.optimizers):
+            for parameter in _members(optimizer):
+                if parameter not in known:
+                    raise UsageError(
+                        f"optimizer {number} ({type(optimizer).__name__}) has a parameter of shape "
+                        f"{list(parameter.shape)} that is none of the model's: make it after the model is wrapped"
+                    )
+                if owner.setdefault(parameter, number) != number:
+                    raise UsageError(
+                        f"optimizers {owner[parameter]} and {number} both have {', '.join(known[parameter])}: the "
+                        "state of a parameter is saved by its name, so it can have one optimizer only"
+                    )
+                found[parameter] = known[parameter]
+        return found
+
+    def plan(self, saved: Saved) -> Plan:
+        if not self.optimizers or not saved.wants(self.section):
+            return Plan({}, lambda loaded: None)
+        names = self.names()
+        flat = self._model.flat is not None
+        for optimizer in self.optimizers if flat else ():
+            _check_elementwise(optimizer)
+        # Pieces of flattened parameters are saved and loaded as the model's state dict shows them.
+        shown = self._model.tensors() if flat else {}
+        index = SavedOptimizers(saved)
+        twins = _twins(names)
+        claims: dict[str, Claim] = {}
+        problems: list[str] = []
+        for optimizer in self.optimizers:
+            problems += self._check_groups(optimizer, names, index)
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    live = {} if flat else flatten(optimizer.state.get(parameter, {}))
+                    for name in names[parameter]:
+                        owner = Owner(shown.get(name, parameter), on_device=_steps_on_device(group))
+                        claims |= index.claim_values(name)
+                        claims |= index.claim_state(name, owner, live, twins[parameter])
+        return Plan(claims, partial(self._apply, names, index), problems)
+
+    def _check_groups(
+        self, optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, Sequence[str]], index: SavedOptimizers
+    ) -> list[str]:
+        problems = []
+        required = hyperparameters.numbers_of(optimizer.defaults)
+        for group in optimizer.param_groups:
+            saved = index.hyperparameters(name for parameter in group["params"] for name in names[parameter])
+            kind = type(optimizer).__name__
+            wrong = hyperparameters.find_problems(kind, group, required, saved)
+            parts = hyperparameters.split(saved)
+            if len(parts) > 1 and not wrong:
+                if _has_stepped(optimizer):
+                    wrong = [hyperparameters.conflict(parts, _FRESH_ADVICE)]
+                elif _is_scheduled(optimizer) and id(optimizer) not in self.scheduled:
+                    wrong = [hyperparameters.conflict(parts, _SCHEDULED_ADVICE)]
+                elif any(len({_part_of(name, parts) for name in names[p]}) > 1 for p in group["params"]):
+                    wrong = [hyperparameters.conflict(parts, "FSDP1 has flattened them into one: use_orig_params=True")]
+            problems += wrong
+        return problems
+
+    def _apply(
+        self,
+        names: Mapping[nn.Parameter, Sequence[str]],
+        index: SavedOptimizers,
+        loaded: Mapping[str, torch.Tensor],
+    ) -> None:
+        twins = _twins(names)
+        for optimizer in self.optimizers:
+            self._fit_groups(optimizer, names, index)
+            if (flat := self._model.flat) is not None:
+                members = (name for parameter in _members(optimizer) for name in names[parameter])
+                _load_flat(flat, optimizer, names, {name: index.state(name, loaded) for name in members})
+                continue
+            for parameter in _members(optimizer):
+                [name] = names[parameter]
+                if state := index.state(name, loaded, twins[parameter]):
+                    optimizer.state[parameter] = state
+                elif index.knows(name):
+                    # It was saved without any.
+                    optimizer.state.pop(parameter, None)
+            # Each kind of optimizer completes here what another version of torch may not have saved.
+            optimizer.__setstate__({"state": optimizer.state, "param_groups": optimizer.param_groups})
+
+    def _fit_groups(
+        self, optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, Sequence[str]], index: SavedOptimizers
+    ) -> None:
+        """Give each group the saved values of its members, and split it where those differ."""
+        groups: list[dict[str, Any]] = []
+        origins: list[int] = []
+        for number, group in enumerate(optimizer.param_groups):
+            members = [names[parameter][0] for parameter in group["params"]]
+            parts = hyperparameters.split(index.hyperparameters(members))
+            for part, values in _fitting(group, members, parts):
+                hyperparameters.adopt(part, values)
+                groups.append(part)
+                origins.append(number)
+        optimizer.param_groups[:] = groups
+        self.origins[id(optimizer)] = origins
+
+    def _states(
+        self, optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, Sequence[str]]
+    ) -> dict[str, Mapping[str, Any]]:
+        """Parameter name -> what the optimizer remembers of it."""
+        if (flat := self._model.flat) is not None:
+            return _flat_states(flat, optimizer, names)
+        # As the optimizer itself would save it: some keep less, or other things, than they work with.
+        remembered = optimizer.state_dict()["state"]
+        states: dict[str, Mapping[str, Any]] = {}
+        for number, parameter in enumerate(_members(optimizer)):
+            [name] = names[parameter]
+            state = remembered.get(number)
+            if state and not hyperparameters.same(states.setdefault(name, state), state):
+                raise UsageError(
+                    f"two copies of the tied weight {name!r} have different optimizer state: one name cannot save both"
+                )
+        return states
+
+
+def _members(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
+    """In the order of the optimizer's own state dict."""
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
+def _twins(names: Mapping[nn.Parameter, Sequence[str]]) -> dict[nn.Parameter, int]:
+    """How many parameters of the same name come before each."""
+    counts: dict[str, int] = {}
+    twins = {}
+    for parameter, (name, *_) in names.items():
+        twins[parameter] = counts.get(name, 0)
+        counts[name] = twins[parameter] + 1
+    return twins
+
+
+def _sealed(name: str, value: Any) -> Any:
+    return value if isinstance(value, torch.Tensor) else sealing.seal(name, value)
+
+
+def _steps_on_device(group: Mapping[str, Any]) -> bool:
+    """Whether torch's optimizers keep the number of steps beside the parameters rather than on the host."""
+    return bool(group.get("capturable") or group.get("fused"))
+
+
+def _has_stepped(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it remembers anything. Some have state from the beginning, after 0 steps."""
+    return any(state and float(state.get("step", 1)) > 0 for state in optimizer.state.values())
+
+
+def _is_scheduled(optimizer: torch.optim.Optimizer) -> bool:
+    return hasattr(optimizer.step, "_wrapped_by_lr_sched")
+
+
+def _part_of(name: str, parts: Sequence[tuple[Sequence[str], Any]]) -> int | None:
+    return next((number for number, (members, _) in enumerate(parts) if name in members), None)
+
+
+def _fitting(
+    group: dict[str, Any], members: Sequence[str], parts: Sequence[tuple[list[str], hyperparameters.Values]]
+) -> list[tuple[dict[str, Any], hyperparameters.Values]]:
+    """Groups and the values that they are to have. A member that was not saved stays with the first of them."""
+    if len(parts) <= 1:
+        return [(group, parts[0][1] if parts else {})]
+    part_of = {name: number for number, (names, _) in enumerate(parts) for name in names}
+    fitting = []
+    for number, (_, values) in enumerate(parts):
+        chosen = [place for place, name in enumerate(members) if part_of.get(name, 0) == number]
+        own = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in group.items()}
+        own |= {key: [group[key][place] for place in chosen] for key in hyperparameters.MEMBERS if key in group}
+        fitting.append((own, values))
+    return fitting
+
+
+def _flat_states(
+    flat: FullyShardedDataParallel, optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, Sequence[str]]
+) -> dict[str, Mapping[str, Any]]:
+    """What an optimizer of flattened parameters remembers of each original one, as DTensors. All ranks call it."""
+    _check_elementwise(optimizer)
+    state_dict = optimizer.state_dict()
+    blank = _fill_blanks(optimizer, state_dict["state"], names)
+    with sharded_state_dicts(flat), _quiet():
+        converted = FullyShardedDataParallel.optim_state_dict(flat, optimizer, state_dict)
+    states = {name.replace("_orig_mod.", ""): state for name, state in converted["state"].items() if state}
+    return {name: state for name, state in states.items() if name not in blank}
+
+
+def _fill_blanks(
+    optimizer: torch.optim.Optimizer,
+    states: dict[int, dict[str, Any]],
+    names: Mapping[nn.Parameter, Sequence[str]],
+) -> set[str]:
+    """Put a stand-in where no rank remembers anything of a parameter, and return the names of such parameters.
+
+    torch converts the state of what was flattened together all at once, or not at all.
+    """
+    remembered = {name for number, p in enumerate(_members(optimizer)) if states.get(number) for name in names[p]}
+    of_ranks: list[set[str]] = [set()] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, remembered)
+    anywhere = set().union(*of_ranks)
+    example: dict[str, Any] = next((state for state in states.values() if state), {})
+    blank: set[str] = set()
+    for number, parameter in enumerate(_members(optimizer)):
+        if anywhere and not anywhere.intersection(names[parameter]):
+            blank.update(names[parameter])
+            states[number] = {
+                key: torch.zeros_like(parameter) if isinstance(value, torch.Tensor) and value.dim() else value
+                for key, value in example.items()
+            }
+    return blank
+
+
+def _check_elementwise(optimizer: torch.optim.Optimizer) -> None:
+    if isinstance(optimizer, torch.optim.Adafactor):
+        raise UsageError(
+            "under FSDP1 Adafactor works on flattened pieces of the parameters, and what it remembers of them fits no "
+            "other layout: use DDP, or another optimizer"
+        )
+
+
+def _load_flat(
+    flat: FullyShardedDataParallel,
+    optimizer: torch.optim.Optimizer,
+    names: Mapping[nn.Parameter, Sequence[str]],
+    states: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """The inverse of `_flat_states`. All ranks call it."""
+    groups = [
+        {**hyperparameters.of_group(group), "params": [name for member in group["params"] for name in names[member]]}
+        for group in optimizer.param_groups
+    ]
+    state_dict = {"state": {name: state for name, state in states.items() if state}, "param_groups": groups}
+    with sharded_state_dicts(flat), _quiet():
+        converted = FullyShardedDataParallel.optim_state_dict_to_load(flat, optimizer, state_dict)
+    optimizer.load_state_dict(converted)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch warns of its own use of what it has deprecated."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        yield

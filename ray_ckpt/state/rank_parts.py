@@ -1,0 +1,116 @@
+"""Parts of a training state that belong to one rank, and mean something to the same rank of the same layout only.
+
+    <section>.rank<n>. ...
+
+Saved by as many ranks in the layout of the same name: each rank takes its own again. Otherwise random generators are
+seeded anew, from the saved seed, the step and the rank, so that every such load gives the same; a data loader is left
+as it is. The plan's notes say which of the two happened. (Ranks that are to draw alike, as those of one tensor-parallel
+group may be, are for the user to seed after such a load: names say nothing of groups.)
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import xxhash
+from torch.distributed.checkpoint.stateful import Stateful
+
+from ray_ckpt.state import sealing
+from ray_ckpt.state.load_plan import Claim, Plan, Saved
+from ray_ckpt.state.replicated_parts import claim_under, gathered
+
+RESTORED, RESEEDED, LEFT = "restored", "reseeded", "left as it was"
+
+
+class RankPart:
+    """State that each rank has of its own.
+
+    Args:
+        section: `rng` or `dataloader`.
+        owner: whose state it is.
+        layout: in which this rank runs now.
+    """
+
+    def __init__(self, section: str, owner: Stateful, layout: str | None) -> None:
+        self.section = section
+        self._owner = owner
+        self._layout = layout
+
+    def leaves(self) -> dict[str, Any]:
+        return sealing.pack(f"rank{_place()[0]}", dict(self._owner.state_dict()))
+
+    def plan(self, saved: Saved) -> Plan:
+        if not saved.wants(self.section):
+            return Plan({}, lambda loaded: None)
+        rank, num_ranks = _place()
+        known = saved.under(self.section)
+        saved_ranks = {match[1] for name in known if (match := re.match(rf"{self.section}\.rank(\d+)", name))}
+        if not saved_ranks:
+            return Plan({self.section: Claim(self.section)}, lambda loaded: None)
+        if len(saved_ranks) == num_ranks and saved.layout == self._layout:
+            name = f"{self.section}.rank{rank}"
+            claims = claim_under(saved, name)
+
+            def restore(loaded: Mapping[str, torch.Tensor]) -> None:
+                self._owner.load_state_dict(sealing.unpack(name, gathered(saved, claims, loaded)))
+
+            return Plan(claims, restore, taken=known, notes={self.section: RESTORED})
+        if not isinstance(self._owner, Rng):
+            return Plan({}, lambda loaded: None, taken=known, notes={self.section: LEFT})
+        seeds = (saved.values.get(f"{self.section}.rank0.seed"), saved.values.get("counters.step"), rank)
+        owner = self._owner
+        return Plan({}, lambda loaded: owner.reseed(*seeds), taken=known, notes={self.section: RESEEDED})
+
+
+class Rng:
+    """The random generators of this process: Python's, NumPy's if it is loaded, torch's on CPU and on its device."""
+
+    def state_dict(self) -> dict[str, Any]:
+        version, numbers, gauss = random.getstate()
+        state: dict[str, Any] = {
+            "seed": torch.initial_seed(),
+            "python": {"version": version, "numbers": torch.tensor(numbers, dtype=torch.int64), "gauss": gauss},
+            "torch": torch.get_rng_state(),
+        }
+        if numpy := sys.modules.get("numpy"):
+            kind, keys, position, has_gauss, cached = numpy.random.get_state()
+            state["numpy"] = {
+                "kind": str(kind),
+                "keys": torch.tensor(keys.tolist(), dtype=torch.int64),
+                "position": int(position),
+                "has_gauss": int(has_gauss),
+                "cached": float(cached),
+            }
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            state["cuda"] = torch.cuda.get_rng_state()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        python = state["python"]
+        random.setstate((python["version"], tuple(python["numbers"].tolist()), python["gauss"]))
+        torch.set_rng_state(state["torch"])
+        if "numpy" in state and (numpy := sys.modules.get("numpy")):
+            saved = state["numpy"]
+            keys = numpy.array(saved["keys"].tolist(), dtype=numpy.uint32)
+            numpy.random.set_state((saved["kind"], keys, saved["position"], saved["has_gauss"], saved["cached"]))
+        if "cuda" in state and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda"])
+
+    def reseed(self, *parts: object) -> None:
+        """Seed all of them from these."""
+        seed = xxhash.xxh3_64_intdigest(repr(parts).encode()) >> 1
+        random.seed(seed)
+        torch.manual_seed(seed)
+        if numpy := sys.modules.get("numpy"):
+            numpy.random.seed(seed % 2**32)
+
+
+def _place() -> tuple[int, int]:
+    """This rank, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

@@ -1,0 +1,135 @@
+"""Parts of a training state that are not laid out over ranks: every rank holds the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch.distributed.checkpoint.stateful import Stateful
+
+from ray_ckpt.format.torch_container import parse_dtype
+from ray_ckpt.state import sealing
+from ray_ckpt.state.load_plan import Claim, Plan, Saved, Spec
+
+
+class Countable(Protocol):
+    """Who counts steps."""
+
+    step: int | None
+
+
+def claim_under(saved: Saved, name: str) -> dict[str, Claim]:
+    """Everything that was saved under a name, tensors into new memory on the host; the name itself if nothing was."""
+    claims = {}
+    for flat in saved.under(name) or [name]:
+        spec = saved.tensors.get(flat)
+        claims[flat] = Claim(flat) if spec is None else Claim(flat, spec, partial(_on_host, spec))
+    return claims
+
+
+def gathered(saved: Saved, claims: Mapping[str, Claim], loaded: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """What became of the claims, for `sealing.unpack`."""
+    return {
+        name: loaded[name] if name in loaded else saved.values[claim.saved]
+        for name, claim in claims.items()
+        if name in loaded or claim.saved in saved.values
+    }
+
+
+class StatefulPart:
+    """One object with `state_dict` and `load_state_dict`, such as a gradient scaler."""
+
+    def __init__(self, section: str, owner: Stateful) -> None:
+        self.section = section
+        self._owner = owner
+        self._name = f"{section}.state"
+
+    def leaves(self) -> dict[str, Any]:
+        return sealing.pack("state", dict(self._owner.state_dict()))
+
+    def plan(self, saved: Saved) -> Plan:
+        if not saved.wants(self.section):
+            return Plan({}, lambda loaded: None)
+        claims = claim_under(saved, self._name)
+
+        def apply(loaded: Mapping[str, torch.Tensor]) -> None:
+            if leaves := gathered(saved, claims, loaded):
+                self._owner.load_state_dict(sealing.unpack(self._name, leaves))
+
+        return Plan(claims, apply)
+
+
+class CounterPart:
+    """The number of steps, and whatever else is counted."""
+
+    section = "counters"
+
+    def __init__(self, owner: Countable, counters: MutableMapping[str, Any]) -> None:
+        self._owner = owner
+        self._counters = counters
+
+    def leaves(self) -> dict[str, Any]:
+        counted = dict(self._counters) if self._owner.step is None else {**self._counters, "step": self._owner.step}
+        return {name: sealing.seal(name, value) for name, value in counted.items()}
+
+    def plan(self, saved: Saved) -> Plan:
+        if not saved.wants(self.section):
+            return Plan({}, lambda loaded: None)
+        wanted = [f"{self.section}.{name}" for name in self.leaves()]
+        names = list(dict.fromkeys([*wanted, *saved.under(self.section)]))
+
+        def apply(loaded: Mapping[str, torch.Tensor]) -> None:
+            for name in saved.under(self.section):
+                value = sealing.unseal(name, saved.values[name])
+                if name == f"{self.section}.step":
+                    self._owner.step = value
+                else:
+                    self._counters[name.removeprefix(f"{self.section}.")] = value
+
+        return Plan({name: Claim(name) for name in names}, apply)
+
+
+class ExtraPart:
+    """What else the user names: tensors are loaded in place, what has a `state_dict` by it, the rest is replaced."""
+
+    def __init__(self, extra: MutableMapping[str, Any], section: str = "extra") -> None:
+        self.section = section
+        self._extra = extra
+
+    def leaves(self) -> dict[str, Any]:
+        leaves: dict[str, Any] = {}
+        for name, value in self._extra.items():
+            leaves |= sealing.pack(name, dict(value.state_dict()) if isinstance(value, Stateful) else value)
+        return leaves
+
+    def plan(self, saved: Saved) -> Plan:
+        claims: dict[str, Claim] = {}
+        for name, value in self._extra.items():
+            wanted = f"{self.section}.{name}"
+            if not saved.wants(wanted):
+                continue
+            if isinstance(value, torch.Tensor):
+                source = saved.name_of(wanted)
+                claims[wanted] = Claim(source, Spec.of(value), partial(torch.Tensor.detach, value))
+            else:
+                claims |= claim_under(saved, wanted)
+
+        def apply(loaded: Mapping[str, torch.Tensor]) -> None:
+            leaves = gathered(saved, claims, loaded)
+            for name, value in self._extra.items():
+                wanted = f"{self.section}.{name}"
+                if isinstance(value, torch.Tensor) or not any(flat in leaves for flat in saved.under(wanted)):
+                    continue
+                state = sealing.unpack(wanted, leaves)
+                if isinstance(value, Stateful):
+                    value.load_state_dict(state)
+                else:
+                    self._extra[name] = state
+
+        return Plan(claims, apply)
+
+
+def _on_host(spec: Spec) -> torch.Tensor:
+    return torch.empty(spec.shape, dtype=parse_dtype(spec.dtype))

@@ -1,0 +1,207 @@
+"""TrainState: everything that a training run must not lose, as one flat, name-keyed state.
+
+    model.<parameter or buffer>                          named_model.py
+    optim.state.<parameter>.<key>                        named_optimizers.py
+    optim.param_groups.<parameter>.<hyper-parameter>     hyperparameters.py
+    schedulers.<scheduler>. ...                          schedules.py
+    scaler.state. ...  counters. ...  extra. ...         objects.py
+    ema.<parameter or buffer>                            named_model.py, objects.py
+    rng.rank<n>. ...  dataloader.rank<n>. ...            of_rank.py
+
+Names depend on the model alone, never on the layout: that is what lets any layout load what any other saved.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.stateful import Stateful
+
+from ray_ckpt.errors import UsageError
+from ray_ckpt.format.fingerprinting import fingerprint
+from ray_ckpt.format.snapshot import Snapshot
+from ray_ckpt.format.translate import HYPERPARAMETERS
+from ray_ckpt.state.load_plan import Part, Plan, Saved, Spec
+from ray_ckpt.state.named_model import NamedModel
+from ray_ckpt.state.named_optimizers import NamedOptimizers
+from ray_ckpt.state.named_schedulers import NamedSchedulers, Schedulers
+from ray_ckpt.state.rank_parts import RankPart, Rng
+from ray_ckpt.state.replicated_parts import CounterPart, ExtraPart, StatefulPart
+
+T = TypeVar("T")
+
+OF_RANK = ("rng", "dataloader")
+"""Sections whose names depend on the layout: every rank has its own."""
+
+
+class TrainState:
+    """What a training run must not lose, as seen by one rank: what it holds of it.
+
+    `ray_ckpt.save` and `ray_ckpt.load` take it. It is a `Stateful` for DCP too, with one difference: DCP fills what is
+    there, and only `ray_ckpt.load` gives a fresh optimizer the state that the checkpoint has. Saving changes nothing:
+    no step is taken, and what an optimizer does not remember yet is not saved.
+
+    Args:
+        model: the wrapped model, or the chunks of it that this rank holds (interleaved pipeline stages). What lies on
+            the meta device is another rank's, unless it is a DTensor or the whole module is still there: that gets
+            memory when it is loaded, on the CPU or on its mesh's device.
+        optimizers: one, several, or several by name. A parameter may have one of them at most.
+        schedulers: LR schedulers of these optimizers: one, several, or several by name.
+        scaler: a `torch.amp.GradScaler`, or anything else with `state_dict` and `load_state_dict`.
+        step: how many steps were trained; set `state.step` as training goes on. A load sets it.
+        counters: further numbers, such as tokens seen; a load replaces the values in this mapping.
+        rng: whether the random generators of every rank are part of it.
+        dataloader: this rank's; anything with `state_dict` and `load_state_dict`.
+        ema: a second set of parameters: a module (also torch's `AveragedModel`), or name -> tensor.
+        extra: name -> tensor, anything with `state_dict` and `load_state_dict`, or a plain value; a load fills tensors
+            in place and replaces plain values in this mapping.
+        tied: alias -> canonical name of weights that are one, for a pipeline stage that holds a copy of another stage's
+            (`{"lm_head.weight": "model.embed_tokens.weight"}`). What modules share by themselves, or say in an
+            attribute `all_tied_weights_keys` as transformers' do, need not be named. Saved once, loaded into all.
+        layout: in which this rank runs, kept in the manifest: states of one rank alone (`rng`, `dataloader`) come back
+            in the layout of the same name and number of ranks only.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Sequence[nn.Module],
+        optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | Mapping[str, torch.optim.Optimizer] = (),
+        *,
+        schedulers: Schedulers = (),
+        scaler: Stateful | None = None,
+        step: int | None = None,
+        counters: MutableMapping[str, Any] | None = None,
+        rng: bool = False,
+        dataloader: Stateful | None = None,
+        ema: nn.Module | MutableMapping[str, torch.Tensor] | None = None,
+        extra: MutableMapping[str, Any] | None = None,
+        tied: Mapping[str, str] | None = None,
+        layout: object | None = None,
+    ) -> None:
+        self.models = [model] if isinstance(model, nn.Module) else list(model)
+        self.optimizers = _listed(optimizers)
+        self.step = step
+        self.layout = None if layout is None else str(layout)
+        named = NamedModel(self.models, tied)
+        self._optim = NamedOptimizers(self.optimizers, named)
+        # In the order in which they are loaded: an optimizer's state takes after the parameters, schedulers follow its
+        # groups, and nothing may draw random numbers after the generators.
+        self._parts: list[Part] = [named]
+        schedules = NamedSchedulers(schedulers, self._optim)
+        if self.optimizers:
+            self._parts += [self._optim, schedules]
+        if isinstance(ema, nn.Module):
+            self._parts.append(NamedModel([ema], tied, "ema"))
+        elif ema is not None:
+            self._parts.append(ExtraPart(ema, "ema"))
+        if scaler is not None:
+            self._parts.append(StatefulPart("scaler", scaler))
+        self._parts.append(CounterPart(self, {} if counters is None else counters))
+        if extra is not None:
+            self._parts.append(ExtraPart(extra))
+        if dataloader is not None:
+            self._parts.append(RankPart("dataloader", dataloader, self.layout))
+        if rng:
+            self._parts.append(RankPart("rng", Rng(), self.layout))
+
+    @property
+    def model(self) -> nn.Module:
+        """The one module.
+
+        Raises:
+            UsageError: this rank holds several chunks: `models` has them.
+        """
+        return _only(self.models, "model chunks", "models")
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The one optimizer.
+
+        Raises:
+            UsageError: there is none, or there are several: `optimizers` has them.
+        """
+        return _only(self.optimizers, "optimizers", "optimizers")
+
+    @property
+    def sections(self) -> frozenset[str]:
+        """First components of the names that this state has or takes."""
+        return frozenset(part.section for part in self._parts)
+
+    @property
+    def groups(self) -> list[list[str]]:
+        """Names of the parameters in each group of the optimizers, on this rank."""
+        names = self._optim.names()
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        return [[name for parameter in group["params"] for name in names[parameter]] for group in groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Section -> name -> live tensor (a DTensor where the layout shards it) or plain value. Nothing is copied.
+
+        Raises:
+            UsageError: something has no place in a checkpoint; the message names it.
+        """
+        sections = {part.section: part.leaves() for part in self._parts}
+        return {section: leaves for section, leaves in sections.items() if leaves}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take what `state_dict` gave, of this state or of another one in the same layout."""
+        flat = {f"{section}.{name}": value for section, leaves in state_dict.items() for name, value in leaves.items()}
+        tensors = {name: value for name, value in flat.items() if isinstance(value, torch.Tensor)}
+        values = {name: value for name, value in flat.items() if not isinstance(value, torch.Tensor)}
+        values |= {name: value for name, value in tensors.items() if is_hyperparameter(name)}
+        saved = Saved({name: Spec.of(value) for name, value in tensors.items()}, values, layout=self.layout)
+        if self.optimizers and not any(name.startswith("optim.state.") for name in flat):
+            warnings.warn(
+                "no optimizer state arrived. If the checkpoint has some, load it by ray_ckpt.load: DCP fills only what "
+                "an optimizer remembers already, and this one has not stepped",
+                stacklevel=2,
+            )
+        for plan in self.plans(saved):
+            loaded = {}
+            for name, claim in plan.claims.items():
+                if claim.target is not None and claim.saved in tensors:
+                    loaded[name] = claim.target()
+                    with torch.no_grad():
+                        loaded[name].copy_(tensors[claim.saved])
+            plan.apply(loaded)
+
+    def plans(self, saved: Saved) -> list[Plan]:
+        """What every part wants of a checkpoint, to be applied in this order. Nothing is changed or allocated yet."""
+        return [part.plan(saved) for part in self._parts]
+
+    def snapshot(self, rank: int) -> Snapshot:
+        """Fingerprints of all tensors that this rank holds, and the values of everything else, by flat name.
+
+        Without what belongs to one rank alone: it is no other rank's in any other layout.
+        """
+        fingerprints, values = {}, {}
+        for section, leaves in self.state_dict().items():
+            if section in OF_RANK:
+                continue
+            for name, value in leaves.items():
+                if isinstance(value, torch.Tensor):
+                    fingerprints[f"{section}.{name}"] = fingerprint(value)
+                else:
+                    values[f"{section}.{name}"] = value
+        return Snapshot(rank, fingerprints, values)
+
+
+def is_hyperparameter(name: str) -> bool:
+    """Whether a tensor of this name has to be known before anything is loaded, as a value is."""
+    return name.startswith(HYPERPARAMETERS)
+
+
+def _listed(optimizers: Any) -> list[torch.optim.Optimizer]:
+    if isinstance(optimizers, torch.optim.Optimizer):
+        return [optimizers]
+    return list(optimizers.values() if isinstance(optimizers, Mapping) else optimizers)
+
+
+def _only(several: list[T], what: str, attribute: str) -> T:
+    if len(several) != 1:
+        raise UsageError(f"this state has {len(several)} {what}: see its attribute {attribute!r}")
+    return several[0]

@@ -1,0 +1,132 @@
+"""CheckpointReader: any checkpoint, ours or somebody else's, reading only the bytes that are wanted.
+
+read_manifest    `manifest.json`, else foreign.find
+read_tensors     chunk_sources.locate where the elements start, ranged_reads.fetch exactly the wanted bytes
+read_values      from the manifest, or the object's container read whole (objects.py)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.distributed._shard._utils import narrow_tensor_by_index
+from torch.distributed.checkpoint._extension import ExtensionRegistry
+
+from ray_ckpt.errors import UsageError
+from ray_ckpt.format.boxes import Box
+from ray_ckpt.format.manifest import MANIFEST_NAME, Manifest, ObjectEntry
+from ray_ckpt.gc_pause import collector_paused
+from ray_ckpt.storage.chunk_sources import SavedChunk, load_whole, locate
+from ray_ckpt.storage.files import Storage
+from ray_ckpt.storage.foreign import find
+from ray_ckpt.storage.objects import Decoder, decoded_containers, read_values
+from ray_ckpt.storage.ranged_reads import Piece, Tuning, fetch, local_threads, tuning_for
+
+__all__ = ["CheckpointReader", "Wanted"]
+
+
+class Wanted(NamedTuple):
+    """A box of a saved chunk and the tensor of its shape that wants it."""
+
+    saved: SavedChunk
+    box: Box
+    """In the chunk's own coordinates."""
+    target: torch.Tensor
+
+
+class CheckpointReader:
+    """Reads one checkpoint.
+
+    Args:
+        target: a checkpoint's directory, or a file by `torch.save` or safetensors; a local path, a URI as `Storage`
+            takes it, or a `Storage`.
+        verify_checksums: check every byte that is read against the checksum recorded when it was saved. Checkpoints
+            that stock DCP wrote have none.
+        trusted: let the checkpoint's pickles run whatever code they name. Only for a checkpoint whose author you trust.
+        threads: reads in flight; by default more over a network than on local files, where it is as many as this rank
+            has cores, up to four.
+        extensions: DCP stream extensions that decode what a stock writer encoded.
+    """
+
+    def __init__(
+        self,
+        target: str | os.PathLike[str] | Storage,
+        *,
+        verify_checksums: bool = True,
+        trusted: bool = False,
+        threads: int | None = None,
+        extensions: ExtensionRegistry | None = None,
+    ) -> None:
+        if threads is not None and threads < 1:
+            raise UsageError(f"threads={threads} must be at least 1")
+        self.storage = target if isinstance(target, Storage) else Storage(target)
+        self.verify_checksums = verify_checksums
+        self.trusted = trusted
+        self.threads = threads
+        self.files = self.storage
+        """Where the manifest's files are; for a target that is itself a file, its directory."""
+        self.kind = ""
+        """What `read_manifest` has recognized, in words; empty for a checkpoint of ours."""
+        self.notes: tuple[str, ...] = ()
+        """What of it `read_manifest` had to leave out, and why."""
+        self.decoder = Decoder(extensions or ExtensionRegistry(), trusted=trusted)
+
+    @property
+    def address(self) -> str:
+        return self.storage.address
+
+    def read_manifest(self) -> Manifest:
+        """What the checkpoint holds, at the cost of one small read. Non-tensor values are in it: `Manifest.values()`.
+
+        For what somebody else wrote (stock DCP, accelerate, Lightning, `torch.save`, safetensors) the manifest is
+        derived from the headers there; it has no checksums, and values only where a header holds them.
+
+        Raises:
+            CheckpointNotFoundError: there is no committed checkpoint.
+            FormatError, UnsafeCheckpointError: there is one, but it is damaged or not safe to read.
+        """
+        if self.storage.exists(MANIFEST_NAME):
+            data = self.storage.read_bytes(MANIFEST_NAME)
+            self.files = self.storage
+            with collector_paused():
+                return Manifest.from_json(data)
+        found = find(self.storage, trusted=self.trusted)
+        self.files, self.kind, self.notes = found.storage, found.kind, found.notes
+        return found.manifest
+
+    def read_tensors(self, wanted: Sequence[Wanted]) -> None:
+        """Fill targets with boxes of saved chunks, in few requests."""
+        if not wanted:
+            return
+        storage, tuning = self.files, self._tuning
+        with collector_paused():
+            chunks = {position: item.saved for position, item in enumerate(wanted)}
+            sources = locate(storage, chunks, tuning, verify=self.verify_checksums)
+        pieces: list[Piece] = []
+        for position, (saved, box, target) in enumerate(wanted):
+            if source := sources.get(position):
+                pieces.append(Piece(source, box, target))
+            else:
+                whole = load_whole(storage, saved, self.decoder, tuning)
+                target.copy_(narrow_tensor_by_index(whole, box.offsets, box.sizes))
+        fetch(storage, pieces, tuning)
+
+    def read_values(self, entries: Mapping[str, ObjectEntry]) -> dict[str, Any]:
+        """Non-tensors by name."""
+        if not entries:
+            return {}
+        return read_values(self.files, entries, self.decoder, self._tuning, verify=self.verify_checksums)
+
+    def read_containers(self, entries: Mapping[str, ObjectEntry]) -> dict[str, bytes]:
+        """The containers of those objects whose value is not in the manifest, without the transforms."""
+        return decoded_containers(self.files, entries, self.decoder, self._tuning, verify=self.verify_checksums)
+
+    @property
+    def _tuning(self) -> Tuning:
+        tuning = tuning_for(self.storage)
+        threads = local_threads() if self.storage.is_local else tuning.threads
+        return dataclasses.replace(tuning, threads=self.threads or threads)

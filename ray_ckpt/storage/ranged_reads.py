@@ -1,0 +1,363 @@
+"""Getting byte ranges of files into tensors: coalesced, concurrent, checked, without a needless copy.
+
+    pieces (chunk, wanted box, target) ── plan ──> reads of one file each ── fetch ──> targets filled
+
+Where a wanted box is one run of bytes in the file and in the target's CPU memory, its whole checksum blocks are read
+straight into that memory. Everything else (edges of such runs, column slices, other dtypes, CUDA targets, small
+tensors) passes through one scratch buffer per thread, several ranges to a read when they lie near each other.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+import queue
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import xxhash
+from torch.distributed._shard._utils import narrow_tensor_by_index
+
+from ray_ckpt.errors import IntegrityError
+from ray_ckpt.format import ranges
+from ray_ckpt.format.block_sums import BlockSums
+from ray_ckpt.format.boxes import Box
+from ray_ckpt.gc_pause import collector_paused
+from ray_ckpt.storage.files import InputFile, Storage
+from ray_ckpt.storage.staging import bytes_of
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How reads are cut, grouped and overlapped. What is cheap differs between a disk and a network."""
+
+    threads: int
+    """Reads in flight."""
+    max_gap_bytes: int
+    """Unwanted bytes that are cheaper to read than another request."""
+    max_read_bytes: int
+    """Size of a read, give or take a checksum block at either end. A scratch buffer is as large."""
+    edge_bytes: int
+    """A run whose edge lies inside a block gives up this much more to the scratch buffer, so as not to spend a request
+    on a few bytes."""
+    min_direct_bytes: int
+    """Shorter runs pass through scratch, where one read serves many."""
+
+
+LOCAL = Tuning(threads=4, max_gap_bytes=16 << 10, max_read_bytes=1 << 20, edge_bytes=0, min_direct_bytes=256 << 10)
+"""Reads are as large as the largest checksum block, so that their bytes are still in the cache when they are hashed."""
+
+REMOTE = Tuning(
+    threads=12, max_gap_bytes=512 << 10, max_read_bytes=4 << 20, edge_bytes=1 << 20, min_direct_bytes=4 << 20
+)
+
+
+def tuning_for(storage: Storage) -> Tuning:
+    return LOCAL if storage.is_local else REMOTE
+
+
+def local_threads() -> int:
+    """Reads of local files that are worth having in flight: no more than this rank has cores.
+
+    Ranks that share their cores with each other (`LOCAL_WORLD_SIZE`, as torchrun and Ray Train set it) only get into
+    each other's way: with four threads on half a core a load took a tenth longer than with one.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return min(max(1, cores // max(1, int(ranks) if ranks.isdecimal() else 1)), LOCAL.threads)
+
+
+class Source(NamedTuple):
+    """A saved chunk as its bytes lie in a file."""
+
+    name: str
+    """Of the tensor, for messages."""
+    file: str
+    data_start: int
+    """Of the first element, in the file."""
+    strides: tuple[int, ...]
+    """In elements."""
+    dtype: torch.dtype
+    data_bytes: int
+    checksums: BlockSums | None
+    """Over `[data_start, data_start + data_bytes)`; None when there are none or nobody wants them checked."""
+
+
+class Piece(NamedTuple):
+    """A box of a saved chunk and the tensor of its shape that wants it."""
+
+    source: Source
+    box: Box
+    """In the chunk's own coordinates."""
+    target: torch.Tensor
+
+
+class _Range(NamedTuple):
+    """Bytes `[start, end)` of a file, on whole blocks, and who wants what of them."""
+
+    source: Source
+    start: int
+    end: int
+    lead: int = 0
+    """Bytes in front of the wanted ones."""
+    target: memoryview | _Scatter | None = None
+    """Takes the wanted bytes; None when they were read where they belong."""
+
+
+class _Read(NamedTuple):
+    """One request: a run of a file that serves these ranges."""
+
+    file: str
+    start: int
+    end: int
+    ranges: Sequence[_Range]
+    memory: memoryview | None = None
+    """Where it goes; None for scratch."""
+
+
+def fetch(storage: Storage, pieces: Sequence[Piece], tuning: Tuning) -> None:
+    """Fill the targets of all pieces.
+
+    Raises:
+        IntegrityError: a block differs from its checksum.
+        StorageError, FormatError: a file cannot be read, or is too short.
+    """
+    with collector_paused():
+        reads = plan(pieces, tuning)
+    _run(storage, reads, min(tuning.threads, len(reads)), pinned=any(piece.target.is_cuda for piece in pieces))
+
+
+def plan(pieces: Iterable[Piece], tuning: Tuning) -> list[_Read]:
+    """Cut pieces into reads, in the order of the files."""
+    reads: list[_Read] = []
+    scattered: list[_Range] = []
+    for piece in pieces:
+        if piece.box.num_elements == 0:
+            continue
+        if _is_direct(piece, tuning):
+            direct, edges = _plan_direct(piece, tuning)
+            reads += direct
+            scattered += edges
+        else:
+            scattered += _plan_scattered(piece, tuning)
+    scattered.sort(key=lambda item: (item.source.file, item.start, item.end))
+    reads += _group(scattered, tuning)
+    reads.sort(key=lambda read: (read.file, read.start))
+    return reads
+
+
+def _is_direct(piece: Piece, tuning: Tuning) -> bool:
+    return (
+        piece.target.nbytes >= tuning.min_direct_bytes
+        and _is_plain_copy(piece)
+        and ranges.is_dense(piece.box.sizes, piece.source.strides)
+    )
+
+
+def _is_plain_copy(piece: Piece) -> bool:
+    """Whether the target is CPU memory that takes the saved bytes as they are."""
+    target = piece.target
+    return (
+        target.device.type == "cpu"
+        and target.dtype == piece.source.dtype
+        and target.is_contiguous()
+        and not target.is_conj()
+        and not target.is_neg()
+    )
+
+
+def _plan_direct(piece: Piece, tuning: Tuning) -> tuple[list[_Read], list[_Range]]:
+    """A run of bytes: its whole blocks go straight to the target, its edges through scratch."""
+    source, memory = piece.source, bytes_of(piece.target)
+    first = _first_byte(source, piece.box)
+    start, end = first, first + len(memory)
+    reads, edges = [], []
+    if source.checksums is not None:
+        block = source.checksums.block_bytes
+        if start % block:
+            start = min(-(-(start + tuning.edge_bytes) // block) * block, end)
+            edges.append(_widened(source, first, start, memory[: start - first]))
+        if end % block and end != source.data_bytes and start < end:
+            end = max((end - tuning.edge_bytes) // block * block, start)
+            edges.append(_widened(source, end, first + len(memory), memory[end - first :]))
+        step = max(block, tuning.max_read_bytes // block * block)
+    else:
+        step = tuning.max_read_bytes
+    for at, until in ranges.cut(start, end, step):
+        absolute = (source.data_start + at, source.data_start + until)
+        wanted = _Range(source, *absolute)
+        reads.append(_Read(source.file, *absolute, (wanted,), memory[at - first : until - first]))
+    return reads, edges
+
+
+def _plan_scattered(piece: Piece, tuning: Tuning) -> Iterator[_Range]:
+    source = piece.source
+    is_small = piece.target.nbytes <= tuning.max_read_bytes
+    if is_small and _is_plain_copy(piece) and ranges.is_dense(piece.box.sizes, source.strides):
+        start, memory = _first_byte(source, piece.box), bytes_of(piece.target)
+        yield _widened(source, start, start + len(memory), memory)
+        return
+    parts = ranges.split(
+        piece.box,
+        source.strides,
+        source.dtype.itemsize,
+        max_bytes=tuning.max_read_bytes,
+        max_gap=tuning.max_gap_bytes,
+    )
+    for part in parts:
+        target = narrow_tensor_by_index(piece.target, part.box.within(piece.box).offsets, part.box.sizes)
+        scatter = _Scatter(target, source.dtype, source.strides, part.end - part.start)
+        yield _widened(source, part.start, part.end, scatter)
+
+
+class _Scatter(NamedTuple):
+    """Copies elements out of the bytes that enclose them."""
+
+    target: torch.Tensor
+    dtype: torch.dtype
+    strides: tuple[int, ...]
+    num_bytes: int
+
+    def deliver(self, data: memoryview) -> None:
+        raw = torch.frombuffer(data, dtype=torch.uint8)
+        if raw.data_ptr() % self.dtype.itemsize:
+            raw = raw.clone()
+        elements = raw.view(self.dtype)
+        self.target.copy_(elements.as_strided(self.target.shape, self.strides))
+
+
+def _first_byte(source: Source, box: Box) -> int:
+    first: int = sum(map(operator.mul, box.offsets, source.strides))
+    return first * source.dtype.itemsize
+
+
+def _widened(source: Source, start: int, end: int, target: memoryview | _Scatter) -> _Range:
+    """The range on whole blocks; the target gets the bytes that were asked for."""
+    if source.checksums is None:
+        return _Range(source, source.data_start + start, source.data_start + end, 0, target)
+    wide_start, wide_end = ranges.widen(start, end, source.checksums.block_bytes, source.data_bytes)
+    return _Range(source, source.data_start + wide_start, source.data_start + wide_end, start - wide_start, target)
+
+
+def _group(scattered: Sequence[_Range], tuning: Tuning) -> Iterator[_Read]:
+    by_file: dict[str, list[_Range]] = {}
+    for item in scattered:
+        by_file.setdefault(item.source.file, []).append(item)
+    for file, items in by_file.items():
+        extents = [(item.start, item.end) for item in items]
+        for members in ranges.group(extents, max_gap=tuning.max_gap_bytes, max_bytes=tuning.max_read_bytes):
+            group = [items[position] for position in members]
+            yield _Read(file, group[0].start, max(item.end for item in group), group)
+
+
+# ----------------------------------------------------------------------------------------------------- doing it
+
+
+def _run(storage: Storage, reads: Sequence[_Read], threads: int, *, pinned: bool) -> None:
+    """Run all reads on a few threads; the first failure stops the others and is raised."""
+    todo: queue.SimpleQueue[_Read] = queue.SimpleQueue()
+    for read in reads:
+        todo.put(read)
+
+    def work() -> None:
+        with _Worker(storage, pinned=pinned) as worker:
+            while True:
+                try:
+                    read = todo.get_nowait()
+                except queue.Empty:
+                    return
+                try:
+                    worker.run(read)
+                except BaseException:
+                    _clear(todo)
+                    raise
+
+    if threads <= 1:
+        work()
+        return
+    with ThreadPoolExecutor(threads, thread_name_prefix="ray_ckpt-read") as pool:
+        workers = [pool.submit(work) for _ in range(threads)]
+    for future in workers:
+        future.result()
+
+
+def _clear(todo: queue.SimpleQueue[_Read]) -> None:
+    while True:
+        try:
+            todo.get_nowait()
+        except queue.Empty:
+            return
+
+
+class _Worker:
+    """One thread's open file and scratch buffer.
+
+    The buffer is pinned when a target is on CUDA: one thread's copy to the device then runs while others read.
+    """
+
+    def __init__(self, storage: Storage, *, pinned: bool) -> None:
+        self._storage = storage
+        self._pinned = pinned
+        self._files = ExitStack()
+        self._open: tuple[str, InputFile] | None = None
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+
+    def __enter__(self) -> _Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.close()
+
+    def run(self, read: _Read) -> None:
+        size = read.end - read.start
+        memory = self._scratch_of(size) if read.memory is None else read.memory
+        self._input(read.file).read_into(read.start, memory)
+        for wanted in read.ranges:
+            data = memory[wanted.start - read.start : wanted.end - read.start]
+            _verify(wanted, data)
+            _deliver(wanted, data)
+
+    def _input(self, file: str) -> InputFile:
+        """Reads come in the order of the files: one open file at a time will do."""
+        if self._open is None or self._open[0] != file:
+            self._files.close()
+            self._open = (file, self._files.enter_context(self._storage.open_input(file)))
+        return self._open[1]
+
+    def _scratch_of(self, size: int) -> memoryview:
+        if len(self._scratch) < size:
+            self._scratch = torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
+        return bytes_of(self._scratch[:size])
+
+
+def _deliver(wanted: _Range, data: memoryview) -> None:
+    lead, target = wanted.lead, wanted.target
+    if isinstance(target, memoryview):
+        target[:] = data[lead : lead + len(target)]
+    elif target is not None:
+        target.deliver(data[lead : lead + target.num_bytes])
+
+
+def _verify(wanted: _Range, data: memoryview) -> None:
+    checksums = wanted.source.checksums
+    if checksums is None:
+        return
+    start = wanted.start - wanted.source.data_start
+    size = checksums.block_bytes
+    for at in range(0, len(data), size):
+        block = data[at : at + size]
+        found, saved = xxhash.xxh3_64_intdigest(block), checksums[(start + at) // size]
+        if found != saved:
+            raise IntegrityError(
+                file=wanted.source.file,
+                start=wanted.start + at,
+                end=wanted.start + at + len(block),
+                tensor=wanted.source.name,
+                expected=f"{saved:016x}",
+                found=f"{found:016x}",
+                hint="restore the file from a copy, or load an earlier step",
+            )

@@ -1,0 +1,55 @@
+"""Which checkpoint is meant: the directory of one, or a step of a store."""
+
+from __future__ import annotations
+
+import os
+
+from ray_ckpt.errors import CheckpointNotFoundError, UsageError
+from ray_ckpt.format.manifest import MANIFEST_NAME
+from ray_ckpt.storage.files import Storage
+from ray_ckpt.storage.foreign_names import is_file, is_foreign
+from ray_ckpt.storage.publish import STOCK_RECORD_NAME
+from ray_ckpt.storage.store import CheckpointStore
+
+Target = str | os.PathLike[str] | Storage | CheckpointStore
+"""A local path, a URI as `Storage` takes it, a `Storage`, or a store."""
+
+
+def destination(target: Target, step: int | None) -> Storage:
+    """Where a save goes: to the target itself, or to a step of the store that it is.
+
+    Raises:
+        UsageError: a store without a step, or a step that is no number of one.
+    """
+    if step is not None:
+        return _store(target).begin(step)
+    if isinstance(target, CheckpointStore):
+        raise UsageError(f"which step of {target.address} is to be saved? Say save(..., step=N)")
+    return target if isinstance(target, Storage) else Storage(target)
+
+
+def find(target: Target, step: int | None) -> Storage:
+    """Where a load comes from: the step, the checkpoint at the target itself, or the latest step of the store there.
+
+    One process asks for all that load together: another save may commit in between.
+
+    Raises:
+        CheckpointNotFoundError: no step was named, and there is no committed checkpoint.
+    """
+    if step is not None:
+        return _store(target).begin(step)
+    if not isinstance(target, CheckpointStore):
+        directory = destination(target, None)
+        if directory.exists(MANIFEST_NAME) or directory.exists(STOCK_RECORD_NAME) or is_file(directory):
+            return directory
+    store = _store(target)
+    latest = store.latest()
+    if latest is not None:
+        return store.begin(latest)
+    if not isinstance(target, CheckpointStore) and is_foreign(directory):
+        return directory
+    raise CheckpointNotFoundError(f"no committed checkpoint at {store.address}, nor in a step-<N> below it")
+
+
+def _store(target: Target) -> CheckpointStore:
+    return target if isinstance(target, CheckpointStore) else CheckpointStore(target)

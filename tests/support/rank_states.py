@@ -1,0 +1,126 @@
+"""What the ranks of a group save and load in tests. Importable by the workers, as `tests.support.rank_functions` is."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from typing import Any
+
+import torch
+
+from ray_ckpt.checkpoint.loading import load
+from ray_ckpt.cluster.worker import WorkerContext
+from ray_ckpt.state.train_state import TrainState
+from tests.support import faulty
+
+
+def stage_of(ctx: WorkerContext) -> dict[str, Any]:
+    """A pipeline stage of this rank's own, one replica, and a row shard of a common tensor."""
+    faulty.here = ctx.rank
+    step = ctx.objects.get("value", 0)
+    stage = torch.arange(1000.0 + ctx.rank) + step
+    return {f"stage{ctx.rank}": stage, "common": torch.full((7,), float(step)), "step": step}
+
+
+def grown_stage_of(ctx: WorkerContext) -> dict[str, Any]:
+    """As `stage_of`, but one tensor has another shape, and one is new."""
+    return {**stage_of(ctx), "common": torch.ones(8), f"new{ctx.rank}": torch.ones(3, ctx.rank + 1)}
+
+
+def differing_replicas_of(ctx: WorkerContext) -> dict[str, Any]:
+    return {"common": torch.full((7,), float(ctx.rank))}
+
+
+def failing_state_of(ctx: WorkerContext, rank: int = 1) -> dict[str, Any]:
+    if ctx.rank == rank:
+        raise ValueError("the model is gone")
+    return stage_of(ctx)
+
+
+def dying_state_of(ctx: WorkerContext, rank: int = 1) -> dict[str, Any]:
+    if ctx.rank == rank:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return stage_of(ctx)
+
+
+def hanging_state_of(ctx: WorkerContext, rank: int = 1) -> dict[str, Any]:
+    if ctx.rank == rank:
+        threading.Event().wait()
+    return stage_of(ctx)
+
+
+def held_saves(ctx: WorkerContext) -> int:
+    """Saves that still hold on to the state."""
+    return len(ctx.objects["ray_ckpt.saves"])
+
+
+def hold_step(ctx: WorkerContext, step: int) -> None:
+    """Hold the state of `stage_of` at this step, from one call to the next."""
+    ctx.objects["value"] = step
+    ctx.objects["held"] = stage_of(ctx)
+
+
+def held_state_of(ctx: WorkerContext) -> dict[str, Any]:
+    held: dict[str, Any] = ctx.objects["held"]
+    return held
+
+
+def held_step(ctx: WorkerContext) -> int:
+    """The step whose state is held; -1 when it is no step's."""
+    held = ctx.objects["held"]
+    step: int = held["step"]
+    is_whole = torch.equal(held[f"stage{ctx.rank}"], torch.arange(1000.0 + ctx.rank) + step)
+    return step if is_whole and torch.equal(held["common"], torch.full((7,), float(step))) else -1
+
+
+def load_alone(ctx: WorkerContext, target: str) -> None:
+    """Load what this worker holds, and leave what others hold."""
+    load(ctx.objects["held"], target, strict=False)
+
+
+def expect(ctx: WorkerContext, action: str, rank: int) -> None:
+    """What is to go wrong when `faulty_state_of` is called next, and on which rank."""
+    ctx.objects["fault"] = (action, rank)
+
+
+def faulty_state_of(ctx: WorkerContext) -> dict[str, Any]:
+    action, rank = ctx.objects["fault"]
+    functions = {"raises": failing_state_of, "killed": dying_state_of, "hangs": hanging_state_of}
+    return functions[action](ctx, rank)
+
+
+def held_loads(ctx: WorkerContext) -> int:
+    """Loads that still hold on to the state."""
+    return len(ctx.objects["ray_ckpt.loads"])
+
+
+def with_more_state_of(ctx: WorkerContext) -> dict[str, Any]:
+    return {**stage_of(ctx), "more": 5}
+
+
+def hold_own_run(ctx: WorkerContext, step: int) -> None:
+    """A stage of a run that is this worker's alone."""
+    ctx.objects["held"] = {f"run{ctx.rank}": {"weight": torch.full((9, 9), float(step)), "step": step}}
+
+
+def own_run(ctx: WorkerContext) -> tuple[int, float]:
+    run = ctx.objects["held"][f"run{ctx.rank}"]
+    return run["step"], run["weight"].mean().item()
+
+
+def replica_of(ctx: WorkerContext) -> TrainState:
+    """The same model on every worker."""
+    torch.manual_seed(0)
+    return TrainState(torch.nn.Linear(3, 3), layout="ddp3")
+
+
+def hold_layer(ctx: WorkerContext) -> None:
+    """Hold the training state of one layer."""
+    ctx.objects["held"] = TrainState(torch.nn.Linear(5, 3))
+
+
+def held_weight(ctx: WorkerContext) -> torch.Tensor:
+    state: TrainState = ctx.objects["held"]
+    weight: torch.Tensor = state.model.weight.detach()
+    return weight
