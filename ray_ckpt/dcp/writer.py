@@ -3,7 +3,7 @@
 dcp.save ─┬─ every rank    set_up_storage_writer    a fresh attempt id; the coordinator looks for a checkpoint
           ├─ every rank    prepare_local_plan       remembers what this rank holds, before replicas are dropped
           ├─ coordinator   prepare_global_plan      numbers the ranks
-          ├─ every rank    write_data               data_file.pack_file, one file per thread; digests of dropped replicas
+          ├─ every rank    write_data               data_file.pack_file, a file per thread; digests of dropped replicas
           └─ coordinator   finish                   results.build_manifest, `.metadata`, `manifest.json`
 """
 

@@ -1,1 +1,1 @@
-"""How a model lies across ranks: process group, pipeline stages, wrapping, training state. No storage in here."""
+"""How a model lies across ranks: process group, pipeline stages, wrapping. No storage in here."""
