@@ -8,10 +8,8 @@ import uuid
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 
 import ray_ckpt
-from ray_ckpt.checkpoint.together import alone_with_dcp
 from ray_ckpt.dcp.reader import ArrowStorageReader
 from ray_ckpt.errors import CheckpointError, CheckpointNotFoundError, StorageError, UsageError
 from ray_ckpt.format.manifest import MANIFEST_NAME
@@ -51,15 +49,14 @@ def _state(step):
 
 
 def save(store, step, **options):
-    return ray_ckpt.save(_state(step), store.begin(step).uri, **options)
+    return ray_ckpt.save(_state(step), store.location(step).uri, **options)
 
 
 def loads(storage, step):
     """Whether what is there is that step, bit for bit."""
     state = _state(step + 1)
     assert not torch.equal(state["weight"], _state(step)["weight"])
-    with alone_with_dcp():
-        dcp.load(state, storage_reader=ArrowStorageReader(storage), no_dist=True)
+    ray_ckpt.load(state, storage)
     return torch.equal(state["weight"], _state(step)["weight"]) and state["step"] == step
 
 
@@ -110,7 +107,7 @@ def test_an_empty_store(store):
 def test_committed_steps_are_listed_by_number(store):
     for step in (10, 9, 0, 100):
         save(store, step)
-    (Storage(store.begin(200).uri)).write_atomic(f"__0_0-{ATTEMPT}.distcp", b"x")
+    (Storage(store.location(200).uri)).write_atomic(f"__0_0-{ATTEMPT}.distcp", b"x")
     assert store.steps() == (0, 9, 10, 100)
     assert store.latest() == 100
     assert store.manifest(9).values()["step"] == 9
@@ -126,7 +123,7 @@ def test_committed_steps_are_listed_by_number(store):
 @pytest.mark.parametrize("step", [-1, True, 1.5, "7", None])
 def test_what_is_no_step(tmp_path, step):
     store = CheckpointStore(tmp_path)
-    for ask in (store.begin, store.manifest, store.delete, store.pin, store.unpin):
+    for ask in (store.location, store.manifest, store.delete, store.pin, store.unpin):
         with pytest.raises(UsageError, match="not a step"):
             ask(step)
 
@@ -145,7 +142,7 @@ def test_delete_takes_a_step_and_nothing_else(store):
     assert report.total_bytes == sum(before[name] for name in report.files) > 0
     assert (report.removed, report.dry_run, report.uri) == ((9,), False, store.address)
     assert store.steps() == (1, 2)
-    assert loads(store.begin(2), 2)
+    assert loads(store.location(2), 2)
     with pytest.raises(CheckpointNotFoundError, match="step 9"):
         store.delete(9)
     save(store, 9)
@@ -189,7 +186,7 @@ def test_prune_keeps_what_a_policy_or_a_pin_keeps(store):
     )
     assert report.removed == (20, 40, 50)
     assert foreign <= _files(store).keys()
-    assert all(loads(store.begin(step), step) for step in expected)
+    assert all(loads(store.location(step), step) for step in expected)
     assert store.prune(keep_last(2) | keep_every(30)).removed == ()
     store.unpin(10)
     assert store.prune(keep([])).kept == (80,)
@@ -206,7 +203,7 @@ def test_pins_are_seen_by_all_and_stop_a_delete(store):
     assert other.pins() == (1,)
     with pytest.raises(UsageError, match=r"step 1 .* is pinned.*unpin\(1\)"):
         other.delete(1)
-    assert loads(store.begin(1), 1)
+    assert loads(store.location(1), 1)
     with pytest.raises(CheckpointNotFoundError, match="step 3 is not committed"):
         store.pin(3)
     assert store.pins() == (1,)
@@ -247,7 +244,7 @@ def test_clean_takes_orphans_when_they_are_old_enough(store):
     assert before.keys() - _files(store).keys() == orphans
     assert foreign <= _files(store).keys()
     assert (store.steps(), report.kept) == ((2,), (2,))
-    assert loads(store.begin(2), 2)
+    assert loads(store.location(2), 2)
     with pytest.raises(UsageError, match="older_than_s=-1"):
         store.clean(older_than_s=-1)
 

@@ -146,7 +146,7 @@ class Walk(RuleBasedStateMachine):
     @rule(target=attempts, step=STEPS)
     def begin_and_write(self, step: int) -> Attempt:
         self.under_way += 1
-        return Attempt(self.store.begin(step), step, self.next_version())
+        return Attempt(self.store.location(step), step, self.next_version())
 
     @rule(attempt=consumes(attempts))
     def commit(self, attempt: Attempt) -> None:
@@ -292,7 +292,7 @@ class Walk(RuleBasedStateMachine):
         if latest is None:
             return
         found = state(-1)
-        dcp.load(found, storage_reader=ArrowStorageReader(self.store.begin(latest)), no_dist=True)
+        dcp.load(found, storage_reader=ArrowStorageReader(self.store.location(latest)), no_dist=True)
         assert found["version"] == self.committed[latest]
         assert torch.equal(found["weight"], state(self.committed[latest])["weight"])
 
@@ -300,7 +300,7 @@ class Walk(RuleBasedStateMachine):
     def what_is_committed_is_whole(self) -> None:
         for step, version in self.committed.items():
             assert self.found(step) == version
-            damages = audit(self.store.begin(step), self.store.manifest(step)).damages
+            damages = audit(self.store.location(step), self.store.manifest(step)).damages
             # Two attempts at one step may leave stock DCP without its record, as the store's docstring says.
             assert [damage for damage in damages if damage.file != ".metadata"] == []
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from ray_ckpt.checkpoint.carriers import Carrier, LostContact, carrier, on_any_rank
 from ray_ckpt.errors import CheckpointError, RayCkptError, StorageError
 from ray_ckpt.storage.files import Storage
-from ray_ckpt.storage.resolve import Target, find
+from ray_ckpt.storage.resolve import Target, checkpoint_at
 
 T = TypeVar("T")
 
@@ -117,7 +117,7 @@ class RankError(Exception):
 
 
 def source(operation: str, target: Target, step: int | None) -> Storage:
-    """As `find`; all ranks call it, and get what the coordinator has found.
+    """As `checkpoint_at`; all ranks call it, and get what the coordinator has found.
 
     Args:
         operation: for the message when it fails.
@@ -125,7 +125,7 @@ def source(operation: str, target: Target, step: int | None) -> Storage:
     Raises:
         CheckpointNotFoundError: no step was named, and there is no committed checkpoint.
     """
-    return Exchange(operation, carrier()).broadcast(lambda: find(target, step))
+    return Exchange(operation, carrier()).broadcast(lambda: checkpoint_at(target, step))
 
 
 def _describe(error: BaseException) -> str:

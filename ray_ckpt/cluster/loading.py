@@ -27,7 +27,7 @@ from ray_ckpt.errors import UsageError
 from ray_ckpt.format.translate import join
 from ray_ckpt.protocol.agreement import agree
 from ray_ckpt.report import LoadReport
-from ray_ckpt.storage.resolve import Target, find
+from ray_ckpt.storage.resolve import Target, checkpoint_at
 
 
 def load(
@@ -68,7 +68,7 @@ def load(
     """
     if isinstance(only, str):
         raise UsageError(f"only={only!r} is one text: give a sequence of them, as in only=({only!r},)")
-    storage = find(target, step)
+    storage = checkpoint_at(target, step)
     options = {
         "strict": strict,
         "cast": cast,

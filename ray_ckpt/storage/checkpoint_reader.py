@@ -1,6 +1,6 @@
 """CheckpointReader: any checkpoint, ours or somebody else's, reading only the bytes that are wanted.
 
-read_manifest    `manifest.json`, else foreign.find
+read_manifest    `manifest.json`, else foreign.recognize
 read_tensors     chunk_sources.locate where the elements start, ranged_reads.fetch exactly the wanted bytes
 read_values      from the manifest, or the object's container read whole (objects.py)
 """
@@ -22,7 +22,7 @@ from ray_ckpt.format.manifest import MANIFEST_NAME, Manifest, ObjectEntry
 from ray_ckpt.gc_pause import collector_paused
 from ray_ckpt.storage.chunk_sources import SavedChunk, load_whole, locate
 from ray_ckpt.storage.files import Storage
-from ray_ckpt.storage.foreign import find
+from ray_ckpt.storage.foreign import recognize
 from ray_ckpt.storage.objects import Decoder, decoded_containers, read_values
 from ray_ckpt.storage.ranged_reads import Piece, Tuning, fetch, local_threads, tuning_for
 
@@ -94,7 +94,7 @@ class CheckpointReader:
             self.files = self.storage
             with collector_paused():
                 return Manifest.from_json(data)
-        found = find(self.storage, trusted=self.trusted)
+        found = recognize(self.storage, trusted=self.trusted)
         self.files, self.kind, self.notes = found.storage, found.kind, found.notes
         return found.manifest
 

@@ -1,10 +1,10 @@
 """What lies at a target that is no checkpoint of ours: recognized, and described by a Manifest.
 
-    find(storage) ─┬─ a directory   `.metadata`                                     stock DCP; with meta.pt Lightning's
-                   │                `pytorch_model_fsdp_0/`, `optimizer_0/`         accelerate's, DCP in each
-                   │                `*.safetensors.index.json`, `*.safetensors`     one or several safetensors files
-                   └─ a file        a zip archive                                   by torch.save
-                                    a safetensors file, or the index of several
+    recognize(storage) ─┬─ a directory  `.metadata`                                  stock DCP; with meta.pt Lightning's
+                        │               `pytorch_model_fsdp_0/`, `optimizer_0/`      accelerate's, DCP in each
+                        │               `*.safetensors.index.json`, `*.safetensors`  one or several safetensors files
+                        └─ a file       a zip archive                                by torch.save
+                                        a safetensors file, or the index of several
 
 Headers are read here and nothing else: the reader then fetches the bytes that are wanted, as of any checkpoint. Nothing
 runs from any of them.
@@ -29,7 +29,7 @@ from ray_ckpt.storage.files import InputFile, Storage
 from ray_ckpt.storage.foreign_names import ACCELERATE_MODEL, ACCELERATE_OPTIMIZER
 from ray_ckpt.storage.ranged_reads import Piece, Source, Tuning, fetch, tuning_for
 
-__all__ = ["Found", "find"]
+__all__ = ["Found", "recognize"]
 
 LIGHTNING_EXTRA = "meta.pt"
 """Beside `.metadata`: what Lightning's FSDP strategy keeps outside of DCP (`_METADATA_FILENAME` in its source)."""
@@ -57,7 +57,7 @@ class Found:
     """What of it cannot be read, and why."""
 
 
-def find(storage: Storage, *, trusted: bool = False) -> Found:
+def recognize(storage: Storage, *, trusted: bool = False) -> Found:
     """Recognize what lies at the target.
 
     Args:

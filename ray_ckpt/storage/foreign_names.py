@@ -19,7 +19,7 @@ def is_file(storage: Storage) -> bool:
 
 
 def is_foreign(storage: Storage) -> bool:
-    """Whether a directory without a manifest holds what `find` may know."""
+    """Whether a directory without a manifest holds what `foreign.recognize` may know."""
     return any(name.endswith((safetensors.SUFFIX, safetensors.INDEX_SUFFIX)) for name in storage.list_files()) or not {
         ACCELERATE_MODEL,
         ACCELERATE_OPTIMIZER,

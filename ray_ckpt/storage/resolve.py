@@ -22,13 +22,13 @@ def destination(target: Target, step: int | None) -> Storage:
         UsageError: a store without a step, or a step that is no number of one.
     """
     if step is not None:
-        return _store(target).begin(step)
+        return _store(target).location(step)
     if isinstance(target, CheckpointStore):
         raise UsageError(f"which step of {target.address} is to be saved? Say save(..., step=N)")
     return target if isinstance(target, Storage) else Storage(target)
 
 
-def find(target: Target, step: int | None) -> Storage:
+def checkpoint_at(target: Target, step: int | None) -> Storage:
     """Where a load comes from: the step, the checkpoint at the target itself, or the latest step of the store there.
 
     One process asks for all that load together: another save may commit in between.
@@ -37,7 +37,7 @@ def find(target: Target, step: int | None) -> Storage:
         CheckpointNotFoundError: no step was named, and there is no committed checkpoint.
     """
     if step is not None:
-        return _store(target).begin(step)
+        return _store(target).location(step)
     if not isinstance(target, CheckpointStore):
         directory = destination(target, None)
         if directory.exists(MANIFEST_NAME) or directory.exists(STOCK_RECORD_NAME) or is_file(directory):
@@ -45,7 +45,7 @@ def find(target: Target, step: int | None) -> Storage:
     store = _store(target)
     latest = store.latest()
     if latest is not None:
-        return store.begin(latest)
+        return store.location(latest)
     if not isinstance(target, CheckpointStore) and is_foreign(directory):
         return directory
     raise CheckpointNotFoundError(f"no committed checkpoint at {store.address}, nor in a step-<N> below it")

@@ -1,6 +1,6 @@
 """CheckpointStore: the checkpoints of one training run, by step.
 
-    <store>/step-<N>/   one checkpoint, as `Coordinator` or `ArrowStorageWriter` saves it into `store.begin(N)`
+    <store>/step-<N>/   one checkpoint, as `Coordinator` or `ArrowStorageWriter` saves it into `store.location(N)`
     <store>/.pins/      who wants a step kept, and who is about to delete one (`pins.py`)
 
 delete, prune ──> claim the step ──> manifest.json, durably ──> .metadata ──> data files ──> give the claim back
@@ -123,7 +123,7 @@ class CheckpointStore:
         if chosen is None or not self._is_committed(chosen):
             raise self._not_found(chosen)
         try:
-            yield self.begin(chosen)
+            yield self.location(chosen)
         except (StorageError, CheckpointError) as error:
             if self._is_committed(chosen):
                 raise
@@ -134,11 +134,11 @@ class CheckpointStore:
 
     # ------------------------------------------------------------------------------------------------- writing
 
-    def begin(self, step: int) -> Storage:
-        """Where a save of this step goes. Nothing is written, and nothing refused, before the save begins.
+    def location(self, step: int) -> Storage:
+        """The storage of a step's directory, whether a checkpoint is there or not. Nothing is read or written.
 
         Raises:
-            UsageError: it is no step number.
+            UsageError: `step` is not a number from 0.
         """
         return self._storage.child(_directory(step))
 
@@ -296,7 +296,7 @@ class CheckpointStore:
         from ray_ckpt.format import dcp_metadata  # here, because it loads torch, which a driver goes without
 
         try:
-            return dcp_metadata.is_ours(dcp_metadata.loads(self.begin(step).read_bytes(STOCK_RECORD_NAME)))
+            return dcp_metadata.is_ours(dcp_metadata.loads(self.location(step).read_bytes(STOCK_RECORD_NAME)))
         except CheckpointError:
             return False  # somebody's, and not for us to judge
 

@@ -32,7 +32,7 @@ from ray_ckpt.report import SaveReport
 from ray_ckpt.storage.checkpoint_reader import CheckpointReader
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.publish import refuse_if_taken
-from ray_ckpt.storage.resolve import find
+from ray_ckpt.storage.resolve import checkpoint_at
 from ray_ckpt.storage.rewrite import WantedTensor
 
 WRITE_RANK = "ray_ckpt.recipes.reshard.task:write_rank"
@@ -90,7 +90,7 @@ def prepare(options: Options, screen: Screen) -> Prepared:
     target = Storage(options.target)
     if not options.overwrite:
         refuse_if_taken(target)
-    source = find(options.source, None)
+    source = checkpoint_at(options.source, None)
     with screen.phase("read", f"what {source.address} holds") as line:
         reader = CheckpointReader(source)
         manifest = reader.read_manifest()
