@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ray_ckpt.errors import UsageError
-from ray_ckpt.parallel.materialize import allocate, fill, materialize, tied_names
+from ray_ckpt.parallel.materialize import allocate, materialize, set_initial_values, tied_names
 from ray_ckpt.parallel.stages import build_on_meta, cut_by_names, cut_evenly, parts_of, stages_that_share, take_stage
 from ray_ckpt.recipes.model import PipelineModel
 from tests.support.models import Headed, Nested, Perceptron, tied
@@ -24,7 +24,7 @@ def materialize_stage(whole: nn.Module, names: list[str], seed: int) -> nn.Modul
     skeleton, ties = copy.deepcopy(whole), tied_names(whole)
     stage = take_stage(whole, names)
     allocate(stage, CPU, ties)
-    fill(stage, skeleton, ties, seed)
+    set_initial_values(stage, skeleton, ties, seed)
     return stage
 
 

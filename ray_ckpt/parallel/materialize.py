@@ -1,9 +1,9 @@
 """Give a model that was built on the meta device its memory: what this rank holds, and no more.
 
-    skeleton = copy of the whole model on meta      before anything is split
-    wrap                                            its parameters become shards, still on meta
-    allocate(model, device)                         memory for the shards
-    fill(model, skeleton, seed)                     module by module: the values of the whole module, then this shard
+    skeleton = copy of the whole model on meta   before anything is split
+    wrap                                         its parameters become shards, still on meta
+    allocate(model, device)                      memory for the shards
+    set_initial_values(model, skeleton, seed)    module by module: the values of the whole module, then this shard
 
 Values depend on the seed and on each module's name only, so every layout starts from the same model.
 """
@@ -24,7 +24,7 @@ def materialize(whole: nn.Module, device: torch.device, seed: int) -> None:
     """Give a whole model its memory and its initial values, on this process alone."""
     skeleton, tied = copy.deepcopy(whole), tied_names(whole)
     allocate(whole, device, tied)
-    fill(whole, skeleton, tied, seed)
+    set_initial_values(whole, skeleton, tied, seed)
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
@@ -56,7 +56,9 @@ def tie(model: nn.Module, tied: Mapping[str, str]) -> None:
             setattr(model.get_submodule(parent), name, model.get_parameter(canonical))
 
 
-def fill(model: nn.Module, skeleton: nn.Module, tied: Mapping[str, str], seed: int, *, parameters: bool = True) -> None:
+def set_initial_values(
+    model: nn.Module, skeleton: nn.Module, tied: Mapping[str, str], seed: int, *, parameters: bool = True
+) -> None:
     """Set the initial values of what this rank holds. One module at a time is whole in memory.
 
     Args:

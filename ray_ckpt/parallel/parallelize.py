@@ -1,11 +1,11 @@
 """Lay a model across the ranks of a layout.
 
     parallelize(whole, layout, device)
-      cut                  pipeline stages: this rank's chunks of the model          stages.py
-      split_experts        experts over `ep`                                         experts.py
-      parallelize_module   tensor parallel over `tp`, by the model's plan
-      fully_shard, ...     data parallel over `dp_replicate` and `dp_shard`
-      allocate, fill       memory for what this rank holds, and initial values       materialize.py
+      cut                            pipeline stages: this rank's chunks of the model          stages.py
+      split_experts                  experts over `ep`                                         experts.py
+      parallelize_module             tensor parallel over `tp`, by the model's plan
+      fully_shard, ...               data parallel over `dp_replicate` and `dp_shard`
+      allocate, set_initial_values   memory for what this rank holds, and what it holds first  materialize.py
 
 All of it happens on the meta device first, so that no rank ever holds more than its own part and one module.
 """
@@ -29,10 +29,10 @@ from torch.nn.parallel import DistributedDataParallel
 from ray_ckpt.errors import UsageError
 from ray_ckpt.parallel.experts import layers_of_experts, split_experts
 from ray_ckpt.parallel.layout import AXES, Layout
-from ray_ckpt.parallel.materialize import allocate, fill, tie, tied_names, values_of
+from ray_ckpt.parallel.materialize import allocate, set_initial_values, tie, tied_names, values_of
 from ray_ckpt.parallel.stages import cut_by_names, cut_evenly, take_stage
 
-Plan = Mapping[str, ParallelStyle]
+TensorParallelPlan = Mapping[str, ParallelStyle]
 """Module name, with `*` for any part of it -> how it is split, as `parallelize_module` takes it."""
 
 
@@ -58,7 +58,7 @@ def parallelize(
     *,
     seed: int | None,
     stages: Sequence[Sequence[str]] | None = None,
-    tp_plan: Plan | None = None,
+    tp_plan: TensorParallelPlan | None = None,
 ) -> Parallelized:
     """Lay a model across the ranks of the default process group, or on this one alone.
 
@@ -83,11 +83,11 @@ def parallelize(
         raise UsageError(f"layout {layout} has {layout.num_stages} pipeline stages, but the cut has {len(cut)}")
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
     plan = tp_plan if tp_plan is not None else _own_plan(whole, layout)
+    wrapping = _Wrapping(layout, mesh, device, seed, plan, skeleton, tied)
     chunks = []
     for stage in layout.stages_of(rank):
         chunk = take_stage(whole, cut[stage]) if layout.num_stages > 1 else whole
-        units = _units(chunk, cut[stage], tied)
-        chunks.append(_wrap(chunk, units, skeleton, tied, layout, mesh, device, seed, plan))
+        chunks.append(wrapping.wrap(chunk, _units(chunk, cut[stage], tied)))
     return Parallelized(layout, mesh, tuple(chunks), tuple(map(tuple, cut)), tied)
 
 
@@ -119,7 +119,7 @@ def make_mesh(layout: Layout, device_type: str) -> DeviceMesh:
     return init_device_mesh(device_type, tuple(layout.degrees[axis] for axis in axes), mesh_dim_names=tuple(axes))
 
 
-def _own_plan(whole: nn.Module, layout: Layout) -> Plan:
+def _own_plan(whole: nn.Module, layout: Layout) -> TensorParallelPlan:
     if layout.tp == 1:
         return {}
     own = getattr(whole, "tp_plan", None)
@@ -128,37 +128,73 @@ def _own_plan(whole: nn.Module, layout: Layout) -> Plan:
             f"layout {layout} splits modules over tp, but {type(whole).__name__} has no tp_plan() that says how: give "
             "one, or pass tp_plan={'layers.*.up': ColwiseParallel(), ...}"
         )
-    plan: Plan = own()
+    plan: TensorParallelPlan = own()
     return plan
 
 
-def _wrap(
-    chunk: nn.Module,
-    units: Sequence[nn.Module],
-    skeleton: nn.Module,
-    tied: Mapping[str, str],
-    layout: Layout,
-    mesh: DeviceMesh,
-    device: torch.device,
-    seed: int | None,
-    plan: Plan,
-) -> nn.Module:
-    if layout.dp == "fsdp1":
-        return apply_fsdp1(chunk, units, mesh["dp_shard"], device, skeleton, tied, 0 if seed is None else seed)
-    if layout.ep > 1:
-        apply_ep(chunk, mesh["ep"])
-    if layout.tp > 1:
-        apply_tp(chunk, mesh["tp"], plan)
-        tie(chunk, tied)
-    if layout.dp == "fsdp2":
-        axes = ("dp_replicate", "dp_shard") if layout.dp_replicate > 1 else ("dp_shard",)
-        apply_fsdp2(chunk, units, mesh[axes])
-    allocate(chunk, device, tied)
-    fill(chunk, skeleton, tied, seed or 0, parameters=seed is not None)
-    return DistributedDataParallel(chunk, process_group=mesh.get_group("dp_replicate")) if layout.dp == "ddp" else chunk
+@dataclass(frozen=True)
+class _Wrapping:
+    """How every chunk of one model is split over the mesh, and given its memory."""
+
+    layout: Layout
+    mesh: DeviceMesh
+    device: torch.device
+    seed: int | None
+    """None: parameters keep undefined values."""
+    tp_plan: TensorParallelPlan
+    skeleton: nn.Module
+    """The whole model on the meta device, before anything was split."""
+    tied: Mapping[str, str]
+
+    def wrap(self, chunk: nn.Module, units: Sequence[nn.Module]) -> nn.Module:
+        """Args:
+        units: submodules of the chunk that data parallelism gathers one at a time.
+        """
+        if self.layout.dp == "fsdp1":
+            return self._wrap_by_fsdp1(chunk, units)
+        if self.layout.ep > 1:
+            for experts in layers_of_experts(chunk, self.layout.ep, required=False):  # a pipeline stage may have none
+                split_experts(experts, self.mesh["ep"])
+        if self.layout.tp > 1:
+            _split_by_plan(chunk, self.mesh["tp"], self.tp_plan)
+            tie(chunk, self.tied)
+        if self.layout.dp == "fsdp2":
+            # A mesh of two axes means replicas of shards.
+            axes = ("dp_replicate", "dp_shard") if self.layout.dp_replicate > 1 else ("dp_shard",)
+            for module in (*units, chunk):
+                fully_shard(module, mesh=self.mesh[axes])
+        allocate(chunk, self.device, self.tied)
+        set_initial_values(chunk, self.skeleton, self.tied, self.seed or 0, parameters=self.seed is not None)
+        if self.layout.dp == "ddp":
+            return DistributedDataParallel(chunk, process_group=self.mesh.get_group("dp_replicate"))
+        return chunk
+
+    def _wrap_by_fsdp1(self, chunk: nn.Module, units: Sequence[nn.Module]) -> nn.Module:
+        """Wrap a model on meta in FullyShardedDataParallel, unit by unit. Its state dict holds DTensors."""
+        # It takes memory and values in one step, so there are values also where a load would not need them.
+        seed = self.seed or 0
+        options: dict[str, Any] = {}
+        if self.tied:
+            # It knows which weights are tied only while they are, and that ends when it gives modules memory one by
+            # one.
+            allocate(chunk, self.device, self.tied)
+            set_initial_values(chunk, self.skeleton, self.tied, seed)
+        else:
+            names = {module: name for name, module in chunk.named_modules()}
+            options["param_init_fn"] = partial(_materialize_alone, names, self.skeleton, self.device, seed)
+        return FullyShardedDataParallel(
+            chunk,
+            # Without a mesh its state dict holds the deprecated ShardedTensor.
+            device_mesh=self.mesh["dp_shard"],
+            # On the CPU it has to be told, as it expects an accelerator.
+            device_id=self.device,
+            use_orig_params=True,
+            auto_wrap_policy=partial(lambda_auto_wrap_policy, lambda_fn=set(units).__contains__),
+            **options,
+        )
 
 
-def apply_tp(model: nn.Module, mesh: DeviceMesh, plan: Plan) -> None:
+def _split_by_plan(model: nn.Module, mesh: DeviceMesh, plan: TensorParallelPlan) -> None:
     """Split modules over a one-axis mesh. Entries of the plan that match nothing here belong to other stages.
 
     Each rank cuts its shard out of the same values, so nothing is sent.
@@ -176,19 +212,6 @@ def _matches_some(model: nn.Module, pattern: str) -> bool:
     )
 
 
-def apply_ep(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Split every layer of experts over a one-axis mesh. A pipeline stage may have none."""
-    for experts in layers_of_experts(model, mesh.size(), required=False):
-        split_experts(experts, mesh)
-
-
-def apply_fsdp2(model: nn.Module, units: Sequence[nn.Module], mesh: DeviceMesh) -> None:
-    """Shard every unit by itself, and the rest with the model. A mesh of two axes means replicas of shards."""
-    for unit in units:
-        fully_shard(unit, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-
-
 def _units(model: nn.Module, parts: Sequence[str], tied: Mapping[str, str]) -> list[nn.Module]:
     """Parts that are gathered one at a time. Parts that share weights stay with the model, or they would part."""
     shared = [*tied, *tied.values()]
@@ -198,36 +221,6 @@ def _units(model: nn.Module, parts: Sequence[str], tied: Mapping[str, str]) -> l
         if any(True for _ in model.get_submodule(part).parameters())
         and not any(name.startswith(f"{part}.") for name in shared)
     ]
-
-
-def apply_fsdp1(
-    model: nn.Module,
-    units: Sequence[nn.Module],
-    mesh: DeviceMesh,
-    device: torch.device,
-    skeleton: nn.Module,
-    tied: Mapping[str, str],
-    seed: int,
-) -> nn.Module:
-    """Wrap a model on meta in FullyShardedDataParallel, unit by unit. Its state dict holds DTensors."""
-    options: dict[str, Any] = {}
-    if tied:
-        # It knows which weights are tied only while they are, and that ends when it gives modules memory one by one.
-        allocate(model, device, tied)
-        fill(model, skeleton, tied, seed)
-    else:
-        names = {module: name for name, module in model.named_modules()}
-        options["param_init_fn"] = partial(_materialize_alone, names, skeleton, device, seed)
-    return FullyShardedDataParallel(
-        model,
-        # Without a mesh its state dict holds the deprecated ShardedTensor.
-        device_mesh=mesh,
-        # On the CPU it has to be told, as it expects an accelerator.
-        device_id=device,
-        use_orig_params=True,
-        auto_wrap_policy=partial(lambda_auto_wrap_policy, lambda_fn=set(units).__contains__),
-        **options,
-    )
 
 
 @torch.no_grad()

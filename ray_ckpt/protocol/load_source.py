@@ -18,7 +18,7 @@ from ray_ckpt.format.torch_container import parse_dtype
 from ray_ckpt.gc_pause import collector_paused
 from ray_ckpt.protocol.holdings import hold
 from ray_ckpt.protocol.messages import TensorSpec
-from ray_ckpt.state.load_plan import KeyMap, Saved, Spec
+from ray_ckpt.state.load_plan import KeyMap, SavedState, Spec
 from ray_ckpt.state.train_state import is_hyperparameter
 from ray_ckpt.storage.checkpoint_reader import CheckpointReader, Wanted
 from ray_ckpt.storage.chunk_sources import SavedChunk
@@ -78,18 +78,18 @@ class Source:
         only: Sequence[str] | None,
         key_map: KeyMap | None,
         further: Mapping[str, Any] | None = None,
-    ) -> Saved:
+    ) -> SavedState:
         """Names, shapes and values.
 
         Args:
             needed: which of the values are; most stand in the manifest, the others are read here.
-            only, key_map: as `Saved` takes them.
+            only, key_map: as `SavedState` takes them.
             further: values that count as saved.
         """
         manifest = self.manifest
         tensors = {name: Spec(entry.dtype, entry.shape) for name, entry in manifest.tensors.items()}
         values: dict[str, Any] = manifest.values()
-        view = Saved(tensors, {}, only=only)
+        view = SavedState(tensors, {}, only=only)
         elsewhere: dict[str, Any] = {
             name: None for name in manifest.objects if name not in values and needed(name) and view.wants(name)
         }
@@ -99,7 +99,7 @@ class Source:
                 elsewhere[name] = torch.empty(spec.shape, dtype=parse_dtype(spec.dtype))
         self.read(elsewhere)
         values |= elsewhere | dict(further or {})
-        return Saved(tensors, values, layout=manifest.layout, only=only, key_map=key_map)
+        return SavedState(tensors, values, layout=manifest.layout, only=only, key_map=key_map)
 
     def read(self, wanted: dict[str, Any]) -> None:
         """Fill the tensors of these names, and replace what is none by its value."""

@@ -37,7 +37,7 @@ from ray_ckpt.protocol.holdings import is_stateful
 from ray_ckpt.protocol.load_source import Source
 from ray_ckpt.protocol.messages import LoadOffer
 from ray_ckpt.report import LoadReport
-from ray_ckpt.state.load_plan import Claim, KeyMap, Plan, Saved, Spec
+from ray_ckpt.state.load_plan import Claim, KeyMap, LoadPlan, SavedState, Spec
 from ray_ckpt.state.train_state import TrainState
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.text import listed
@@ -81,8 +81,8 @@ class RankLoad:
         self._source = Source(storage)
         self._options = options
         self._names: list[str] = []
-        self._saved = Saved({}, {})
-        self._plans: Sequence[Plan] = ()
+        self._saved = SavedState({}, {})
+        self._plans: Sequence[LoadPlan] = ()
         self._loaded: list[dict[str, torch.Tensor]] = []
         self._num_bytes = 0
 
@@ -106,7 +106,7 @@ class RankLoad:
         """
         if not isinstance(state, TrainState):
             return None
-        claimed = [name for plan in state.plans(Saved({}, {})) for name in plan.claims]
+        claimed = [name for plan in state.plans(SavedState({}, {})) for name in plan.claims]
         model = [name.removeprefix("model.") for name in claimed if name.startswith("model.")]
         return Names(model, state.groups)
 
@@ -122,7 +122,7 @@ class RankLoad:
         """
         if names is None:
             return
-        if not Saved({}, {}, only=self._options.only).wants("optim"):
+        if not SavedState({}, {}, only=self._options.only).wants("optim"):
             names = replace(names, groups=())
         self._source.adapt(names)
         if self._source.lost and not self._options.keep_hyperparameters:
@@ -245,7 +245,7 @@ class RankLoad:
 
 def _own_hyperparameters(state: TrainState, key_map: KeyMap | None) -> dict[str, Any]:
     """The optimizers' own values, as if they had been saved, under the names that the parameters were saved by."""
-    view = Saved({}, {}, key_map=key_map)
+    view = SavedState({}, {}, key_map=key_map)
     own: dict[str, Any] = {}
     for name, value in state.state_dict().get("optim", {}).items():
         if name.startswith("param_groups."):
@@ -266,7 +266,7 @@ def _everything(name: str) -> bool:
     return True
 
 
-def _plans(state: State, saved: Saved) -> list[Plan]:
+def _plans(state: State, saved: SavedState) -> list[LoadPlan]:
     if isinstance(state, TrainState):
         return state.plans(saved)
     if isinstance(state, Stateful):
@@ -285,7 +285,7 @@ def _plans(state: State, saved: Saved) -> list[Plan]:
     return [_plan_of_dict(nested, saved, then=finish)]
 
 
-def _plan_of_dict(nested: dict[str, Any], saved: Saved, then: Callable[[], None]) -> Plan:
+def _plan_of_dict(nested: dict[str, Any], saved: SavedState, then: Callable[[], None]) -> LoadPlan:
     flat, paths = flatten_state_dict(nested)
     flat = {name: value for name, value in flat.items() if saved.wants(name)}
     claims = {
@@ -303,14 +303,14 @@ def _plan_of_dict(nested: dict[str, Any], saved: Saved, then: Callable[[], None]
                 set_element(nested, paths[name], saved.values[claim.saved])
         then()
 
-    return Plan(claims, apply, problems)
+    return LoadPlan(claims, apply, problems)
 
 
 def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _compare(claims: Mapping[str, Claim], saved: Saved) -> tuple[list[str], list[str]]:
+def _compare(claims: Mapping[str, Claim], saved: SavedState) -> tuple[list[str], list[str]]:
     """What differs in shape or kind, as text, and names that differ in dtype only."""
     differing, cast = [], []
     for wanted, claim in claims.items():
@@ -326,7 +326,7 @@ def _compare(claims: Mapping[str, Claim], saved: Saved) -> tuple[list[str], list
     return differing, sorted(cast)
 
 
-def _saved_and_wanted(claim: Claim, saved: Saved) -> str:
+def _saved_and_wanted(claim: Claim, saved: SavedState) -> str:
     return f"saved {saved.tensors.get(claim.saved, 'a value')}, wanted {claim.spec or 'a value'}"
 
 

@@ -1,7 +1,7 @@
 """What the parts of a training state want of a checkpoint, before anything is read or changed.
 
-Saved                the checkpoint as a part sees it: names, shapes, dtypes, and all values that are not tensors
-part.plan(saved)  -> Plan(claims, apply)     nothing is changed yet, so a state that does not fit is left alone
+SavedState           the checkpoint as a part sees it: names, shapes, dtypes, and all values that are not tensors
+part.plan(saved) ->  LoadPlan(claims, apply): nothing is changed yet, so a state that does not fit is left alone
     claim.target()   the memory that a tensor is read into; only now it is allocated
     plan.apply(...)  after the reading
 """
@@ -50,13 +50,13 @@ class Claim:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LoadPlan:
     """What one part wants, and what it does with it."""
 
     claims: Mapping[str, Claim]
     """Wanted name -> claim."""
     apply: Callable[[Mapping[str, torch.Tensor]], None]
-    """Takes the tensors that were read, by wanted name; values it has taken from `Saved` already."""
+    """Takes the tensors that were read, by wanted name; values it has taken from `SavedState` already."""
     problems: Sequence[str] = ()
     """Why the checkpoint does not fit, besides names, shapes and dtypes."""
     taken: Iterable[str] = ()
@@ -65,7 +65,7 @@ class Plan:
     """Section -> what becomes of it, where that depends on the layout."""
 
 
-class Saved:
+class SavedState:
     """A checkpoint's names, under which parts look for what they want.
 
     Args:
@@ -73,6 +73,7 @@ class Saved:
         values: name -> value of everything that is not a tensor, and of tensors that are hyper-parameters.
         layout: that saved it, in the words of whoever saved it.
         only: prefixes of the wanted names (whole components of them); None: everything.
+        key_map: from wanted to saved names.
     """
 
     def __init__(
@@ -117,14 +118,14 @@ def _is_below(name: str, prefix: str) -> bool:
     return name == prefix or name.startswith(f"{prefix}.")
 
 
-class Part(Protocol):
+class StatePart(Protocol):
     """One section of a training state."""
 
     section: str
     """First component of its names."""
 
     def leaves(self) -> dict[str, Any]:
-        """Name within the section -> live tensor, or a value as `packing.seal` makes it."""
+        """Name within the section -> live tensor, or a value as `sealing.seal` makes it."""
         ...
 
-    def plan(self, saved: Saved) -> Plan: ...
+    def plan(self, saved: SavedState) -> LoadPlan: ...

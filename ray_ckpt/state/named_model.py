@@ -28,7 +28,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from ray_ckpt.errors import UsageError
 from ray_ckpt.state import sealing
-from ray_ckpt.state.load_plan import Claim, Plan, Saved, Spec
+from ray_ckpt.state.load_plan import Claim, LoadPlan, SavedState, Spec
 
 TIES = "all_tied_weights_keys"
 """Attribute of a module: alias -> canonical name of a weight that it shares. transformers' models have it."""
@@ -77,7 +77,7 @@ class NamedModel:
                 leaves |= sealing.pack(name, first)
         return leaves
 
-    def plan(self, saved: Saved) -> Plan:
+    def plan(self, saved: SavedState) -> LoadPlan:
         held_by_name = self._entries()
         present = {module: _presence(module) for module in self.modules}
         entries: dict[str, list[_Entry]] = {}
@@ -96,7 +96,7 @@ class NamedModel:
             else:
                 claims |= {flat: Claim(flat) for flat in saved.under(source) or [source]}
             entries[name] = held
-        return Plan(claims, partial(self._apply, saved, entries), _without_values(waiting))
+        return LoadPlan(claims, partial(self._apply, saved, entries), _without_values(waiting))
 
     def parameters(self) -> dict[nn.Parameter, tuple[str, ...]]:
         """Each parameter's canonical name; several names, if it is a flat one of FSDP1's."""
@@ -121,7 +121,9 @@ class NamedModel:
             raise UsageError("FSDP1 cannot hold several chunks of a pipeline on one rank: use fully_shard")
         return roots[0] if roots else None  # type: ignore[return-value]
 
-    def _apply(self, saved: Saved, entries: Mapping[str, Sequence[_Entry]], loaded: Mapping[str, torch.Tensor]) -> None:
+    def _apply(
+        self, saved: SavedState, entries: Mapping[str, Sequence[_Entry]], loaded: Mapping[str, torch.Tensor]
+    ) -> None:
         of_module: dict[nn.Module, dict[str, Any]] = {module: {} for module in self.modules}
         for name, held in entries.items():
             wanted = f"{self.section}.{name}"

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ray_ckpt.errors import UsageError
 from ray_ckpt.state import hyperparameters, sealing
-from ray_ckpt.state.load_plan import Claim, Plan, Saved
+from ray_ckpt.state.load_plan import Claim, LoadPlan, SavedState
 from ray_ckpt.state.named_model import NamedModel, sharded_state_dicts
 from ray_ckpt.state.saved_optimizers import PARAM_GROUPS, STATE, Owner, SavedOptimizers, flatten
 
@@ -91,9 +91,9 @@ class NamedOptimizers:
                 found[parameter] = known[parameter]
         return found
 
-    def plan(self, saved: Saved) -> Plan:
+    def plan(self, saved: SavedState) -> LoadPlan:
         if not self.optimizers or not saved.wants(self.section):
-            return Plan({}, lambda loaded: None)
+            return LoadPlan({}, lambda loaded: None)
         names = self.names()
         flat = self._model.flat is not None
         for optimizer in self.optimizers if flat else ():
@@ -113,7 +113,7 @@ class NamedOptimizers:
                         owner = Owner(shown.get(name, parameter), on_device=_steps_on_device(group))
                         claims |= index.claim_values(name)
                         claims |= index.claim_state(name, owner, live, twins[parameter])
-        return Plan(claims, partial(self._apply, names, index), problems)
+        return LoadPlan(claims, partial(self._apply, names, index), problems)
 
     def _check_groups(
         self, optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, Sequence[str]], index: SavedOptimizers

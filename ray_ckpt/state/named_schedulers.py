@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ray_ckpt.errors import UsageError
 from ray_ckpt.state import sealing
 from ray_ckpt.state.hyperparameters import same
-from ray_ckpt.state.load_plan import Claim, Plan, Saved
+from ray_ckpt.state.load_plan import Claim, LoadPlan, SavedState
 from ray_ckpt.state.named_optimizers import NamedOptimizers
 from ray_ckpt.state.replicated_parts import claim_under, gathered
 
@@ -62,14 +62,16 @@ class NamedSchedulers:
             leaves |= found
         return leaves
 
-    def plan(self, saved: Saved) -> Plan:
+    def plan(self, saved: SavedState) -> LoadPlan:
         if not saved.wants(self.section):
-            return Plan({}, lambda loaded: None)
+            return LoadPlan({}, lambda loaded: None)
         names = self._optimizers.names()
         claims: dict[str, Claim] = {}
         problems: list[str] = []
         for name, scheduler in self._named:
-            _plan(f"{self.section}.{name}", scheduler, names, saved, claims, problems)
+            wanted, misfits = _plan(f"{self.section}.{name}", scheduler, names, saved)
+            claims |= wanted
+            problems += misfits
 
         def apply(loaded: Mapping[str, torch.Tensor]) -> None:
             leaves = gathered(saved, claims, loaded)
@@ -77,7 +79,7 @@ class NamedSchedulers:
                 _spread(scheduler, self._optimizers.origins.get(id(scheduler.optimizer), []))
                 _load(f"{self.section}.{name}", scheduler, names, saved, leaves)
 
-        return Plan(claims, apply, problems)
+        return LoadPlan(claims, apply, problems)
 
 
 def _named(schedulers: Schedulers) -> Iterator[tuple[str, LRScheduler]]:
@@ -106,34 +108,38 @@ def _leaves(name: str, scheduler: LRScheduler, state: Mapping[str, Any], names: 
             yield from sealing.pack(f"{name}.{key}", value).items()
 
 
-def _plan(
-    name: str, scheduler: LRScheduler, names: _Names, saved: Saved, claims: dict[str, Claim], problems: list[str]
-) -> None:
+def _plan(name: str, scheduler: LRScheduler, names: _Names, saved: SavedState) -> tuple[dict[str, Claim], list[str]]:
+    """What one scheduler and those within it want of the checkpoint, and why that does not fit."""
     kind = f"{name}.{_KIND}"
-    claims[kind] = Claim(kind)
+    claims = {kind: Claim(kind)}
+    problems: list[str] = []
     found = saved.values.get(kind)
     if found is None:
-        return
+        return claims, problems
     nested = _nested(scheduler)
     keys = _keys(saved, name)
     if found != type(scheduler).__name__ or (_NESTED in keys) != bool(nested):
-        problems.append(f"{name} was saved by a {found}, wanted by a {type(scheduler).__name__}")
-        return
+        return claims, [f"{name} was saved by a {found}, wanted by a {type(scheduler).__name__}"]
     for key in keys - {_KIND, _GROUPS, _NESTED}:
         claims |= claim_under(saved, f"{name}.{key}")
     for group in scheduler.optimizer.param_groups:
         for parameter in _parameters(group, names, saved):
             claims |= claim_under(saved, f"{name}.{_GROUPS}.{parameter}")
     for number, inner in enumerate(nested):
-        _plan(f"{name}.{_NESTED}.{number}", inner, names, saved, claims, problems)
+        wanted, misfits = _plan(f"{name}.{_NESTED}.{number}", inner, names, saved)
+        claims |= wanted
+        problems += misfits
+    return claims, problems
 
 
-def _load(name: str, scheduler: LRScheduler, names: _Names, saved: Saved, leaves: Mapping[str, Any]) -> None:
+def _load(name: str, scheduler: LRScheduler, names: _Names, saved: SavedState, leaves: Mapping[str, Any]) -> None:
     if f"{name}.{_KIND}" in leaves:
         scheduler.load_state_dict(_state(name, scheduler, names, saved, leaves))
 
 
-def _state(name: str, scheduler: LRScheduler, names: _Names, saved: Saved, leaves: Mapping[str, Any]) -> dict[str, Any]:
+def _state(
+    name: str, scheduler: LRScheduler, names: _Names, saved: SavedState, leaves: Mapping[str, Any]
+) -> dict[str, Any]:
     """As its `state_dict` would give it, with as many items per group as the optimizer has groups now."""
     keys = _keys(saved, name) - {_KIND, _GROUPS, _NESTED}
     state = {key: sealing.unpack(f"{name}.{key}", leaves) for key in keys}
@@ -168,12 +174,12 @@ def _nested(scheduler: LRScheduler) -> list[LRScheduler]:
     return list(getattr(scheduler, _NESTED, ()))
 
 
-def _keys(saved: Saved, name: str) -> set[str]:
+def _keys(saved: SavedState, name: str) -> set[str]:
     start = len(name) + 1
     return {flat[start:].partition(".")[0] for flat in saved.under(name)}
 
 
-def _parameters(group: Mapping[str, Any], names: _Names, saved: Saved | None = None) -> list[str]:
+def _parameters(group: Mapping[str, Any], names: _Names, saved: SavedState | None = None) -> list[str]:
     """Names of a group's members; in the checkpoint, if one is given."""
     members = [name for parameter in group["params"] for name in names[parameter]]
     if saved is None:

@@ -22,7 +22,7 @@ import xxhash
 from torch.distributed.checkpoint.stateful import Stateful
 
 from ray_ckpt.state import sealing
-from ray_ckpt.state.load_plan import Claim, Plan, Saved
+from ray_ckpt.state.load_plan import Claim, LoadPlan, SavedState
 from ray_ckpt.state.replicated_parts import claim_under, gathered
 
 RESTORED, RESEEDED, LEFT = "restored", "reseeded", "left as it was"
@@ -45,14 +45,14 @@ class RankPart:
     def leaves(self) -> dict[str, Any]:
         return sealing.pack(f"rank{_place()[0]}", dict(self._owner.state_dict()))
 
-    def plan(self, saved: Saved) -> Plan:
+    def plan(self, saved: SavedState) -> LoadPlan:
         if not saved.wants(self.section):
-            return Plan({}, lambda loaded: None)
+            return LoadPlan({}, lambda loaded: None)
         rank, num_ranks = _place()
         known = saved.under(self.section)
         saved_ranks = {match[1] for name in known if (match := re.match(rf"{self.section}\.rank(\d+)", name))}
         if not saved_ranks:
-            return Plan({self.section: Claim(self.section)}, lambda loaded: None)
+            return LoadPlan({self.section: Claim(self.section)}, lambda loaded: None)
         if len(saved_ranks) == num_ranks and saved.layout == self._layout:
             name = f"{self.section}.rank{rank}"
             claims = claim_under(saved, name)
@@ -60,12 +60,12 @@ class RankPart:
             def restore(loaded: Mapping[str, torch.Tensor]) -> None:
                 self._owner.load_state_dict(sealing.unpack(name, gathered(saved, claims, loaded)))
 
-            return Plan(claims, restore, taken=known, notes={self.section: RESTORED})
+            return LoadPlan(claims, restore, taken=known, notes={self.section: RESTORED})
         if not isinstance(self._owner, Rng):
-            return Plan({}, lambda loaded: None, taken=known, notes={self.section: LEFT})
+            return LoadPlan({}, lambda loaded: None, taken=known, notes={self.section: LEFT})
         seeds = (saved.values.get(f"{self.section}.rank0.seed"), saved.values.get("counters.step"), rank)
         owner = self._owner
-        return Plan({}, lambda loaded: owner.reseed(*seeds), taken=known, notes={self.section: RESEEDED})
+        return LoadPlan({}, lambda loaded: owner.reseed(*seeds), taken=known, notes={self.section: RESEEDED})
 
 
 class Rng:

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from ray_ckpt.format.torch_container import parse_dtype
 from ray_ckpt.state import sealing
-from ray_ckpt.state.load_plan import Claim, Plan, Saved, Spec
+from ray_ckpt.state.load_plan import Claim, LoadPlan, SavedState, Spec
 
 
 class Countable(Protocol):
@@ -20,7 +20,7 @@ class Countable(Protocol):
     step: int | None
 
 
-def claim_under(saved: Saved, name: str) -> dict[str, Claim]:
+def claim_under(saved: SavedState, name: str) -> dict[str, Claim]:
     """Everything that was saved under a name, tensors into new memory on the host; the name itself if nothing was."""
     claims = {}
     for flat in saved.under(name) or [name]:
@@ -29,7 +29,7 @@ def claim_under(saved: Saved, name: str) -> dict[str, Claim]:
     return claims
 
 
-def gathered(saved: Saved, claims: Mapping[str, Claim], loaded: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+def gathered(saved: SavedState, claims: Mapping[str, Claim], loaded: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """What became of the claims, for `sealing.unpack`."""
     return {
         name: loaded[name] if name in loaded else saved.values[claim.saved]
@@ -49,16 +49,16 @@ class StatefulPart:
     def leaves(self) -> dict[str, Any]:
         return sealing.pack("state", dict(self._owner.state_dict()))
 
-    def plan(self, saved: Saved) -> Plan:
+    def plan(self, saved: SavedState) -> LoadPlan:
         if not saved.wants(self.section):
-            return Plan({}, lambda loaded: None)
+            return LoadPlan({}, lambda loaded: None)
         claims = claim_under(saved, self._name)
 
         def apply(loaded: Mapping[str, torch.Tensor]) -> None:
             if leaves := gathered(saved, claims, loaded):
                 self._owner.load_state_dict(sealing.unpack(self._name, leaves))
 
-        return Plan(claims, apply)
+        return LoadPlan(claims, apply)
 
 
 class CounterPart:
@@ -74,9 +74,9 @@ class CounterPart:
         counted = dict(self._counters) if self._owner.step is None else {**self._counters, "step": self._owner.step}
         return {name: sealing.seal(name, value) for name, value in counted.items()}
 
-    def plan(self, saved: Saved) -> Plan:
+    def plan(self, saved: SavedState) -> LoadPlan:
         if not saved.wants(self.section):
-            return Plan({}, lambda loaded: None)
+            return LoadPlan({}, lambda loaded: None)
         wanted = [f"{self.section}.{name}" for name in self.leaves()]
         names = list(dict.fromkeys([*wanted, *saved.under(self.section)]))
 
@@ -88,7 +88,7 @@ class CounterPart:
                 else:
                     self._counters[name.removeprefix(f"{self.section}.")] = value
 
-        return Plan({name: Claim(name) for name in names}, apply)
+        return LoadPlan({name: Claim(name) for name in names}, apply)
 
 
 class ExtraPart:
@@ -104,7 +104,7 @@ class ExtraPart:
             leaves |= sealing.pack(name, dict(value.state_dict()) if isinstance(value, Stateful) else value)
         return leaves
 
-    def plan(self, saved: Saved) -> Plan:
+    def plan(self, saved: SavedState) -> LoadPlan:
         claims: dict[str, Claim] = {}
         for name, value in self._extra.items():
             wanted = f"{self.section}.{name}"
@@ -128,7 +128,7 @@ class ExtraPart:
                 else:
                     self._extra[name] = state
 
-        return Plan(claims, apply)
+        return LoadPlan(claims, apply)
 
 
 def _on_host(spec: Spec) -> torch.Tensor:

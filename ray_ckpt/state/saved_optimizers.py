@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from ray_ckpt.format.torch_container import parse_dtype
 from ray_ckpt.state import sealing
-from ray_ckpt.state.load_plan import Claim, Saved, Spec
+from ray_ckpt.state.load_plan import Claim, SavedState, Spec
 
 STATE, PARAM_GROUPS = "state", "param_groups"
 
@@ -32,7 +32,7 @@ class SavedOptimizers:
     saved: the checkpoint. A key map renames parameters, and the optimizer's state with them.
     """
 
-    def __init__(self, saved: Saved) -> None:
+    def __init__(self, saved: SavedState) -> None:
         self._saved = saved
 
     def hyperparameters(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:

@@ -3,10 +3,10 @@
     model.<parameter or buffer>                          named_model.py
     optim.state.<parameter>.<key>                        named_optimizers.py
     optim.param_groups.<parameter>.<hyper-parameter>     hyperparameters.py
-    schedulers.<scheduler>. ...                          schedules.py
-    scaler.state. ...  counters. ...  extra. ...         objects.py
-    ema.<parameter or buffer>                            named_model.py, objects.py
-    rng.rank<n>. ...  dataloader.rank<n>. ...            of_rank.py
+    schedulers.<scheduler>. ...                          named_schedulers.py
+    scaler.state. ...  counters. ...  extra. ...         replicated_parts.py
+    ema.<parameter or buffer>                            named_model.py, replicated_parts.py
+    rng.rank<n>. ...  dataloader.rank<n>. ...            rank_parts.py
 
 Names depend on the model alone, never on the layout: that is what lets any layout load what any other saved.
 """
@@ -25,7 +25,7 @@ from ray_ckpt.errors import UsageError
 from ray_ckpt.format.fingerprinting import fingerprint
 from ray_ckpt.format.snapshot import Snapshot
 from ray_ckpt.format.translate import HYPERPARAMETERS
-from ray_ckpt.state.load_plan import Part, Plan, Saved, Spec
+from ray_ckpt.state.load_plan import LoadPlan, SavedState, Spec, StatePart
 from ray_ckpt.state.named_model import NamedModel
 from ray_ckpt.state.named_optimizers import NamedOptimizers
 from ray_ckpt.state.named_schedulers import NamedSchedulers, Schedulers
@@ -90,7 +90,7 @@ class TrainState:
         self._optim = NamedOptimizers(self.optimizers, named)
         # In the order in which they are loaded: an optimizer's state takes after the parameters, schedulers follow its
         # groups, and nothing may draw random numbers after the generators.
-        self._parts: list[Part] = [named]
+        self._parts: list[StatePart] = [named]
         schedules = NamedSchedulers(schedulers, self._optim)
         if self.optimizers:
             self._parts += [self._optim, schedules]
@@ -153,7 +153,7 @@ class TrainState:
         tensors = {name: value for name, value in flat.items() if isinstance(value, torch.Tensor)}
         values = {name: value for name, value in flat.items() if not isinstance(value, torch.Tensor)}
         values |= {name: value for name, value in tensors.items() if is_hyperparameter(name)}
-        saved = Saved({name: Spec.of(value) for name, value in tensors.items()}, values, layout=self.layout)
+        saved = SavedState({name: Spec.of(value) for name, value in tensors.items()}, values, layout=self.layout)
         if self.optimizers and not any(name.startswith("optim.state.") for name in flat):
             warnings.warn(
                 "no optimizer state arrived. If the checkpoint has some, load it by ray_ckpt.load: DCP fills only what "
@@ -169,7 +169,7 @@ class TrainState:
                         loaded[name].copy_(tensors[claim.saved])
             plan.apply(loaded)
 
-    def plans(self, saved: Saved) -> list[Plan]:
+    def plans(self, saved: SavedState) -> list[LoadPlan]:
         """What every part wants of a checkpoint, to be applied in this order. Nothing is changed or allocated yet."""
         return [part.plan(saved) for part in self._parts]
 
