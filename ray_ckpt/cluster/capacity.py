@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ray
-from ray._private.state import available_resources_per_node
 
+from ray_ckpt.cluster.ray_internals import free_resources
 from ray_ckpt.cluster.resources import Resources, fitting
 
 
@@ -13,7 +13,7 @@ def free_slots(bundle: Resources) -> int:
 
     Ray learns with a delay, of about a second each, what was given back and which node has died.
     """
-    return sum(fitting(bundle, free) for free in available_resources_per_node().values())
+    return sum(fitting(bundle, free) for free in free_resources())
 
 
 def all_slots(bundle: Resources) -> int:

@@ -12,21 +12,22 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import grpc
 import ray
-from ray._private import ray_constants, services
-from ray._private.grpc_utils import init_grpc_channel
-from ray._private.ray_logging import stdout_deduplicator
-from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
-from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
-from ray.exceptions import AuthenticationError, RayError
+from ray.exceptions import RayError
 
+from ray_ckpt.cluster.ray_internals import (
+    RefusedError,
+    check_alive,
+    end_monitor,
+    find_recorded_address,
+    reread_authentication,
+    without_daemon_messages,
+)
 from ray_ckpt.errors import UsageError
 
 PROBE_TIMEOUT_S = 5.0
@@ -52,7 +53,7 @@ def connect(address: str | None = None, *, num_cpus: int = 1, verbose: bool = Fa
         UsageError: no cluster answers at the address, or it refuses our authentication mode.
     """
     asked = address or os.environ.get("RAY_ADDRESS")
-    found = asked or _left_by_ray_start()
+    found = asked or find_recorded_address()
     if found and found not in ("auto", "local") and not _answers(found):
         if asked:
             raise UsageError(
@@ -61,7 +62,7 @@ def connect(address: str | None = None, *, num_cpus: int = 1, verbose: bool = Fa
             )
         found = None
     options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
-    with nullcontext() if verbose else _without_daemon_messages():
+    with nullcontext() if verbose else without_daemon_messages():
         if found in (None, "local"):
             with _private_token(), _local_ray(num_cpus, options):
                 yield True
@@ -71,20 +72,6 @@ def connect(address: str | None = None, *, num_cpus: int = 1, verbose: bool = Fa
             yield False
         finally:
             ray.shutdown()
-
-
-@contextmanager
-def _without_daemon_messages() -> Iterator[None]:
-    """Keep what Ray's daemons say of a dead worker, a paragraph on standard output whatever `log_to_driver` is, away.
-
-    RAY_DEDUP_LOGS_SKIP_REGEX does this too, but Ray reads it when it is imported.
-    """
-    before = stdout_deduplicator.skip_re
-    stdout_deduplicator.skip_re = re.compile("")
-    try:
-        yield
-    finally:
-        stdout_deduplicator.skip_re = before
 
 
 @contextmanager
@@ -101,7 +88,7 @@ def _local_ray(num_cpus: int, options: dict[str, Any]) -> Iterator[None]:
     try:
         yield
     finally:
-        _end_monitor()
+        end_monitor()
         ray.shutdown()
 
 
@@ -112,29 +99,13 @@ def _init(address: str, options: dict[str, Any]) -> None:
         raise UsageError(f"cannot join the Ray cluster at {address}: {_first_line(error)}") from error
 
 
-def _end_monitor() -> None:
-    """Ray's shutdown waits a second for the autoscaler's monitor, idle in a local Ray, as it does not mind SIGTERM."""
-    node = ray._private.worker._global_node
-    monitors: list[Any] = node.all_processes.get(ray_constants.PROCESS_TYPE_MONITOR, []) if node else []
-    for monitor in monitors:
-        monitor.process.kill()
-
-
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
-def _left_by_ray_start() -> str | None:
-    """The address that the last `ray start` on this machine recorded. `ray.init()` finds it in the same way."""
-    address: str | None = services.find_bootstrap_address(None)
-    return address
-
-
 def _answers(address: str) -> bool:
-    """Whether a Ray cluster is there: one call that every cluster's control service answers at once.
-
-    Ray's own client would retry for minutes, and print every attempt.
+    """Whether a Ray cluster is there.
 
     Raises:
         UsageError: one is there, but it refuses our authentication mode or token.
@@ -143,17 +114,9 @@ def _answers(address: str) -> bool:
     if not host or not port.isdigit():
         return False
     try:
-        with init_grpc_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
-            service = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
-            request = gcs_service_pb2.CheckAliveRequest()  # type: ignore[attr-defined]
-            service.CheckAlive(request, timeout=PROBE_TIMEOUT_S)
-    except grpc.RpcError as error:
-        if error.code() == grpc.StatusCode.UNAUTHENTICATED:
-            raise _refused(address, "it asks for a token that we did not give") from error
-        return False
-    except AuthenticationError as error:
+        return check_alive(address, PROBE_TIMEOUT_S)
+    except RefusedError as error:
         raise _refused(address, _first_line(error)) from error
-    return True
 
 
 def _refused(address: str, reason: str) -> UsageError:
@@ -173,17 +136,11 @@ def _private_token() -> Iterator[None]:
         return
     token_before = os.environ.get("RAY_AUTH_TOKEN")
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    _reread_authentication()
+    reread_authentication()
     try:
         yield
     finally:
         del os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"]
         if token_before is not None:
             os.environ["RAY_AUTH_TOKEN"] = token_before
-        _reread_authentication()
-
-
-def _reread_authentication() -> None:
-    """Ray reads mode and token once. This is how its own `ray.init()` makes it look again."""
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
+        reread_authentication()

@@ -1,0 +1,92 @@
+"""The only home of Ray's private names; `tests/test_ray_internals.py` says what of each is relied on.
+
+find_recorded_address    `ray start` notes where its cluster is; `ray.init()` looks there in the same way
+check_alive              one call that a cluster's control service answers at once
+free_resources           per node, where Ray's public interface has only the sum
+without_daemon_messages  Ray's daemons write paragraphs to the driver's standard output
+end_monitor              a local Ray's shutdown waits a second for a process that does nothing
+reread_authentication    Ray reads mode and token once per process
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+import ray
+from ray._private import ray_constants, services
+from ray._private.grpc_utils import init_grpc_channel
+from ray._private.ray_logging import stdout_deduplicator
+from ray._private.state import available_resources_per_node
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+from ray.exceptions import AuthenticationError
+
+
+class RefusedError(Exception):
+    """A cluster is there, but not for this process's authentication mode or token."""
+
+
+def find_recorded_address() -> str | None:
+    """The address that the last `ray start` on this machine recorded; its cluster may be gone."""
+    address: str | None = services.find_bootstrap_address(None)
+    return address
+
+
+def check_alive(address: str, timeout_s: float) -> bool:
+    """Whether a cluster's control service answers at `HOST:PORT`.
+
+    Ray's own client would retry for minutes, and print every attempt.
+
+    Raises:
+        RefusedError: one is there, but it refuses our authentication mode or token.
+    """
+    try:
+        # A proxy that the environment names would be asked even for an address of this machine.
+        with init_grpc_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+            service = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
+            request = gcs_service_pb2.CheckAliveRequest()  # type: ignore[attr-defined]
+            service.CheckAlive(request, timeout=timeout_s)
+    except grpc.RpcError as error:
+        if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+            raise RefusedError("it asks for a token that we did not give") from error
+        return False
+    except AuthenticationError as error:
+        raise RefusedError(str(error)) from error
+    return True
+
+
+def free_resources() -> list[Mapping[str, float]]:
+    """What is free on each node that is up. Ray learns of changes with a delay of about a second."""
+    return list(available_resources_per_node().values())
+
+
+@contextmanager
+def without_daemon_messages() -> Iterator[None]:
+    """Keep what Ray's daemons say of a dead worker, a paragraph on standard output whatever `log_to_driver` is, away.
+
+    RAY_DEDUP_LOGS_SKIP_REGEX does this too, but Ray reads it when it is imported.
+    """
+    before = stdout_deduplicator.skip_re
+    stdout_deduplicator.skip_re = re.compile("")
+    try:
+        yield
+    finally:
+        stdout_deduplicator.skip_re = before
+
+
+def end_monitor() -> None:
+    """Kill the autoscaler's monitor of a local Ray: idle there, it ignores SIGTERM, and Ray's shutdown waits for it."""
+    node = ray._private.worker._global_node
+    monitors: list[Any] = node.all_processes.get(ray_constants.PROCESS_TYPE_MONITOR, []) if node else []
+    for monitor in monitors:
+        monitor.process.kill()
+
+
+def reread_authentication() -> None:
+    """Make Ray read RAY_AUTH_MODE and RAY_AUTH_TOKEN again, as its own `ray.init()` does."""
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()

@@ -1,0 +1,110 @@
+"""What the product relies on of Ray's private names, one test each: an upgrade that changes one fails here, by name."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ray
+from ray._private import ray_constants
+from ray._private.ray_logging import stdout_deduplicator
+
+import ray_ckpt
+from ray_ckpt.cluster import ray_internals
+from tests.support.clusters import free_port
+
+PACKAGE = Path(ray_ckpt.__file__).parent
+HOME = "ray_internals.py"
+
+
+def private_names(path: Path) -> set[str]:
+    """Ray's names with a part that begins with `_`, and its generated code, which has no public face."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Attribute):
+            found.add(ast.unparse(node))
+    return {
+        name
+        for name in found
+        if name.startswith("ray.") and ("._" in name or name.startswith("ray.core.")) and "(" not in name
+    }
+
+
+def test_they_are_named_in_their_home_alone() -> None:
+    by_file = {path.name: private_names(path) for path in PACKAGE.rglob("*.py")}
+    assert {name for name, found in by_file.items() if found} == {HOME}
+
+
+def test_ray_start_records_its_address_where_we_look(tmp_path: Path) -> None:
+    """`ray._private.services.find_bootstrap_address`: below `$RAY_TMPDIR/ray`, None where nothing is recorded."""
+    code = "from ray_ckpt.cluster.ray_internals import find_recorded_address; print(find_recorded_address())"
+
+    def found() -> str:
+        environment = os.environ | {"RAY_TMPDIR": str(tmp_path)}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=True
+        )
+        return done.stdout.strip()
+
+    assert found() == "None"
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("10.0.0.1:6379")
+    assert found() == "10.0.0.1:6379"
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_clusters_control_service_answers_one_call() -> None:
+    """`init_grpc_channel` and the stub, message and method of `ray.core.generated`, with this process's token."""
+    assert ray_internals.check_alive(ray.get_runtime_context().gcs_address, timeout_s=5)
+    assert not ray_internals.check_alive(f"127.0.0.1:{free_port()}", timeout_s=5)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_authentication_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`Config.initialize` reads RAY_AUTH_MODE, `AuthenticationTokenLoader.reset_cache` forgets the token."""
+    address = ray.get_runtime_context().gcs_address
+    with monkeypatch.context() as patch:
+        patch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+        ray_internals.reread_authentication()
+        with pytest.raises(ray_internals.RefusedError):
+            ray_internals.check_alive(address, timeout_s=5)
+    ray_internals.reread_authentication()
+    assert ray_internals.check_alive(address, timeout_s=5)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_free_resources_come_node_by_node() -> None:
+    """`available_resources_per_node`: a mapping of node to resources as `ray.nodes()` names them."""
+    [free] = ray_internals.free_resources()
+    assert 0 < free["CPU"] <= ray.cluster_resources()["CPU"]
+
+
+def test_what_daemons_say_can_be_kept_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`stdout_deduplicator.skip_re` decides, line by line, what of the daemons' output reaches the driver's."""
+    batch = {"ip": "127.0.0.1", "pid": "raylet", "lines": ["(raylet) A worker died or was killed"]}
+
+    def shown() -> list[str]:
+        return [line for part in stdout_deduplicator.deduplicate(dict(batch)) for line in part["lines"]]
+
+    monkeypatch.setattr(stdout_deduplicator, "skip_re", None)
+    stdout_deduplicator.flush()
+    with ray_internals.without_daemon_messages():
+        assert shown() == []
+    assert shown() == batch["lines"]
+    stdout_deduplicator.flush()
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_local_rays_monitor_is_found() -> None:
+    """`worker._global_node.all_processes[PROCESS_TYPE_MONITOR]`: what `end_monitor` kills when its Ray ends."""
+    node = ray._private.worker._global_node
+    [monitor] = node.all_processes[ray_constants.PROCESS_TYPE_MONITOR]
+    assert monitor.process.poll() is None
