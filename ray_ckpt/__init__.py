@@ -1,6 +1,7 @@
 """Save a PyTorch training run from any parallel layout, load it into any other, and prove that nothing changed.
 
-Public names are loaded when they are first used: importing `ray_ckpt` imports neither ray nor torch.
+The names in `__all__` and `ray_ckpt.cluster` are the public interface; everything else is internal and may change in
+any version. Names are loaded when they are first used: importing `ray_ckpt` imports neither ray, torch nor pyarrow.
 """
 
 from __future__ import annotations
@@ -28,17 +29,25 @@ from ray_ckpt.errors import (
     WorkerError,
 )
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
+    from ray_ckpt.checkpoint.background import SaveHandle
     from ray_ckpt.checkpoint.loading import load
     from ray_ckpt.checkpoint.saving import save
     from ray_ckpt.checkpoint.verifying import verify
     from ray_ckpt.cluster.group import WorkerGroup
+    from ray_ckpt.cluster.worker import WorkerContext
     from ray_ckpt.dcp.reader import ArrowStorageReader
     from ray_ckpt.dcp.writer import ArrowStorageWriter
+    from ray_ckpt.format.fingerprint import Fingerprint
     from ray_ckpt.format.fingerprinting import fingerprint
     from ray_ckpt.format.manifest import Manifest
     from ray_ckpt.parallel.layout import Layout
+    from ray_ckpt.report import Damage, LoadReport, RemovalReport, SaveReport, VerifyReport
     from ray_ckpt.state.train_state import TrainState
+    from ray_ckpt.storage.files import RetryPolicy, Storage
+    from ray_ckpt.storage.retention import Policy, keep, keep_every, keep_last
     from ray_ckpt.storage.store import CheckpointStore
 
 __all__ = [
@@ -49,24 +58,39 @@ __all__ = [
     "CheckpointNotFoundError",
     "CheckpointStore",
     "CommitError",
+    "Damage",
+    "Fingerprint",
     "FormatError",
     "GroupError",
     "GroupTimeoutError",
     "IntegrityError",
     "Layout",
+    "LoadReport",
     "Manifest",
     "PlacementError",
+    "Policy",
     "RankFailure",
     "RayCkptError",
+    "RemovalReport",
+    "RetryPolicy",
+    "SaveHandle",
     "SavePendingError",
+    "SaveReport",
     "StateMismatchError",
+    "Storage",
     "StorageError",
     "TrainState",
     "UnsafeCheckpointError",
     "UsageError",
+    "VerifyReport",
+    "WorkerContext",
     "WorkerError",
     "WorkerGroup",
+    "__version__",
     "fingerprint",
+    "keep",
+    "keep_every",
+    "keep_last",
     "load",
     "save",
     "verify",
@@ -76,21 +100,38 @@ _HOMES = {
     "ArrowStorageReader": "ray_ckpt.dcp.reader",
     "ArrowStorageWriter": "ray_ckpt.dcp.writer",
     "CheckpointStore": "ray_ckpt.storage.store",
+    "Damage": "ray_ckpt.report",
+    "Fingerprint": "ray_ckpt.format.fingerprint",
     "Layout": "ray_ckpt.parallel.layout",
+    "LoadReport": "ray_ckpt.report",
     "Manifest": "ray_ckpt.format.manifest",
+    "Policy": "ray_ckpt.storage.retention",
+    "RemovalReport": "ray_ckpt.report",
+    "RetryPolicy": "ray_ckpt.storage.files",
+    "SaveHandle": "ray_ckpt.checkpoint.background",
+    "SaveReport": "ray_ckpt.report",
+    "Storage": "ray_ckpt.storage.files",
     "TrainState": "ray_ckpt.state.train_state",
+    "VerifyReport": "ray_ckpt.report",
+    "WorkerContext": "ray_ckpt.cluster.worker",
     "WorkerGroup": "ray_ckpt.cluster.group",
     "fingerprint": "ray_ckpt.format.fingerprinting",
+    "keep": "ray_ckpt.storage.retention",
+    "keep_every": "ray_ckpt.storage.retention",
+    "keep_last": "ray_ckpt.storage.retention",
     "load": "ray_ckpt.checkpoint.loading",
     "save": "ray_ckpt.checkpoint.saving",
     "verify": "ray_ckpt.checkpoint.verifying",
 }
+"""Public name -> module, as the imports above say it to type checkers; `tests/test_public_face.py` compares the two."""
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+if not TYPE_CHECKING:  # a type checker would take it to mean that every name exists
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

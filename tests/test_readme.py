@@ -26,6 +26,7 @@ RUN_BY = {
     'make test ARGS="-k fingerprint -x"': "tests/test_makefile.py::test_arguments_reach_the_commands",
     "make format": "tests/test_makefile.py::test_arguments_reach_the_commands",
     "make constraints": "tests/test_makefile.py::test_arguments_reach_the_commands",
+    "pip install .": "tests/test_public_face.py::installed",
     "python jobs/pipeline_to_fsdp.py": "tests/test_start_modes.py",
     "export RAY_AUTH_MODE=token": "tests/test_start_modes.py",
     "ray get-auth-token --generate": "tests/test_start_modes.py",
