@@ -83,7 +83,7 @@ def _local(parameter: torch.Tensor) -> torch.Tensor:
 
 
 class _Copy(torch.autograd.Function):
-    """Every rank goes on with the same; backwards the gradients are summed."""
+    """The same on every rank; backwards the gradients are summed."""
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -98,7 +98,7 @@ class _Copy(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """What the ranks have is summed; backwards every rank gets the whole gradient."""
+    """Sum over the ranks; backwards every rank gets the whole gradient."""
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

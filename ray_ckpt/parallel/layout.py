@@ -44,7 +44,7 @@ class Layout:
     tp: int = 1
     ep: int = 1
     dp: DataParallel = "none"
-    """What the replicas and shards are made by."""
+    """The wrapper that makes replicas and shards."""
     stages_per_rank: int = 1
     """Pipeline stages on each pipeline rank; more than one is called interleaved. Stage `s` lies on rank `s % pp`."""
 
@@ -75,7 +75,7 @@ class Layout:
 
     @property
     def num_stages(self) -> int:
-        """Of the pipeline; 1 where there is none."""
+        """Number of pipeline stages; 1 without a pipeline."""
         return self.pp * self.stages_per_rank
 
     @property

@@ -1,4 +1,4 @@
-"""Give a model that was built on the meta device its memory: what this rank holds, and no more.
+"""Memory and initial values for a model that was built on the meta device: what this rank holds, and no more.
 
     skeleton = copy of the whole model on meta   before anything is split
     wrap                                         its parameters become shards, still on meta
@@ -107,7 +107,7 @@ def owns_state(module: nn.Module) -> bool:
 
 
 def initializer(model: nn.Module, module: nn.Module) -> Callable[[], object] | None:
-    """How a module of this model is given its initial values.
+    """The function that sets a module's initial values; None if there is none.
 
     By the model's own `_init_weights(module)`, which transformers' models have; else by the module's
     `reset_parameters()`, as torch's have, a few of them (MultiheadAttention) under the private name.

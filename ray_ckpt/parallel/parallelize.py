@@ -42,7 +42,7 @@ class Parallelized:
 
     layout: Layout
     mesh: DeviceMesh
-    """Its axes are those of `layout.degrees` that are split, and those of its kind of data parallelism."""
+    """Has an axis for each degree of the layout above 1, and `dp_shard` under FSDP."""
     chunks: tuple[nn.Module, ...]
     """One per pipeline stage of this rank, as `layout.stages_of` numbers them; the whole model where there is one."""
     cut: tuple[tuple[str, ...], ...]
@@ -134,7 +134,7 @@ def _own_plan(whole: nn.Module, layout: Layout) -> TensorParallelPlan:
 
 @dataclass(frozen=True)
 class _Wrapping:
-    """How every chunk of one model is split over the mesh, and given its memory."""
+    """Splits the chunks of one model over the mesh, and gives them memory."""
 
     layout: Layout
     mesh: DeviceMesh

@@ -1,4 +1,4 @@
-"""What a rank holds of a state dict: names, boxes, and the memory behind them.
+"""What a rank holds of a state dict: names, boxes, and the tensors and objects behind them.
 
 hold(state_dict) -> Holdings(items, values)     flattened as stock DCP does it, so that names and paths are the same
 """
@@ -26,11 +26,11 @@ from ray_ckpt.protocol.messages import Item, TensorSpec
 
 @dataclass(frozen=True)
 class Holdings:
-    """The columns of a plan, and what lies behind each item."""
+    """The items of a plan, and the tensor or object of each."""
 
     items: tuple[Item, ...]
     values: tuple[Any, ...]
-    """A plain tensor of the item's box on this rank's device, or the object itself, or that as a `SavedObject`."""
+    """One per item: a plain tensor with the elements of its box; or the object, or a `SavedObject`."""
 
 
 def hold(state_dict: Mapping[str, Any]) -> Holdings:

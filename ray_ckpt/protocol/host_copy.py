@@ -26,13 +26,13 @@ from ray_ckpt.storage.objects import saved_object
 from ray_ckpt.storage.staging import plain
 
 _ALIGNMENT = 64
-"""Of a tensor in the buffer, in bytes: a cache line, and a multiple of every element's size."""
+"""Alignment of each tensor in the buffer, in bytes: a cache line, and a multiple of every element's size."""
 
 _UNCHANGING = (int, float, complex, bool, str, bytes, type(None))
 
 
 class HostCopy:
-    """The copy that one rank's saves share: what `take` gives is valid until `take` is called again.
+    """Host memory that one rank's saves share: what `take` returns is valid until `take` is called again.
 
     It holds as many bytes as the largest copy so far, plus at most 64 per tensor; pinned once it has held tensors of a
     CUDA device. While names, shapes and dtypes stay the same, so do the tensors it gives.
@@ -47,7 +47,7 @@ class HostCopy:
 
     @property
     def num_bytes(self) -> int:
-        """Host memory that is held."""
+        """Bytes of host memory that are held."""
         return self._buffer.nbytes
 
     def take(self, holdings: Holdings, skipped: Sequence[int] = ()) -> Holdings:
@@ -117,7 +117,7 @@ class HostCopy:
 
 
 def _allocate(num_bytes: int, *, pinned: bool) -> torch.Tensor:
-    """Exactly so many bytes, page-aligned."""
+    """Allocate exactly so many bytes, page-aligned."""
     if num_bytes == 0:
         return torch.empty(0, dtype=torch.uint8)
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -140,7 +140,7 @@ def _pin(buffer: torch.Tensor) -> None:
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:
-    """As what torch copies it: its bytes, where it cannot do so by the dtype, as for some of less than a byte."""
+    """The tensor, or its bytes where torch has no copy for its dtype, as for some of less than a byte."""
     return tensor if _has_copy(tensor.dtype) else tensor.reshape(-1).view(torch.uint8)
 
 

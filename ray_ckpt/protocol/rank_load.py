@@ -2,7 +2,7 @@
 
 every rank     open     the manifest
 only where that may be somebody else's:
-every rank     names    what this rank's part of the state is called
+every rank     names    the names of this rank's part of the state
 coordinator    join     what all ranks hold                                   (format/translate.py)
 every rank     adapt    the manifest under our names
 every rank     offer    plan; refuse what this rank misses                     (changes nothing)
@@ -99,7 +99,7 @@ class RankLoad:
         return self._source.may_be_foreign
 
     def names(self, state: State) -> Names | None:
-        """What this rank's part is called. Under FSDP1 all ranks have to call it together.
+        """The names of this rank's part of the state. Under FSDP1 all ranks have to call it together.
 
         Returns:
             None for a state that is no `TrainState`: it has the names of whoever saved it.
@@ -311,7 +311,7 @@ def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _compare(claims: Mapping[str, Claim], saved: SavedState) -> tuple[list[str], list[str]]:
-    """What differs in shape or kind, as text, and names that differ in dtype only."""
+    """Messages for what differs in shape or kind, and names that differ in dtype only."""
     differing, cast = [], []
     for wanted, claim in claims.items():
         if claim.saved not in saved:

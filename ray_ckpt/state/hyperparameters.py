@@ -1,4 +1,4 @@
-"""An optimizer's hyper-parameters by parameter name, and parameter groups that fit them.
+"""Hyper-parameters of optimizers by parameter name: compared, grouped by their values, and set.
 
 torch fills a parameter group of the target from the *first* name in it, so one group over four pipeline stages would
 silently take stage 0's learning rate. Here groups are split until each holds one distinct set of saved values.
@@ -18,33 +18,35 @@ Values = Mapping[str, Any]
 """Hyper-parameter name -> value."""
 
 MEMBERS = frozenset({"params", "param_names"})
-"""What else a parameter group holds: who belongs to it."""
+"""Keys of a parameter group that list its members instead of holding a hyper-parameter."""
 
-OF_THE_DEVICE = frozenset({"foreach", "fused", "capturable", "differentiable"})
-"""How a step is computed rather than what it computes: saved, but the target keeps its own."""
+IMPLEMENTATION = frozenset({"foreach", "fused", "capturable", "differentiable"})
+"""Hyper-parameters that choose how a step is computed, not what it computes: saved, but the target keeps its own."""
 
-OF_THE_KIND = frozenset({"decoupled_weight_decay"})
-"""What tells Adam from AdamW: has to agree, as a load does not turn one into the other."""
+IDENTIFYING = frozenset({"decoupled_weight_decay"})
+"""Hyper-parameters that tell one kind of optimizer from another (Adam from AdamW): saved and live ones must agree."""
 
 
 def of_group(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyper-parameters of a parameter group."""
     return {key: value for key, value in group.items() if key not in MEMBERS}
 
 
-def numbers_of(defaults: Mapping[str, Any]) -> list[str]:
-    """What every optimizer of the kind has had ever since. Flags came with later versions of torch."""
+def required_names(defaults: Mapping[str, Any]) -> list[str]:
+    """The hyper-parameters that a checkpoint must have: those with a number. Later versions of torch added flags."""
     return [key for key, value in of_group(defaults).items() if value is not None and not isinstance(value, bool)]
 
 
 def find_problems(
     kind: str, group: Mapping[str, Any], required: Sequence[str], saved: Mapping[str, Values]
 ) -> list[str]:
-    """Why these saved values are none of this optimizer's.
+    """Say why the saved values cannot belong to this optimizer; an empty list if they can.
 
     Args:
-        kind: of the optimizer, for the message.
-        required: names that every optimizer of this kind has.
-        saved: by name of the group's members, as far as any were saved.
+        kind: class name of the optimizer, for the message.
+        group: live parameter group.
+        required: hyper-parameters that every optimizer of this kind has.
+        saved: parameter name -> saved hyper-parameters, for the members of the group that have any.
     """
     problems = []
     lacking: dict[str, list[str]] = {}
@@ -56,7 +58,7 @@ def find_problems(
         problems.append(
             f"another kind of optimizer than {kind} was saved: it has no {key!r} for {listed(names, at_most=4)}"
         )
-    for key in OF_THE_KIND & group.keys():
+    for key in IDENTIFYING & group.keys():
         if names := [name for name, values in saved.items() if key in values and values[key] != group[key]]:
             found = saved[names[0]][key]
             problems.append(
@@ -65,11 +67,11 @@ def find_problems(
     return problems
 
 
-def split(saved: Mapping[str, Values]) -> list[tuple[list[str], Values]]:
-    """Names that share all their values, but for those of the device, in order of first appearance."""
+def grouped_by_values(saved: Mapping[str, Values]) -> list[tuple[list[str], Values]]:
+    """Names with equal values, and those values without `IMPLEMENTATION`, in order of first appearance."""
     parts: list[tuple[list[str], Values]] = []
     for name, values in saved.items():
-        learned = {key: value for key, value in values.items() if key not in OF_THE_DEVICE}
+        learned = {key: value for key, value in values.items() if key not in IMPLEMENTATION}
         for members, common in parts:
             if same(common, learned):
                 members.append(name)
@@ -80,7 +82,7 @@ def split(saved: Mapping[str, Values]) -> list[tuple[list[str], Values]]:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two values are equal. Those that are tensors are compared by their elements, of DTensors on this rank."""
+    """Whether two values are equal. Tensors are compared by their elements, DTensors by those on this rank."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
     if one is other:
@@ -94,7 +96,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def conflict(parts: Sequence[tuple[Sequence[str], Values]], advice: str) -> str:
-    """What is to be said when one group cannot be split."""
+    """The message for a group whose members were saved with different values and that cannot be split."""
     differing = sorted({key for _, values in parts for key in values if not same(values[key], parts[0][1].get(key))})
     found = "; ".join(
         f"{', '.join(names)}: " + ", ".join(f"{key}={values.get(key)}" for key in differing) for names, values in parts

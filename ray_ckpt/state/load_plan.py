@@ -1,4 +1,4 @@
-"""What the parts of a training state want of a checkpoint, before anything is read or changed.
+"""What each part of a training state wants from a checkpoint: planned first, then read, then applied.
 
 SavedState           the checkpoint as a part sees it: names, shapes, dtypes, and all values that are not tensors
 part.plan(saved) ->  LoadPlan(claims, apply): nothing is changed yet, so a state that does not fit is left alone
@@ -23,11 +23,12 @@ KeyMap = Mapping[str, str] | Callable[[str], str]
 
 @dataclass(frozen=True)
 class Spec:
-    """A whole tensor, whatever part of it a rank holds."""
+    """Dtype and shape of a whole tensor, whatever part of it this rank holds."""
 
     dtype: str
-    """As `str(torch.dtype)` without the `torch.` prefix."""
+    """`str(torch.dtype)` without the `torch.` prefix."""
     shape: tuple[int, ...]
+    """Global shape, not that of the shard."""
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Spec:
@@ -39,39 +40,39 @@ class Spec:
 
 @dataclass(frozen=True)
 class Claim:
-    """One name that a part wants."""
+    """One entry of the checkpoint that a part wants."""
 
     saved: str
-    """Its name in the checkpoint."""
+    """Name of the entry in the checkpoint."""
     spec: Spec | None = None
-    """What it has to be; None for what is not a tensor."""
+    """Required dtype and shape; None for a value that is not a tensor."""
     target: Callable[[], torch.Tensor] | None = None
-    """The memory to read into, allocated by the call where there is none yet. None for what is not a tensor."""
+    """Returns the tensor to read into, allocating it if there is none yet. None for a value that is not a tensor."""
 
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """What one part wants, and what it does with it."""
+    """What one part wants, and how it takes it."""
 
     claims: Mapping[str, Claim]
     """Wanted name -> claim."""
     apply: Callable[[Mapping[str, torch.Tensor]], None]
-    """Takes the tensors that were read, by wanted name; values it has taken from `SavedState` already."""
+    """Called after the reading with wanted name -> tensor that was read. Values come from `SavedState`."""
     problems: Sequence[str] = ()
-    """Why the checkpoint does not fit, besides names, shapes and dtypes."""
+    """Reasons why the checkpoint does not fit, apart from names, shapes and dtypes."""
     taken: Iterable[str] = ()
-    """Further names of the checkpoint that it knows what to do with."""
+    """Further names of the checkpoint that this part accounts for, so that they are not unexpected."""
     notes: Mapping[str, str] = field(default_factory=dict)
-    """Section -> what becomes of it, where that depends on the layout."""
+    """Section -> what happens to it, where that depends on the layout."""
 
 
 class SavedState:
-    """A checkpoint's names, under which parts look for what they want.
+    """The names in a checkpoint, and the values of what is not a tensor.
 
     Args:
         tensors: name -> spec.
         values: name -> value of everything that is not a tensor, and of tensors that are hyper-parameters.
-        layout: that saved it, in the words of whoever saved it.
+        layout: name of the layout that saved it.
         only: prefixes of the wanted names (whole components of them); None: everything.
         key_map: from wanted to saved names.
     """
@@ -119,10 +120,10 @@ def _is_below(name: str, prefix: str) -> bool:
 
 
 class StatePart(Protocol):
-    """One section of a training state."""
+    """One section of a training state, such as the model or the schedulers."""
 
     section: str
-    """First component of its names."""
+    """First component of the names of this part."""
 
     def leaves(self) -> dict[str, Any]:
         """Name within the section -> live tensor, or a value as `sealing.seal` makes it."""

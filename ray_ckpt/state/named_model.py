@@ -1,8 +1,8 @@
-"""Modules as one set of tensors, under the names of the unwrapped, whole model.
+"""Parameters, buffers and extra state of modules, under the names of the unwrapped, whole model.
 
 Tied weights are one tensor under one name, the canonical one; so is the copy that a pipeline stage holds of a weight
-which it shares with another stage. On the meta device a rank has no part in a plain tensor, unless the whole module is
-still there; of a DTensor it has its shard, which `Claim.target` gives memory.
+which it shares with another stage. A plain tensor on the meta device belongs to another rank, unless the whole module
+is still there; of a DTensor on the meta device this rank has its shard, which `Claim.target` gives memory.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class _Entry:
 
     module: nn.Module
     key: str
-    """In the module's own state dict."""
+    """Key of the entry in the module's own state dict."""
     value: Any
 
 
@@ -61,7 +61,7 @@ class NamedModel:
         self._known_names: dict[tuple[nn.Module, str], list[str]] = {}
 
     def leaves(self) -> dict[str, Any]:
-        """Live tensors, and sealed values of what is none, without what is on the meta device.
+        """Live tensors, and sealed values of everything else, without tensors on the meta device.
 
         Raises:
             UsageError: weights that are said to be tied are different memory, with different values.
@@ -109,7 +109,7 @@ class NamedModel:
         return found
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """As the modules' state dicts show them."""
+        """Canonical name -> tensor in the modules' state dicts."""
         values = {name: held[0].value for name, held in self._entries().items()}
         return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
@@ -156,7 +156,7 @@ class NamedModel:
         return found
 
     def _names(self, module: nn.Module, key: str) -> list[str]:
-        """The names that an entry has in the unwrapped module: one, or those that FSDP1 has flattened into it."""
+        """Names of an entry in the unwrapped module: one, or several if FSDP1 has flattened them into it."""
         known = self._known_names.get((module, key))
         if known is None:
             inner, inner_key = module, key
@@ -217,12 +217,12 @@ def _declared_ties(module: nn.Module) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class _Presence:
-    """How much of a module is on this rank, as far as the meta device leaves that open."""
+    """Which entries of a module on the meta device belong to this rank."""
 
     untouched: bool
-    """Nothing that is saved of it has memory yet: all of it is this rank's."""
+    """No entry has memory yet: the whole module is this rank's."""
     sharded: bool
-    """Some of its parameters are shards that have no memory yet: its buffers are this rank's too."""
+    """Some parameters are shards without memory: the buffers are this rank's too."""
 
     def holds(self, entry: _Entry) -> bool:
         value = entry.value
@@ -246,7 +246,7 @@ def _presence(module: nn.Module) -> _Presence:
 
 
 def _without_values(modules: set[nn.Module]) -> list[str]:
-    """What a checkpoint does not give its values, in modules that get their memory only now."""
+    """Problems: non-persistent buffers on meta, which no checkpoint holds, in modules that this load gives memory."""
     lost = [
         key
         for module in modules
@@ -269,7 +269,7 @@ def _live(entry: _Entry) -> torch.Tensor:
 
 
 def _memory_of(entry: _Entry) -> torch.Tensor:
-    """The live tensor of an entry; on the meta device it gets its memory first."""
+    """The live tensor of an entry, given memory if it is on the meta device."""
     if not entry.value.is_meta:
         return entry.value  # type: ignore[no-any-return]
     live = _live(entry)
@@ -291,7 +291,7 @@ def _memory_of(entry: _Entry) -> torch.Tensor:
 
 
 def _device_of(module: nn.Module) -> torch.device:
-    """Where a module belongs that is on the meta device: where its shards do, or else on the CPU."""
+    """The device for a module on meta: that of its shards, or else the CPU."""
     kinds = {p.device_mesh.device_type for p in module.parameters() if isinstance(p, DTensor)} - {"cpu"}
     kind = kinds.pop() if kinds else "cpu"
     return torch.device(kind, torch.get_device_module(kind).current_device()) if kind != "cpu" else torch.device(kind)

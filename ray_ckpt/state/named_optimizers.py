@@ -1,11 +1,11 @@
-"""Optimizers as one set of tensors and values, under the names of the parameters that they belong to.
+"""Optimizer state and hyper-parameters, under the names of the parameters that they belong to.
 
-    state.<parameter>.<key>                       what the optimizer remembers of a parameter
+    state.<parameter>.<key>                       the optimizer's state of a parameter
     param_groups.<parameter>.<hyper-parameter>    the values of the group that the parameter is in
 
-Nothing here takes a step: what an optimizer does not remember yet is not saved, and what the checkpoint does not
-remember is forgotten by the load. A fresh optimizer gets its state from what was saved: a tensor of the parameter's
-shape lies as the parameter does, any other is whole on every rank.
+Nothing here takes a step: an optimizer without state saves none, and a parameter that was saved without state loses
+its own in the load. A fresh optimizer gets its state from the checkpoint: a tensor of the parameter's shape is sharded
+as the parameter is, any other is whole on every rank.
 """
 
 from __future__ import annotations
@@ -68,10 +68,10 @@ class NamedOptimizers:
         return leaves
 
     def names(self) -> dict[nn.Parameter, tuple[str, ...]]:
-        """Of every parameter that some optimizer has.
+        """The names of every parameter that an optimizer has; several if FSDP1 has flattened them into one.
 
         Raises:
-            UsageError: it is none of the model's, or two optimizers have it.
+            UsageError: a parameter is none of the model's, or two optimizers have it.
         """
         known = self._model.parameters()
         found: dict[nn.Parameter, tuple[str, ...]] = {}
@@ -119,12 +119,12 @@ class NamedOptimizers:
         self, optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, Sequence[str]], index: SavedOptimizers
     ) -> list[str]:
         problems = []
-        required = hyperparameters.numbers_of(optimizer.defaults)
+        required = hyperparameters.required_names(optimizer.defaults)
         for group in optimizer.param_groups:
             saved = index.hyperparameters(name for parameter in group["params"] for name in names[parameter])
             kind = type(optimizer).__name__
             wrong = hyperparameters.find_problems(kind, group, required, saved)
-            parts = hyperparameters.split(saved)
+            parts = hyperparameters.grouped_by_values(saved)
             if len(parts) > 1 and not wrong:
                 if _has_stepped(optimizer):
                     wrong = [hyperparameters.conflict(parts, _FRESH_ADVICE)]
@@ -153,7 +153,7 @@ class NamedOptimizers:
                 if state := index.state(name, loaded, twins[parameter]):
                     optimizer.state[parameter] = state
                 elif index.knows(name):
-                    # It was saved without any.
+                    # It was saved without state.
                     optimizer.state.pop(parameter, None)
             # Each kind of optimizer completes here what another version of torch may not have saved.
             optimizer.__setstate__({"state": optimizer.state, "param_groups": optimizer.param_groups})
@@ -161,12 +161,12 @@ class NamedOptimizers:
     def _fit_groups(
         self, optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, Sequence[str]], index: SavedOptimizers
     ) -> None:
-        """Give each group the saved values of its members, and split it where those differ."""
+        """Set each group to the saved values of its members; split it where those differ."""
         groups: list[dict[str, Any]] = []
         origins: list[int] = []
         for number, group in enumerate(optimizer.param_groups):
             members = [names[parameter][0] for parameter in group["params"]]
-            parts = hyperparameters.split(index.hyperparameters(members))
+            parts = hyperparameters.grouped_by_values(index.hyperparameters(members))
             for part, values in _fitting(group, members, parts):
                 hyperparameters.adopt(part, values)
                 groups.append(part)
@@ -177,7 +177,7 @@ class NamedOptimizers:
     def _states(
         self, optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, Sequence[str]]
     ) -> dict[str, Mapping[str, Any]]:
-        """Parameter name -> what the optimizer remembers of it."""
+        """Parameter name -> the optimizer's state of it."""
         if (flat := self._model.flat) is not None:
             return _flat_states(flat, optimizer, names)
         # As the optimizer itself would save it: some keep less, or other things, than they work with.
@@ -194,13 +194,13 @@ class NamedOptimizers:
 
 
 def _members(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
-    """In the order of the optimizer's own state dict."""
+    """All parameters of an optimizer, in the order in which its own state dict numbers them."""
     for group in optimizer.param_groups:
         yield from group["params"]
 
 
 def _twins(names: Mapping[nn.Parameter, Sequence[str]]) -> dict[nn.Parameter, int]:
-    """How many parameters of the same name come before each."""
+    """How many parameters of the same name come before each: tied weights may be several in memory."""
     counts: dict[str, int] = {}
     twins = {}
     for parameter, (name, *_) in names.items():
@@ -214,12 +214,12 @@ def _sealed(name: str, value: Any) -> Any:
 
 
 def _steps_on_device(group: Mapping[str, Any]) -> bool:
-    """Whether torch's optimizers keep the number of steps beside the parameters rather than on the host."""
+    """Whether torch keeps `step` on the parameter's device; otherwise it lies on the host."""
     return bool(group.get("capturable") or group.get("fused"))
 
 
 def _has_stepped(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it remembers anything. Some have state from the beginning, after 0 steps."""
+    """Whether it has state of at least one step. Some optimizers have state from the beginning, of 0 steps."""
     return any(state and float(state.get("step", 1)) > 0 for state in optimizer.state.values())
 
 
@@ -234,7 +234,7 @@ def _part_of(name: str, parts: Sequence[tuple[Sequence[str], Any]]) -> int | Non
 def _fitting(
     group: dict[str, Any], members: Sequence[str], parts: Sequence[tuple[list[str], hyperparameters.Values]]
 ) -> list[tuple[dict[str, Any], hyperparameters.Values]]:
-    """Groups and the values that they are to have. A member that was not saved stays with the first of them."""
+    """Split a group by saved values: new groups, each with its values. A member that was not saved joins the first."""
     if len(parts) <= 1:
         return [(group, parts[0][1] if parts else {})]
     part_of = {name: number for number, (names, _) in enumerate(parts) for name in names}
@@ -250,7 +250,7 @@ def _fitting(
 def _flat_states(
     flat: FullyShardedDataParallel, optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, Sequence[str]]
 ) -> dict[str, Mapping[str, Any]]:
-    """What an optimizer of flattened parameters remembers of each original one, as DTensors. All ranks call it."""
+    """Original name -> state as DTensors, of an optimizer of parameters that FSDP1 has flattened. Collective."""
     _check_elementwise(optimizer)
     state_dict = optimizer.state_dict()
     blank = _fill_blanks(optimizer, state_dict["state"], names)
@@ -299,7 +299,7 @@ def _load_flat(
     names: Mapping[nn.Parameter, Sequence[str]],
     states: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """The inverse of `_flat_states`. All ranks call it."""
+    """The inverse of `_flat_states`. Collective."""
     groups = [
         {**hyperparameters.of_group(group), "params": [name for member in group["params"] for name in names[member]]}
         for group in optimizer.param_groups
@@ -312,7 +312,7 @@ def _load_flat(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """torch warns of its own use of what it has deprecated."""
+    """Without torch's warnings about its own use of what it has deprecated."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
         yield

@@ -1,9 +1,9 @@
-"""LR schedulers by parameter name, so that they fit whatever groups the optimizer has after a load.
+"""LR schedulers, with what they keep per parameter group under parameter names, so that groups may be split by a load.
 
-<scheduler>.kind                       the class
-<scheduler>.<key>                      what it keeps once
-<scheduler>.groups.<parameter>.<key>   what it keeps per group of its optimizer: for each parameter of the group
-<scheduler>._schedulers.<n>. ...       those that a SequentialLR or a ChainedScheduler holds
+<scheduler>.kind                       class name
+<scheduler>.<key>                      what is not per group
+<scheduler>.groups.<parameter>.<key>   the item of the group that the parameter is in
+<scheduler>._schedulers.<n>. ...       the schedulers within a SequentialLR or ChainedScheduler
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ray_ckpt.state.named_optimizers import NamedOptimizers
 from ray_ckpt.state.replicated_parts import claim_under, gathered
 
 PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums")
-"""Attributes of torch's schedulers that have one item per parameter group."""
+"""Keys of schedulers' state dicts that hold one item per parameter group."""
 
 _KIND, _GROUPS, _NESTED = "kind", "groups", "_schedulers"
 
@@ -33,7 +33,7 @@ _Names = Mapping[nn.Parameter, Sequence[str]]
 
 class NamedSchedulers:
     """Args:
-    schedulers: by name, or in order: the n-th scheduler of each optimizer is called n, whichever optimizer that is.
+    schedulers: by name, or in order: the n-th scheduler of each optimizer is called n.
     """
 
     section = "schedulers"
@@ -140,7 +140,7 @@ def _load(name: str, scheduler: LRScheduler, names: _Names, saved: SavedState, l
 def _state(
     name: str, scheduler: LRScheduler, names: _Names, saved: SavedState, leaves: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """As its `state_dict` would give it, with as many items per group as the optimizer has groups now."""
+    """A state dict for `load_state_dict`, its lists fitted to the groups that the optimizer has now."""
     keys = _keys(saved, name) - {_KIND, _GROUPS, _NESTED}
     state = {key: sealing.unpack(f"{name}.{key}", leaves) for key in keys}
     if nested := _nested(scheduler):
@@ -161,7 +161,11 @@ def _state(
 
 
 def _spread(scheduler: LRScheduler, origins: Sequence[int]) -> None:
-    """Let every group that was split off have what the group had that it comes from."""
+    """Give each group that was split off a copy of the items of the group that it comes from.
+
+    Args:
+        origins: for each group of the optimizer, its group before the load.
+    """
     for inner in _nested(scheduler):
         _spread(inner, origins)
     for key in PER_GROUP:
@@ -180,7 +184,7 @@ def _keys(saved: SavedState, name: str) -> set[str]:
 
 
 def _parameters(group: Mapping[str, Any], names: _Names, saved: SavedState | None = None) -> list[str]:
-    """Names of a group's members; in the checkpoint, if one is given."""
+    """Names of a group's members; those that the checkpoint has for them, if one is given."""
     members = [name for parameter in group["params"] for name in names[parameter]]
     if saved is None:
         return members

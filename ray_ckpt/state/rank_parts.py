@@ -1,11 +1,11 @@
-"""Parts of a training state that belong to one rank, and mean something to the same rank of the same layout only.
+"""Parts of a training state that every rank has of its own: random generators and data loaders.
 
     <section>.rank<n>. ...
 
-Saved by as many ranks in the layout of the same name: each rank takes its own again. Otherwise random generators are
-seeded anew, from the saved seed, the step and the rank, so that every such load gives the same; a data loader is left
-as it is. The plan's notes say which of the two happened. (Ranks that are to draw alike, as those of one tensor-parallel
-group may be, are for the user to seed after such a load: names say nothing of groups.)
+Loaded by as many ranks in a layout of the same name, each rank takes its own again. Otherwise random generators are
+seeded from the saved seed, the step and the rank, so that every such load gives the same numbers, and a data loader is
+left as it is. The plan's notes say which happened. (Ranks that have to draw the same numbers, such as those of one
+tensor-parallel group, must be seeded by the user after such a load: the names do not say who belongs together.)
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ RESTORED, RESEEDED, LEFT = "restored", "reseeded", "left as it was"
 
 
 class RankPart:
-    """State that each rank has of its own.
+    """An object that each rank has of its own.
 
     Args:
         section: `rng` or `dataloader`.
-        owner: whose state it is.
-        layout: in which this rank runs now.
+        owner: the object whose state is saved.
+        layout: name of the layout in which this rank runs now.
     """
 
     def __init__(self, section: str, owner: Stateful, layout: str | None) -> None:
@@ -103,7 +103,7 @@ class Rng:
             torch.cuda.set_rng_state(state["cuda"])
 
     def reseed(self, *parts: object) -> None:
-        """Seed all of them from these."""
+        """Seed all generators from a hash of these parts."""
         seed = xxhash.xxh3_64_intdigest(repr(parts).encode()) >> 1
         random.seed(seed)
         torch.manual_seed(seed)
@@ -112,5 +112,5 @@ class Rng:
 
 
 def _place() -> tuple[int, int]:
-    """This rank, and how many there are."""
+    """This rank, and the number of ranks."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

@@ -1,4 +1,4 @@
-"""Parts of a training state that are not laid out over ranks: every rank holds the same."""
+"""Parts of a training state of which every rank holds the same: scaler, counters, extra."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ray_ckpt.state.load_plan import Claim, LoadPlan, SavedState, Spec
 
 
 class Countable(Protocol):
-    """Who counts steps."""
+    """An object that counts steps."""
 
     step: int | None
 
 
 def claim_under(saved: SavedState, name: str) -> dict[str, Claim]:
-    """Everything that was saved under a name, tensors into new memory on the host; the name itself if nothing was."""
+    """Claim everything that was saved under a name, tensors into new CPU memory; the name itself if nothing was."""
     claims = {}
     for flat in saved.under(name) or [name]:
         spec = saved.tensors.get(flat)
@@ -30,7 +30,7 @@ def claim_under(saved: SavedState, name: str) -> dict[str, Claim]:
 
 
 def gathered(saved: SavedState, claims: Mapping[str, Claim], loaded: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """What became of the claims, for `sealing.unpack`."""
+    """Wanted name -> tensor or value that was loaded for it, as `sealing.unpack` takes them."""
     return {
         name: loaded[name] if name in loaded else saved.values[claim.saved]
         for name, claim in claims.items()
@@ -62,7 +62,7 @@ class StatefulPart:
 
 
 class CounterPart:
-    """The number of steps, and whatever else is counted."""
+    """The number of steps, and the counters."""
 
     section = "counters"
 
@@ -92,7 +92,7 @@ class CounterPart:
 
 
 class ExtraPart:
-    """What else the user names: tensors are loaded in place, what has a `state_dict` by it, the rest is replaced."""
+    """A mapping of the user's: tensors are loaded in place, objects by `load_state_dict`, other values are replaced."""
 
     def __init__(self, extra: MutableMapping[str, Any], section: str = "extra") -> None:
         self.section = section

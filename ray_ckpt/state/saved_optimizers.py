@@ -1,4 +1,4 @@
-"""What a checkpoint holds of optimizers, looked up by the parameters of the model that it is loaded into."""
+"""The optimizer state and hyper-parameters in a checkpoint, looked up by the names of the live model's parameters."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ STATE, PARAM_GROUPS = "state", "param_groups"
 
 @dataclass(frozen=True)
 class Owner:
-    """The parameter that state belongs to."""
+    """The parameter that optimizer state belongs to."""
 
     tensor: torch.Tensor
-    """The parameter, or what stands for it in the state dict. May still be on the meta device."""
+    """The parameter; under FSDP1 the DTensor of it in the model's state dict. May be on the meta device."""
     on_device: bool
-    """Whether the number of steps lies beside it, rather than on the host."""
+    """Whether `step` lies on the parameter's device; otherwise on the host."""
 
 
 class SavedOptimizers:
@@ -56,11 +56,11 @@ class SavedOptimizers:
         return {f"{wanted}.{key}": Claim(flat) for key, flat in entries.items()}
 
     def claim_state(self, name: str, owner: Owner, live: Mapping[str, Any], twin: int = 0) -> dict[str, Claim]:
-        """What is to be read of a parameter's state: into the live tensors where there are any, else into new ones.
+        """Claim a parameter's saved state: into the live tensors where there are any, else into new ones.
 
         Args:
-            live: what the optimizer remembers already. What the checkpoint remembers nothing of at all is no claim.
-            twin: how many parameters of this name there have been before, as tied weights in memory of their own.
+            live: the optimizer's state of the parameter. If the checkpoint has none of it, nothing is claimed.
+            twin: number of parameters of this name before this one; tied weights may be several in memory.
         """
         claims: dict[str, Claim] = {}
         entries = self._entries(STATE, name)
@@ -81,7 +81,7 @@ class SavedOptimizers:
         return claims
 
     def state(self, name: str, loaded: Mapping[str, torch.Tensor], twin: int = 0) -> dict[str, Any]:
-        """What the optimizer is to remember of a parameter."""
+        """The state that a parameter is to have after the load."""
         state: dict[str, Any] = {}
         for key, flat in self._entries(STATE, name).items():
             wanted = _wanted(name, key, twin)
@@ -104,7 +104,7 @@ class SavedOptimizers:
         return self._saved.name_of(f"model.{name}").removeprefix("model.")
 
     def _spec_for(self, name: str, key: str, saved: Spec, live: torch.Tensor) -> Spec:
-        """State that was saved as its parameter was has to be as the parameter is now; other state as it was."""
+        """State of its parameter's shape and dtype is wanted in the live parameter's; other state as saved."""
         parameter = self._saved.tensors.get(f"model.{self._saved_parameter(name)}")
         if key == "step" or parameter is None or saved.shape != parameter.shape:
             return saved
@@ -128,7 +128,7 @@ def flatten(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _create(key: str, spec: Spec, owner: Owner) -> torch.Tensor:
-    """Memory for state that the optimizer does not have yet."""
+    """Allocate state that the optimizer does not have yet."""
     tensor, dtype = owner.tensor.detach(), parse_dtype(spec.dtype)
     device = tensor.device
     if key == "step":

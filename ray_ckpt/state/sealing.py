@@ -1,4 +1,4 @@
-"""Nested state (of a scheduler, a data loader, anything with `state_dict`) <-> flat names and plain values, exactly.
+"""Seal nested state (of a scheduler, a data loader, ...) into flat names and plain values, and unseal it exactly.
 
 pack("scaler", {"scale": 2.0, "history": {}})  ->  {"scaler.scale": 2.0, "scaler.history": ("$dict", ())}
 
@@ -58,7 +58,7 @@ def unpack(name: str, leaves: Mapping[str, Any]) -> Any:
 
 
 def seal(name: str, value: object) -> Any:
-    """A value without tensors, as something that DCP leaves whole."""
+    """A value without tensors, in a form that DCP does not flatten."""
     tensors: list[torch.Tensor] = []
     sealed = _seal(name, value, tensors)
     if tensors:

@@ -34,12 +34,12 @@ from ray_ckpt.state.replicated_parts import CounterPart, ExtraPart, StatefulPart
 
 T = TypeVar("T")
 
-OF_RANK = ("rng", "dataloader")
-"""Sections whose names depend on the layout: every rank has its own."""
+PER_RANK = ("rng", "dataloader")
+"""Sections that every rank has of its own, so that their names depend on the layout."""
 
 
 class TrainState:
-    """What a training run must not lose, as seen by one rank: what it holds of it.
+    """Everything that a training run must not lose, as far as this rank holds it.
 
     `ray_ckpt.save` and `ray_ckpt.load` take it. It is a `Stateful` for DCP too, with one difference: DCP fills what is
     there, and only `ray_ckpt.load` gives a fresh optimizer the state that the checkpoint has. Saving changes nothing:
@@ -128,7 +128,7 @@ class TrainState:
 
     @property
     def sections(self) -> frozenset[str]:
-        """First components of the names that this state has or takes."""
+        """First components of the names that this state saves and loads."""
         return frozenset(part.section for part in self._parts)
 
     @property
@@ -148,7 +148,7 @@ class TrainState:
         return {section: leaves for section, leaves in sections.items() if leaves}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take what `state_dict` gave, of this state or of another one in the same layout."""
+        """Load what `state_dict` returned, of this state or of another one in the same layout."""
         flat = {f"{section}.{name}": value for section, leaves in state_dict.items() for name, value in leaves.items()}
         tensors = {name: value for name, value in flat.items() if isinstance(value, torch.Tensor)}
         values = {name: value for name, value in flat.items() if not isinstance(value, torch.Tensor)}
@@ -170,7 +170,7 @@ class TrainState:
             plan.apply(loaded)
 
     def plans(self, saved: SavedState) -> list[LoadPlan]:
-        """What every part wants of a checkpoint, to be applied in this order. Nothing is changed or allocated yet."""
+        """Each part's plan to load a checkpoint, to be applied in this order. Nothing is changed or allocated yet."""
         return [part.plan(saved) for part in self._parts]
 
     def snapshot(self, rank: int) -> Snapshot:
@@ -180,7 +180,7 @@ class TrainState:
         """
         fingerprints, values = {}, {}
         for section, leaves in self.state_dict().items():
-            if section in OF_RANK:
+            if section in PER_RANK:
                 continue
             for name, value in leaves.items():
                 if isinstance(value, torch.Tensor):
@@ -191,7 +191,7 @@ class TrainState:
 
 
 def is_hyperparameter(name: str) -> bool:
-    """Whether a tensor of this name has to be known before anything is loaded, as a value is."""
+    """Whether a tensor of this name is a hyper-parameter, whose value is needed before anything is loaded."""
     return name.startswith(HYPERPARAMETERS)
 
 

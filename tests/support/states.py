@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ray_ckpt.format.snapshot import Snapshot, compare
 from ray_ckpt.parallel.stages import take_stage
-from ray_ckpt.state.hyperparameters import OF_THE_DEVICE
+from ray_ckpt.state.hyperparameters import IMPLEMENTATION
 from ray_ckpt.state.train_state import TrainState
 
 LAYOUTS = {"single": 1, "ddp2": 2, "fsdp1x2": 2, "fsdp2x2": 2, "fsdp2x3": 3, "pp2": 2}
@@ -125,5 +125,5 @@ def differing(saved: Sequence[Snapshot], loaded: Sequence[Snapshot]) -> list[str
     return [
         f"{mismatch.name}: {mismatch.expected} -> {mismatch.found}"
         for mismatch in compare(saved, loaded).mismatches
-        if mismatch.name.rpartition(".")[2] not in OF_THE_DEVICE
+        if mismatch.name.rpartition(".")[2] not in IMPLEMENTATION
     ]
