@@ -21,10 +21,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import ray_ckpt
-from ray_ckpt.checkpoint.background import SaveHandle, saver
+from ray_ckpt.checkpoint.background import saver
 from ray_ckpt.dcp.reader import ArrowStorageReader
 from ray_ckpt.errors import CheckpointError, CheckpointExistsError, SavePendingError, StorageError, UsageError
 from ray_ckpt.format.manifest import MANIFEST_NAME
+from ray_ckpt.protocol.save_handle import SaveHandle
 from ray_ckpt.report import SaveReport
 from ray_ckpt.storage.files import Storage
 from tests.conftest import REPOSITORY

@@ -19,7 +19,7 @@ import torch
 import xxhash
 from torch.distributed.checkpoint.stateful import Stateful
 
-from ray_ckpt.checkpoint.background import SaveHandle, Saver, saver
+from ray_ckpt.checkpoint.background import Saver, saver
 from ray_ckpt.checkpoint.carriers import Carrier, ask_any_rank, carrier
 from ray_ckpt.checkpoint.together import Exchange
 from ray_ckpt.errors import RayCkptError, UsageError
@@ -27,6 +27,7 @@ from ray_ckpt.format import dcp_metadata
 from ray_ckpt.protocol.coordinator import Coordinator
 from ray_ckpt.protocol.messages import Assignment, LocalPlan, RankRecord
 from ray_ckpt.protocol.rank_save import RankSave
+from ray_ckpt.protocol.save_handle import SaveHandle
 from ray_ckpt.report import SaveReport
 from ray_ckpt.state.train_state import TrainState
 from ray_ckpt.storage.resolve import Target, destination

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from ray_ckpt.checkpoint.background import SaveHandle
 from ray_ckpt.checkpoint.saving import save
 from ray_ckpt.cluster.worker import WorkerContext
 from ray_ckpt.parallel.layout import Layout
 from ray_ckpt.parallel.parallelize import parallelize
 from ray_ckpt.parallel.stages import parts_of
+from ray_ckpt.protocol.save_handle import SaveHandle
 from ray_ckpt.recipes.model import batch, build, learning_rates, loss_function
 from ray_ckpt.recipes.training import Trainer, grouped_by_part, parameters_of
 from ray_ckpt.recipes.workload import Workload, num_microbatches
