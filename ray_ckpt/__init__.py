@@ -32,7 +32,6 @@ from ray_ckpt.errors import (
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from ray_ckpt.checkpoint.background import SaveHandle
     from ray_ckpt.checkpoint.loading import load
     from ray_ckpt.checkpoint.saving import save
     from ray_ckpt.checkpoint.verifying import verify
@@ -44,6 +43,7 @@ if TYPE_CHECKING:
     from ray_ckpt.format.fingerprinting import fingerprint
     from ray_ckpt.format.manifest import Manifest
     from ray_ckpt.parallel.layout import Layout
+    from ray_ckpt.protocol.save_handle import SaveHandle
     from ray_ckpt.report import Damage, LoadReport, RemovalReport, SaveReport, VerifyReport
     from ray_ckpt.state.train_state import TrainState
     from ray_ckpt.storage.files import RetryPolicy, Storage
@@ -108,7 +108,7 @@ _HOMES = {
     "Policy": "ray_ckpt.storage.retention",
     "RemovalReport": "ray_ckpt.report",
     "RetryPolicy": "ray_ckpt.storage.files",
-    "SaveHandle": "ray_ckpt.checkpoint.background",
+    "SaveHandle": "ray_ckpt.protocol.save_handle",
     "SaveReport": "ray_ckpt.report",
     "Storage": "ray_ckpt.storage.files",
     "TrainState": "ray_ckpt.state.train_state",
