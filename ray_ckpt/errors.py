@@ -97,7 +97,16 @@ SILENT = "silent"
 
 @dataclass(frozen=True)
 class RankFailure:
-    """What is known of one failed rank, as plain data."""
+    """What is known of one failed rank, as plain data.
+
+    Example:
+        >>> from ray_ckpt import RankFailure, WorkerError
+        >>> error = WorkerError((RankFailure(2, "node-a (10.0.0.7)", "ValueError", "no such file"),))
+        >>> str(error)
+        'rank 2 on node-a (10.0.0.7): ValueError: no such file'
+        >>> error.ranks
+        (2,)
+    """
 
     rank: int
     node: str

@@ -8,67 +8,112 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class SaveReport:
-    """One committed checkpoint."""
+    """What a save returns: where the committed checkpoint is, and how large.
+
+    Example:
+        >>> import torch
+        >>> from ray_ckpt import save
+        >>> report = save({"weight": torch.ones(3)}, "run/step-1")
+        >>> report.num_files, report.uri.endswith("run/step-1")
+        (1, True)
+    """
 
     uri: str
+    """The checkpoint's directory, without credentials and options."""
     total_bytes: int
-    """Of all data files."""
+    """Size of all data files together."""
     num_files: int
+    """Number of data files."""
     seconds: float
-    """From the first plan to the commit, on this rank."""
+    """Time from the first plan to the commit, on this rank."""
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """One load, as a rank saw it. Names are the same on all ranks, sorted."""
+    """What a load returns on each rank. The names are sorted and the same on all ranks.
+
+    Example:
+        >>> import torch
+        >>> from ray_ckpt import load, save
+        >>> report = save({"weight": torch.ones(3)}, "run/step-1")
+        >>> load({"weight": torch.zeros(3), "bias": torch.zeros(3)}, "run/step-1", strict=False).missing
+        ('bias',)
+    """
 
     uri: str
+    """The checkpoint's directory or file, without credentials and options."""
     num_bytes: int
-    """Of tensors that this rank has read."""
+    """Size of the tensor data that this rank has read."""
     seconds: float
-    """From the manifest to the last value set, on this rank."""
+    """Time from opening the manifest to setting the last value, on this rank."""
     missing: tuple[str, ...]
-    """Wanted by some rank and not in the checkpoint; left as they were."""
+    """Names that some rank wants and the checkpoint lacks; they keep the values that they had."""
     unexpected: tuple[str, ...]
-    """In the checkpoint, within what was to be loaded, and wanted by no rank."""
+    """Names in the checkpoint that no rank wants, among the parts that were to be loaded."""
     cast: tuple[str, ...]
-    """Saved in another dtype than the one they were loaded into."""
+    """Names of tensors that were saved in another dtype and converted."""
     rng: str | None
-    """Random generators: `restored`, `reseeded` because another layout saved them, None: not a part of the load."""
+    """Random generators: `restored`; `reseeded` when another layout saved them; None when they were not loaded."""
     dataloader: str | None
-    """Data loader: `restored`, `left as it was` because another layout saved it, None: not a part of the load."""
+    """Data loader: `restored`; `left as it was` when another layout saved it; None when it was not loaded."""
     lost: str = ""
-    """What of somebody else's checkpoint was lost when it was saved, and why."""
+    """What another program's checkpoint had already lost when it was saved, and why; empty when nothing."""
 
 
 @dataclass(frozen=True)
 class RemovalReport:
-    """What was removed from a store of checkpoints, or would be."""
+    """What `delete`, `prune` or `clean` removed from a store, or would remove.
+
+    Example:
+        >>> import torch
+        >>> from ray_ckpt import CheckpointStore, keep_last, save
+        >>> store = CheckpointStore("run")
+        >>> reports = [save({"weight": torch.ones(3)}, store, step=step) for step in (1, 2, 3)]
+        >>> report = store.prune(keep_last(1), dry_run=True)
+        >>> report.removed, report.kept, len(report.files)
+        ((1, 2), (3,), 2)
+    """
 
     uri: str
+    """The store, without credentials and options."""
     removed: tuple[int, ...]
     """Steps that are no longer there, ascending."""
     kept: tuple[int, ...]
-    """Committed steps that stay, as the listing at the start showed them, ascending."""
+    """Committed steps that stay, ascending, as the listing at the start showed them."""
     files: tuple[str, ...]
-    """Names of the removed files, relative to the store."""
+    """Names of the removed data files, relative to the store."""
     total_bytes: int
-    """Of the removed files."""
+    """Size of the removed data files together."""
     dry_run: bool
-    """Whether nothing was removed in truth."""
+    """Whether this is only what would be removed."""
 
 
 @dataclass(frozen=True, order=True)
 class Damage:
-    """Bytes of a committed checkpoint that are not what was saved."""
+    """Bytes of a committed checkpoint that differ from what was saved, as `VerifyReport.damages` lists them.
+
+    Example:
+        >>> import pathlib, torch
+        >>> from ray_ckpt import save, verify
+        >>> report = save({"weight": torch.ones(1000)}, "run/step-1")
+        >>> file = next(pathlib.Path("run/step-1").glob("*.distcp"))
+        >>> data = bytearray(file.read_bytes())
+        >>> data[2000] ^= 1
+        >>> num_bytes = file.write_bytes(data)
+        >>> [damage.name for damage in verify("run/step-1").damages]
+        ['weight']
+    """
 
     file: str
+    """Name of the file, relative to the checkpoint's directory."""
     start: int
-    """The damage lies in the bytes `[start, end)` of the file."""
+    """First byte of the damaged range `[start, end)` in the file."""
     end: int
+    """Byte after the last one of the damaged range."""
     name: str
-    """Of the tensor or object; empty where it is the file as a whole, or bytes that belong to neither."""
+    """Name of the tensor or object; empty when the damage is in the file itself or in bytes that belong to neither."""
     problem: str
+    """What was found instead of what was saved."""
 
     def __str__(self) -> str:
         return f"{self.file} [{self.start}, {self.end}) {self.name!r}: {self.problem}"
@@ -76,28 +121,42 @@ class Damage:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What became of reading every byte of a checkpoint."""
+    """What `verify` found when it read every byte of a checkpoint.
+
+    Example:
+        >>> import torch
+        >>> from ray_ckpt import save, verify
+        >>> report = save({"weight": torch.ones(3), "step": 7}, "run/step-1")
+        >>> checked = verify("run/step-1")
+        >>> checked.verified, checked.num_tensors, checked.num_objects, checked.damages
+        (True, 1, 1, ())
+    """
 
     uri: str
+    """The checkpoint's directory, without credentials and options."""
     num_files: int
+    """Number of files that were read."""
     num_tensors: int
+    """Number of tensors in the checkpoint."""
     num_objects: int
+    """Number of values in the checkpoint that are not tensors."""
     total_bytes: int
-    """That were read."""
+    """Number of bytes that were read."""
     seconds: float
+    """Time of the rank that took longest."""
     damages: tuple[Damage, ...]
-    """All of them, by file and position."""
+    """Every damaged range, sorted by file and position."""
     unchecked: tuple[str, ...]
-    """Tensors and objects that were read, but have no checksum to compare with: those of a foreign checkpoint."""
+    """Names that were read but have no checksum to compare with, as in a checkpoint that stock DCP wrote."""
 
     @property
     def verified(self) -> bool:
-        """Whether all of it is what was saved. What has no checksum is not known to be."""
+        """Whether everything was compared with a checksum and nothing differs."""
         return not self.damages and not self.unchecked
 
     @property
     def damaged(self) -> tuple[str, ...]:
-        """Names of the tensors and objects that are not whole, sorted."""
+        """Names of the damaged tensors and objects, sorted."""
         return tuple(sorted({damage.name for damage in self.damages if damage.name}))
 
     def __str__(self) -> str:
@@ -113,7 +172,7 @@ class VerifyReport:
 
     @staticmethod
     def merge(shares: Sequence[VerifyReport]) -> VerifyReport:
-        """What several ranks found together."""
+        """One report of what several ranks found, each in its share of the files."""
         return replace(
             shares[0],
             total_bytes=sum(share.total_bytes for share in shares),

@@ -37,8 +37,20 @@ def load(
     """Load a checkpoint into a live state, whatever layout saved it. All ranks call it, with the same options.
 
     Everything is compared before anything is changed. The optimizers' parameter groups are split where the checkpoint
-    has different hyper-parameters for their members, and a fresh optimizer gets the state that was saved. Bytes go
-    straight into the live tensors: after an error during the reading they hold parts of two states.
+    has different hyper-parameters for their members, and a fresh optimizer gets the state that was saved. Bytes are
+    read directly into the live tensors: after an error while they are read, the tensors hold parts of two states.
+
+    Example:
+        >>> import torch
+        >>> from ray_ckpt import CheckpointStore, TrainState, load, save
+        >>> model, fresh = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+        >>> store = CheckpointStore("checkpoints")
+        >>> report = save(TrainState(model, step=100), store, step=100)
+        >>> state = TrainState(fresh, step=0)
+        >>> load(state, store).missing  # the latest committed step
+        ()
+        >>> state.step, bool((fresh.weight == model.weight).all())
+        (100, True)
 
     Args:
         state: a `TrainState`, anything else with `state_dict` and `load_state_dict`, or a state dict, which is loaded

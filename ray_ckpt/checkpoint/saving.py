@@ -107,9 +107,20 @@ def save(
 ) -> SaveReport | SaveHandle | None:
     """Save what every rank holds as one checkpoint at `target`. All ranks call it, with the same options.
 
-    One save is in flight at a time. With `blocking=False` the call returns as soon as this rank's part lies in host
-    memory of its own (as much as this rank writes; used again by the next save): what training changes afterwards is
-    not in the checkpoint. Writing and committing go on in a thread; ask the handle, or the next `save`, how it went.
+    One save is in flight at a time. With `blocking=False` the call returns once this rank's part is copied into host
+    memory, which the next save uses again: what training changes afterwards is not in the checkpoint. A thread writes
+    and commits; the handle, or else the next `save`, reports a failure.
+
+    Example:
+        >>> import torch
+        >>> from ray_ckpt import CheckpointStore, TrainState, save
+        >>> model = torch.nn.Linear(4, 4)
+        >>> state = TrainState(model, torch.optim.Adam(model.parameters()))
+        >>> store = CheckpointStore("checkpoints")
+        >>> save(state, store, step=100).num_files
+        1
+        >>> store.steps()
+        (100,)
 
     Args:
         state: a `TrainState`, anything else with a `state_dict`, or a state dict: nested dicts and lists of tensors

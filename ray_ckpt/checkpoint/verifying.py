@@ -17,6 +17,16 @@ def verify(target: Target, step: int | None = None) -> VerifyReport:
     follows from the manifest and is compared as well. Needs a few MiB of memory, whatever the checkpoint's size. On a
     process group all ranks call it and share the files; each gets the whole report.
 
+    Example:
+        >>> import torch
+        >>> from ray_ckpt import save, verify
+        >>> report = save({"weight": torch.ones(3)}, "run/step-1")
+        >>> checked = verify("run/step-1")
+        >>> checked.verified
+        True
+        >>> print(checked)
+        verified: 1 tensors and 0 objects in 1 files of ...
+
     Args:
         target: the checkpoint's directory, or a store: a local path, a URI, a `Storage` or a `CheckpointStore`.
         step: of the store; None for the checkpoint at `target` itself, or else the latest committed step.

@@ -60,8 +60,16 @@ class PlacementWait:
 class WorkerGroup:
     """Worker processes on a Ray cluster that form one process group. A context manager.
 
-        with WorkerGroup(4) as group:
-            results = group.run(fn, *args)      # fn(ctx, *args) on every rank; results in rank order
+    Example:
+        >>> from ray_ckpt import WorkerGroup
+        >>> def add_up(ctx, number):
+        ...     import torch
+        ...     total = torch.tensor(ctx.rank + number)
+        ...     torch.distributed.all_reduce(total)
+        ...     return total.item()
+        >>> with WorkerGroup(2) as group:
+        ...     group.run(add_up, 10)  # on every rank; the results in rank order
+        [21, 21]
 
     Construction is all or nothing: when it raises, nothing of the group is left in the cluster. A group whose call
     failed is closed, as its process group cannot be trusted any more; form a new one to go on.

@@ -43,11 +43,22 @@ def load(
     hyperparameters: Literal["from-checkpoint", "from-optimizer"] = "from-checkpoint",
     timeout_s: float | None = None,
 ) -> list[LoadReport]:
-    """Load a checkpoint into what the workers hold, whatever layout saved it. The group stays open, come what may.
+    """Load a checkpoint into what the workers hold, whatever layout saved it. The group stays open, whatever happens.
 
     Everything is compared, on all workers, before anything is changed. After an error during the reading the tensors
     hold parts of two states. Where a worker's own state takes part in collectives (FSDP1's does), a worker that fails
     leaves the others in them until the group's collective timeout.
+
+    Example:
+        >>> import torch
+        >>> from ray_ckpt import WorkerGroup, cluster
+        >>> def state_of(ctx):
+        ...     return ctx.objects.setdefault("stage", {f"stage{ctx.rank}": torch.ones(3)})
+        >>> with WorkerGroup(2, process_group=False) as group:
+        ...     report = cluster.save(group, state_of, "run/step-1")
+        ...     reports = cluster.load(group, state_of, "run/step-1")
+        >>> [report.num_bytes for report in reports]
+        [12, 12]
 
     Args:
         state_of: as for `save`; a state dict is filled in place, so return the one that the worker uses.
@@ -59,7 +70,7 @@ def load(
         timeout_s: for the whole load; by default the group's `call_timeout_s`.
 
     Returns:
-        What became of it on each worker, in rank order.
+        One report per worker, in rank order.
 
     Raises:
         CheckpointNotFoundError: there is no committed checkpoint.

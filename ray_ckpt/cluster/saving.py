@@ -43,6 +43,16 @@ def save(
 ) -> SaveReport:
     """Save what the workers hold as one checkpoint at `target`. The group stays open, whatever happens.
 
+    Example:
+        >>> import torch
+        >>> from ray_ckpt import WorkerGroup, cluster
+        >>> def state_of(ctx):
+        ...     return ctx.objects.setdefault("stage", {f"stage{ctx.rank}": torch.ones(3)})
+        >>> with WorkerGroup(2, process_group=False) as group:
+        ...     report = cluster.save(group, state_of, "run/step-1")
+        >>> report.num_files
+        2
+
     Args:
         state_of: a top-level function that returns a worker's state, given its `WorkerContext`: a `TrainState`,
             anything else with a `state_dict`, or a state dict. By name (`"package.module:function"`) the driver need

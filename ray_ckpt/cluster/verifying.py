@@ -13,6 +13,16 @@ def verify(
 ) -> VerifyReport:
     """Read every byte of a committed checkpoint on the workers, beside whatever they do; as `ray_ckpt.verify`.
 
+    Example:
+        >>> import torch
+        >>> from ray_ckpt import WorkerGroup, cluster
+        >>> def state_of(ctx):
+        ...     return ctx.objects.setdefault("stage", {f"stage{ctx.rank}": torch.ones(3)})
+        >>> with WorkerGroup(2, process_group=False) as group:
+        ...     report = cluster.save(group, state_of, "run/step-1")
+        ...     cluster.verify(group, "run/step-1").verified
+        True
+
     Args:
         target: the checkpoint's directory as every worker's node and the driver know it, or a store.
         step: of the store; None for the checkpoint at `target` itself, or else the latest committed step.

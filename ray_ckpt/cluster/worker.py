@@ -55,18 +55,29 @@ class Rendezvous:
 
 @dataclass
 class WorkerContext:
-    """What `fn(ctx, *args)` knows of the worker it runs on."""
+    """The first argument of every function that `WorkerGroup.run` calls: which worker it runs on.
+
+    Example:
+        >>> from ray_ckpt import WorkerContext, WorkerGroup
+        >>> def count(ctx: WorkerContext) -> int:
+        ...     ctx.objects["calls"] = ctx.objects.get("calls", 0) + 1
+        ...     return 10 * ctx.rank + ctx.objects["calls"]
+        >>> with WorkerGroup(2, process_group=False) as group:
+        ...     group.run(count), group.run(count)
+        ([1, 11], [2, 12])
+    """
 
     rank: int
     world_size: int
+    """Number of workers in the group."""
     local_rank: int
     """Rank among the group's workers on this node."""
     device: torch.device
     """Where this rank's tensors belong: its GPU if it has one, else the CPU."""
     backend: str
-    """Of the process group; empty where the workers form none."""
+    """Backend of the process group; empty when the workers form none."""
     objects: dict[str, Any] = field(default_factory=dict)
-    """Keeps objects (a model, an optimizer) from one call to the next. Never leaves the process."""
+    """Keeps objects (a model, an optimizer) from one call to the next, in the worker's process."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,17 @@ __all__ = ["ArrowStorageReader"]
 
 
 class ArrowStorageReader(StorageReader):
-    """A DCP storage reader for `dcp.load`.
+    """A DCP storage reader for `dcp.load`, which reads only the bytes that this rank wants.
+
+    Example:
+        >>> import torch
+        >>> import torch.distributed.checkpoint as dcp
+        >>> from ray_ckpt import ArrowStorageReader
+        >>> metadata = dcp.save({"weight": torch.ones(3)}, checkpoint_id="stock", no_dist=True)  # stock DCP's writer
+        >>> state = {"weight": torch.zeros(3)}
+        >>> dcp.load(state, storage_reader=ArrowStorageReader("stock"), no_dist=True)
+        >>> state["weight"].tolist()
+        [1.0, 1.0, 1.0]
 
     Args:
         target: Where from: a checkpoint's directory, or a file by `torch.save` or safetensors; a local path, a URI as

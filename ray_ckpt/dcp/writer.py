@@ -49,8 +49,20 @@ __all__ = ["ArrowStorageWriter"]
 class ArrowStorageWriter(StorageWriter):
     """A DCP storage writer for `dcp.save` and `dcp.async_save`.
 
-    The checkpoint is committed when `manifest.json` exists, which is written last and at once, after everything else
-    is durable and the coordinator has checked it. Stock DCP reads the result as it reads its own.
+    The checkpoint is committed when `manifest.json` exists. That file is written last and atomically, after everything
+    else is durable and the coordinator has checked it. Stock DCP reads the result as it reads its own checkpoints.
+
+    Example:
+        >>> import torch
+        >>> import torch.distributed.checkpoint as dcp
+        >>> from ray_ckpt import ArrowStorageWriter
+        >>> state = {"weight": torch.ones(3)}
+        >>> metadata = dcp.save(state, storage_writer=ArrowStorageWriter("run/step-1"), no_dist=True)
+        >>> state["weight"].zero_().tolist()
+        [0.0, 0.0, 0.0]
+        >>> dcp.load(state, checkpoint_id="run/step-1", no_dist=True)  # stock DCP's own reader
+        >>> state["weight"].tolist()
+        [1.0, 1.0, 1.0]
 
     Args:
         target: Where to: a local path, a URI as `Storage` takes it, or a `Storage`. `checkpoint_id` of `dcp.save`

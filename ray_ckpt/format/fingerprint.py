@@ -7,7 +7,7 @@ each return the sum of what they hold and whoever asked adds them up: nobody gat
 A changed, moved or missing element changes the sum except with a probability of about 2^-64. This is a checksum against
 accidents (wrong shard, wrong order, lost write, flipped bit), not a signature against somebody who forges one.
 
-Here are the values, which need no torch; `digest.py` computes them.
+Here are the values, which need no torch; `fingerprinting.py` computes them.
 """
 
 from __future__ import annotations
@@ -24,20 +24,31 @@ WORD_MASK = (1 << 64) - 1
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """The digest of one tensor, or of those parts of it that somebody holds. Plain data: pickles, needs no torch.
+    """The fingerprint of one tensor, or of the parts of it that one process holds. Plain data without torch objects.
 
-    `parts` maps each part to the sum (modulo 2^64) of its elements' contributions. Two fingerprints of the same
-    tensor merge into one of all their parts; only a complete one has a `digest`.
+    Fingerprints of parts of the same tensor merge into one; only a complete one has a `digest`.
+
+    Example:
+        >>> import torch
+        >>> from ray_ckpt import fingerprint
+        >>> found = fingerprint(torch.arange(6).reshape(2, 3))
+        >>> found.dtype, found.shape
+        ('int64', (2, 3))
+        >>> found.merge(found) == found  # replicas count once
+        True
+        >>> found.digest
+        'int64[2, 3]:...'
     """
 
     dtype: str
-    """As `str(torch.dtype)` without the `torch.` prefix."""
+    """`str(torch.dtype)` without the `torch.` prefix, such as `float32`."""
     shape: tuple[int, ...]
-    """Of the global tensor."""
+    """Shape of the global tensor."""
     parts: dict[Box, int]
+    """Part of the tensor -> sum of its elements' contributions, modulo 2^64."""
 
     def merge(self, other: Fingerprint) -> Fingerprint:
-        """The fingerprint of what either holds. Replicas count once.
+        """One fingerprint of all parts of both. Replicas count once.
 
         Raises:
             FormatError: the two differ in dtype or shape, or hold different bits for the same part.

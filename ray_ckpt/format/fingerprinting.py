@@ -24,9 +24,19 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 
 def fingerprint(tensor: torch.Tensor) -> Fingerprint:
-    """Digest what this process holds of `tensor`: all of a plain tensor, the local shard of a DTensor.
+    """Compute the fingerprint of what this process holds of `tensor`: a plain tensor, or the local shard of a DTensor.
 
-    Runs where the tensor lives, on CPU or GPU, with temporaries of a few times `CHUNK_WORDS` words.
+    Runs where the tensor lives, on CPU or GPU, in bounded memory (a few temporaries of 2 MiB).
+
+    Example:
+        >>> import torch
+        >>> from ray_ckpt import fingerprint
+        >>> one, other = torch.arange(6.0), torch.arange(6.0)
+        >>> fingerprint(one).digest == fingerprint(other).digest
+        True
+        >>> other[[0, 1]] = other[[1, 0]]  # the same elements, two of them moved
+        >>> fingerprint(one).digest == fingerprint(other).digest
+        False
 
     Raises:
         ValueError: the tensor has no bits of its own: it is on the meta device, or a DTensor with partial sums.

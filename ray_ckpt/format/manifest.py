@@ -140,7 +140,17 @@ class ObjectEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A whole checkpoint: its tensors, objects and files."""
+    """What a checkpoint holds: its tensors, its other values, its files, and the layout that saved it.
+
+    Example:
+        >>> import torch
+        >>> from ray_ckpt import CheckpointStore, save
+        >>> store = CheckpointStore("run")
+        >>> report = save({"model": {"weight": torch.ones(2, 3)}, "lr": 0.1}, store, step=1, layout="single")
+        >>> manifest = store.manifest(1)
+        >>> manifest.tensors["model.weight"].shape, manifest.values(), manifest.layout
+        ((2, 3), {'lr': 0.1}, 'single')
+    """
 
     tensors: Mapping[str, TensorEntry]
     objects: Mapping[str, ObjectEntry]

@@ -31,7 +31,17 @@ _SHOWN_AXES = "pp x dp_replicate x dp_shard x cp x tp x ep"
 
 @dataclass(frozen=True)
 class Layout:
-    """Degrees per axis. The number of ranks is their product.
+    """How a model lies across ranks: the degree of each axis of a device mesh. The product is the number of ranks.
+
+    Example:
+        >>> from ray_ckpt import Layout
+        >>> layout = Layout.parse("pp2.fsdp2x2.tp2")
+        >>> layout == Layout(pp=2, dp="fsdp2", dp_shard=2, tp=2)
+        True
+        >>> layout.world_size, str(layout)
+        (8, 'pp2.fsdp2x2.tp2')
+        >>> layout.coordinate(6)
+        {'pp': 1, 'dp_replicate': 0, 'dp_shard': 1, 'cp': 0, 'tp': 0, 'ep': 0}
 
     Raises:
         UsageError: a degree is below 1, or the degrees contradict the kind of data parallelism.

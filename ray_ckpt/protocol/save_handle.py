@@ -1,4 +1,4 @@
-"""A save that goes on beside training, as whoever asked for it sees it. Needs no torch."""
+"""SaveHandle: what the caller of a save in the background holds of it. Needs no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,19 @@ from ray_ckpt.report import SaveReport
 
 
 class SaveHandle:
-    """A save that is being written beside training."""
+    """A save that goes on in the background, as `save(..., blocking=False)` returns it.
+
+    Example:
+        >>> import torch
+        >>> from ray_ckpt import save
+        >>> state = {"weight": torch.ones(3)}
+        >>> handle = save(state, "run/step-1", blocking=False)
+        >>> state["weight"] += 1  # the state has been copied: training may go on
+        >>> handle.result(timeout_s=60).num_files
+        1
+        >>> handle.done()
+        True
+    """
 
     def __init__(self, address: str) -> None:
         self._address = address
@@ -22,21 +34,21 @@ class SaveHandle:
         self._told = False
 
     def staged(self, timeout_s: float | None = None) -> None:
-        """Return once the state may change. It may already: `save` has copied it before it gave this handle."""
+        """Return once the state may change. That is at once: `save` copies the state before it returns the handle."""
 
     def done(self) -> bool:
-        """Whether it has ended, well or not."""
+        """Whether the save has ended, successfully or not."""
         return self._ended.is_set()
 
     def result(self, timeout_s: float | None = None) -> SaveReport:
-        """Wait for the commit. An interrupt, as by Ctrl-C, ends the waiting and not the save.
+        """Wait for the commit. An interrupt, as by Ctrl-C, ends the wait but not the save.
 
         Args:
-            timeout_s: None: as long as it takes.
+            timeout_s: how long to wait; None waits until the save has ended.
 
         Raises:
-            SavePendingError: it is still being written; it goes on, and may be asked again.
-            CheckpointError: it failed, as `save` would have; what was wrong with each rank is said on every rank.
+            SavePendingError: the save has not ended within `timeout_s`; it goes on, and `result` may be called again.
+            CheckpointError: the save failed, as a blocking `save` would have; every rank learns each rank's failure.
         """
         if not self._ended.wait(timeout_s):
             raise SavePendingError(f"the save of {self._address} has not ended within {timeout_s} s; it goes on")
@@ -50,13 +62,13 @@ class SaveHandle:
         self._ended.wait()
 
     def start(self, work: Callable[[], SaveReport]) -> None:
-        """Do it in a thread that Python waits for before the process ends."""
+        """Run `work` in a thread that Python waits for before the process ends."""
         returned = threading.Event()
         threading.Thread(target=self._run, args=(work, returned), name="ray_ckpt-save", daemon=False).start()
         returned.set()
 
     def take_failure(self) -> CheckpointError | None:
-        """What went wrong, unless `result` has raised it already; to be raised now."""
+        """The failure for the caller to raise; None if there is none or `result` has raised it already."""
         if self._failure is None or self._seen:
             return None
         self._seen = True

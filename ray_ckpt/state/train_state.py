@@ -41,9 +41,20 @@ PER_RANK = ("rng", "dataloader")
 class TrainState:
     """Everything that a training run must not lose, as far as this rank holds it.
 
-    `ray_ckpt.save` and `ray_ckpt.load` take it. It is a `Stateful` for DCP too, with one difference: DCP fills what is
-    there, and only `ray_ckpt.load` gives a fresh optimizer the state that the checkpoint has. Saving changes nothing:
-    no step is taken, and what an optimizer does not remember yet is not saved.
+    `ray_ckpt.save` and `ray_ckpt.load` take it. DCP's own `save` and `load` take it too, with one difference: DCP only
+    fills tensors that exist, so only `ray_ckpt.load` can give a fresh optimizer the state that the checkpoint has.
+    Saving changes nothing: it takes no optimizer step, and state that an optimizer does not have yet is not saved.
+
+    Example:
+        >>> import torch
+        >>> from ray_ckpt import TrainState
+        >>> model = torch.nn.Linear(2, 2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> state = TrainState(model, optimizer, step=0, counters={"tokens": 0})
+        >>> sorted(state.state_dict()["model"])
+        ['bias', 'weight']
+        >>> state.state_dict()["optim"]["param_groups.weight.lr"]
+        0.1
 
     Args:
         model: the wrapped model, or the chunks of it that this rank holds (interleaved pipeline stages). What lies on

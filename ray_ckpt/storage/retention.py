@@ -15,12 +15,21 @@ __all__ = ["Policy", "keep", "keep_every", "keep_last", "retained"]
 
 @dataclass(frozen=True)
 class Policy:
-    """What to keep of any committed steps, given in ascending order."""
+    """A rule that says which committed steps to keep. Policies are joined with `|`.
+
+    Example:
+        >>> from ray_ckpt import keep_every, keep_last
+        >>> policy = keep_last(2) | keep_every(100)
+        >>> policy
+        keep_last(2) | keep_every(100)
+        >>> sorted(policy.choose([90, 100, 110, 120]))
+        [100, 110, 120]
+    """
 
     text: str
-    """As it was asked for."""
+    """The policy as it was written, such as `keep_last(2) | keep_every(100)`."""
     choose: Callable[[Sequence[int]], Collection[int]]
-    """Those of the steps that are kept."""
+    """Takes the committed steps in ascending order and returns those to keep."""
 
     def __or__(self, other: Policy) -> Policy:
         return Policy(f"{self.text} | {other.text}", lambda steps: {*self.choose(steps), *other.choose(steps)})
@@ -30,7 +39,12 @@ class Policy:
 
 
 def keep_last(count: int) -> Policy:
-    """The `count` highest steps.
+    """Keep the `count` highest steps.
+
+    Example:
+        >>> from ray_ckpt import keep_last
+        >>> list(keep_last(2).choose([10, 20, 30]))
+        [20, 30]
 
     Raises:
         UsageError: `count` is less than 1.
@@ -41,7 +55,12 @@ def keep_last(count: int) -> Policy:
 
 
 def keep_every(interval: int) -> Policy:
-    """Every step that is a multiple of `interval`.
+    """Keep every step that is a multiple of `interval`.
+
+    Example:
+        >>> from ray_ckpt import keep_every
+        >>> list(keep_every(1000).choose([500, 1000, 1500, 2000]))
+        [1000, 2000]
 
     Raises:
         UsageError: `interval` is less than 1.
@@ -52,13 +71,19 @@ def keep_every(interval: int) -> Policy:
 
 
 def keep(wanted: Iterable[int]) -> Policy:
-    """These steps."""
+    """Keep the named steps.
+
+    Example:
+        >>> from ray_ckpt import keep
+        >>> list(keep([0, 500]).choose([0, 250, 500]))
+        [0, 500]
+    """
     chosen = frozenset(wanted)
     return Policy(f"keep({sorted(chosen)})", lambda steps: [step for step in steps if step in chosen])
 
 
 def retained(steps: Iterable[int], policies: Iterable[Policy], pins: Collection[int] = ()) -> tuple[int, ...]:
-    """What stays, ascending: what a policy keeps, what is pinned, and always the highest step.
+    """The steps that stay, ascending: those that a policy keeps, those that are pinned, and always the highest.
 
     Raises:
         UsageError: there is no policy at all.

@@ -55,6 +55,17 @@ class CheckpointStore:
 
     A step is committed when its `manifest.json` exists. Steps are ordered by number, whenever they were written.
 
+    Example:
+        >>> import torch
+        >>> from ray_ckpt import CheckpointStore, keep_last, save
+        >>> store = CheckpointStore("checkpoints")  # or s3://bucket/run
+        >>> reports = [save({"weight": torch.ones(3)}, store, step=step) for step in (10, 20, 30)]
+        >>> store.steps(), store.latest()
+        ((10, 20, 30), 30)
+        >>> store.pin(10)
+        >>> store.prune(keep_last(1)).removed
+        (20,)
+
     Any number of processes may use one store at once, on local files and on object stores. What they may rely on:
 
     - A step appears at once and whole. While it is being saved, nothing but `clean` removes any of its files, and
