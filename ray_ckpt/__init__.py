@@ -7,6 +7,7 @@ any version. Names are loaded when they are first used: importing `ray_ckpt` imp
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 from ray_ckpt.errors import (
@@ -125,6 +126,8 @@ _HOMES = {
 }
 """Public name -> module, as the imports above say it to type checkers; `tests/test_public_face.py` compares the two."""
 
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # else Python prints warnings of its own accord
 
 if not TYPE_CHECKING:  # a type checker would take it to mean that every name exists
 

@@ -17,66 +17,35 @@ import contextlib
 import copy
 import errno
 import os
-import re
 import urllib.parse
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
-import tenacity
 
-from ray_ckpt.errors import FormatError, StorageError, UsageError
+from ray_ckpt.errors import FormatError, RayCkptError, StorageError
 from ray_ckpt.format.manifest import check_file_name
+from ray_ckpt.storage.address import ARROW_SCHEMES, Address, parse
+from ray_ckpt.storage.local_files import make_directory, rename, sync_directory, sync_file
+from ray_ckpt.storage.redact import without_secrets
+from ray_ckpt.storage.retry import RetryPolicy, is_transient, retried
 
 __all__ = ["InputFile", "OutputFile", "RetryPolicy", "Storage"]
 
 T = TypeVar("T")
 
-_ARROW_SCHEMES = frozenset({"file", "s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs"})
+_STORAGE_ERRORS = (OSError, pa.ArrowException, ValueError, ImportError, NotImplementedError)
+_LONGEST_CAUSE = 600
+"""Characters of a library's message that are repeated."""
+
 _OBJECT_STORES = frozenset({"s3", "gcs", "abfs"})
 """`FileSystem.type_name` of those without directories, where an object appears whole when its writer closes it."""
 _FILE_SERVERS = frozenset({"hdfs", "py::fsspec+sftp", "py::fsspec+ssh", "py::fsspec+smb", "py::fsspec+webhdfs"})
 """Where a reader may see a file grow, and a rename replaces its target."""
-
-_TRANSIENT_ERRNOS = frozenset(
-    {
-        errno.EAGAIN,
-        errno.EINTR,
-        errno.ETIMEDOUT,
-        errno.ECONNRESET,
-        errno.ECONNABORTED,
-        errno.ECONNREFUSED,
-        errno.EPIPE,
-        errno.ESTALE,
-        errno.ENETRESET,
-        errno.ENETUNREACH,
-        errno.EHOSTUNREACH,
-    }
-)
-_TRANSIENT_TEXT = re.compile(
-    r"SLOW_?DOWN|THROTTL|TOO_?MANY_?REQUESTS|SERVICE_UNAVAILABLE|ServiceUnavailable|INTERNAL_FAILURE|InternalError"
-    r"|REQUEST_TIMEOUT|RequestTimeout|NETWORK_CONNECTION|HTTP (?:status|response code):? ?(?:408|429|500|502|503|504)"
-    r"|curlCode|[Tt]imed? ?out|[Cc]onnection (?:reset|aborted|refused|closed)"
-)
-
-
-@dataclass(frozen=True)
-class RetryPolicy:
-    """How a transient error is retried: exponential backoff with full jitter, up to a number of attempts."""
-
-    attempts: int = 7
-    first_wait_s: float = 0.2
-    """Upper end of the first random wait; it doubles with every attempt."""
-    max_wait_s: float = 20.0
-
-    def __post_init__(self) -> None:
-        if self.attempts < 1 or self.first_wait_s < 0 or self.max_wait_s < self.first_wait_s:
-            raise UsageError(f"{self} is not a policy: it needs attempts >= 1 and 0 <= first_wait_s <= max_wait_s")
 
 
 @dataclass(frozen=True)
@@ -102,11 +71,10 @@ class Storage:
     """
 
     def __init__(self, target: str | os.PathLike[str], *, retry: RetryPolicy | None = None) -> None:
-        text = os.fspath(target)
-        scheme, separator, _ = text.partition("://")
-        self.uri = text if separator else os.path.abspath(os.path.expanduser(text))
+        self._address = parse(target)
         self.retry = retry or RetryPolicy()
-        self._scheme = scheme if separator else "file"
+        self._below = ""
+        """Name of the target below the storage that it is a child of. Nothing is removed through a link in it."""
         self._built: tuple[int, pafs.FileSystem, str] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -116,17 +84,20 @@ class Storage:
         return f"{type(self).__name__}({self.address!r})"
 
     @property
+    def uri(self) -> str:
+        """The target as text that gives the same storage again. It holds the credentials: not for messages."""
+        return self._address.text
+
+    @property
     def address(self) -> str:
         """The target without credentials and options: what messages and logs may show."""
-        scheme, separator, rest = self.uri.partition("?")[0].rstrip("/").rpartition("://")
-        host, slash, path = rest.partition("/")
-        return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"
+        return self._address.display
 
     def child(self, name: str) -> Storage:
         """The storage of a directory below this one: of the same class and retry policy, on the same connections."""
-        base, mark, options = self._split_uri()
         child = copy.copy(self)
-        child.uri = f"{base.rstrip('/')}/{check_file_name(name)}{mark}{options}"
+        child._address = self._address.child(check_file_name(name))
+        child._below = f"{self._below}/{name}".lstrip("/")
         child._built = None
         if self._built is not None:
             process, filesystem, root = self._built
@@ -135,24 +106,18 @@ class Storage:
 
     def parent(self) -> tuple[Storage, str] | None:
         """The directory that holds the target, and the target's name in it; None at the top of a file system."""
-        base, mark, options = self._split_uri()
-        scheme, separator, path = base.rstrip("/").rpartition("://")
-        directory, _, name = path.rpartition("/")
-        if not name or not (directory or path.startswith("/")):
+        found = self._address.parent()
+        if found is None:
             return None
         parent = copy.copy(self)
-        parent.uri = f"{scheme}{separator}{directory or '/'}{mark}{options}"
-        parent._built = None
+        parent._address, name = found
+        parent._below, parent._built = "", None
         return parent, name
-
-    def _split_uri(self) -> tuple[str, str, str]:
-        """The address, and a URI's options with the mark before them. A path may hold that mark itself."""
-        return self.uri.partition("?") if "://" in self.uri else (self.uri, "", "")
 
     @property
     def is_local(self) -> bool:
         """Whether a read costs a system call rather than a request over a network. NFS counts as local."""
-        return self._scheme == "file"
+        return self._address.is_local
 
     # ------------------------------------------------------------------------------------------------- reading
 
@@ -266,7 +231,7 @@ class Storage:
             with contextlib.suppress(FileNotFoundError):
                 self.filesystem.delete_file(self._path(name))
                 if durable and self._is_local_filesystem:
-                    _sync_directory(os.path.dirname(self._path(name)))
+                    sync_directory(os.path.dirname(self._path(name)))
 
         self.retried(lambda: self.perform("delete", name, delete))
 
@@ -298,31 +263,23 @@ class Storage:
         """
         try:
             return action()
-        except (OSError, pa.ArrowException, ValueError, ImportError) as error:
-            where = f"{self.address}/{name}".rstrip("/")
-            transient = _is_transient(error)
-            raise StorageError(operation, where, _describe(error), transient=transient) from error
+        except RayCkptError:
+            raise
+        except Exception as error:
+            if not isinstance(error, _STORAGE_ERRORS) and self._address.scheme in (*ARROW_SCHEMES, "file"):
+                raise  # fsspec's file systems raise anything, these do not
+            failure = self._failure(operation, name, error)
+            cause = without_secrets(error, self._address)
+        # Outside of the block above, so that the error holds no reference to one whose text holds a secret.
+        raise failure from cause
+
+    def _failure(self, operation: str, name: str, error: Exception) -> StorageError:
+        where = f"{self.address}/{name}".rstrip("/")
+        return StorageError(operation, where, _describe(error, self._address), transient=is_transient(error))
 
     def retried(self, action: Callable[[], T]) -> T:
         """Run an action, again and again after transient errors, within the retry policy."""
-        try:
-            return action()
-        except StorageError as error:
-            if not error.transient or self.retry.attempts == 1:
-                raise
-        retrying = tenacity.Retrying(
-            stop=tenacity.stop_after_attempt(self.retry.attempts - 1),
-            wait=tenacity.wait_random_exponential(multiplier=self.retry.first_wait_s, max=self.retry.max_wait_s),
-            retry=tenacity.retry_if_exception(lambda error: isinstance(error, StorageError) and error.transient),
-            reraise=True,
-        )
-        try:
-            return retrying(action)
-        except StorageError as error:
-            if not error.transient:
-                raise
-            cause = f"{error.cause} (still so at attempt {self.retry.attempts})"
-            raise StorageError(error.operation, error.path, cause, transient=True) from error
+        return retried(action, self.retry)
 
     @property
     def filesystem(self) -> pafs.FileSystem:
@@ -338,7 +295,7 @@ class Storage:
 
     def _build(self) -> tuple[int, pafs.FileSystem, str]:
         if self._built is None or self._built[0] != os.getpid():
-            filesystem, root = self.perform("open", "", lambda: _open_filesystem(self.uri, self._scheme))
+            filesystem, root = self.perform("open", "", lambda: _open_filesystem(self._address))
             self._built = (os.getpid(), filesystem, root)
         return self._built
 
@@ -363,8 +320,7 @@ class Storage:
         if not self._is_local_filesystem:
             self.filesystem.move(self._path(source), self._path(target))
             return
-        os.replace(self._path(source), self._path(target))
-        _sync_directory(os.path.dirname(self._path(target)))
+        rename(self._path(source), self._path(target), replace=True)
 
     def _make_directory(self, path: str) -> None:
         """Create a directory and its parents, durably; object stores have none."""
@@ -373,10 +329,7 @@ class Storage:
         if not self._is_local_filesystem:
             self.filesystem.create_dir(path, recursive=True)
             return
-        missing = [parent for parent in (Path(path), *Path(path).parents) if not parent.exists()]
-        os.makedirs(path, exist_ok=True)
-        for directory in missing:
-            _sync_directory(str(directory.parent))
+        make_directory(path)
 
 
 def _rebuild(cls: type[Storage], state: dict[str, Any]) -> Storage:
@@ -428,7 +381,7 @@ class OutputFile:
         """Finish the file and make it durable: fsync of the file and of its directory where there are such things."""
         self._storage.perform("finish", self.name, self._native.close)
         if self._storage._is_local_filesystem:
-            self._storage.perform("sync", self.name, lambda: _sync_file(self._storage._path(self.name)))
+            self._storage.perform("sync", self.name, lambda: sync_file(self._storage._path(self.name)))
 
     def __enter__(self) -> OutputFile:
         return self
@@ -438,52 +391,37 @@ class OutputFile:
             self.close()
 
 
-def _open_filesystem(uri: str, scheme: str) -> tuple[pafs.FileSystem, str]:
-    if "://" not in uri:
-        return pafs.LocalFileSystem(), uri
-    if scheme not in _ARROW_SCHEMES:
-        import fsspec  # only those who use such a URI need it
-
-        filesystem, path = fsspec.url_to_fs(uri)
-        return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
-    if scheme == "s3" and (anonymous := _open_anonymous_s3(uri)):
+def _open_filesystem(address: Address) -> tuple[pafs.FileSystem, str]:
+    if address.is_local:
+        return pafs.LocalFileSystem(), address.path
+    if address.scheme not in ARROW_SCHEMES:
+        return _open_fsspec(address)
+    if address.scheme == "s3" and (anonymous := _open_anonymous_s3(address)):
         return anonymous
-    filesystem, path = pafs.FileSystem.from_uri(uri)
+    filesystem, path = pafs.FileSystem.from_uri(address.text)
     return filesystem, path
 
 
-def _open_anonymous_s3(uri: str) -> tuple[pafs.FileSystem, str] | None:
+def _open_fsspec(address: Address) -> tuple[pafs.FileSystem, str]:
+    import fsspec  # only those who use such a URI need it
+
+    if address.scheme not in fsspec.available_protocols():
+        raise ValueError(f"no file system is known for {address.scheme}://, neither by pyarrow nor by fsspec")
+    filesystem, path = fsspec.url_to_fs(address.text)
+    return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
+
+
+def _open_anonymous_s3(address: Address) -> tuple[pafs.FileSystem, str] | None:
     """What `from_uri` cannot say: S3 without credentials, asked for by `anonymous=true`."""
-    parts = urllib.parse.urlsplit(uri)
-    options = dict(urllib.parse.parse_qsl(parts.query))
+    options = dict(urllib.parse.parse_qsl(address.options))
     if options.pop("anonymous", "false").lower() != "true":
         return None
-    return pafs.S3FileSystem(anonymous=True, **options), parts.netloc + parts.path.rstrip("/")
+    return pafs.S3FileSystem(anonymous=True, **options), urllib.parse.unquote(address.place + address.path)
 
 
-def _is_transient(error: BaseException) -> bool:
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in _TRANSIENT_ERRNOS
-    return isinstance(error, TimeoutError) or bool(_TRANSIENT_TEXT.search(str(error)))
-
-
-def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
-
-
-def _sync_file(path: str) -> None:
-    """fsync a finished file and its directory: fsync of any descriptor flushes all of the file's pages."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    _sync_directory(os.path.dirname(path))
-
-
-def _sync_directory(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _describe(error: BaseException, address: Address) -> str:
+    """One line of what a library says."""
+    text = " ".join(address.redact(str(error)).split())
+    if isinstance(error, NotImplementedError):
+        text = text or f"the file system of {address.scheme}:// cannot do this"
+    return f"{type(error).__name__}: {text if len(text) <= _LONGEST_CAUSE else text[:_LONGEST_CAUSE] + '...'}"
