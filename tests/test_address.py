@@ -9,7 +9,7 @@ import urllib.parse
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ray_ckpt
@@ -129,6 +129,7 @@ def test_files_go_where_the_uri_says(tmp_path):
     assert (tmp_path / "a {b}|c" / "x").read_bytes() == b"2"
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1))
 def test_every_path_is_reached_by_a_file_uri(name):
     path = os.path.abspath(f"/.{name}")
@@ -136,6 +137,7 @@ def test_every_path_is_reached_by_a_file_uri(name):
     assert parse(path).path == path
 
 
+@settings(deadline=None)
 @given(st.text(max_size=12))
 def test_a_target_is_understood_or_refused(text):
     for form in (text, f"s3:{text}", f"s3://{text}", f"file:{text}", f"memory://{text}", f"{text}://x"):
@@ -168,6 +170,7 @@ def _tells(error, secret):
     return secret in "".join(told)
 
 
+@settings(deadline=None)
 @given(SCHEMES, SEPARATORS, SECRETS, OPTIONS)
 def test_no_error_tells_a_secret(scheme, separator, secret, option):
     # 127.0.0.1:9 refuses connections, so that nothing waits for a network.
