@@ -156,10 +156,10 @@ def _save_with_ours(case: Case, cost: Cost, cache: PlanCache, memories: Sequence
 
     def commit() -> int:
         received: list[RankRecord] = [pickle.loads(data) for data in records]
-        coordinator.check(received)
+        manifest = coordinator.describe(received)
         with collector_paused():
-            record = coordinator.manifest.to_json()
-        return len(record) + len(dcp_metadata.dumps(coordinator.manifest))
+            record = manifest.to_json()
+        return len(record) + len(dcp_metadata.dumps(manifest))
 
     committing, _ = _timed(commit)
     cost.rank, cost.sent_bytes = max(by_rank), sum(map(len, plans)) + sum(map(len, records))

@@ -12,7 +12,6 @@ The driver loads no torch: its part is merging and checking names, shapes and ch
 from __future__ import annotations
 
 import importlib.metadata
-import itertools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,10 +19,8 @@ from weakref import WeakKeyDictionary
 
 from ray_ckpt.cluster import worker_side
 from ray_ckpt.cluster.group import WorkerGroup
-from ray_ckpt.errors import CommitError
 from ray_ckpt.protocol.coordinator import Coordinator, PlanCache
 from ray_ckpt.report import SaveReport
-from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.resolve import Target, destination
 
 _plans: WeakKeyDictionary[WorkerGroup, PlanCache] = WeakKeyDictionary()
@@ -75,7 +72,7 @@ def save(
     deadline = time.monotonic() + (group.call_timeout_s if timeout_s is None else timeout_s)
     cache = _plans.setdefault(group, PlanCache())
     saved_by = {"torch": importlib.metadata.version("torch")}
-    coordinator = Coordinator(storage, overwrite=overwrite, saved_by=saved_by, cache=cache)
+    coordinator = Coordinator(storage, overwrite=overwrite, saved_by=saved_by, cache=cache, called="the driver")
 
     def call(fn: Callable[..., Any], args_of: Mapping[int, tuple[Any, ...]], **options: Any) -> dict[int, Any]:
         return group.call(fn, args_of, timeout_s=max(0.0, deadline - time.monotonic()), **options)
@@ -87,7 +84,6 @@ def save(
         args_of = {assignment.rank: (assignment,) for assignment in assignments}
         records = call(worker_side.write, args_of, beside=True, retries=retries)
         coordinator.check(list(records.values()))
-        _check_shared(storage, coordinator.manifest.files)
         [stock_record] = call(worker_side.stock_record, {0: (coordinator.manifest,)}, beside=True).values()
     except BaseException:
         # What a dead worker leaves behind is for the store's clean-up.
@@ -98,15 +94,3 @@ def save(
     finally:
         # Whether it is committed may be the storage's secret: the files stay, and only the state is let go of.
         worker_side.tell_all(group, worker_side.finish, coordinator.attempt)
-
-
-def _check_shared(storage: Storage, files: Mapping[str, int]) -> None:
-    """A driver with a directory of its own under this path would commit where no worker looks. One file will do."""
-    for name, num_bytes in itertools.islice(files.items(), 1):
-        found = storage.size(name)
-        if found != num_bytes:
-            seen = "no such file" if found is None else f"{found} bytes"
-            raise CommitError(
-                f"refusing to commit: a worker has written {name} of {num_bytes} bytes to {storage.address}, where the "
-                f"driver sees {seen}; give a directory that is mounted on the driver's node too, or an object store"
-            )

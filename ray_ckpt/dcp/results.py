@@ -1,23 +1,25 @@
-"""What the coordinator checks before it commits: the plan against what the ranks say they wrote.
+"""DCP's metadata and write results -> what `protocol.Coordinator` checks.
 
-results of all ranks ── build_manifest ──> Manifest, or CommitError naming tensors and ranks
+    metadata, results of all ranks ── global_plan ──> GlobalPlan     what was to be written, and who wrote it
+               results of one rank ── rank_record ──> RankRecord     where it lies, and digests of what others wrote
+
+Every result is an item of its rank's plan: its place in the list of results is its position.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
-import torch
-from torch.distributed.checkpoint.metadata import STORAGE_TYPES, Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import STORAGE_TYPES, Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.storage import WriteResult
 
-from ray_ckpt.errors import CommitError
-from ray_ckpt.format.boxes import check_cover
 from ray_ckpt.format.dcp_metadata import names_in_order
-from ray_ckpt.format.manifest import Chunk, Manifest, ObjectEntry, Path, TensorEntry
+from ray_ckpt.format.manifest import Chunk, ObjectEntry, Path, TensorColumns
 from ray_ckpt.format.torch_container import dtype_name
-from ray_ckpt.text import listed
+from ray_ckpt.protocol.merging import GlobalPlan, Key, adopt
+from ray_ckpt.protocol.messages import FileRecord, Item, RankRecord, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -25,109 +27,97 @@ class Written:
     """`WriteResult.storage_data` of an item that its rank wrote."""
 
     part: Chunk | ObjectEntry
-    digest: str
-    """Of dtype, shape and bytes: equal things have equal digests."""
 
 
 @dataclass(frozen=True)
 class Replica:
     """`WriteResult.storage_data` of an item that its rank holds too, but that another rank was to write."""
 
-    digest: str
+    spec: TensorSpec | None
+    """None: not a tensor."""
+    digest: bytes
+    """As `RankRecord.replicas` has it."""
 
 
-def build_manifest(
-    metadata: Metadata,
-    results: Sequence[Sequence[WriteResult]],
-    *,
-    attempt: str,
-    layout: str | None,
-    fingerprints: Mapping[str, str],
-) -> Manifest:
-    """The manifest of what was written, once it is what was planned.
+def global_plan(metadata: Metadata, results: Sequence[Sequence[WriteResult]]) -> GlobalPlan:
+    """Who was to write what, and who did.
 
     Args:
-        results: What `write_data` returned, by rank.
-        fingerprints: Digests of tensors, kept in the manifest for whoever loads it.
+        results: what `write_data` returned, by rank.
 
     Raises:
-        CommitError: an item has no result or two, a tensor is not covered exactly once, or two ranks hold different
-            things under one name.
+        CommitError: an item has no result or two, or nobody planned it; or a tensor is not covered exactly once.
     """
-    written = _collect(results)
-    _check_complete(metadata, written)
-    _check_replicas(written, results)
     paths: Mapping[str, Path] = metadata.planner_data or {}
-    tensors: dict[str, TensorEntry] = {}
-    objects: dict[str, ObjectEntry] = {}
-    files: dict[str, int] = {}
-    for name in names_in_order(metadata):
-        entry = metadata.state_dict_metadata[name]
-        path = paths.get(name)
-        parts = [written[index][1].part for index in _planned(name, entry)]
-        for part in parts:
-            files[part.file] = max(files.get(part.file, 0), part.start + part.length)
-        if isinstance(entry, TensorStorageMetadata):
-            chunks = tuple(part for part in parts if isinstance(part, Chunk))
-            if problem := check_cover(entry.size, [chunk.box for chunk in chunks]):
-                raise CommitError(f"refusing to commit: tensor {name!r} is not covered exactly once: {problem}")
-            tensors[name] = TensorEntry(dtype_name(entry.properties.dtype), tuple(entry.size), chunks, path)
+    entries = metadata.state_dict_metadata
+    names = {name: (paths.get(name), _whole(entries[name])) for name in names_in_order(metadata)}
+    planned = {key for name, entry in entries.items() for key in _keys(name, entry)}
+    items = [[_item(result, names) for result in of_rank] for of_rank in results]
+    skipped = [
+        [position for position, result in enumerate(of_rank) if isinstance(result.storage_data, Replica)]
+        for of_rank in results
+    ]
+    return adopt(names, planned, items, skipped)
+
+
+def rank_record(results: Sequence[WriteResult]) -> RankRecord:
+    """What one rank wrote, and digests of what it would have written.
+
+    Args:
+        results: what its `write_data` returned.
+    """
+    chunks: dict[str, list[tuple[int, Chunk]]] = {}
+    objects: dict[str, dict[int, ObjectEntry]] = {}
+    replicas = []
+    for position, result in enumerate(results):
+        data = result.storage_data
+        if isinstance(data, Replica):
+            replicas.append(data.digest)
+        elif isinstance(data.part, Chunk):
+            chunks.setdefault(data.part.file, []).append((position, data.part))
         else:
-            for part in parts:
-                if isinstance(part, ObjectEntry):
-                    objects[name] = replace(part, path=path)
-    if strangers := sorted(fingerprints.keys() - tensors.keys()):
-        raise CommitError(f"refusing to commit: fingerprints of tensors that were not saved: {listed(strangers)}")
-    return Manifest(tensors, objects, files, attempt, layout, {"torch": torch.__version__}, fingerprints)
-
-
-def _planned(name: str, entry: STORAGE_TYPES) -> list[MetadataIndex]:
-    if isinstance(entry, TensorStorageMetadata):
-        return [MetadataIndex(name, chunk.offsets) for chunk in entry.chunks]
-    return [MetadataIndex(name)]
-
-
-def _collect(results: Sequence[Sequence[WriteResult]]) -> dict[MetadataIndex, tuple[int, Written]]:
-    """Every written item and the rank that wrote it."""
-    written: dict[MetadataIndex, tuple[int, Written]] = {}
-    for rank, of_rank in enumerate(results):
-        for result in of_rank:
-            if not isinstance(result.storage_data, Written):
-                continue
-            if result.index in written:
-                first = written[result.index][0]
-                raise CommitError(f"refusing to commit: {_name(result.index)} was written by ranks {first} and {rank}")
-            written[result.index] = (rank, result.storage_data)
-    return written
-
-
-def _check_complete(metadata: Metadata, written: Mapping[MetadataIndex, object]) -> None:
-    planned = {index for name, entry in metadata.state_dict_metadata.items() for index in _planned(name, entry)}
-    if missing := sorted(map(_name, planned - written.keys())):
-        raise CommitError(f"refusing to commit: no rank reported to have written {listed(missing)}")
-    if unplanned := sorted(map(_name, written.keys() - planned)):
-        raise CommitError(f"refusing to commit: ranks wrote what nobody planned: {listed(unplanned)}")
-
-
-def _check_replicas(
-    written: Mapping[MetadataIndex, tuple[int, Written]], results: Sequence[Sequence[WriteResult]]
-) -> None:
-    """Replicas are saved once; here each of the others proves that nothing else was lost with it."""
-    conflicts = []
-    for rank, of_rank in enumerate(results):
-        for result in of_rank:
-            if isinstance(result.storage_data, Replica) and result.index in written:
-                writer, saved = written[result.index]
-                if saved.digest != result.storage_data.digest:
-                    conflicts.append(f"{_name(result.index)} on ranks {writer} and {rank}")
-    if conflicts:
-        raise CommitError(
-            "refusing to commit: ranks hold different things under one name, of which only one would survive: "
-            f"{listed(conflicts)}; give them different names, or make the ranks agree"
-        )
-
-
-def _name(index: MetadataIndex) -> str:
-    return (
-        repr(index.fqn) if index.offset is None or not any(index.offset) else f"{index.fqn!r} at {tuple(index.offset)}"
+            objects.setdefault(data.part.file, {})[position] = data.part
+    files = dict.fromkeys([*chunks, *objects])
+    return RankRecord(
+        tuple(_file_record(file, chunks.get(file, ()), objects.get(file, {})) for file in files), b"".join(replicas)
     )
+
+
+def _file_record(file: str, chunks: Sequence[tuple[int, Chunk]], objects: Mapping[int, ObjectEntry]) -> FileRecord:
+    columns = TensorColumns(
+        file,
+        starts=array("q", [chunk.start for _, chunk in chunks]),
+        lengths=array("q", [chunk.length for _, chunk in chunks]),
+        data_starts=array("q", [chunk.data_start or 0 for _, chunk in chunks]),
+        block_bytes=array("q", [chunk.checksums.block_bytes for _, chunk in chunks if chunk.checksums is not None]),
+        sums=b"".join(chunk.checksums.sums for _, chunk in chunks if chunk.checksums is not None),
+    )
+    return FileRecord(columns, [position for position, _ in chunks], objects)
+
+
+def _item(result: WriteResult, names: Mapping[str, tuple[Path | None, TensorSpec | None]]) -> Item:
+    name, data = result.index.fqn, result.storage_data
+    path, whole = names.get(name, (None, None))
+    if isinstance(data, Replica):
+        return Item(name, path, data.spec)
+    box = data.part.box if isinstance(data.part, Chunk) else None
+    if box is None or whole is None:
+        # Nobody planned a tensor of this name: then its offsets alone say which part it is.
+        spec = None if box is None else TensorSpec("", box.sizes, box.offsets, box.sizes)
+    else:
+        spec = whole._replace(offsets=box.offsets, sizes=box.sizes)
+    return Item(name, path, spec)
+
+
+def _whole(entry: STORAGE_TYPES) -> TensorSpec | None:
+    if not isinstance(entry, TensorStorageMetadata):
+        return None
+    shape = tuple(entry.size)
+    return TensorSpec(dtype_name(entry.properties.dtype), shape, (0,) * len(shape), shape)
+
+
+def _keys(name: str, entry: STORAGE_TYPES) -> Iterator[Key]:
+    if isinstance(entry, TensorStorageMetadata):
+        yield from ((name, tuple(chunk.offsets)) for chunk in entry.chunks)
+    else:
+        yield name, None

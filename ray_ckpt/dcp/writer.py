@@ -4,7 +4,7 @@ dcp.save ─┬─ every rank    set_up_storage_writer    a fresh attempt id; th
           ├─ every rank    prepare_local_plan       remembers what this rank holds, before replicas are dropped
           ├─ coordinator   prepare_global_plan      numbers the ranks
           ├─ every rank    write_data               data_file.pack_file, a file per thread; digests of dropped replicas
-          └─ coordinator   finish                   results.build_manifest, `.metadata`, `manifest.json`
+          └─ coordinator   finish                   results.py, then Coordinator.check and .publish
 """
 
 from __future__ import annotations
@@ -18,30 +18,24 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import xxhash
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from ray_ckpt.dcp.planner_objects import read_object
-from ray_ckpt.dcp.results import Replica, Written, build_manifest
+from ray_ckpt.dcp.results import Replica, Written, global_plan, rank_record
 from ray_ckpt.errors import UsageError
 from ray_ckpt.format import dcp_metadata
 from ray_ckpt.format.boxes import shared_box
 from ray_ckpt.format.manifest import ObjectEntry
+from ray_ckpt.format.torch_container import dtype_name
 from ray_ckpt.gc_pause import collector_paused
-from ray_ckpt.storage.data_file import (
-    MAX_FILE_BYTES,
-    Packed,
-    digest,
-    hash_tensors,
-    pack_file,
-    share_out,
-    write_in_threads,
-)
+from ray_ckpt.protocol.coordinator import Coordinator
+from ray_ckpt.protocol.messages import TensorSpec, digest_object, digest_tensor
+from ray_ckpt.storage.data_file import MAX_FILE_BYTES, Packed, hash_tensors, pack_file, share_out, write_in_threads
 from ray_ckpt.storage.files import Storage
-from ray_ckpt.storage.publish import publish, refuse_if_taken
+from ray_ckpt.storage.publish import refuse_if_taken
 
 __all__ = ["ArrowStorageWriter"]
 
@@ -160,19 +154,24 @@ class ArrowStorageWriter(StorageWriter):
         """Check, then commit.
 
         Raises:
-            CommitError: what the ranks wrote is not what was planned; nothing is committed.
+            CommitError: what the ranks wrote is not what was planned, or not what the storage shows; nothing is
+                committed.
             CheckpointExistsError: another attempt has committed meanwhile.
         """
+        coordinator = Coordinator(
+            self.storage,
+            overwrite=self.overwrite,
+            layout=self.layout,
+            saved_by={"torch": torch.__version__},
+            fingerprints=self.fingerprints,
+            attempt=self._attempt,
+            called="the coordinator",
+        )
         with collector_paused():
-            manifest = build_manifest(
-                metadata,
-                results,
-                attempt=self._attempt,
-                layout=self.layout,
-                fingerprints=self.fingerprints,
-            )
-            stock_record = dcp_metadata.dumps(manifest)
-        publish(self.storage, manifest, stock_record, overwrite=self.overwrite)
+            coordinator.adopt(global_plan(metadata, results))
+            coordinator.check([rank_record(of_rank) for of_rank in results])
+            stock_record = dcp_metadata.dumps(coordinator.manifest)
+        coordinator.publish(stock_record)
 
 
 def _item_bytes(item: WriteItem) -> int:
@@ -209,33 +208,33 @@ def _resolve_tensors(planner: SavePlanner, items: Iterable[WriteItem]) -> Iterat
 
 
 def _object_result(item: WriteItem, entry: ObjectEntry) -> WriteResult:
-    return WriteResult(item.index, entry.length, Written(entry, f"{entry.checksum:016x}"))
+    return WriteResult(item.index, entry.length, Written(entry))
 
 
 def _tensor_results(packed: Packed[WriteItem]) -> list[WriteResult]:
-    planned = [_tensor_data(item) for item in packed.keys]
-    parts = [
-        (
-            shared_box(tuple(data.chunk.offsets), tuple(data.chunk.sizes)),
-            data.chunk.sizes.numel() * data.properties.dtype.itemsize,
-        )
-        for data in planned
+    parts = []
+    for item in packed.keys:
+        data = _tensor_data(item)
+        box = shared_box(tuple(data.chunk.offsets), tuple(data.chunk.sizes))
+        parts.append((box, data.chunk.sizes.numel() * data.properties.dtype.itemsize))
+    chunks = packed.tensors.chunks(parts)
+    return [
+        WriteResult(item.index, chunk.length, Written(chunk)) for item, chunk in zip(packed.keys, chunks, strict=True)
     ]
-    results = []
-    for item, data, chunk in zip(packed.keys, planned, packed.tensors.chunks(parts), strict=True):
-        assert chunk.checksums is not None, "what was just written has them"
-        told = digest(data.properties.dtype, data.chunk.sizes, chunk.checksums.sums)
-        results.append(WriteResult(item.index, chunk.length, Written(chunk, told)))
-    return results
 
 
 def _digest_replicas(items: Sequence[WriteItem], planner: SavePlanner) -> list[WriteResult]:
-    """Digests of what this rank holds and another rank writes: the coordinator compares (see `commit`)."""
-    hashed = hash_tensors(_resolve_tensors(planner, items))
-    digests = [(item, digest(tensor.dtype, tensor.shape, sums)) for item, tensor, sums in hashed]
-    digests += [
-        (item, f"{xxhash.xxh3_64_intdigest(read_object(planner, item).container):016x}")
-        for item in items
-        if item.type == WriteItemType.BYTE_IO
-    ]
-    return [WriteResult(item.index, 0, Replica(text)) for item, text in digests]
+    """Digests of what this rank holds and another rank writes: the coordinator compares."""
+    tensors = hash_tensors(_resolve_tensors(planner, items))
+    results = [WriteResult(item.index, 0, Replica(_spec(item), digest_tensor(sums))) for item, _, sums in tensors]
+    for item in items:
+        if item.type == WriteItemType.BYTE_IO:
+            digest = digest_object(read_object(planner, item).checksum)
+            results.append(WriteResult(item.index, 0, Replica(None, digest)))
+    return results
+
+
+def _spec(item: WriteItem) -> TensorSpec:
+    data = _tensor_data(item)
+    chunk, dtype = data.chunk, dtype_name(data.properties.dtype)
+    return TensorSpec(dtype, tuple(data.size), tuple(chunk.offsets), tuple(chunk.sizes))

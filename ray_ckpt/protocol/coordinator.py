@@ -1,47 +1,45 @@
-"""The coordinator's side of a save: who writes what, and whether all of it was written."""
+"""The coordinator's side of a save: who writes what, whether all of it was written, and the commit."""
 
 from __future__ import annotations
 
+import logging
 import operator
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-
-import xxhash
+from dataclasses import dataclass, field, replace
 
 from ray_ckpt.errors import CommitError
-from ray_ckpt.format.boxes import Box, check_cover, shared_box
-from ray_ckpt.format.manifest import Chunk, Manifest, ObjectEntry, Path, TensorEntry
+from ray_ckpt.format.boxes import Box, shared_box
+from ray_ckpt.format.manifest import Chunk, Manifest, ObjectEntry, TensorEntry
 from ray_ckpt.gc_pause import collector_paused
-from ray_ckpt.protocol.messages import Assignment, FileRecord, Item, LocalPlan, RankRecord, TensorSpec, num_bytes
+from ray_ckpt.protocol.merging import GlobalPlan, Key, key_of, merge
+from ray_ckpt.protocol.messages import (
+    REPLICA_DIGEST_BYTES,
+    Assignment,
+    FileRecord,
+    Item,
+    LocalPlan,
+    RankRecord,
+    TensorSpec,
+    digest_object,
+    digest_tensor,
+    num_bytes,
+)
 from ray_ckpt.report import SaveReport
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.publish import publish, refuse_if_taken
 from ray_ckpt.text import listed
 
-Key = tuple[str, tuple[int, ...] | None]
-"""Name and offsets of a part: what is saved once, however many ranks hold it. Offsets are None for an object."""
-
-
-@dataclass(frozen=True)
-class _Merged:
-    """What the plans of all ranks add up to."""
-
-    skipped: tuple[tuple[int, ...], ...]
-    """By rank: positions that another rank writes."""
-    writers: Mapping[Key, int]
-    """Who writes each part that several ranks hold."""
-    names: Mapping[str, tuple[Path | None, TensorSpec | None]]
-    """Every name, with its path and one of its specs."""
+_log = logging.getLogger(__name__)
 
 
 class PlanCache:
     """The plans of the last save: when all ranks send the same tokens again, nothing is merged again."""
 
     def __init__(self) -> None:
-        self.items: list[tuple[Item, ...]] = []
-        self.merged: _Merged | None = None
+        self.merged: GlobalPlan | None = None
+        self._items: list[tuple[Item, ...]] = []
         self._tokens: list[str] = []
 
     @property
@@ -54,28 +52,29 @@ class PlanCache:
         """What ranks send that hold the same again, by rank."""
         return [LocalPlan(token, None) for token in self._tokens]
 
-    def update(self, plans: Sequence[LocalPlan]) -> _Merged:
-        """What these plans add up to, from memory where nothing has changed."""
+    def update(self, plans: Sequence[LocalPlan]) -> GlobalPlan:
+        """Merge these plans, or return the last result where no token has changed."""
         tokens = [plan.token for plan in plans]
         if self.merged is None or tokens != self._tokens:
-            known = dict(zip(self._tokens, self.items, strict=True))
-            self.items = [known[plan.token] if plan.items is None else plan.items for plan in plans]
+            known = dict(zip(self._tokens, self._items, strict=True))
+            self._items = [known[plan.token] if plan.items is None else plan.items for plan in plans]
             self._tokens = tokens
             self.merged = None
-            self.merged = _merge(self.items)
+            self.merged = merge(self._items)
         return self.merged
 
 
 class Coordinator:
-    """One attempt to save one checkpoint.
+    """One attempt to save one checkpoint: `merge` or `adopt`, then `check`, then `publish`.
 
     Args:
-        storage: of the checkpoint.
+        storage: the checkpoint's directory.
         layout: how the model lies across ranks, in the caller's words; kept in the manifest. May be set until `check`.
         saved_by: name -> version of the software, kept in the manifest.
-        fingerprints: `Fingerprint.digest` of tensors by name, kept in the manifest.
-        cache: of the attempts before; keep one per group of ranks.
-        attempt: names this one; no other may have the same.
+        fingerprints: tensor name -> `Fingerprint.digest`, kept in the manifest.
+        cache: the plans of earlier attempts; keep one per group of ranks.
+        attempt: id of this attempt; no other attempt may have the same.
+        called: what messages call the process that this runs in.
     """
 
     def __init__(
@@ -88,6 +87,7 @@ class Coordinator:
         fingerprints: Mapping[str, str] | None = None,
         cache: PlanCache | None = None,
         attempt: str | None = None,
+        called: str = "rank 0",
     ) -> None:
         self._start = time.monotonic()
         self._storage = storage
@@ -96,7 +96,8 @@ class Coordinator:
         self._saved_by = dict(saved_by or {})
         self._fingerprints = dict(fingerprints or {})
         self._cache = cache or PlanCache()
-        self._merged: _Merged | None = None
+        self._called = called
+        self._plan: GlobalPlan | None = None
         self._manifest: Manifest | None = None
         self.attempt = attempt or uuid.uuid4().hex[:12]
 
@@ -110,8 +111,8 @@ class Coordinator:
         if not self._overwrite:
             refuse_if_taken(self._storage)
         with collector_paused():
-            self._merged = self._cache.update(plans)
-        return [Assignment(self.attempt, rank, skipped) for rank, skipped in enumerate(self._merged.skipped)]
+            self._plan = self._cache.update(plans)
+        return [Assignment(self.attempt, rank, tuple(skipped)) for rank, skipped in enumerate(self._plan.skipped)]
 
     def merge_again(self) -> None:
         """Decide as for the attempt before, as every rank holds what it held then.
@@ -121,15 +122,30 @@ class Coordinator:
         """
         self.merge(self._cache.plans)
 
+    def adopt(self, plan: GlobalPlan) -> None:
+        """Instead of `merge`, where somebody else has decided who writes what."""
+        self._plan = plan
+
     def check(self, records: Sequence[RankRecord]) -> None:
-        """Check that all of it was written, by the records of all ranks, by rank.
+        """Check that all of it was written, by the records of all ranks, by rank, and by a look at the storage.
+
+        Raises:
+            CommitError: something was not written, or replicas differ, or the storage does not show the files.
+            StorageError: the storage cannot be listed.
+        """
+        manifest = self.describe(records)
+        self._check_files(manifest.files)
+        self._manifest = manifest
+
+    def describe(self, records: Sequence[RankRecord]) -> Manifest:
+        """The manifest of what the ranks say that they have written. Touches no storage.
 
         Raises:
             CommitError: something was not written, or replicas differ.
         """
-        assert self._merged is not None, "merge comes first"
+        assert self._plan is not None, "merge or adopt comes first"
         with collector_paused():
-            self._manifest = self._describe(self._merged, records)
+            return self._describe(self._plan, records)
 
     @property
     def manifest(self) -> Manifest:
@@ -141,7 +157,7 @@ class Coordinator:
         """Commit what was checked. Once this has begun, no file of the attempt may be removed.
 
         Args:
-            stock_record: of the manifest: the `.metadata` that lets stock DCP read the same files.
+            stock_record: the manifest as the `.metadata` that lets stock DCP read the same files.
 
         Raises:
             CheckpointExistsError: another attempt has committed meanwhile.
@@ -149,130 +165,120 @@ class Coordinator:
         """
         manifest = self.manifest
         publish(self._storage, manifest, stock_record, overwrite=self._overwrite)
-        seconds = time.monotonic() - self._start
-        return SaveReport(self._storage.address, manifest.total_bytes, len(manifest.files), seconds)
+        report = SaveReport(
+            self._storage.address, manifest.total_bytes, len(manifest.files), time.monotonic() - self._start
+        )
+        _log.info(
+            "committed %s: %d bytes in %d files, %.1f s",
+            report.uri,
+            report.total_bytes,
+            report.num_files,
+            report.seconds,
+        )
+        return report
 
-    def _describe(self, merged: _Merged, records: Sequence[RankRecord]) -> Manifest:
-        chunks: dict[str, list[Chunk]] = {name: [] for name, (_, spec) in merged.names.items() if spec is not None}
-        objects: dict[str, ObjectEntry] = {}
-        files: dict[str, int] = {}
-        digests: dict[Key, bytes] = {}
+    def _describe(self, plan: GlobalPlan, records: Sequence[RankRecord]) -> Manifest:
         for rank, record in enumerate(records):
-            items = self._cache.items[rank]
-            self._check_written(rank, items, record)
-            for file in record.files:
-                files[file.name] = _end(file)
-                for item, chunk in _chunks(file, items):
-                    chunks[item.name].append(chunk)
-                    if merged.writers and _key(item) in merged.writers and chunk.checksums is not None:
-                        digests[_key(item)] = xxhash.xxh3_128_digest(chunk.checksums.sums)
-                for position, entry in file.objects.items():
-                    item = items[position]
-                    objects[item.name] = entry if item.path is None else replace(entry, path=item.path)
-        self._check_replicas(merged, records, digests, objects)
+            _check_reported(plan, rank, record)
+        written = _collect(plan, records)
+        _check_replicas(plan, records, written.digests)
         tensors = {
-            name: TensorEntry(spec.dtype, spec.shape, _sorted(chunks[name]), path)
-            for name, (path, spec) in merged.names.items()
+            name: TensorEntry(spec.dtype, spec.shape, _sorted(written.chunks[name]), path)
+            for name, (path, spec) in plan.names.items()
             if spec is not None
         }
-        ordered = {name: objects[name] for name, (_, spec) in merged.names.items() if spec is None}
-        return Manifest(tensors, ordered, files, self.attempt, self.layout, self._saved_by, self._fingerprints)
+        objects = {name: written.objects[name] for name, (_, spec) in plan.names.items() if spec is None}
+        if strangers := sorted(self._fingerprints.keys() - tensors.keys()):
+            raise CommitError(f"refusing to commit: fingerprints of tensors that were not saved: {listed(strangers)}")
+        return Manifest(tensors, objects, written.files, self.attempt, self.layout, self._saved_by, self._fingerprints)
 
-    def _check_written(self, rank: int, items: Sequence[Item], record: RankRecord) -> None:
-        assert self._merged is not None
-        written = [position for file in record.files for position in (*file.positions, *file.objects)]
-        expected = set(range(len(items))) - set(self._merged.skipped[rank])
-        if len(written) == len(expected) and expected == set(written):
+    def _check_files(self, files: Mapping[str, int]) -> None:
+        """Whether this process finds at the storage what the ranks say that they have written there.
+
+        It does not where a write claimed to succeed and lost bytes, and where the ranks' directory is not this
+        process's, though it has the same path.
+        """
+        found: dict[str, int | None] = dict(self._storage.list_files()) if files else {}
+        for name, size in files.items():
+            if found.get(name) != size:
+                # A listing may be of a while ago, on NFS for one; a look at the file itself is not.
+                found[name] = self._storage.size(name)
+        wrong = {name: size for name, size in sorted(files.items()) if found[name] != size}
+        if not wrong:
             return
-        missing = sorted(items[position].name for position in expected - set(written))
-        found = f"lacks {listed(missing)}" if missing else "has items twice, or items that nobody planned"
-        raise CommitError(f"refusing to commit: what rank {rank} reports to have written {found}")
-
-    def _check_replicas(
-        self,
-        merged: _Merged,
-        records: Sequence[RankRecord],
-        digests: Mapping[Key, bytes],
-        objects: Mapping[str, ObjectEntry],
-    ) -> None:
-        """Replicas are saved once; here each of the others proves that nothing else was lost with it."""
-        conflicts = []
-        for rank, record in enumerate(records):
-            for number, position in enumerate(merged.skipped[rank]):
-                item = self._cache.items[rank][position]
-                found = record.replicas[16 * number : 16 * number + 16]
-                entry = objects.get(item.name)
-                saved = digests[_key(item)] if item.spec is not None else _checksum_bytes(entry)
-                if found != saved:
-                    conflicts.append(f"{item.name!r} on ranks {merged.writers[_key(item)]} and {rank}")
-        if conflicts:
-            raise CommitError(
-                "refusing to commit: ranks hold different things under one name, of which only one would survive: "
-                f"{listed(conflicts)}; give them different names, or make the ranks agree"
-            )
-
-
-def _merge(plans: Sequence[Sequence[Item]]) -> _Merged:
-    """Linear in the number of parts that all ranks hold together."""
-    names: dict[str, tuple[Path | None, TensorSpec | None]] = {}
-    holders: dict[Key, list[tuple[int, int]]] = {}
-    boxes: dict[str, list[TensorSpec]] = {}
-    for rank, items in enumerate(plans):
-        for position, item in enumerate(items):
-            name, path, spec = item
-            known = names.setdefault(name, (path, spec))
-            if known[1] is not spec and _whole(known[1]) != _whole(spec):
-                raise CommitError(
-                    f"refusing to save: {name!r} is {_describe(spec)} on rank {rank} and {_describe(known[1])} on "
-                    "another rank; give them different names"
-                )
-            held = holders.setdefault(_key(item), [])
-            if spec is not None and not held:
-                boxes.setdefault(name, []).append(spec)
-            elif held and spec != (other := plans[held[0][0]][held[0][1]].spec):
-                raise CommitError(
-                    f"refusing to save: the part of {name!r} at {_key(item)[1]} is {_part(spec)} on rank {rank} and "
-                    f"{_part(other)} on rank {held[0][0]}"
-                )
-            held.append((rank, position))
-    _check_boxes(boxes)
-    return _share(plans, holders, names)
-
-
-def _share(
-    plans: Sequence[Sequence[Item]],
-    holders: Mapping[Key, list[tuple[int, int]]],
-    names: Mapping[str, tuple[Path | None, TensorSpec | None]],
-) -> _Merged:
-    loads = [0] * len(plans)
-    replicated: list[tuple[Key, list[tuple[int, int]], int]] = []
-    for key, held in holders.items():
-        rank, position = held[0]
-        spec = plans[rank][position].spec
-        size = 1 if spec is None else num_bytes(spec)
-        if len(held) == 1:
-            loads[rank] += size
+        written = listed([f"{name} of {size} bytes" for name, size in wrong.items()])
+        if any(found[name] is not None for name in wrong):
+            seen = listed([f"{name} of {found[name] or 0} bytes" for name in wrong])
+            advice = "the storage has lost what was written to it"
         else:
-            replicated.append((key, held, size))
-    skipped: list[list[int]] = [[] for _ in plans]
-    writers: dict[Key, int] = {}
-    for key, held, size in replicated:
-        writer = min((rank for rank, _ in held), key=lambda rank: loads[rank])
-        loads[writer] += size
-        writers[key] = writer
-        for rank, position in held:
-            if rank != writer:
-                skipped[rank].append(position)
-    return _Merged(tuple(tuple(sorted(positions)) for positions in skipped), writers, names)
+            seen = "no such file"
+            advice = f"give a directory that is mounted on {self._called}'s node too, or an object store"
+        raise CommitError(
+            f"refusing to commit: the ranks have written {written} to {self._storage.address}, where {self._called} "
+            f"sees {seen}; {advice}"
+        )
 
 
-def _check_boxes(boxes: Mapping[str, Sequence[TensorSpec]]) -> None:
-    for name, specs in boxes.items():
-        first = specs[0]
-        if len(specs) == 1 and first.sizes == first.shape:
-            continue
-        if problem := check_cover(first.shape, [Box(spec.offsets, spec.sizes) for spec in specs]):
-            raise CommitError(f"refusing to save: tensor {name!r} is not covered exactly once: {problem}")
+@dataclass(frozen=True)
+class _Written:
+    """What all ranks together report to have written."""
+
+    chunks: Mapping[str, list[Chunk]]
+    """Tensor name -> its chunks, in no order."""
+    objects: dict[str, ObjectEntry] = field(default_factory=dict)
+    files: dict[str, int] = field(default_factory=dict)
+    """Name -> bytes."""
+    digests: dict[Key, tuple[TensorSpec | None, bytes]] = field(default_factory=dict)
+    """Of parts that several ranks hold: what it is, and what `RankRecord.replicas` has of an equal one."""
+
+
+def _collect(plan: GlobalPlan, records: Sequence[RankRecord]) -> _Written:
+    written = _Written({name: [] for name, (_, spec) in plan.names.items() if spec is not None})
+    for rank, record in enumerate(records):
+        items = plan.items[rank]
+        for file in record.files:
+            written.files[file.name] = _end(file)
+            for item, chunk in _chunks(file, items):
+                written.chunks[item.name].append(chunk)
+                if plan.writers and (key := key_of(item)) in plan.writers and chunk.checksums is not None:
+                    written.digests[key] = item.spec, digest_tensor(chunk.checksums.sums)
+            for position, entry in file.objects.items():
+                item = items[position]
+                written.objects[item.name] = entry if item.path is None else replace(entry, path=item.path)
+                if plan.writers and (key := key_of(item)) in plan.writers and entry.checksum is not None:
+                    written.digests[key] = None, digest_object(entry.checksum)
+    return written
+
+
+def _check_reported(plan: GlobalPlan, rank: int, record: RankRecord) -> None:
+    """Whether a rank reports to have written exactly what it was to write."""
+    items = plan.items[rank]
+    reported = [position for file in record.files for position in (*file.positions, *file.objects)]
+    expected = set(range(len(items))) - set(plan.skipped[rank])
+    if len(reported) == len(expected) and expected == set(reported):
+        return
+    missing = sorted(items[position].name for position in expected - set(reported))
+    found = f"lacks {listed(missing)}" if missing else "has items twice, or items that nobody planned"
+    raise CommitError(f"refusing to commit: what rank {rank} reports to have written {found}")
+
+
+def _check_replicas(
+    plan: GlobalPlan, records: Sequence[RankRecord], digests: Mapping[Key, tuple[TensorSpec | None, bytes]]
+) -> None:
+    """Replicas are saved once; here each of the others proves that nothing else was lost with it."""
+    size, conflicts = REPLICA_DIGEST_BYTES, []
+    for rank, record in enumerate(records):
+        for number, position in enumerate(plan.skipped[rank]):
+            item = plan.items[rank][position]
+            found, writer = record.replicas[size * number : size * (number + 1)], plan.writers.get(key_of(item))
+            # Without a writer it is no part of the checkpoint: a planner of DCP's may leave something out.
+            if writer is not None and digests.get(key_of(item)) != (item.spec, found):
+                conflicts.append(f"{item.name!r} on ranks {writer} and {rank}")
+    if conflicts:
+        raise CommitError(
+            "refusing to commit: ranks hold different things under one name, of which only one would survive: "
+            f"{listed(conflicts)}; give them different names, or make the ranks agree"
+        )
 
 
 def _chunks(file: FileRecord, items: Sequence[Item]) -> Iterator[tuple[Item, Chunk]]:
@@ -286,7 +292,7 @@ def _extent(item: Item) -> tuple[Box, int]:
 
 
 def _end(file: FileRecord) -> int:
-    """Bytes in the file, up to the end of the last container."""
+    """Bytes in the file: up to the end of the last container."""
     return max(
         max(map(operator.add, file.tensors.starts, file.tensors.lengths), default=0),
         max((entry.start + entry.length for entry in file.objects.values()), default=0),
@@ -295,23 +301,3 @@ def _end(file: FileRecord) -> int:
 
 def _sorted(chunks: list[Chunk]) -> tuple[Chunk, ...]:
     return tuple(chunks if len(chunks) == 1 else sorted(chunks, key=lambda chunk: chunk.box.offsets))
-
-
-def _key(item: Item) -> Key:
-    return item.name, None if item.spec is None else item.spec.offsets
-
-
-def _whole(spec: TensorSpec | None) -> tuple[str, tuple[int, ...]] | None:
-    return None if spec is None else (spec.dtype, spec.shape)
-
-
-def _checksum_bytes(entry: ObjectEntry | None) -> bytes:
-    return b"" if entry is None or entry.checksum is None else entry.checksum.to_bytes(16, "little")
-
-
-def _describe(spec: TensorSpec | None) -> str:
-    return "no tensor" if spec is None else f"{spec.dtype}{list(spec.shape)}"
-
-
-def _part(spec: TensorSpec | None) -> str:
-    return "no tensor" if spec is None else f"of size {list(spec.sizes)}"

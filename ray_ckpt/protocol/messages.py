@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import xxhash
+
 from ray_ckpt.format.manifest import ObjectEntry, Path, TensorColumns, itemsize
 
 
@@ -17,14 +19,16 @@ class TensorSpec(NamedTuple):
     dtype: str
     """As `str(torch.dtype)` without the `torch.` prefix."""
     shape: tuple[int, ...]
-    """Of the whole tensor."""
+    """Global shape of the tensor, in elements."""
     offsets: tuple[int, ...]
+    """First element of the part in the tensor, per dim."""
     sizes: tuple[int, ...]
+    """Shape of the part, in elements."""
 
 
 @functools.lru_cache(maxsize=4096)
 def num_bytes(spec: TensorSpec) -> int:
-    """Of a part's elements. Cached, as a state has thousands of parts and few specs."""
+    """Bytes of a part's elements. Cached, as a state has thousands of parts and few specs."""
     return math.prod(spec.sizes) * itemsize(spec.dtype)
 
 
@@ -43,9 +47,9 @@ class LocalPlan:
     """What a rank holds. Positions in `items` are how both sides refer to an item from here on."""
 
     token: str
-    """Names this plan: a rank that holds the same things again sends the same token."""
+    """Id of this plan: a rank that holds the same things again sends the same token."""
     items: tuple[Item, ...] | None
-    """None: as sent before under this token."""
+    """None: those sent before under this token."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class Assignment:
     """Id of the attempt, which is part of every file's name."""
     rank: int
     skipped: tuple[int, ...]
-    """Positions in the rank's plan, ascending."""
+    """Positions in the rank's plan that it does not write, ascending."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,9 @@ class FileRecord:
 
     tensors: TensorColumns
     positions: Sequence[int]
-    """Of its tensors, in the same order."""
+    """Position in the rank's plan of each row of `tensors`."""
     objects: Mapping[int, ObjectEntry]
-    """By position."""
+    """Position in the rank's plan -> entry."""
 
     @property
     def name(self) -> str:
@@ -80,7 +84,28 @@ class RankRecord:
 
     files: tuple[FileRecord, ...]
     replicas: bytes
-    """16 bytes for every skipped position: XXH3-128 of a tensor's block sums, or XXH3-64 of an object's container."""
+    """`digest_tensor` or `digest_object` of what stands at each skipped position, one after the other."""
+
+
+REPLICA_DIGEST_BYTES = 16
+
+
+def digest_tensor(sums: bytes) -> bytes:
+    """What replicas of a tensor's part are compared by, beside their specs: XXH3-128.
+
+    Args:
+        sums: the part's block sums, as in `BlockSums.sums`.
+    """
+    return xxhash.xxh3_128_digest(sums)
+
+
+def digest_object(checksum: int) -> bytes:
+    """What replicas of an object are compared by.
+
+    Args:
+        checksum: XXH3-64 of the object's container, as in `ObjectEntry.checksum`.
+    """
+    return checksum.to_bytes(REPLICA_DIGEST_BYTES, "little")
 
 
 @dataclass(frozen=True)
@@ -88,10 +113,10 @@ class LoadOffer:
     """What a rank found when it compared the checkpoint with what it holds."""
 
     missing: tuple[str, ...]
-    """Wanted, and not saved."""
+    """Names that are wanted and were not saved."""
     cast: tuple[str, ...]
-    """Wanted in another dtype than it was saved in."""
+    """Names that are wanted in another dtype than they were saved in."""
     unwanted: bytes
-    """A bit per name of the checkpoint, in sorted order: not wanted by this rank."""
+    """A bit per name of the checkpoint, in sorted order, that is set where this rank does not want it."""
     notes: Mapping[str, str] = field(default_factory=dict)
-    """Section -> what becomes of it, where that depends on the layout."""
+    """Section -> what a load does with it, where that depends on the layout."""

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import xxhash
 from torch.distributed.checkpoint.stateful import Stateful
 
 from ray_ckpt.errors import StorageError, UsageError
@@ -20,7 +19,17 @@ from ray_ckpt.format.torch_container import parse_dtype
 from ray_ckpt.gc_pause import collector_paused
 from ray_ckpt.protocol.holdings import Holdings, hold
 from ray_ckpt.protocol.host_copy import HostCopy
-from ray_ckpt.protocol.messages import Assignment, FileRecord, Item, LocalPlan, RankRecord, TensorSpec, num_bytes
+from ray_ckpt.protocol.messages import (
+    Assignment,
+    FileRecord,
+    Item,
+    LocalPlan,
+    RankRecord,
+    TensorSpec,
+    digest_object,
+    digest_tensor,
+    num_bytes,
+)
 from ray_ckpt.storage.data_file import MAX_FILE_BYTES, Packed, hash_tensors, pack_file, share_out, write_in_threads
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.objects import SavedObject, saved_object
@@ -153,16 +162,12 @@ class RankSave:
     def _digest_replicas(self, positions: Sequence[int]) -> bytes:
         values = self._holdings.values
         hashed = hash_tensors(self._tensors(positions))
-        digests = {position: xxhash.xxh3_128_digest(sums) for position, _, sums in hashed}
-        return b"".join(digests[p] if p in digests else _digest_object(values[p]) for p in positions)
+        digests = {position: digest_tensor(sums) for position, _, sums in hashed}
+        return b"".join(digests[p] if p in digests else digest_object(_saved(values[p]).checksum) for p in positions)
 
 
 def _saved(value: object) -> SavedObject:
     return value if isinstance(value, SavedObject) else saved_object(value)
-
-
-def _digest_object(value: object) -> bytes:
-    return xxhash.xxh3_64_intdigest(_saved(value).container).to_bytes(16, "little")
 
 
 def file_record(packed: Packed[int]) -> FileRecord:

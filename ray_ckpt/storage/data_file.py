@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
-import xxhash
 
 from ray_ckpt.format.block_sums import BlockHasher, block_size
 from ray_ckpt.format.manifest import ObjectEntry, TensorColumns
@@ -73,15 +72,6 @@ def pack_pieces(
         packer.add_pieces(pieces)
         packer.flush()
     return packer.packed(entries)
-
-
-def digest(dtype: torch.dtype, sizes: Sequence[int], sums: bytes) -> str:
-    """Of a tensor's dtype, shape and bytes: equal things have equal digests.
-
-    Args:
-        sums: its block sums.
-    """
-    return f"{dtype}{list(sizes)}:{xxhash.xxh3_128_hexdigest(sums)}"
 
 
 def hash_tensors(tensors: Iterable[tuple[K, torch.Tensor]]) -> Iterator[tuple[K, torch.Tensor, bytes]]:
@@ -170,7 +160,7 @@ class _Packer(Generic[K]):
             length=len(data),
             inline=saved.inline,
             blob=data if small else None,
-            checksum=xxhash.xxh3_64_intdigest(data),
+            checksum=saved.checksum,
         )
 
     def add_pieces(self, pieces: Iterable[tuple[tuple[K, torch.Tensor], memoryview]]) -> None:

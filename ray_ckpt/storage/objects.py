@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.serialization
+import xxhash
 from torch.distributed.checkpoint._extension import ExtensionRegistry, StreamTransformExtension
 
 from ray_ckpt.errors import FormatError, UnsafeCheckpointError, UsageError
@@ -43,6 +44,11 @@ class SavedObject:
     container: bytes
     """As `torch.save` writes it, for stock DCP."""
     inline: Inline | None
+
+    @property
+    def checksum(self) -> int:
+        """XXH3-64 of the container."""
+        return xxhash.xxh3_64_intdigest(self.container)
 
 
 def saved_object(value: object) -> SavedObject:

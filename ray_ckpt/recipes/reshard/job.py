@@ -118,8 +118,8 @@ def rewrite(prepared: Prepared, timeout_s: float, screen: Screen) -> None:
     """
     try:
         records = _run_tasks(prepared, timeout_s, screen)
-        prepared.coordinator.check([RankRecord((record,), b"") for record in records.values()])
         _check_shared(prepared.target, records)
+        prepared.coordinator.check([RankRecord((record,), b"") for record in records.values()])
     except BaseException:
         _discard(prepared.target, prepared.coordinator.attempt)
         raise
