@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+import ray_ckpt
 from ray_ckpt.dcp.reader import ArrowStorageReader
 from ray_ckpt.dcp.writer import ArrowStorageWriter
 from ray_ckpt.errors import CheckpointExistsError, CheckpointNotFoundError, CommitError, UsageError
@@ -16,6 +18,7 @@ from ray_ckpt.format.fingerprinting import fingerprint
 from ray_ckpt.format.manifest import MANIFEST_NAME, Manifest
 from ray_ckpt.storage.files import Storage
 from tests.support import driver
+from tests.support.faulty import LyingStorage
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 
@@ -199,6 +202,51 @@ def test_files_are_cut_at_their_limit_and_written_by_threads(tmp_path):
     loaded = driver.load({name: torch.zeros(1000) for name in state}, ArrowStorageReader(tmp_path))
     assert all(torch.equal(loaded[name], state[name]) for name in state)
     assert {name: (tmp_path / name).stat().st_size for name in manifest.files} == dict(manifest.files)
+
+
+SEEN = {
+    "all": r"of \d+ bytes to .*, where {who} sees __0_0-\w+\.distcp of 0 bytes; the storage has lost what was written",
+    "last": r"__0_0-\w+\.distcp of (\d+) bytes to .*, where {who} sees __0_0-\w+\.distcp of \d+ bytes; the storage",
+    "file": r"__0_0-\w+\.distcp of \d+ bytes to .*, where {who} sees no such file; give a directory that is mounted on",
+}
+
+
+SAVES = {
+    "the coordinator": lambda state, storage: driver.save([state], [ArrowStorageWriter(storage)]),
+    "rank 0": ray_ckpt.save,
+    "rank 0, beside training": lambda state, storage: ray_ckpt.save(state, storage, blocking=False).result(30.0),
+}
+
+
+@pytest.mark.parametrize("loses", list(SEEN))
+@pytest.mark.parametrize("by", list(SAVES))
+def test_what_the_storage_has_lost_is_not_committed(tmp_path, by, loses):
+    state, storage = {"weight": torch.arange(6.0), "step": 1}, LyingStorage(tmp_path / "run", loses)
+    with pytest.raises(CommitError, match=SEEN[loses].format(who=by.partition(",")[0])):
+        SAVES[by](state, storage)
+    assert not list((tmp_path / "run").glob("*manifest*")) + list((tmp_path / "run").glob(".metadata*"))
+    with pytest.raises(CheckpointNotFoundError):
+        ray_ckpt.load(state, tmp_path / "run")
+
+
+@pytest.mark.parametrize("kind", ["directory", "fifo", "dangling link"])
+def test_what_is_no_regular_file_is_not_committed(tmp_path, kind):
+    """Something else takes the place of a data file between its write and the commit."""
+    writer = ArrowStorageWriter(tmp_path)
+    metadata, results = driver.write([{"weight": torch.arange(6.0)}], [writer])
+    [path] = tmp_path.glob("*.distcp")
+    path.rename(tmp_path / "aside")
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(CommitError, match="sees no such file"):
+        writer.finish(metadata, results)
+    (path.rmdir if kind == "directory" else path.unlink)()
+    (tmp_path / "aside").rename(path)
+    writer.finish(metadata, results)
 
 
 def test_state_that_changes_during_a_save_is_noticed(tmp_path):

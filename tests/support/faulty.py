@@ -89,6 +89,32 @@ class TravellingStorage(FaultyStorage):
         return super().perform(operation, name, action)
 
 
+class LyingStorage(Storage):
+    """Says that every write to a data file has succeeded, and loses some or all of it.
+
+    Args:
+        loses: `all` of the bytes, the `last` byte of each file, or the `file` itself once it is finished.
+    """
+
+    def __init__(self, target: str | os.PathLike[str], loses: str) -> None:
+        super().__init__(target)
+        self.loses = loses
+
+    def perform(self, operation: str, name: str, action: Callable[[], T]) -> T:
+        if not name.endswith(".distcp"):
+            return super().perform(operation, name, action)
+        if operation == "write" and self.loses == "all":
+            return None  # type: ignore[return-value]
+        value = super().perform(operation, name, action)
+        if operation == "sync":
+            path = self._path(name)
+            if self.loses == "file":
+                os.remove(path)
+            elif self.loses == "last":
+                os.truncate(path, os.path.getsize(path) - 1)
+        return value
+
+
 class CountedStorage(Storage):
     """Counts operations, and dies by SIGKILL at the one that it is told."""
 
