@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 import ray_ckpt
 from ray_ckpt.dcp.reader import ArrowStorageReader
 from ray_ckpt.dcp.writer import ArrowStorageWriter
+from ray_ckpt.rounding import ceil_div
 
 State = dict[str, torch.Tensor]
 
@@ -97,7 +98,7 @@ def local_rows(target: torch.Tensor) -> tuple[torch.Tensor, int]:
     if not isinstance(target, DTensor):
         return target, 0
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    return target.to_local(), min(rank * -(-len(target) // world_size), len(target))
+    return target.to_local(), min(rank * ceil_div(len(target), world_size), len(target))
 
 
 PLUGINS: Mapping[str, Plugin] = {

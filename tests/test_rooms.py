@@ -17,6 +17,7 @@ FLOORS = {
     "errors": 0,
     "gc_pause": 0,
     "report": 0,
+    "rounding": 0,
     "text": 0,
     "format": 1,
     "storage": 2,

@@ -7,6 +7,8 @@ from functools import lru_cache
 
 import xxhash
 
+from ray_ckpt.rounding import ceil_div
+
 __all__ = ["BlockHasher", "BlockSums", "block_size"]
 
 _MIN_BLOCK_BYTES, _MAX_BLOCK_BYTES, _BLOCKS_PER_CHUNK = 4 << 10, 1 << 20, 256
@@ -33,7 +35,7 @@ def block_size(data_bytes: int) -> int:
 
     A ranged read is widened to whole blocks, so small blocks save reads; each costs 11 bytes of manifest.
     """
-    blocks = -(-data_bytes // (_BLOCKS_PER_CHUNK * _MIN_BLOCK_BYTES))
+    blocks = ceil_div(data_bytes, _BLOCKS_PER_CHUNK * _MIN_BLOCK_BYTES)
     return min(max(1, blocks) * _MIN_BLOCK_BYTES, _MAX_BLOCK_BYTES)
 
 

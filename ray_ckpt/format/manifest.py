@@ -34,6 +34,7 @@ from ray_ckpt.format import values
 from ray_ckpt.format.block_sums import BlockSums
 from ray_ckpt.format.boxes import Box, check_cover, shared_box
 from ray_ckpt.format.ranges import span
+from ray_ckpt.rounding import ceil_div
 
 __all__ = ["MANIFEST_NAME", "VERSION", "Chunk", "Manifest", "ObjectEntry", "TensorEntry"]
 
@@ -94,7 +95,7 @@ class TensorColumns:
         end = 0
         columns = zip(parts, self.starts, self.lengths, self.data_starts, self.block_bytes, strict=True)
         for (box, num_bytes), start, length, data_start, block_bytes in columns:
-            begin, end = end, end + 8 * -(-num_bytes // block_bytes)
+            begin, end = end, end + 8 * ceil_div(num_bytes, block_bytes)
             yield Chunk(box, self.file, start, length, data_start, BlockSums(block_bytes, self.sums[begin:end]))
         if end != len(self.sums):
             raise CommitError(f"refusing to commit: {self.file} has checksums of {len(self.sums)} bytes, not of {end}")
@@ -285,7 +286,7 @@ def _check_chunk(name: str, chunk: Chunk, data_bytes: int) -> None:
         chunk.start <= data_start and data_start + data_bytes <= chunk.start + chunk.length
     ):
         raise FormatError(f"{_where(name, chunk)} has {data_bytes} bytes at {data_start}, outside its container")
-    if sums is not None and len(sums.sums) // 8 != -(-data_bytes // sums.block_bytes):
+    if sums is not None and len(sums.sums) // 8 != ceil_div(data_bytes, sums.block_bytes):
         raise FormatError(f"{_where(name, chunk)} has {len(sums)} checksums, which is not one per block")
 
 

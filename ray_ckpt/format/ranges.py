@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ray_ckpt.format.boxes import Box
+from ray_ckpt.rounding import round_up
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def _widest_gap(sizes: Sequence[int], strides: Sequence[int]) -> int:
 
 def widen(start: int, end: int, block_bytes: int, total: int) -> tuple[int, int]:
     """The range on whole blocks of a run of `total` bytes; the last block may be short."""
-    return start // block_bytes * block_bytes, min(-(-end // block_bytes) * block_bytes, total)
+    return start // block_bytes * block_bytes, min(round_up(end, block_bytes), total)
 
 
 def cut(start: int, end: int, size: int) -> Iterator[tuple[int, int]]:

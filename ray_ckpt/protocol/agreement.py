@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from ray_ckpt.protocol.messages import LoadOffer
+from ray_ckpt.rounding import ceil_div
 
 
 def agree(offers: Sequence[LoadOffer]) -> LoadOffer:
@@ -26,7 +27,7 @@ def agree(offers: Sequence[LoadOffer]) -> LoadOffer:
 
 def mark(names: Sequence[str], chosen: Collection[str]) -> bytes:
     """A bit per name, set for those that are chosen."""
-    marks = bytearray(-(-len(names) // 8))
+    marks = bytearray(ceil_div(len(names), 8))
     for place, name in enumerate(names):
         if name in chosen:
             marks[place // 8] |= 1 << place % 8

@@ -22,6 +22,7 @@ from ray_ckpt.format.manifest import Inline
 from ray_ckpt.format.torch_container import parse_dtype
 from ray_ckpt.protocol.holdings import Holdings
 from ray_ckpt.protocol.messages import Item, TensorSpec, num_bytes
+from ray_ckpt.rounding import round_up
 from ray_ckpt.storage.objects import saved_object
 from ray_ckpt.storage.staging import plain
 
@@ -103,7 +104,7 @@ class HostCopy:
         left_out = set(skipped)
         specs = [None if position in left_out else item.spec for position, item in enumerate(holdings.items)]
         sizes = [0 if spec is None else num_bytes(spec) for spec in specs]
-        spans = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
+        spans = [round_up(size, _ALIGNMENT) for size in sizes]
         self._items, self._places = (), []
         if must_pin or sum(spans) > self._buffer.nbytes:
             self._pinned = self._pinned or must_pin

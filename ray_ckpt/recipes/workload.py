@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ray_ckpt.parallel.layout import Layout
+from ray_ckpt.rounding import round_up
 
 _LEAST_SAMPLES = 32
 
@@ -27,7 +28,7 @@ class Workload:
     def of(cls, model: str | None, dim: int, layers: int, layouts: Sequence[Layout]) -> Workload:
         """With batches that each of these layouts can cut into equal parts."""
         unit = math.lcm(*map(num_parts, layouts))
-        return cls(model, dim, layers, unit * -(-_LEAST_SAMPLES // unit))
+        return cls(model, dim, layers, round_up(_LEAST_SAMPLES, unit))
 
 
 def num_microbatches(layout: Layout) -> int:

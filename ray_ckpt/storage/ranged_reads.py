@@ -27,6 +27,7 @@ from ray_ckpt.format import ranges
 from ray_ckpt.format.block_sums import BlockSums
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.gc_pause import collector_paused
+from ray_ckpt.rounding import round_up
 from ray_ckpt.storage.files import InputFile, Storage
 from ray_ckpt.storage.staging import bytes_of
 
@@ -179,7 +180,7 @@ def _plan_direct(piece: Piece, tuning: Tuning) -> tuple[list[_Read], list[_Range
     if source.checksums is not None:
         block = source.checksums.block_bytes
         if start % block:
-            start = min(-(-(start + tuning.edge_bytes) // block) * block, end)
+            start = min(round_up(start + tuning.edge_bytes, block), end)
             edges.append(_widened(source, first, start, memory[: start - first]))
         if end % block and end != source.data_bytes and start < end:
             end = max((end - tuning.edge_bytes) // block * block, start)

@@ -20,6 +20,7 @@ from ray_ckpt.errors import UnsafeCheckpointError
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.manifest import Chunk, ObjectEntry
 from ray_ckpt.format.torch_container import parse_dtype
+from ray_ckpt.rounding import round_up
 from ray_ckpt.storage.checkpoint_reader import CheckpointReader, Wanted
 from ray_ckpt.storage.chunk_sources import SavedChunk
 from ray_ckpt.storage.data_file import Packed, pack_pieces
@@ -113,7 +114,7 @@ class _Reading:
         for fragment in batch:
             end = position + fragment.num_bytes
             views.append(buffer[position:end].view(fragment.entry[1].dtype).view(fragment.box.sizes))
-            position = -(-end // _ALIGNMENT) * _ALIGNMENT
+            position = round_up(end, _ALIGNMENT)
         self._fill(batch, views)
         for fragment, view in zip(batch, views, strict=True):
             yield fragment.entry, bytes_of(view)
@@ -156,7 +157,7 @@ def _batches(tensors: Mapping[int, WantedTensor]) -> Iterator[list[_Fragment]]:
                 yield batch
                 batch, position = [], 0
             batch.append(fragment)
-            position = -(-(position + fragment.num_bytes) // _ALIGNMENT) * _ALIGNMENT
+            position = round_up(position + fragment.num_bytes, _ALIGNMENT)
     if batch:
         yield batch
 

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.manifest import Manifest, TensorEntry
 from ray_ckpt.parallel.layout import Layout
+from ray_ckpt.rounding import ceil_div
 
 __all__ = ["partition"]
 
@@ -94,7 +95,7 @@ def _chunk(box: Box, dim: int, number: int, count: int) -> Box | None:
     """
     if count == 1 or not box.num_elements or not box.sizes:
         return box if number == 0 else None
-    size = -(-box.sizes[dim] // count)
+    size = ceil_div(box.sizes[dim], count)
     start = min(number * size, box.sizes[dim])
     length = min(size, box.sizes[dim] - start)
     if not length:
