@@ -13,12 +13,12 @@ import copy
 import io
 from collections.abc import Sequence
 
-from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem, SavePlanner, WriteItem
 
 from ray_ckpt.errors import UsageError
 from ray_ckpt.format.manifest import ObjectEntry
+from ray_ckpt.format.torch_internals import set_element
 from ray_ckpt.storage.checkpoint_reader import CheckpointReader
 from ray_ckpt.storage.objects import SavedObject, saved_object, torch_save
 

@@ -18,14 +18,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.serialization
 from torch.distributed.checkpoint import metadata as dcp
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION
 
 from ray_ckpt.errors import FormatError, UnsafeCheckpointError
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.manifest import Chunk, Manifest, ObjectEntry, Path, TensorEntry
 from ray_ckpt.format.torch_container import dtype_name, parse_dtype
+from ray_ckpt.format.torch_internals import StorageInfo, tensor_layout
 from ray_ckpt.gc_pause import collector_paused
 
 METADATA_NAME = ".metadata"
@@ -48,9 +48,9 @@ _ADMITTED: dict[tuple[str, str], Any] = {
             "_MEM_FORMAT_ENCODING",
         )
     },
-    (_StorageInfo.__module__, "_StorageInfo"): _StorageInfo,
+    (StorageInfo.__module__, "_StorageInfo"): StorageInfo,
     ("torch", "Size"): torch.Size,
-    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+    ("torch.serialization", "_get_layout"): tensor_layout,
     ("collections", "OrderedDict"): OrderedDict,
     # The directory that the checkpoint was saved to; a pure path cannot touch a file.
     **{
@@ -101,7 +101,7 @@ def dumps(manifest: Manifest) -> bytes:
 
 
 def _to_stock(manifest: Manifest) -> dcp.Metadata:
-    infos = {index: _StorageInfo(part.file, part.start, part.length) for index, part in _index_parts(manifest)}
+    infos = {index: StorageInfo(part.file, part.start, part.length) for index, part in _index_parts(manifest)}
     return dcp.Metadata(
         _describe_entries(manifest),
         planner_data=_paths(manifest),
@@ -133,7 +133,7 @@ def to_manifest(metadata: dcp.Metadata) -> Manifest:
 
 
 def _to_manifest(metadata: dcp.Metadata) -> Manifest:
-    storage: Mapping[dcp.MetadataIndex, _StorageInfo] = metadata.storage_data
+    storage: Mapping[dcp.MetadataIndex, StorageInfo] = metadata.storage_data
     paths = metadata.planner_data if isinstance(metadata.planner_data, Mapping) else {}
     tensors: dict[str, TensorEntry] = {}
     objects: dict[str, ObjectEntry] = {}
@@ -161,26 +161,26 @@ def names_in_order(metadata: dcp.Metadata) -> list[str]:
     return list(dict.fromkeys([*(name for name in paths if name in entries), *entries]))
 
 
-def _to_chunk(name: str, chunk: dcp.ChunkStorageMetadata, storage: Mapping[dcp.MetadataIndex, _StorageInfo]) -> Chunk:
+def _to_chunk(name: str, chunk: dcp.ChunkStorageMetadata, storage: Mapping[dcp.MetadataIndex, StorageInfo]) -> Chunk:
     info = _find(storage, dcp.MetadataIndex(name, chunk.offsets))
     start, length = _sizes((info.offset, info.length))
     box = Box(_sizes(chunk.offsets), _sizes(chunk.sizes))
     return Chunk(box, info.relative_path, start, length, data_start=None, transforms=_transforms(info))
 
 
-def _find(storage: Mapping[dcp.MetadataIndex, _StorageInfo], index: dcp.MetadataIndex) -> _StorageInfo:
+def _find(storage: Mapping[dcp.MetadataIndex, StorageInfo], index: dcp.MetadataIndex) -> StorageInfo:
     info = storage.get(index)
     if info is None:
         raise FormatError(
             f"{METADATA_NAME} says nothing of where {index.fqn!r} at {index.offset} lies: it is incomplete; "
             "stock DCP's threaded writer loses items like this when a thread fails"
         )
-    if not isinstance(info, _StorageInfo) or type(info.relative_path) is not str:
+    if not isinstance(info, StorageInfo) or type(info.relative_path) is not str:
         raise FormatError(f"{METADATA_NAME} locates {index.fqn!r} by a {type(info).__name__}")
     return info
 
 
-def _transforms(info: _StorageInfo) -> tuple[str, ...]:
+def _transforms(info: StorageInfo) -> tuple[str, ...]:
     return tuple(str(item) for item in getattr(info, "transform_descriptors", None) or ())
 
 

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.fingerprint import WORD_MASK, Fingerprint
+from ray_ckpt.format.torch_internals import locate_shard
 
 CHUNK_WORDS = 1 << 18
 """Words mixed at once: 2 MiB per temporary, so that the temporaries stay in the cache."""
@@ -57,9 +57,9 @@ def _local_part(tensor: torch.Tensor) -> tuple[Box, torch.Tensor]:
         return Box.whole(tensor.shape), tensor
     if any(placement.is_partial() for placement in tensor.placements):
         raise ValueError(f"a DTensor with partial sums has no bits to fingerprint: {tensor.placements}")
-    _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    _, offsets = locate_shard(tensor)
     local = tensor.to_local()
-    return Box(tuple(offsets), tuple(local.shape)), local
+    return Box(offsets, tuple(local.shape)), local
 
 
 def _contiguous_parts(tensor: torch.Tensor, box: Box) -> Iterator[tuple[torch.Tensor, Box]]:

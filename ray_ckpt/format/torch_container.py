@@ -34,6 +34,7 @@ from typing import Any
 import torch
 
 from ray_ckpt.errors import FormatError
+from ray_ckpt.format.torch_internals import STORAGE_TYPES, rebuild_tensor_v2, rebuild_tensor_v3
 
 __all__ = [
     "ALIGNMENT",
@@ -242,7 +243,7 @@ class _TensorPickler(pickle.Pickler):
         numel = 1
         for size in obj.shape:
             numel *= size
-        storage_class = torch.storage._dtype_to_storage_type_map().get(obj.dtype)
+        storage_class = STORAGE_TYPES.get(obj.dtype)
         self._storage_id = (
             ("storage", getattr(torch, storage_class), "0", "cpu", numel)
             if storage_class
@@ -250,8 +251,8 @@ class _TensorPickler(pickle.Pickler):
         )
         common: tuple[Any, ...] = (_Storage(), 0, obj.shape, contiguous_strides(obj.shape), False, OrderedDict())
         if storage_class:
-            return torch._utils._rebuild_tensor_v2, common
-        return torch._utils._rebuild_tensor_v3, (*common, obj.dtype)
+            return rebuild_tensor_v2, common
+        return rebuild_tensor_v3, (*common, obj.dtype)
 
     def persistent_id(self, obj: object) -> Any:
         return self._storage_id if isinstance(obj, _Storage) else None
@@ -403,4 +404,4 @@ _STAND_INS: dict[tuple[str, str], Any] = {
     ("torch.storage", "UntypedStorage"): None,
     ("collections", "OrderedDict"): OrderedDict,
 }
-_STORAGE_DTYPES = {name: dtype for dtype, name in torch.storage._dtype_to_storage_type_map().items()}
+_STORAGE_DTYPES = {name: dtype for dtype, name in STORAGE_TYPES.items()}

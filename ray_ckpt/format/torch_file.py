@@ -34,6 +34,7 @@ from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.manifest import Chunk, Inline, Manifest, ObjectEntry, Path, TensorEntry
 from ray_ckpt.format.ranges import span
 from ray_ckpt.format.torch_container import dtype_name
+from ray_ckpt.format.torch_internals import STORAGE_TYPES
 
 __all__ = ["LOCAL_HEADER_BYTES", "MAGIC", "Content", "Tensor", "data_start", "parse", "to_manifest"]
 
@@ -293,4 +294,4 @@ _ADMITTED: dict[tuple[str, str], Any] = {
     ("__builtin__", "set"): set,
     ("__builtin__", "dict"): dict,
 }
-_STORAGE_DTYPES = {name: dtype for dtype, name in torch.storage._dtype_to_storage_type_map().items()}
+_STORAGE_DTYPES = {name: dtype for dtype, name in STORAGE_TYPES.items()}

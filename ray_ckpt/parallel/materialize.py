@@ -17,7 +17,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from ray_ckpt.format.torch_internals import locate_shard, replace_tensors, with_own_tensors
 
 
 def materialize(whole: nn.Module, device: torch.device, seed: int) -> None:
@@ -44,7 +45,7 @@ def allocate(model: nn.Module, device: torch.device, tied: Mapping[str, str]) ->
     Args:
         tied: name -> the name of the weight whose memory it shares, as `tied_names` has it.
     """
-    model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+    replace_tensors(model, lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
     tie(model, tied)
 
 
@@ -87,14 +88,7 @@ def set_initial_values(
 @torch.no_grad()
 def values_of(skeleton: nn.Module, name: str, seed: int, device: torch.device) -> dict[str, torch.Tensor]:
     """The initial values of the parameters and buffers that a module of the whole model owns itself, by their names."""
-    module = copy.copy(skeleton.get_submodule(name))
-    module._parameters = {
-        key: None if value is None else nn.Parameter(torch.empty_like(value, device=device), value.requires_grad)
-        for key, value in module._parameters.items()
-    }
-    module._buffers = {
-        key: None if value is None else torch.empty_like(value, device=device) for key, value in module._buffers.items()
-    }
+    module = with_own_tensors(skeleton.get_submodule(name), lambda tensor: torch.empty_like(tensor, device=device))
     reset = initializer(skeleton, module)
     assert reset is not None, "build_on_meta has checked that every module can be initialized"
     torch.manual_seed(seed + zlib.crc32(name.encode()))
@@ -127,8 +121,7 @@ def _copy_shard(parameter: nn.Parameter, whole: torch.Tensor) -> None:
     if not isinstance(parameter, DTensor):
         parameter.copy_(whole)
         return
-    mesh, placements = parameter.device_mesh, parameter.placements
-    sizes, offsets = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
+    sizes, offsets = locate_shard(parameter)
     for dim, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
         whole = whole.narrow(dim, min(offset, whole.shape[dim]), size)
     parameter.to_local().copy_(whole)

@@ -10,17 +10,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed._shard.sharded_tensor import ShardedTensor
-from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.planner import WriteItem
-from torch.distributed.checkpoint.planner_helpers import _create_write_items
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.checkpoint.utils import find_state_dict_object
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ray_ckpt.errors import UsageError
 from ray_ckpt.format.torch_container import dtype_name
+from ray_ckpt.format.torch_internals import (
+    ShardedTensor,
+    create_write_items,
+    flatten_state_dict,
+    local_tensor,
+    locate_shard,
+)
 from ray_ckpt.protocol.messages import Item, TensorSpec
 
 
@@ -75,11 +78,11 @@ class _Holder:
         """The parts of one entry that this rank holds: usually one, none of a shard that is empty."""
         if isinstance(value, DTensor):
             spec = self._dtensor_spec(name, value)
-            return [] if spec is None else [(spec, value._local_tensor)]
+            return [] if spec is None else [(spec, local_tensor(value))]
         if isinstance(value, ShardedTensor) or hasattr(value, "__create_write_items__"):
             return [
                 (self._planned_spec(item), find_state_dict_object({name: value}, item.index))
-                for item in _create_write_items(name, value)
+                for item in create_write_items(name, value)
             ]
         if isinstance(value, torch.Tensor):
             return [(self._plain_spec(value), value)]
@@ -96,7 +99,7 @@ class _Holder:
     def _dtensor_spec(self, name: str, tensor: DTensor) -> TensorSpec | None:
         key = tensor.dtype, tensor.shape, tensor.device_mesh, tensor.placements
         if key not in self._specs:
-            self._specs[key] = _locate_shard(name, tensor)
+            self._specs[key] = _shard_spec(name, tensor)
         return self._specs[key]
 
     def _planned_spec(self, item: WriteItem) -> TensorSpec:
@@ -106,13 +109,13 @@ class _Holder:
         return TensorSpec(dtype_name(data.properties.dtype), tuple(data.size), tuple(chunk.offsets), tuple(chunk.sizes))
 
 
-def _locate_shard(name: str, tensor: DTensor) -> TensorSpec | None:
+def _shard_spec(name: str, tensor: DTensor) -> TensorSpec | None:
     """Where this rank's shard lies, or None when it has no element of the tensor."""
     if any(placement.is_partial() for placement in tensor.placements):
         raise UsageError(f"{name!r} is a pending sum over ranks ({tensor.placements}): redistribute it before the save")
     if tensor.device_mesh.get_coordinate() is None:
         return None
-    sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    sizes, offsets = locate_shard(tensor)
     if 0 in sizes and 0 not in tensor.shape:
         return None
-    return TensorSpec(dtype_name(tensor.dtype), tuple(tensor.shape), tuple(offsets), tuple(sizes))
+    return TensorSpec(dtype_name(tensor.dtype), tuple(tensor.shape), offsets, sizes)

@@ -20,6 +20,7 @@ import torch
 from ray_ckpt.errors import UsageError
 from ray_ckpt.format.manifest import Inline
 from ray_ckpt.format.torch_container import parse_dtype
+from ray_ckpt.format.torch_internals import copy_each
 from ray_ckpt.protocol.holdings import Holdings
 from ray_ckpt.protocol.messages import Item, TensorSpec, num_bytes
 from ray_ckpt.rounding import round_up
@@ -78,7 +79,7 @@ class HostCopy:
                 sources.append(_copied(source))
         if places:
             # One call for all: what Python adds to the copy of a small tensor is as much as the copy.
-            torch._foreach_copy_(places, sources, non_blocking=True)
+            copy_each(places, sources)
         for device in devices:
             if device.type == "cuda":
                 torch.cuda.current_stream(device).synchronize()

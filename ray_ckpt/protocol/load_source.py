@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.distributed._shard._utils import narrow_tensor_by_index
-from torch.distributed.checkpoint._traverse import set_element
 
 from ray_ckpt.errors import StateMismatchError, UsageError
 from ray_ckpt.format import translate
 from ray_ckpt.format.boxes import Box, shared_box
 from ray_ckpt.format.manifest import Manifest, ObjectEntry, TensorEntry
 from ray_ckpt.format.torch_container import parse_dtype
+from ray_ckpt.format.torch_internals import narrow, set_element
 from ray_ckpt.gc_pause import collector_paused
 from ray_ckpt.protocol.holdings import hold
 from ray_ckpt.protocol.messages import TensorSpec
@@ -169,7 +168,7 @@ def _want_tensor(
             continue
         part = target.detach() if target.requires_grad else target
         if not overlap.is_all_of_target:
-            part = narrow_tensor_by_index(part, overlap.target_offsets, overlap.box.sizes)
+            part = narrow(part, overlap.target_offsets, overlap.box.sizes)
         yield Wanted(SavedChunk(name, dtype, chunk), overlap.box, part)
 
 

@@ -23,13 +23,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint._nested_dict import flatten_state_dict
-from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.stateful import Stateful
-from torch.distributed.tensor import DTensor
 
 from ray_ckpt.errors import StateMismatchError, UsageError
 from ray_ckpt.format.manifest import itemsize
+from ray_ckpt.format.torch_internals import flatten_state_dict, local_tensor, set_element
 from ray_ckpt.format.translate import HYPERPARAMETERS, Names
 from ray_ckpt.gc_pause import collector_paused
 from ray_ckpt.protocol.agreement import mark, marked
@@ -331,4 +329,4 @@ def _saved_and_wanted(claim: Claim, saved: SavedState) -> str:
 
 
 def _local_elements(tensor: torch.Tensor) -> int:
-    return (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).numel()
+    return local_tensor(tensor).numel()

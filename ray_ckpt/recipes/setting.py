@@ -71,6 +71,18 @@ def storage_of(storage: str | None) -> Iterator[str]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
+def unshared(place: str, seen: str) -> UsageError:
+    """The refusal of a storage that is not one and the same everywhere.
+
+    Args:
+        seen: who does not see whose file.
+    """
+    return UsageError(
+        f"{place} is not shared: {seen}. Give a directory that is mounted on every node, or an object store such as "
+        "s3://bucket/path"
+    )
+
+
 def check_storage(group: WorkerGroup, uri: str, overwrite: bool) -> None:
     """Find out, before the first byte is saved, whether all workers can write there, and all and we see their files.
 
@@ -93,9 +105,6 @@ def check_storage(group: WorkerGroup, uri: str, overwrite: bool) -> None:
     places = [f"rank {rank} on {worker.node}" for rank, worker in enumerate(group.workers)]
     for who, view in [*zip(places, views, strict=True), ("this driver, which commits,", here)]:
         if unseen := sorted(set(range(group.num_workers)) - set(view.probes)):
-            raise UsageError(
-                f"{place} is not shared: {who} does not see the file that {places[unseen[0]]} wrote there. Give a "
-                "directory that is mounted on every node, or an object store such as s3://bucket/path"
-            )
+            raise unshared(place, f"{who} does not see the file that {places[unseen[0]]} wrote there")
     if views[0].has_checkpoint and not overwrite:
         raise CheckpointExistsError(f"{place} already holds a committed checkpoint: give another place, or --overwrite")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from ray_ckpt.format.torch_internals import local_tensor
 from ray_ckpt.text import listed
 
 Values = Mapping[str, Any]
@@ -89,7 +90,7 @@ def same(one: Any, other: Any) -> bool:
         return True
     if isinstance(one, DTensor) and isinstance(other, DTensor):
         # Of whole ones torch would ask the other ranks, which may not be here.
-        return same(one._local_tensor, other._local_tensor)
+        return same(local_tensor(one), local_tensor(other))
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return one.shape == other.shape and torch.equal(one, other)
     return type(one) is type(other) and bool(one == other)

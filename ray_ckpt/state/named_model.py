@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import _get_fqns
 from torch.distributed.fsdp import (
     FullyShardedDataParallel,
     ShardedOptimStateDictConfig,
@@ -27,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
 from ray_ckpt.errors import UsageError
+from ray_ckpt.format.torch_internals import local_tensor, names_of
 from ray_ckpt.state import sealing
 from ray_ckpt.state.load_plan import Claim, LoadPlan, SavedState, Spec
 
@@ -162,7 +162,7 @@ class NamedModel:
             inner, inner_key = module, key
             if isinstance(module, AveragedModel) and key.startswith("module."):
                 inner, inner_key = module.module, key.removeprefix("module.")
-            known = self._known_names[module, key] = sorted(_get_fqns(inner, inner_key))
+            known = self._known_names[module, key] = sorted(names_of(inner, inner_key))
         return known
 
     def _canonical_names(self) -> dict[str, str]:
@@ -299,13 +299,9 @@ def _device_of(module: nn.Module) -> torch.device:
 
 def _check_tied(name: str, first: torch.Tensor, others: Sequence[torch.Tensor]) -> None:
     for other in others:
-        one, two = _local(first), _local(other)
+        one, two = local_tensor(first), local_tensor(other)
         if one.data_ptr() != two.data_ptr() and not (one.shape == two.shape and torch.equal(one, two)):
             raise UsageError(
                 f"the weights tied under {name!r} are different memory and hold different values: they were untied, "
                 "for instance by wrapping each layer for itself, and one name cannot save both"
             )
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor

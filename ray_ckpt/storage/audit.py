@@ -20,13 +20,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import xxhash
-from torch.distributed.checkpoint._extension import ExtensionRegistry
 
 from ray_ckpt.errors import CheckpointError, CheckpointNotFoundError, FormatError, StorageError
 from ray_ckpt.format import dcp_metadata, values
 from ray_ckpt.format.block_sums import BlockHasher, BlockSums
 from ray_ckpt.format.manifest import MANIFEST_NAME, Chunk, Manifest, ObjectEntry, itemsize
 from ray_ckpt.format.torch_container import container, parse_dtype
+from ray_ckpt.format.torch_internals import ExtensionRegistry
 from ray_ckpt.report import Damage, VerifyReport
 from ray_ckpt.storage.files import InputFile, Storage
 from ray_ckpt.storage.objects import Decoder, fetch_containers

@@ -13,12 +13,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.distributed._shard._utils import narrow_tensor_by_index
-from torch.distributed.checkpoint._extension import ExtensionRegistry
 
 from ray_ckpt.errors import UsageError
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.manifest import MANIFEST_NAME, Manifest, ObjectEntry
+from ray_ckpt.format.torch_internals import ExtensionRegistry, narrow
 from ray_ckpt.gc_pause import collector_paused
 from ray_ckpt.storage.chunk_sources import SavedChunk, load_whole, locate
 from ray_ckpt.storage.files import Storage
@@ -112,7 +111,7 @@ class CheckpointReader:
                 pieces.append(Piece(source, box, target))
             else:
                 whole = load_whole(storage, saved, self.decoder, tuning)
-                target.copy_(narrow_tensor_by_index(whole, box.offsets, box.sizes))
+                target.copy_(narrow(whole, box.offsets, box.sizes))
         fetch(storage, pieces, tuning)
 
     def read_values(self, entries: Mapping[str, ObjectEntry]) -> dict[str, Any]:

@@ -20,13 +20,13 @@ from typing import Any
 import torch
 import torch.serialization
 import xxhash
-from torch.distributed.checkpoint._extension import ExtensionRegistry, StreamTransformExtension
 
 from ray_ckpt.errors import FormatError, UnsafeCheckpointError, UsageError
 from ray_ckpt.format import values
 from ray_ckpt.format.block_sums import BlockSums
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.manifest import Inline, ObjectEntry
+from ray_ckpt.format.torch_internals import ExtensionRegistry, StreamTransformExtension
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.ranged_reads import Piece, Source, Tuning, fetch
 

@@ -20,12 +20,12 @@ from typing import NamedTuple
 
 import torch
 import xxhash
-from torch.distributed._shard._utils import narrow_tensor_by_index
 
 from ray_ckpt.errors import IntegrityError
 from ray_ckpt.format import ranges
 from ray_ckpt.format.block_sums import BlockSums
 from ray_ckpt.format.boxes import Box
+from ray_ckpt.format.torch_internals import narrow
 from ray_ckpt.gc_pause import collector_paused
 from ray_ckpt.rounding import round_up
 from ray_ckpt.storage.files import InputFile, Storage
@@ -210,7 +210,7 @@ def _plan_scattered(piece: Piece, tuning: Tuning) -> Iterator[_Range]:
         max_gap=tuning.max_gap_bytes,
     )
     for part in parts:
-        target = narrow_tensor_by_index(piece.target, part.box.within(piece.box).offsets, part.box.sizes)
+        target = narrow(piece.target, part.box.within(piece.box).offsets, part.box.sizes)
         scatter = _Scatter(target, source.dtype, source.strides, part.end - part.start)
         yield _widened(source, part.start, part.end, scatter)
 

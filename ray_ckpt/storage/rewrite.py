@@ -13,13 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.distributed._shard._utils import narrow_tensor_by_index
-from torch.distributed.checkpoint._extension import ExtensionRegistry
 
 from ray_ckpt.errors import UnsafeCheckpointError
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.manifest import Chunk, ObjectEntry
 from ray_ckpt.format.torch_container import parse_dtype
+from ray_ckpt.format.torch_internals import ExtensionRegistry, narrow
 from ray_ckpt.rounding import round_up
 from ray_ckpt.storage.checkpoint_reader import CheckpointReader, Wanted
 from ray_ckpt.storage.chunk_sources import SavedChunk
@@ -127,7 +126,7 @@ class _Reading:
                 if common is not None:
                     saved = SavedChunk(fragment.tensor.name, view.dtype, chunk)
                     place = common.within(fragment.box)
-                    target = narrow_tensor_by_index(view, place.offsets, place.sizes)
+                    target = narrow(view, place.offsets, place.sizes)
                     wanted.append(Wanted(saved, common.within(chunk.box), target))
         self._reader.read_tensors(wanted)
 

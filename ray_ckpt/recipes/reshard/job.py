@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ray_ckpt.cluster.tasks import run_tasks
-from ray_ckpt.errors import StorageError, UsageError
+from ray_ckpt.errors import StorageError
 from ray_ckpt.format import dcp_metadata
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.manifest import Manifest
@@ -27,7 +27,7 @@ from ray_ckpt.protocol.messages import FileRecord, Item, LocalPlan, RankRecord, 
 from ray_ckpt.recipes.reshard.plan import partition
 from ray_ckpt.recipes.reshard.task import RankFile
 from ray_ckpt.recipes.screen import Screen, format_bytes
-from ray_ckpt.recipes.setting import connected
+from ray_ckpt.recipes.setting import connected, unshared
 from ray_ckpt.report import SaveReport
 from ray_ckpt.storage.checkpoint_reader import CheckpointReader
 from ray_ckpt.storage.files import Storage
@@ -194,10 +194,7 @@ def _check_shared(target: Storage, records: Mapping[int, FileRecord]) -> None:
     seen = target.list_files()
     for rank, record in records.items():
         if record.name not in seen:
-            raise UsageError(
-                f"--target {target.address} is not shared: the file that the task of rank {rank} wrote is not there. "
-                "Give a directory that is mounted on every node, or an object store such as s3://bucket/path"
-            )
+            raise unshared(f"--target {target.address}", f"the file that the task of rank {rank} wrote is not there")
 
 
 def _discard(target: Storage, attempt: str) -> None:

@@ -1,0 +1,93 @@
+"""The only home of torch's private names; `tests/test_torch_internals.py` says what of each is relied on.
+
+DCP      StorageInfo, ExtensionRegistry, StreamTransformExtension, ShardedTensor, create_write_items,
+         flatten_state_dict, set_element, names_of
+DTensor  local_tensor, locate_shard
+tensors  STORAGE_TYPES, rebuild_tensor_v2, rebuild_tensor_v3, tensor_layout, narrow, copy_each
+modules  replace_tensors, with_own_tensors
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.serialization
+from torch import nn
+from torch._utils import _rebuild_tensor_v2 as rebuild_tensor_v2
+from torch._utils import _rebuild_tensor_v3 as rebuild_tensor_v3
+from torch.distributed._shard._utils import narrow_tensor_by_index as narrow
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.checkpoint._extension import ExtensionRegistry, StreamTransformExtension
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo
+from torch.distributed.checkpoint.planner_helpers import _create_write_items as create_write_items
+from torch.distributed.checkpoint.state_dict import _get_fqns
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+__all__ = [
+    "STORAGE_TYPES",
+    "ExtensionRegistry",
+    "ShardedTensor",
+    "StorageInfo",
+    "StreamTransformExtension",
+    "copy_each",
+    "create_write_items",
+    "flatten_state_dict",
+    "local_tensor",
+    "locate_shard",
+    "names_of",
+    "narrow",
+    "rebuild_tensor_v2",
+    "rebuild_tensor_v3",
+    "replace_tensors",
+    "set_element",
+    "tensor_layout",
+    "with_own_tensors",
+]
+
+STORAGE_TYPES: Mapping[torch.dtype, str] = torch.storage._dtype_to_storage_type_map()
+"""Dtype -> name of the typed storage class that stands for it in a pickle by `torch.save`. Newer dtypes have none."""
+
+tensor_layout = torch.serialization._get_layout
+"""`"torch.strided"` -> `torch.strided`. A pickled layout names this function."""
+
+
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """A DTensor's shard on this rank, without the gradient that `to_local` would track; any other tensor itself."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def locate_shard(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sizes and offsets of this rank's shard in the global tensor, in elements."""
+    sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(sizes), tuple(offsets)
+
+
+def names_of(module: nn.Module, name: str) -> set[str]:
+    """The names that state dicts have for a parameter or buffer, without those of the wrappers around its module."""
+    return set(_get_fqns(module, name))
+
+
+def copy_each(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """Copy each source to its target by one call, without waiting for copies from a GPU."""
+    torch._foreach_copy_(targets, sources, non_blocking=True)
+
+
+def replace_tensors(module: nn.Module, replace: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Put `replace(tensor)` in place of every parameter's data and of every buffer, in all submodules."""
+    module._apply(replace)
+
+
+def with_own_tensors(module: nn.Module, make: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+    """A shallow copy of a module with `make(tensor)` for each parameter and buffer that it owns itself."""
+    copied = copy.copy(module)
+    copied._parameters = {
+        key: None if value is None else nn.Parameter(make(value), value.requires_grad)
+        for key, value in module._parameters.items()
+    }
+    copied._buffers = {key: None if value is None else make(value) for key, value in module._buffers.items()}
+    return copied
