@@ -36,8 +36,7 @@ def public(name: str) -> Any:
 
 
 def needs_example(item: Any) -> bool:
-    is_error = isinstance(item, type) and issubclass(item, RayCkptError)
-    return not is_error and not inspect.ismodule(item) and item not in (ray_ckpt.RetryPolicy, ray_ckpt.Storage)
+    return not (isinstance(item, type) and issubclass(item, RayCkptError)) and not inspect.ismodule(item)
 
 
 @pytest.mark.parametrize("name", OFF_RAY + ON_RAY)

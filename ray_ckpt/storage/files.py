@@ -60,6 +60,15 @@ class Scanned:
 class Storage:
     """A directory, or a prefix of an object store, and the files below it.
 
+    The verbs take a path or a URI as well; make a `Storage` to give a retry policy.
+
+    Example:
+        >>> from ray_ckpt import Storage, save
+        >>> storage = Storage("run/step-1")  # or s3://bucket/run/step-1?region=eu-west-1
+        >>> report = save({"step": 1}, storage)
+        >>> sorted(storage.list())
+        ['.metadata', '__0_0-....distcp', 'manifest.json']
+
     Args:
         target: A local path, or a URI: `file://`, `s3://`, `gs://`, `abfs://`, `hdfs://` with the options that
             `pyarrow.fs.FileSystem.from_uri` takes (for S3: `region`, `scheme`, `endpoint_override`, ...) plus

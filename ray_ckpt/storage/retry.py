@@ -43,14 +43,22 @@ _TRANSIENT_TEXT = re.compile(
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How a transient error is retried: exponential backoff with full jitter, up to a number of attempts."""
+    """How transient errors are retried: after random waits whose upper limit doubles with every attempt.
+
+    Example:
+        >>> from ray_ckpt import RetryPolicy, Storage
+        >>> patient = Storage("s3://bucket/run", retry=RetryPolicy(attempts=10, max_wait_s=60.0))
+
+    Raises:
+        UsageError: `attempts` is below 1, or the waits are not `0 <= first_wait_s <= max_wait_s`.
+    """
 
     attempts: int = 7
-    """How often an operation is tried in all."""
+    """Number of times that an operation is tried in all."""
     first_wait_s: float = 0.2
-    """Upper end of the first random wait; it doubles with every attempt."""
+    """Upper limit of the first random wait."""
     max_wait_s: float = 20.0
-    """Upper end of every wait."""
+    """Upper limit of every wait."""
 
     def __post_init__(self) -> None:
         if self.attempts < 1 or self.first_wait_s < 0 or self.max_wait_s < self.first_wait_s:
