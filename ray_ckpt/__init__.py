@@ -33,6 +33,7 @@ from ray_ckpt.errors import (
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from ray_ckpt import cluster
     from ray_ckpt.checkpoint.loading import load
     from ray_ckpt.checkpoint.saving import save
     from ray_ckpt.checkpoint.verifying import verify
@@ -88,6 +89,7 @@ __all__ = [
     "WorkerError",
     "WorkerGroup",
     "__version__",
+    "cluster",
     "fingerprint",
     "keep",
     "keep_every",
@@ -116,6 +118,7 @@ _HOMES = {
     "VerifyReport": "ray_ckpt.report",
     "WorkerContext": "ray_ckpt.cluster.worker",
     "WorkerGroup": "ray_ckpt.cluster.group",
+    "cluster": "ray_ckpt",
     "fingerprint": "ray_ckpt.format.fingerprinting",
     "keep": "ray_ckpt.storage.retention",
     "keep_every": "ray_ckpt.storage.retention",
@@ -134,6 +137,8 @@ if not TYPE_CHECKING:  # a type checker would take it to mean that every name ex
     def __getattr__(name: str) -> Any:
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if name == "cluster":  # a room of its own rather than a name in one
+            return importlib.import_module("ray_ckpt.cluster")
         return getattr(importlib.import_module(_HOMES[name]), name)
 
 

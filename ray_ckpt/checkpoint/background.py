@@ -7,10 +7,7 @@ end of the process   ── Python waits for the thread; a failure that nobody s
 
 from __future__ import annotations
 
-import atexit
-import logging
 import os
-import sys
 import weakref
 from collections.abc import Callable
 
@@ -103,13 +100,6 @@ class Saver:
         self._pending = handle
         handle.start(work_alone)
 
-    def tell(self) -> bool:
-        """Wait for the save in flight, then as `SaveHandle.tell`."""
-        if self._pending is None:
-            return False
-        self._pending.wait()
-        return self._pending.tell()
-
 
 _saver = Saver()
 
@@ -125,15 +115,4 @@ def _begin_in_child() -> None:
     _saver = Saver()
 
 
-def _tell_at_exit() -> None:
-    """Python has waited for the thread before this, but need not have in a child of `multiprocessing`."""
-    if _saver.tell():
-        # What an exit handler raises does not reach the exit code.
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
-
-
 os.register_at_fork(after_in_child=_begin_in_child)
-atexit.register(_tell_at_exit)

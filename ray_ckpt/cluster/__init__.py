@@ -1,9 +1,17 @@
 """Ray, and its only home: how to reach a cluster, worker groups, and the verbs driven by actor calls.
 
-from ray_ckpt import cluster
-cluster.save(group, state_of, target)       state_of(ctx) returns what a worker holds
-cluster.load(group, state_of, target)
-cluster.verify(group, target)
+    import ray_ckpt
+
+    with ray_ckpt.WorkerGroup(4) as group:
+        group.run(prepare)                                    # prepare(ctx) builds a model on every worker
+        ray_ckpt.cluster.load(group, state_of, store)         # state_of(ctx) returns what a worker holds
+        for step in range(1000):
+            group.run(train)
+            if step % 100 == 99:
+                ray_ckpt.cluster.save(group, state_of, store, step + 1, blocking=False)
+        ray_ckpt.cluster.verify(group, store)
+
+The verbs are functions of a group rather than its methods: `WorkerGroup` knows nothing of checkpoints.
 """
 
 from ray_ckpt.cluster.loading import load

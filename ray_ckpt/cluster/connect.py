@@ -34,7 +34,7 @@ PROBE_TIMEOUT_S = 5.0
 """How long a cluster's address may take to accept a connection. Ray's own client would wait for most of a minute."""
 
 LOCAL_OBJECT_STORE_BYTES = 256 << 20
-"""For a local Ray of our own: results of calls are small, tensors never pass through the object store."""
+"""Size of a local Ray's object store: results of calls are small, tensors never pass through it."""
 
 
 @contextmanager

@@ -2,20 +2,17 @@
 
 The first error to arrive is often a victim's: neighbors of a dead rank report a lost connection before Ray reports the
 death, and ranks further away sit in a collective until its timeout. So after a first error the others get a short
-grace, and failures are then ranked:
-
-    0  the process is gone, or its node is         ActorDiedError, ActorUnavailableError
-    1  the rank raised an error of its own
-    2  the rank lost a peer                        connection errors and time-outs of torch.distributed
-    -  silent: it never answered
+grace, and failures are then ranked by `Severity`.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any
 
 import ray
@@ -30,6 +27,9 @@ CAUSE_GRACE_S = 1.0
 VICTIM_GRACE_S = 3.5
 """After a lost connection: time for Ray to report the death behind it (1.7 s measured for a removed node)."""
 
+POLL_S = 0.5
+"""Ray's wait is left this often, so that Python runs the handlers of signals meanwhile."""
+
 _LOST_PEER = re.compile(
     r"connection (closed|reset|refused)|broken pipe|timed out waiting|wait timeout|failed to recv"
     r"|remote process exited|NCCL|watchdog",
@@ -38,14 +38,40 @@ _LOST_PEER = re.compile(
 """What gloo, TCPStore and NCCL say when a peer is gone."""
 
 
+class Severity(IntEnum):
+    """How a rank failed; the lower, the surer it is a cause. A rank that never answered has none."""
+
+    DIED = 0
+    """Its process or node is gone: ActorDiedError, ActorUnavailableError."""
+    RAISED = 1
+    """It raised an error of its own."""
+    LOST_PEER = 2
+    """It lost a peer, which is to blame: connection errors and time-outs of torch.distributed."""
+
+    @classmethod
+    def of(cls, failure: RankFailure) -> Severity:
+        if failure.error_type == DIED:
+            return cls.DIED
+        in_collective = "torch/distributed" in failure.traceback
+        return cls.LOST_PEER if in_collective and _LOST_PEER.search(failure.message) else cls.RAISED
+
+    @property
+    def is_cause(self) -> bool:
+        return self is not Severity.LOST_PEER
+
+
 @dataclass
-class _Progress:
+class _Answers:
     values: dict[int, Any] = field(default_factory=dict)
     failures: dict[int, RankFailure] = field(default_factory=dict)
 
     @property
-    def has_cause(self) -> bool:
-        return any(_severity(failure) < 2 for failure in self.failures.values())
+    def grace_s(self) -> float:
+        """How long the other ranks are still waited for: the sooner over, the surer the cause is known."""
+        if not self.failures:
+            return math.inf
+        has_cause = any(Severity.of(failure).is_cause for failure in self.failures.values())
+        return CAUSE_GRACE_S if has_cause else VICTIM_GRACE_S
 
 
 def gather(
@@ -68,52 +94,44 @@ def gather(
         GroupTimeoutError: nobody failed, but not all ranks answered in time.
     """
     ranks = {ref: rank for rank, ref in refs.items()}
-    progress = _Progress()
+    answers = _Answers()
     pending = list(ranks)
     deadline = time.monotonic() + timeout_s
     while pending and (left := deadline - time.monotonic()) > 0:
-        ready, pending = ray.wait(pending, num_returns=1, timeout=min(left, 0.5))
+        ready, pending = ray.wait(pending, num_returns=1, timeout=min(left, POLL_S))
         for ref in ready:
-            rank = ranks[ref]
-            failed_before = bool(progress.failures)
-            had_cause = progress.has_cause
-            _take(ref, rank, workers[rank], progress)
-            failure = progress.failures.get(rank)
-            if failure is not None and _severity(failure) == 1 and (repeated := again(rank)) is not None:
-                del progress.failures[rank]
-                ranks[repeated] = rank
+            grace_before_s = answers.grace_s
+            repeated = _take(ref, ranks[ref], workers, answers, again)
+            if repeated is not None:
+                ranks[repeated] = ranks[ref]
                 pending.append(repeated)
-            elif progress.has_cause and not had_cause:
-                deadline = min(deadline, time.monotonic() + CAUSE_GRACE_S)
-            elif progress.failures and not failed_before:
-                deadline = min(deadline, time.monotonic() + VICTIM_GRACE_S)
+            elif answers.grace_s < grace_before_s:
+                deadline = min(deadline, time.monotonic() + answers.grace_s)
     silent = sorted(ranks[ref] for ref in pending)
-    if progress.failures:
-        raise WorkerError(_in_order_of_blame(progress, silent, workers))
+    if answers.failures:
+        raise WorkerError(_in_order_of_blame(answers, silent, workers))
     if silent:
         names = ", ".join(f"rank {rank} on {workers[rank].node}" for rank in silent)
         raise GroupTimeoutError(f"no answer within {timeout_s:g} s from {names}")
-    return {rank: progress.values[rank] for rank in refs}
+    return {rank: answers.values[rank] for rank in refs}
 
 
-def _take(ref: Any, rank: int, worker: WorkerInfo, progress: _Progress) -> None:
+def _take(
+    ref: Any, rank: int, workers: Sequence[WorkerInfo], answers: _Answers, again: Callable[[int], Any | None]
+) -> Any | None:
+    """Note what a rank has answered, or the reference to its next try."""
     try:
         outcome: Outcome = ray.get(ref)
     except RayError as error:
-        progress.failures[rank] = _from_ray(error, rank, worker)
-        return
-    if outcome.failure is not None:
-        progress.failures[rank] = outcome.failure
-    else:
-        progress.values[rank] = outcome.value
-
-
-def _severity(failure: RankFailure) -> int:
-    """0: the process is gone; 1: an error of its own; 2: it lost a peer."""
-    if failure.error_type == DIED:
-        return 0
-    in_collective = "torch/distributed" in failure.traceback
-    return 2 if in_collective and _LOST_PEER.search(failure.message) else 1
+        outcome = Outcome(failure=_from_ray(error, rank, workers[rank]))
+    failure = outcome.failure
+    if failure is None:
+        answers.values[rank] = outcome.value
+        return None
+    repeated = again(rank) if Severity.of(failure) is Severity.RAISED else None
+    if repeated is None:
+        answers.failures[rank] = failure
+    return repeated
 
 
 def _from_ray(error: RayError, rank: int, worker: WorkerInfo) -> RankFailure:
@@ -131,14 +149,14 @@ def _from_ray(error: RayError, rank: int, worker: WorkerInfo) -> RankFailure:
 
 
 def _in_order_of_blame(
-    progress: _Progress, silent: Sequence[int], workers: Sequence[WorkerInfo]
+    answers: _Answers, silent: Sequence[int], workers: Sequence[WorkerInfo]
 ) -> tuple[RankFailure, ...]:
     """Causes only, when there are any. Among mere victims the silent ranks are the suspects and come first."""
-    causes = [failure for failure in progress.failures.values() if _severity(failure) < 2]
-    if causes:
-        return tuple(sorted(causes, key=lambda failure: (_severity(failure), failure.rank)))
+    failures = sorted(answers.failures.values(), key=lambda failure: (Severity.of(failure), failure.rank))
+    if causes := [failure for failure in failures if Severity.of(failure).is_cause]:
+        return tuple(causes)
     suspects = [
         RankFailure(rank, workers[rank].node, SILENT, "never answered; its peers lost the connection")
         for rank in silent
     ]
-    return tuple(suspects) + tuple(progress.failures[rank] for rank in sorted(progress.failures))
+    return (*suspects, *failures)

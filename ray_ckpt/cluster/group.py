@@ -39,7 +39,7 @@ from ray_ckpt.cluster.resources import choose_demand, describe, describe_nodes, 
 from ray_ckpt.cluster.worker import BESIDE, Rendezvous, Worker, WorkerInfo
 from ray_ckpt.errors import GroupError, PlacementError, UsageError
 
-PATIENCE_S = 5.0
+LEAVE_TIMEOUT_S = 5.0
 """How long the workers may take to leave the process group before they are killed."""
 
 REMOVAL_TIMEOUT_S = 10.0
@@ -48,12 +48,12 @@ REMOVAL_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True)
 class PlacementWait:
-    """Where a wait for placement stands."""
+    """The state of a wait for placement."""
 
     asked: str
-    """What the group asks for, such as `4 x {CPU: 1, GPU: 1}`."""
+    """The group's demand, such as `4 x {CPU: 1, GPU: 1}`."""
     nodes: str
-    """What is up, such as `1 node with {CPU: 8, GPU: 0}`."""
+    """The nodes that are up, such as `1 node with {CPU: 8, GPU: 0}`."""
     waited_s: float
 
 
@@ -111,6 +111,7 @@ class WorkerGroup:
         self._resources = contextlib.ExitStack()
         self._placement: PlacementGroup | None = None
         self._actors: list[Any] = []
+        self._background: Callable[[float | None], None] | None = None
         self.workers: tuple[WorkerInfo, ...] = ()
         try:
             if not ray.is_initialized():
@@ -131,7 +132,7 @@ class WorkerGroup:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # After an error, or Ctrl-C, the ranks may sit in a collective: asking them to leave would only cost time.
-        self.close(patience_s=PATIENCE_S if kind is None else 0.0)
+        self.close(patience_s=LEAVE_TIMEOUT_S if kind is None else 0.0)
 
     @property
     def num_workers(self) -> int:
@@ -139,7 +140,7 @@ class WorkerGroup:
 
     @property
     def closed(self) -> bool:
-        return self._placement is None
+        return not self._actors
 
     def run(self, fn: Callable[..., Any] | str, *args: Any, timeout_s: float | None = None) -> list[Any]:
         """Call `fn(ctx, *args)` on every rank and return the results in rank order.
@@ -154,10 +155,9 @@ class WorkerGroup:
                 closed.
             GroupError: the group is closed already.
         """
-        if self.closed:
-            raise GroupError("the group is closed: form a new one")
+        actors = self._open_actors()
         timeout_s = self.call_timeout_s if timeout_s is None else timeout_s
-        return self._gather([actor.call.remote(fn, args) for actor in self._actors], timeout_s)
+        return self._gather([actor.call.remote(fn, args) for actor in actors], timeout_s)
 
     def call(
         self,
@@ -168,7 +168,7 @@ class WorkerGroup:
         beside: bool = False,
         retries: int = 0,
     ) -> dict[int, Any]:
-        """Call `fn(ctx, *args)` on some ranks, each with arguments of its own. The group stays as it is, come what may.
+        """Call `fn(ctx, *args)` on some ranks, each with arguments of its own. The group stays open, whatever happens.
 
         Use no collectives in `fn`: after a failure the other ranks would sit in them.
 
@@ -185,11 +185,9 @@ class WorkerGroup:
                 go on with what they do.
             GroupError: the group is closed.
         """
-        if self.closed:
-            raise GroupError("the group is closed: form a new one")
+        actors = self._open_actors()
         timeout_s = self.call_timeout_s if timeout_s is None else timeout_s
         options = {"concurrency_group": BESIDE} if beside else {}
-        actors = dict(enumerate(self._actors))
         tries: Counter[int] = Counter()
 
         def start(rank: int) -> Any:
@@ -201,17 +199,40 @@ class WorkerGroup:
 
         return gather({rank: start(rank) for rank in args_of}, self.workers, timeout_s, again)
 
-    def close(self, patience_s: float = PATIENCE_S) -> None:
+    def wait_for(self, wait: Callable[[float | None], None]) -> None:
+        """Let `close` wait for something that goes on beside the calls, on a thread of this process.
+
+        Args:
+            wait: `wait(timeout_s)` returns when it has ended, or raises `TimeoutError` after that time (None: never).
+                Its own calls on the workers fail once these are killed, so that it ends soon after.
+        """
+        self._background = wait
+
+    def close(self, patience_s: float = LEAVE_TIMEOUT_S) -> None:
         """End the workers and give their resources back. May be called twice.
 
         Args:
             patience_s: how long the ranks may take to leave the process group together; 0 kills them at once.
         """
-        if patience_s > 0 and self._actors:
-            refs = [actor.leave.remote() for actor in self._actors]
-            ready, _ = ray.wait(refs, num_returns=len(refs), timeout=patience_s)
-            _drop_results(ready)
-        self._tear_down()
+        try:
+            if patience_s > 0 and self._actors:
+                if self._background is not None:
+                    self._background(None)
+                refs = [actor.leave.remote() for actor in self._actors]
+                ready, _ = ray.wait(refs, num_returns=len(refs), timeout=patience_s)
+                _drop_results(ready)
+        finally:
+            self._tear_down()
+
+    def _open_actors(self) -> list[Any]:
+        """The workers, by rank.
+
+        Raises:
+            GroupError: the group is closed.
+        """
+        if self.closed:
+            raise GroupError("the group is closed: form a new one")
+        return self._actors
 
     def _place(self, num_workers: int, timeout_s: float, on_wait: Callable[[PlacementWait], None] | None) -> None:
         bundle = self.demand.bundle
@@ -284,6 +305,11 @@ class WorkerGroup:
             ray.kill(actor)
         self._actors = []
         _drop_results(unread)
+        if self._background is not None:
+            # Before Ray is gone: a call to it would start another one.
+            with contextlib.suppress(TimeoutError):
+                self._background(LEAVE_TIMEOUT_S)
+            self._background = None
         if self._placement is not None:
             remove_placement_group(self._placement)
             _wait_until_removed(self._placement)

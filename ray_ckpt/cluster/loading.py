@@ -45,8 +45,8 @@ def load(
 ) -> list[LoadReport]:
     """Load a checkpoint into what the workers hold, whatever layout saved it. The group stays open, whatever happens.
 
-    Everything is compared, on all workers, before anything is changed. After an error during the reading the tensors
-    hold parts of two states. Where a worker's own state takes part in collectives (FSDP1's does), a worker that fails
+    Everything is compared, on all workers, before anything is changed. After an error while reading, the tensors hold
+    parts of both states. Where a worker's own state takes part in collectives (FSDP1's does), a worker that fails
     leaves the others in them until the group's collective timeout.
 
     Example:
@@ -70,7 +70,7 @@ def load(
         timeout_s: for the whole load; by default the group's `call_timeout_s`.
 
     Returns:
-        One report per worker, in rank order.
+        One `LoadReport` per worker, in rank order.
 
     Raises:
         CheckpointNotFoundError: there is no committed checkpoint.

@@ -16,13 +16,13 @@ NCCL = "cpu:gloo,cuda:nccl"
 
 @dataclass(frozen=True)
 class WorkerDemand:
-    """What every worker of a group asks for, and the process-group backend that goes with it."""
+    """The demand of each worker of a group, and the process-group backend that goes with it."""
 
     cpus: float
     gpus: float
     backend: str
     note: str = ""
-    """What the user should know about this choice; empty when it is the obvious one."""
+    """A remark for the user about this choice; empty when it is the obvious one."""
 
     @property
     def bundle(self) -> dict[str, float]:

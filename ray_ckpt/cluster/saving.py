@@ -3,6 +3,8 @@
 driver                                    every worker
     plan    ── state_of ───────────────>  look through the state          <── LocalPlan ──
     merge, refuse what does not fit
+    stage   ── Assignment ─────────────>  only with blocking=False: copy; from here on in a thread of the driver,
+                                          and beside the other calls of the workers
     write   ── Assignment ─────────────>  write files (again, if asked)   <── RankRecord ──
     check, see the files; publish
 
@@ -13,32 +15,65 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, overload
 from weakref import WeakKeyDictionary
 
 from ray_ckpt.cluster import worker_side
 from ray_ckpt.cluster.group import WorkerGroup
 from ray_ckpt.protocol.coordinator import Coordinator, PlanCache
+from ray_ckpt.protocol.messages import Assignment
+from ray_ckpt.protocol.save_handle import SaveHandle
 from ray_ckpt.report import SaveReport
+from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.resolve import Target, destination
 
-_plans: WeakKeyDictionary[WorkerGroup, PlanCache] = WeakKeyDictionary()
-"""Of the last save of each group: a worker whose plan has not changed sends a token instead."""
 
-
+@overload
 def save(
     group: WorkerGroup,
     state_of: worker_side.StateOf | str,
     target: Target,
+    step: int | None = ...,
     *,
+    overwrite: bool = ...,
+    layout: str | None = ...,
+    retries: int = ...,
+    blocking: Literal[True] = ...,
+    timeout_s: float | None = ...,
+) -> SaveReport: ...
+@overload
+def save(
+    group: WorkerGroup,
+    state_of: worker_side.StateOf | str,
+    target: Target,
+    step: int | None = ...,
+    *,
+    overwrite: bool = ...,
+    layout: str | None = ...,
+    retries: int = ...,
+    blocking: Literal[False],
+    timeout_s: float | None = ...,
+) -> SaveHandle: ...
+def save(
+    group: WorkerGroup,
+    state_of: worker_side.StateOf | str,
+    target: Target,
     step: int | None = None,
+    *,
     overwrite: bool = False,
     layout: str | None = None,
     retries: int = 0,
+    blocking: bool = True,
     timeout_s: float | None = None,
-) -> SaveReport:
+) -> SaveReport | SaveHandle:
     """Save what the workers hold as one checkpoint at `target`. The group stays open, whatever happens.
+
+    A group has one save in flight at a time; another one waits for it. With `blocking=False` the call returns as soon
+    as every worker has copied its part into host memory of its own (as much as it writes; used again by the next save):
+    what later calls on the workers change is not in the checkpoint. Writing and committing go on in a thread of the
+    driver, and on the workers beside their other calls. Closing the group waits for it.
 
     Example:
         >>> import torch
@@ -58,6 +93,7 @@ def save(
             `step` the store that it is a step of (the same, or a `CheckpointStore`).
         layout: how the state lies across the workers, for the manifest; by default what rank 0's `TrainState` says.
         retries: how often a worker whose write failed writes once more, by itself.
+        blocking: whether to wait for the commit. If not, ask the handle, or the next `save`, how it went.
         timeout_s: for the whole save; by default the group's `call_timeout_s`.
 
     Raises:
@@ -66,31 +102,107 @@ def save(
             does not see at `target` what the workers have written.
         WorkerError: workers failed or died; names each. Nothing was committed.
         GroupTimeoutError: workers did not answer in time; names each. Nothing was committed.
+        CheckpointError: the save before this one, with `blocking=False`, failed, and nobody has seen that yet; this one
+            was not begun.
+        SavePendingError: the save before this one has not ended within `timeout_s`; this one was not begun.
     """
-    storage = destination(target, step)
-    ranks = range(group.num_workers)
     deadline = time.monotonic() + (group.call_timeout_s if timeout_s is None else timeout_s)
-    cache = _plans.setdefault(group, PlanCache())
+    storage = destination(target, step)
+    memory = _memories.setdefault(group, _GroupMemory())
+    memory.settle(deadline - time.monotonic())
     saved_by = {"torch": importlib.metadata.version("torch")}
-    coordinator = Coordinator(storage, overwrite=overwrite, saved_by=saved_by, cache=cache, called="the driver")
+    coordinator = Coordinator(
+        storage, overwrite=overwrite, layout=layout, saved_by=saved_by, cache=memory.plans, called="the driver"
+    )
+    attempt = _Attempt(group, storage, coordinator, retries, deadline)
+    assignments = attempt.plan(state_of, memory.plans.tokens)
+    if blocking:
+        return attempt.finish(assignments)
+    attempt.stage(assignments)
+    memory.pending = handle = SaveHandle(storage.address)
+    group.wait_for(handle.wait)
+    handle.start(lambda: attempt.finish(assignments))
+    return handle
 
-    def call(fn: Callable[..., Any], args_of: Mapping[int, tuple[Any, ...]], **options: Any) -> dict[int, Any]:
-        return group.call(fn, args_of, timeout_s=max(0.0, deadline - time.monotonic()), **options)
 
-    try:
-        offers = call(worker_side.plan, dict.fromkeys(ranks, (coordinator.attempt, state_of, storage, cache.tokens)))
-        coordinator.layout = layout or offers[0].layout
-        assignments = coordinator.merge([offer.plan for offer in offers.values()])
-        args_of = {assignment.rank: (assignment,) for assignment in assignments}
-        records = call(worker_side.write, args_of, beside=True, retries=retries)
-        coordinator.check(list(records.values()))
-        [stock_record] = call(worker_side.stock_record, {0: (coordinator.manifest,)}, beside=True).values()
-    except BaseException:
-        # What a dead worker leaves behind is for the store's clean-up.
-        worker_side.tell_all(group, worker_side.discard, coordinator.attempt)
-        raise
-    try:
-        return coordinator.publish(stock_record)
-    finally:
-        # Whether it is committed may be the storage's secret: the files stay, and only the state is let go of.
-        worker_side.tell_all(group, worker_side.finish, coordinator.attempt)
+class _GroupMemory:
+    """What is kept from one save of a group to the next."""
+
+    def __init__(self) -> None:
+        self.plans = PlanCache()
+        """Plans of the last save: a worker whose plan has not changed sends a token instead."""
+        self.pending: SaveHandle | None = None
+
+    def settle(self, timeout_s: float) -> None:
+        """Wait for the save in flight.
+
+        Raises:
+            SavePendingError: it has not ended within the time; it goes on.
+            CheckpointError: it failed, and nobody has seen that yet.
+        """
+        if self.pending is None:
+            return
+        self.pending.wait(max(0.0, timeout_s))
+        ended, self.pending = self.pending, None
+        if (failure := ended.take_failure()) is not None:
+            raise failure
+
+
+_memories: WeakKeyDictionary[WorkerGroup, _GroupMemory] = WeakKeyDictionary()
+
+
+class _Attempt:
+    """The driver's side of one save. After a failure nothing is left of it on the workers that answer."""
+
+    def __init__(
+        self, group: WorkerGroup, storage: Storage, coordinator: Coordinator, retries: int, deadline: float
+    ) -> None:
+        self._group = group
+        self._storage = storage
+        self._coordinator = coordinator
+        self._retries = retries
+        self._deadline = deadline
+
+    def plan(self, state_of: worker_side.StateOf | str, known: frozenset[str]) -> Sequence[Assignment]:
+        """Let the workers look through their states; who writes what.
+
+        Args:
+            known: tokens of plans that need not be sent again.
+        """
+        coordinator = self._coordinator
+        args = (coordinator.attempt, state_of, self._storage, known)
+        with self._discarding():
+            offers = self._call(worker_side.plan, dict.fromkeys(range(self._group.num_workers), args))
+            coordinator.layout = coordinator.layout or offers[0].layout
+            return coordinator.merge([offer.plan for offer in offers.values()])
+
+    def stage(self, assignments: Sequence[Assignment]) -> None:
+        """Let the workers copy what they will write. Afterwards their states may change."""
+        with self._discarding():
+            self._call(worker_side.stage, {assignment.rank: (assignment,) for assignment in assignments})
+
+    def finish(self, assignments: Sequence[Assignment]) -> SaveReport:
+        """Let the workers write, check what they have written, and commit it."""
+        coordinator = self._coordinator
+        with self._discarding():
+            args_of = {assignment.rank: (assignment,) for assignment in assignments}
+            records = self._call(worker_side.write, args_of, beside=True, retries=self._retries)
+            coordinator.check(list(records.values()))
+            made = self._call(worker_side.stock_record, {0: (coordinator.manifest,)}, beside=True)
+        try:
+            return coordinator.publish(made[0])
+        finally:
+            # After a failed commit the checkpoint may be there or not: the files stay, only the state is released.
+            worker_side.tell_all(self._group, worker_side.finish, coordinator.attempt)
+
+    def _call(self, fn: Callable[..., Any], args_of: Mapping[int, tuple[Any, ...]], **options: Any) -> dict[int, Any]:
+        return self._group.call(fn, args_of, timeout_s=max(0.0, self._deadline - time.monotonic()), **options)
+
+    @contextmanager
+    def _discarding(self) -> Iterator[None]:
+        """If the block fails, let the workers remove their files. What a dead one leaves is for the store's `clean`."""
+        try:
+            yield
+        except BaseException:
+            worker_side.tell_all(self._group, worker_side.discard, self._coordinator.attempt)
+            raise

@@ -15,14 +15,14 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from ray_ckpt.cluster.gather import CAUSE_GRACE_S
+from ray_ckpt.cluster.gather import CAUSE_GRACE_S, POLL_S
 from ray_ckpt.cluster.worker import Outcome, attempt, resolve
 from ray_ckpt.errors import DIED, GroupTimeoutError, RankFailure, WorkerError
 
 SUBMITTED_AT_ONCE = 64
 """Tasks that Ray holds, with their arguments."""
 
-CANCEL_PATIENCE_S = 5.0
+CANCEL_TIMEOUT_S = 5.0
 """How long tasks that are no longer wanted may take to end."""
 
 RESTARTS = 2
@@ -88,7 +88,7 @@ class _Run:
             left = deadline - time.monotonic()
             if left <= 0:
                 return
-            done, _ = ray.wait(list(self.running), num_returns=1, timeout=min(left, 0.5))
+            done, _ = ray.wait(list(self.running), num_returns=1, timeout=min(left, POLL_S))
             for ref in done:
                 had_failed = bool(self.failures)
                 self._take(ref, self.running.pop(ref))
@@ -100,7 +100,7 @@ class _Run:
         for ref in self.running:
             ray.cancel(ref, force=True)
         if self.running:
-            done, _ = ray.wait(list(self.running), num_returns=len(self.running), timeout=CANCEL_PATIENCE_S)
+            done, _ = ray.wait(list(self.running), num_returns=len(self.running), timeout=CANCEL_TIMEOUT_S)
             for ref in done:
                 # Ray prints a traceback at exit for every failed result that was never read.
                 with contextlib.suppress(RayError):

@@ -1,4 +1,4 @@
-"""verify(group, target): the workers share the files, the driver joins what they have found."""
+"""verify(group, target): the workers share the files, the driver merges their reports."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from ray_ckpt.storage.resolve import Target, checkpoint_at
 def verify(
     group: WorkerGroup, target: Target, step: int | None = None, *, timeout_s: float | None = None
 ) -> VerifyReport:
-    """Read every byte of a committed checkpoint on the workers, beside whatever they do; as `ray_ckpt.verify`.
+    """Read and check every byte of a committed checkpoint on the workers, beside their other calls.
+
+    Each worker reads a share of the files; otherwise as `ray_ckpt.verify`.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""What runs inside a worker process: the actor of one rank, and the context that its functions get."""
+"""What runs in a worker process: the actor of one rank, and the context that it hands to functions."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ class WorkerInfo:
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Where the ranks of a group find each other, and what they form there."""
+    """Where the ranks of a group meet, and the process group that they form there."""
 
     host: str
     port: int
     world_size: int
     backend: str
     timeout_s: float
-    """For the rendezvous and for every collective after it."""
+    """Timeout of the rendezvous and of every collective after it."""
 
 
 @dataclass
@@ -82,7 +82,7 @@ class WorkerContext:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a call gave on one rank: a value or a failure, as plain data that always pickles."""
+    """The result of a call on one rank, a value or a failure, as plain data that always pickles."""
 
     value: Any = None
     failure: RankFailure | None = None

@@ -1,4 +1,4 @@
-"""What the verbs call on each worker: its side of a save or a load, kept in `ctx.objects` between the calls."""
+"""The functions that the verbs call on each worker. Between calls, a save or load is kept in `ctx.objects`."""
 
 from __future__ import annotations
 
@@ -25,27 +25,28 @@ if TYPE_CHECKING:
 StateOf = Callable[[WorkerContext], "Stateful | Mapping[str, Any]"]
 """A top-level function that returns what a worker holds: a `TrainState`, another `Stateful`, or a state dict."""
 
-PATIENCE_S = 3.0
-"""How long the workers may take to let go of what they hold, and to remove what they have written."""
+CLEANUP_TIMEOUT_S = 3.0
+"""How long the workers may take to release the state of a save or load, and to remove the files of a failed one."""
 
 _MEMORY = "ray_ckpt.plan_memory"
+_HOST_COPY = "ray_ckpt.host_copy"
 _SAVES = "ray_ckpt.saves"
 _LOADS = "ray_ckpt.loads"
 
 
 @dataclass(frozen=True)
 class SaveOffer:
-    """What a worker brings to a save."""
+    """A worker's plan for a save."""
 
     plan: LocalPlan
     layout: str | None
-    """What its `TrainState` says of the layout."""
+    """The layout that its `TrainState` names."""
 
 
 def plan(
     ctx: WorkerContext, attempt: str, state_of: StateOf | str, storage: Storage, known: frozenset[str]
 ) -> SaveOffer:
-    """Look through the state, and get ready to write it.
+    """Look through the state and plan how to write it.
 
     Args:
         attempt: names the save: an earlier one that failed may still be writing here, on the worker's other thread.
@@ -62,18 +63,26 @@ def plan(
     return SaveOffer(save.plan(state, memory, known), state.layout if isinstance(state, TrainState) else None)
 
 
+def stage(ctx: WorkerContext, assignment: Assignment) -> None:
+    """Copy what this rank is to write, so that the state may change."""
+    from ray_ckpt.protocol.host_copy import HostCopy
+
+    host_copy: HostCopy = ctx.objects.setdefault(_HOST_COPY, HostCopy())
+    _saves(ctx)[assignment.attempt].stage(assignment, host_copy)
+
+
 def write(ctx: WorkerContext, assignment: Assignment) -> RankRecord:
     """Write what this rank is to write. May be called again after a failure."""
     return _saves(ctx)[assignment.attempt].write(assignment)
 
 
 def finish(ctx: WorkerContext, attempt: str) -> None:
-    """Let go of the state."""
+    """Release the state."""
     _saves(ctx).pop(attempt, None)
 
 
 def discard(ctx: WorkerContext, attempt: str) -> None:
-    """Remove the files that this rank has begun, and let go of the state."""
+    """Remove the files that this rank has begun, and release the state."""
     if save := _saves(ctx).pop(attempt, None):
         save.discard()
 
@@ -122,12 +131,12 @@ def read_load(ctx: WorkerContext, attempt: str, verdict: LoadOffer) -> None:
 
 
 def finish_load(ctx: WorkerContext, attempt: str, verdict: LoadOffer) -> LoadReport:
-    """Set what is not read in place, and let go of the state."""
+    """Set what is not read in place, and release the state."""
     return _loads(ctx).pop(attempt).finish(verdict)
 
 
 def forget_load(ctx: WorkerContext, attempt: str) -> None:
-    """Let go of the state."""
+    """Release the state."""
     _loads(ctx).pop(attempt, None)
 
 
@@ -152,7 +161,7 @@ def _loads(ctx: WorkerContext) -> dict[str, RankLoad]:
 
 
 def tell_all(group: WorkerGroup, fn: Callable[..., None], attempt: str) -> None:
-    """Call `fn(ctx, attempt)` on every worker that answers soon, beside whatever it does. Others cannot be helped."""
+    """Call `fn(ctx, attempt)` on every worker, beside its other calls. Those that do not answer soon are left out."""
     with contextlib.suppress(GroupError):
         args_of = dict.fromkeys(range(group.num_workers), (attempt,))
-        group.call(fn, args_of, timeout_s=PATIENCE_S, beside=True)
+        group.call(fn, args_of, timeout_s=CLEANUP_TIMEOUT_S, beside=True)

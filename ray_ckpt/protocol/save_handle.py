@@ -1,7 +1,14 @@
-"""SaveHandle: what the caller of a save in the background holds of it. Needs no torch."""
+"""A save that goes on beside training, as whoever asked for it sees it. Needs no torch.
+
+A failure is never dropped: it is raised by `result`, or by the save after it, or told when the process ends, which then
+has the exit code 1.
+"""
 
 from __future__ import annotations
 
+import atexit
+import logging
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -30,7 +37,6 @@ class SaveHandle:
         self._ended = threading.Event()
         self._report: SaveReport | None = None
         self._failure: BaseException | None = None
-        self._seen = False
         self._told = False
 
     def staged(self, timeout_s: float | None = None) -> None:
@@ -48,44 +54,47 @@ class SaveHandle:
 
         Raises:
             SavePendingError: the save has not ended within `timeout_s`; it goes on, and `result` may be called again.
-            CheckpointError: the save failed, as a blocking `save` would have; every rank learns each rank's failure.
+            RayCkptError: the save failed, as a blocking `save` would have; every rank learns each rank's failure.
         """
-        if not self._ended.wait(timeout_s):
-            raise SavePendingError(f"the save of {self._address} has not ended within {timeout_s} s; it goes on")
+        self.wait(timeout_s)
         if self._report is None:
-            self._seen = True
+            _unseen.discard(self)
             assert self._failure is not None, "what has ended has a report or a failure"
             raise self._failure
         return self._report
 
-    def wait(self) -> None:
-        self._ended.wait()
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Until it has ended, well or not.
+
+        Raises:
+            SavePendingError: as `result`.
+        """
+        if not self._ended.wait(timeout_s):
+            raise SavePendingError(f"the save of {self._address} has not ended within {timeout_s} s; it goes on")
 
     def start(self, work: Callable[[], SaveReport]) -> None:
         """Run `work` in a thread that Python waits for before the process ends."""
         returned = threading.Event()
+        _unseen.add(self)
         threading.Thread(target=self._run, args=(work, returned), name="ray_ckpt-save", daemon=False).start()
         returned.set()
 
     def take_failure(self) -> CheckpointError | None:
         """The failure for the caller to raise; None if there is none or `result` has raised it already."""
-        if self._failure is None or self._seen:
+        if self._failure is None or self not in _unseen:
             return None
-        self._seen = True
+        _unseen.discard(self)
         return CheckpointError(f"{self._described()}; what was asked for now was not begun")
 
     @property
     def failed(self) -> bool:
         return self._failure is not None
 
-    def tell(self) -> bool:
-        """Say on standard error what went wrong, if nobody has seen it. Whether there was such a thing."""
-        if self._failure is None or self._seen:
-            return False
+    def tell(self) -> None:
+        """Say on standard error what went wrong."""
         if not self._told:
             self._told = True
             print(f"ray_ckpt: {self._described()}", file=sys.stderr, flush=True)
-        return True
 
     def _run(self, work: Callable[[], SaveReport], returned: threading.Event) -> None:
         # Else it may keep the interpreter to itself for milliseconds before whoever starts it gets on. Not for longer
@@ -93,13 +102,37 @@ class SaveHandle:
         returned.wait(timeout=1.0)
         try:
             self._report = work()
+            _unseen.discard(self)
         except BaseException as error:
             self._failure = error
         self._ended.set()
-        if not threading.main_thread().is_alive():
+        if self.failed and not threading.main_thread().is_alive():
             # The process ends, and may be a child of `multiprocessing` that runs no exit handlers.
             self.tell()
 
     def _described(self) -> str:
         error = self._failure
         return f"the save of {self._address} in the background failed: {type(error).__name__}: {error}"
+
+
+_unseen: set[SaveHandle] = set()
+"""Saves that have begun, without those that ended well and those whose failure was raised."""
+
+
+def _tell_at_exit() -> None:
+    """Python has waited for the threads before this, but need not have in a child of `multiprocessing`."""
+    for handle in list(_unseen):
+        handle.wait()
+        if handle.failed:
+            handle.tell()
+    if _unseen:
+        # What an exit handler raises does not reach the exit code.
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+# A forked process has none of its parent's threads.
+os.register_at_fork(after_in_child=_unseen.clear)
+atexit.register(_tell_at_exit)

@@ -11,7 +11,7 @@ from ray_ckpt.storage.files import Storage
 
 @dataclass(frozen=True)
 class StorageView:
-    """What a process sees at the storage."""
+    """The storage as a process sees it."""
 
     probes: tuple[int, ...]
     """Ranks whose probe file it sees."""
@@ -31,7 +31,7 @@ def view_storage(ctx: WorkerContext, uri: str, token: str) -> StorageView:
 
 
 def look(uri: str, token: str, num_ranks: int) -> StorageView:
-    """What this process sees, on a worker or on the driver."""
+    """The storage as this process sees it, on a worker or on the driver."""
     storage = Storage(uri)
     seen = tuple(rank for rank in range(num_ranks) if storage.exists(_probe_name(token, rank)))
     return StorageView(seen, storage.exists(MANIFEST_NAME))

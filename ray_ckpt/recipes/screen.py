@@ -23,7 +23,7 @@ class Line:
     status: Status | None
     """The spinner, on a terminal."""
     result: str = ""
-    """What the phase will be said to have done."""
+    """The result to print when the phase ends well."""
     _last_logged: float = field(default=-LOG_INTERVAL_S)
 
     def update(self, text: str) -> None:

@@ -32,7 +32,7 @@ class Workload:
 
 
 def num_microbatches(layout: Layout) -> int:
-    """Of each rank's part of a batch: two per pipeline stage, so that 1F1B reaches its steady state."""
+    """Micro-batches that each rank cuts its part of a batch into: two per pipeline stage, for 1F1B's steady state."""
     return 2 * layout.num_stages if layout.num_stages > 1 else 1
 
 

@@ -40,7 +40,7 @@ WRITE_RANK = "ray_ckpt.recipes.reshard.task:write_rank"
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says; the fields are its options."""
+    """The options of the command line."""
 
     source: str
     to: str
@@ -48,21 +48,21 @@ class Options:
     overwrite: bool = False
     address: str | None = None
     timeout_s: float = 3600.0
-    """For all tasks together."""
+    """Seconds for all tasks together."""
     verbose: bool = False
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is known before the first task is started."""
+    """The plan, before the first task is started."""
 
     layout: Layout
     source: Storage
-    """Where the source's files are."""
+    """The directory of the source's files."""
     target: Storage
     coordinator: Coordinator
     files: Mapping[int, RankFile]
-    """By rank."""
+    """The file to write, by rank."""
 
 
 def run(options: Options, screen: Screen) -> SaveReport:
@@ -134,7 +134,7 @@ def commit(prepared: Prepared, screen: Screen) -> SaveReport:
 
 
 def _plans(manifest: Manifest, parts: Mapping[int, Mapping[str, Box]]) -> dict[int, tuple[Item, ...]]:
-    """What each rank that writes holds. Everything that is not a tensor is rank 0's."""
+    """The items of each rank that writes. Everything that is not a tensor is rank 0's."""
     objects = tuple(Item(name, entry.path, None) for name, entry in manifest.objects.items())
     plans = {}
     for rank, boxes in parts.items():

@@ -1,4 +1,4 @@
-"""What a task of the cluster does: write the file of one rank."""
+"""A task of the reshard job: write the file of one rank."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ray_ckpt.storage.rewrite import WantedTensor, rewrite
 
 @dataclass(frozen=True)
 class RankFile:
-    """The file of one rank, as its task is told. Keys are positions in the rank's plan."""
+    """The file that a task is to write for one rank. Keys are positions in the rank's plan."""
 
     rank: int
     attempt: str
-    """Id of the attempt, which is part of every file's name."""
+    """Id of the attempt, part of every file's name."""
     objects: Mapping[int, tuple[str, ObjectEntry]]
     tensors: Mapping[int, WantedTensor]
 

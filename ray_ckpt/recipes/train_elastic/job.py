@@ -37,12 +37,12 @@ RANKS = "ray_ckpt.recipes.train_elastic.ranks"
 """Module of the rank functions. By name, so that the driver loads neither torch nor what is built on it."""
 
 SETTLE_S = 5.0
-"""What a group has just given back does not count as free yet: for so long, all that is there is taken to be free."""
+"""How long after a group has ended all resources of the cluster count as free: Ray does not yet report them so."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says; the fields are its options."""
+    """The options of the command line."""
 
     layouts: tuple[Layout, ...]
     """Preferred first."""
@@ -63,7 +63,7 @@ class Options:
     gpus_per_worker: float = 0.0
     start_timeout_s: float = 300.0
     timeout_s: float = 1800.0
-    """For each step, and for each load."""
+    """Seconds for each step, and for each load."""
     verbose: bool = False
 
     @property
@@ -72,22 +72,51 @@ class Options:
 
     @property
     def bundle(self) -> dict[str, float]:
-        """What each worker asks for."""
+        """The resources that each worker asks for."""
         asked = {"CPU": self.cpus_per_worker, "GPU": self.gpus_per_worker}
         return {name: amount for name, amount in asked.items() if amount}
 
 
+@dataclass(frozen=True)
+class _Failure:
+    """A failure of the run, as it was noticed."""
+
+    cause: str
+    rank: int | None
+    """The first rank to blame; None when no single rank is."""
+    step: int
+    """The next to be trained."""
+    kind: str
+    """The cause without its numbers."""
+    noticed_at: float
+    """`time.monotonic()`."""
+
+    @classmethod
+    def of(cls, error: GroupError, step: int) -> _Failure:
+        rank = error.ranks[0] if isinstance(error, WorkerError) else None
+        # Numbers differ from one time to the next, as those of processes and of addresses do.
+        return cls(str(error), rank, step, re.sub(r"\d+", "#", str(error)), time.monotonic())
+
+    def repeats(self, other: _Failure | None) -> bool:
+        """Whether it is the same failure of the same rank at the same step: it would come again and again."""
+        return other is not None and (self.step, self.rank, self.kind) == (other.step, other.rank, other.kind)
+
+    @property
+    def restart(self) -> Restart:
+        """The restart as it would be reported now."""
+        return Restart(self.cause, self.rank, self.step, time.monotonic() - self.noticed_at)
+
+
 @dataclass
 class Progress:
-    """What is known of the run so far, whatever becomes of its workers."""
+    """The run so far. It outlives the worker groups."""
 
     losses: list[float] = field(default_factory=list)
     layouts_used: list[str] = field(default_factory=list)
     restarts: list[Restart] = field(default_factory=list)
-    _failure: tuple[str, int | None, int, float] | None = None
-    """Cause, rank, step and time of a failure that has not been made up for."""
-    _last: tuple[int, int | None, str] | None = None
-    """Step, rank and kind of the last failure."""
+    _last: _Failure | None = None
+    _open: _Failure | None = None
+    """The last failure, until training is back where it had been."""
 
     @property
     def step(self) -> int:
@@ -100,10 +129,9 @@ class Progress:
 
     def caught_up(self) -> None:
         """Note what a failure has cost, once training is back where it had been."""
-        if self._failure is not None and self.step >= self._failure[2]:
-            cause, rank, step, since = self._failure
-            self.restarts.append(Restart(cause, rank, step, time.monotonic() - since))
-            self._failure = None
+        if self._open is not None and self.step >= self._open.step:
+            self.restarts.append(self._open.restart)
+            self._open = None
 
     def failed(self, error: GroupError, max_failures: int) -> None:
         """Note a failure.
@@ -111,28 +139,25 @@ class Progress:
         Raises:
             GroupError: the failure itself, when it is not worth another try.
         """
-        if self._failure is not None:
+        if self._open is not None:
             # It struck again before training was back: both are told.
-            cause, rank, step, since = self._failure
-            self.restarts.append(Restart(cause, rank, step, time.monotonic() - since))
-        rank = error.ranks[0] if isinstance(error, WorkerError) else None
-        self._failure = (str(error), rank, self.step, time.monotonic())
-        kind = (self.step, rank, _kind(error))
-        if kind == self._last or len(self.restarts) >= max_failures:
+            self.restarts.append(self._open.restart)
+        failure = _Failure.of(error, self.step)
+        if failure.repeats(self._last) or len(self.restarts) >= max_failures:
             raise error
-        self._last = kind
+        self._open = self._last = failure
 
 
 @dataclass(frozen=True)
 class Run:
-    """What stays the same from group to group."""
+    """What is the same for all worker groups of a run."""
 
     options: Options
     screen: Screen
     uri: str
-    """Of the store, for the workers. May hold credentials: shown to nobody."""
+    """URI of the store, for the workers. It may hold credentials and is never shown."""
     store: CheckpointStore
-    """One for the whole run, as it keeps its connections."""
+    """The same store for the driver, for the whole run, as it keeps its connections."""
     stopper: Stopper
     progress: Progress = field(default_factory=Progress)
 
@@ -289,8 +314,3 @@ def _room_for_better(options: Options, layout: Layout) -> bool:
     free = free_slots(options.bundle) + layout.world_size
     better = options.layouts[: options.layouts.index(layout)]
     return any(other.world_size <= free for other in better)
-
-
-def _kind(error: GroupError) -> str:
-    """The error without what differs from one time to the next: numbers, as of processes and addresses."""
-    return re.sub(r"\d+", "#", str(error))

@@ -35,7 +35,7 @@ def start(ctx: WorkerContext, workload: Workload, layout: Layout, fresh: bool) -
 
 
 def state_of(ctx: WorkerContext) -> TrainState:
-    """What this rank saves, or loads into."""
+    """The training state that this rank saves, or loads into."""
     state: TrainState = ctx.objects["state"]
     return state
 

@@ -11,16 +11,16 @@ from rich.console import Console
 
 @dataclass(frozen=True)
 class Restart:
-    """A failure, and what it cost."""
+    """A failure that was recovered from, and its cost."""
 
     cause: str
     """The error, with every rank that failed."""
     rank: int | None
     """The first rank to blame; None when no single rank is."""
     step: int
-    """That was being trained, or next to be."""
+    """The step that was being trained, or the next to be."""
     seconds_lost: float
-    """From the failure until training was back where it had been."""
+    """Seconds from the failure until training was back at `step`."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class ElasticReport:
     """Whether SIGTERM ended the run before all steps were trained."""
     restarts: list[Restart]
     layouts_used: list[str]
-    """One per worker group, in order."""
+    """The layout of each worker group, in order."""
     losses: list[float]
-    """One per step."""
+    """The loss of each step."""
     storage: str
     phases: dict[str, float]
     """Phase name -> seconds, of the last time that it ran."""

@@ -10,7 +10,7 @@ from types import FrameType
 
 
 class Stopper:
-    """Knows whether to stop, and how long that may take.
+    """Whether to stop, and how much time that may take.
 
     Args:
         grace_s: from the signal to the end of the process.
