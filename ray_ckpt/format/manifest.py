@@ -54,32 +54,32 @@ class Chunk(NamedTuple):
     box: Box
     file: str
     start: int
-    """Of the container, in the file."""
+    """Byte offset of the container in `file`."""
     length: int
-    """Of the container, in bytes."""
+    """Size of the container in bytes."""
     data_start: int | None
-    """Of the elements, in the file. None in a foreign checkpoint, where only the container itself tells."""
+    """Byte offset of the first element in `file`; None when only the container itself tells, as in stock DCP's files."""
     checksums: BlockSums | None = None
-    """None in a foreign checkpoint."""
+    """Checksums of the elements; None in a checkpoint that another program wrote."""
     transforms: tuple[str, ...] = ()
     """Descriptors of the DCP stream extensions that encoded the container, outermost first."""
     strides: tuple[int, ...] | None = None
-    """Of the elements at `data_start`, in elements; None for row-major order, as ours always are."""
+    """Strides of the elements at `data_start`, in elements; None for row-major order, which ours always have."""
 
 
 @dataclass(frozen=True)
 class TensorColumns:
-    """The tensors in one written file, a column per fact: thousands of them travel as six values."""
+    """The tensors in one written file, one column per fact: thousands of tensors travel as six values."""
 
     file: str
     starts: Sequence[int]
-    """Of the container, in the file, in bytes."""
+    """Byte offset of each tensor's container in `file`."""
     lengths: Sequence[int]
-    """Of the container, in bytes."""
+    """Size of each container in bytes."""
     data_starts: Sequence[int]
-    """Of the elements, in the file, in bytes."""
+    """Byte offset of each tensor's first element in `file`."""
     block_bytes: Sequence[int]
-    """Of a checksum block."""
+    """Size of each tensor's checksum blocks in bytes."""
     sums: bytes
     """All block sums, one tensor's after the other's."""
 

@@ -67,7 +67,7 @@ _UINT32 = 0xFFFFFFFF
 
 @dataclass(frozen=True)
 class Container:
-    """What stands before and after the elements of a tensor of one dtype and shape."""
+    """The bytes before and after the elements of a tensor of one dtype and shape."""
 
     head: bytes
     tail: bytes
@@ -85,9 +85,9 @@ class StoredTensor:
     dtype: torch.dtype
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    """In elements."""
+    """Strides in elements."""
     data_start: int
-    """Of the tensor's first element, in bytes from the start of the container."""
+    """Byte offset of the first element in the container."""
 
 
 @lru_cache

@@ -56,13 +56,13 @@ class Tensor(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    """In elements."""
+    """Strides in elements."""
     key: str
-    """Of its storage."""
+    """Key of its storage, which names a member of the zip archive."""
     offset: int
-    """Of its first element in the storage, in elements."""
+    """Position of its first element in the storage, in elements."""
     storage_bytes: int
-    """Of the whole storage."""
+    """Size of the whole storage in bytes."""
 
 
 @dataclass
@@ -71,9 +71,9 @@ class Content:
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
-    """Everything else."""
+    """Everything that is not a tensor."""
     paths: dict[str, Path] = field(default_factory=dict)
-    """Keys that lead to each of them."""
+    """Flat name -> keys that lead to it in the nested state dict."""
 
     @property
     def storages(self) -> set[str]:

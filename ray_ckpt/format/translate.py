@@ -52,10 +52,10 @@ E = TypeVar("E", TensorEntry, ObjectEntry)
 
 @dataclass(frozen=True)
 class Names:
-    """What the target is made of, on one rank or on all together."""
+    """The names in the state that is loaded into, on one rank or on all together."""
 
     model: Collection[str]
-    """Of its tensors, as the model itself calls them."""
+    """Names of the model's tensors, as the model itself calls them."""
     groups: Sequence[Sequence[str]]
     """Parameters of each group of its optimizers; empty where no optimizer is wanted."""
     is_order_known: bool = True
@@ -154,7 +154,7 @@ class _Optimizer:
     groups: Mapping[int, Sequence[int | str]] | None
     """Members of each group, names or indices; None when it is flat, like ours."""
     member_names: Mapping[int, Sequence[str]]
-    """Of groups that know the names of their members as well."""
+    """Group -> names of its members, for the groups that have them."""
 
     @property
     def is_indexed(self) -> bool:

@@ -229,7 +229,7 @@ class _Written:
     files: dict[str, int] = field(default_factory=dict)
     """Name -> bytes."""
     digests: dict[Key, tuple[TensorSpec | None, bytes]] = field(default_factory=dict)
-    """Of parts that several ranks hold: what it is, and what `RankRecord.replicas` has of an equal one."""
+    """Part that several ranks hold -> its spec, and the digest that `RankRecord.replicas` has for an equal one."""
 
 
 def _collect(plan: GlobalPlan, records: Sequence[RankRecord]) -> _Written:

@@ -173,12 +173,12 @@ def _want_tensor(
 
 
 class _Overlap(NamedTuple):
-    """What a saved chunk has of what a rank holds."""
+    """The elements that a saved chunk and a rank's part of the tensor have in common."""
 
     box: Box
-    """In the chunk's own coordinates."""
+    """The elements in the chunk's coordinates."""
     target_offsets: tuple[int, ...]
-    """Of the same elements, in what the rank holds."""
+    """Where the same elements begin in the rank's part."""
     is_all_of_target: bool
 
 

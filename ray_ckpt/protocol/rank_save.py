@@ -43,7 +43,7 @@ class PlanMemory:
 
     def __init__(self) -> None:
         self.token = ""
-        """Of the last plan."""
+        """Token of the last plan."""
         self.items: tuple[Item, ...] | None = None
 
     def plan(self, holdings: Holdings, known: frozenset[str]) -> LocalPlan:

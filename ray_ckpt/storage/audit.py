@@ -49,10 +49,10 @@ class _Part:
     start: int
     end: int
     names: tuple[str, ...]
-    """Of the tensor, or of the objects that share these bytes."""
+    """Name of the tensor, or names of the objects that share these bytes."""
     what: str
     sums: BlockSums | None
-    """None: nothing to compare with."""
+    """Checksums of the bytes; None when there is nothing to compare with."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ class Wanted(NamedTuple):
 
     saved: SavedChunk
     box: Box
-    """In the chunk's own coordinates."""
+    """The box in the chunk's own coordinates."""
     target: torch.Tensor
 
 

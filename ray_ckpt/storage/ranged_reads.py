@@ -39,7 +39,7 @@ class Tuning:
     threads: int
     """Reads in flight."""
     max_gap_bytes: int
-    """Unwanted bytes that are cheaper to read than another request."""
+    """Largest gap of unwanted bytes that is read over rather than split into two requests."""
     max_read_bytes: int
     """Size of a read, give or take a checksum block at either end. A scratch buffer is as large."""
     edge_bytes: int
@@ -76,16 +76,16 @@ class Source(NamedTuple):
     """A saved chunk as its bytes lie in a file."""
 
     name: str
-    """Of the tensor, for messages."""
+    """Name of the tensor, for messages."""
     file: str
     data_start: int
-    """Of the first element, in the file."""
+    """Byte offset of the first element in `file`."""
     strides: tuple[int, ...]
-    """In elements."""
+    """Strides in elements."""
     dtype: torch.dtype
     data_bytes: int
     checksums: BlockSums | None
-    """Over `[data_start, data_start + data_bytes)`; None when there are none or nobody wants them checked."""
+    """Checksums of `[data_start, data_start + data_bytes)`; None when there are none or they are not to be checked."""
 
 
 class Piece(NamedTuple):
@@ -93,7 +93,7 @@ class Piece(NamedTuple):
 
     source: Source
     box: Box
-    """In the chunk's own coordinates."""
+    """The box in the chunk's own coordinates."""
     target: torch.Tensor
 
 
@@ -104,7 +104,7 @@ class _Range(NamedTuple):
     start: int
     end: int
     lead: int = 0
-    """Bytes in front of the wanted ones."""
+    """Number of bytes in front of the wanted ones."""
     target: memoryview | _Scatter | None = None
     """Takes the wanted bytes; None when they were read where they belong."""
 
