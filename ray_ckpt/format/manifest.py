@@ -58,7 +58,7 @@ class Chunk(NamedTuple):
     length: int
     """Size of the container in bytes."""
     data_start: int | None
-    """Byte offset of the first element in `file`; None when only the container itself tells, as in stock DCP's files."""
+    """Byte offset of the first element in `file`; None when only the container tells, as in stock DCP's files."""
     checksums: BlockSums | None = None
     """Checksums of the elements; None in a checkpoint that another program wrote."""
     transforms: tuple[str, ...] = ()
