@@ -1,4 +1,4 @@
-"""A digest of a tensor that does not depend on how it is sharded.
+"""The fingerprint of a tensor: a digest that does not depend on how the tensor is sharded.
 
 Every element contributes a 64-bit mix of its index in the global tensor and of its bits; contributions are added
 modulo 2^64. The sum over disjoint parts is the sum over the tensor, so ranks that hold shards, whatever their layout,

@@ -60,20 +60,19 @@ def split(box: Box, strides: Sequence[int], itemsize: int, *, max_bytes: int, ma
     if not splittable:
         yield Part(box, first, first + length)
         return
+    # Along the outermost dim in memory, so that parts follow each other in the file.
     dim = max(splittable, key=lambda d: strides[d])
-    inner = (span(box.sizes, strides) - (box.sizes[dim] - 1) * strides[dim]) * itemsize
-    step = max(1, 1 + (max_bytes - inner) // max(1, strides[dim] * itemsize)) if inner <= max_bytes else 1
-    if _gap(box.sizes, strides, dim) * itemsize > max_gap:
-        step = 1
-    step = min(step, max(1, box.sizes[dim] - 1))
+    step = 1
+    if _gap(box.sizes, strides, dim) * itemsize <= max_gap:
+        # As many indices of `dim` as fit in one read. The first takes `inner` bytes, each further one its stride; a
+        # stride of 0 (an expanded tensor) takes none.
+        inner = (span(box.sizes, strides) - (box.sizes[dim] - 1) * strides[dim]) * itemsize
+        step += max(0, max_bytes - inner) // max(1, strides[dim] * itemsize)
+    # Fewer than all: else the same box would come back, for it was a gap in an inner dim that forbade it whole.
+    step = min(step, box.sizes[dim] - 1)
     for start in range(0, box.sizes[dim], step):
-        yield from split(
-            _narrow(box, dim, start, min(step, box.sizes[dim] - start)),
-            strides,
-            itemsize,
-            max_bytes=max_bytes,
-            max_gap=max_gap,
-        )
+        part = _narrow(box, dim, start, min(step, box.sizes[dim] - start))
+        yield from split(part, strides, itemsize, max_bytes=max_bytes, max_gap=max_gap)
 
 
 def _narrow(box: Box, dim: int, start: int, length: int) -> Box:

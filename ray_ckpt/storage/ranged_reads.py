@@ -175,13 +175,15 @@ def _plan_direct(piece: Piece, tuning: Tuning) -> tuple[list[_Read], list[_Range
     """A run of bytes: its whole blocks go straight to the target, its edges through scratch."""
     source, memory = piece.source, bytes_of(piece.target)
     first = _first_byte(source, piece.box)
-    start, end = first, first + len(memory)
+    start, end = first, first + len(memory)  # narrowed below to what goes straight to the target
     reads, edges = [], []
     if source.checksums is not None:
         block = source.checksums.block_bytes
         if start % block:
+            # The block that the run begins in holds bytes of others too: it cannot be read into the target.
             start = min(round_up(start + tuning.edge_bytes, block), end)
             edges.append(_widened(source, first, start, memory[: start - first]))
+        # Likewise the block that it ends in, unless that is the last one, which is short; or no whole block is left.
         if end % block and end != source.data_bytes and start < end:
             end = max((end - tuning.edge_bytes) // block * block, start)
             edges.append(_widened(source, end, first + len(memory), memory[end - first :]))
