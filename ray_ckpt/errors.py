@@ -7,11 +7,11 @@
     │   ├── PlacementError         the cluster cannot place the group, or not in time
     │   ├── GroupTimeoutError      a call outlasted its timeout
     │   └── WorkerError            one or more ranks failed; `failures` names each of them
-    ├── SavePendingError           a save in the background has not ended within the time given; it goes on
+    ├── SavePendingError           a save in the background has not ended within `timeout_s`; it goes on
     ├── StorageError               a storage operation failed: operation, path, cause
     └── CheckpointError            a checkpoint is not what it should be
         ├── CheckpointNotFoundError  no committed checkpoint where one was asked for
-        ├── FormatError              a manifest, `.metadata` or data file that does not hold together
+        ├── FormatError              a manifest, `.metadata` or data file is truncated, damaged or of another format
         ├── UnsafeCheckpointError    reading it would run code, or leave the checkpoint's directory
         ├── IntegrityError           bytes differ from the checksum recorded when they were saved
         ├── CommitError              the coordinator refused to commit what the ranks wrote
@@ -81,15 +81,15 @@ class PlacementError(GroupError):
 
 
 class GroupTimeoutError(GroupError):
-    """A call on the group outlasted its `timeout_s`."""
+    """A call on the group did not finish within its `timeout_s`."""
 
 
 class SavePendingError(RayCkptError, TimeoutError):
-    """A save in the background has not ended within the time given. It goes on, and may be asked again."""
+    """A save in the background has not ended within `timeout_s`. It goes on, and `result` may be called again."""
 
 
 DIED = "died"
-"""Error type of a rank whose process, or whose node, is gone."""
+"""Error type of a rank whose process or node is gone."""
 
 SILENT = "silent"
 """Error type of a rank that never answered while its peers lost the connection."""
@@ -127,6 +127,7 @@ class WorkerError(GroupError):
 
     @property
     def ranks(self) -> tuple[int, ...]:
+        """The ranks that failed, the causes first."""
         return tuple(failure.rank for failure in self.failures)
 
     def tracebacks(self) -> str:
@@ -156,7 +157,7 @@ def _ranks(ranks: list[int]) -> str:
 
 
 class StorageError(RayCkptError):
-    """A storage operation failed for good: retries, if the cause was transient, are used up."""
+    """A storage operation failed, after all retries when the cause was transient."""
 
     def __init__(self, operation: str, path: str, cause: str, *, transient: bool = False) -> None:
         super().__init__(f"cannot {operation} {path}: {cause}")
@@ -164,7 +165,7 @@ class StorageError(RayCkptError):
         self.path = path
         self.cause = cause
         self.transient = transient
-        """Whether the cause may pass by itself (throttling, a reset connection): trying again later can succeed."""
+        """Whether the same operation may succeed later, as after throttling or a reset connection."""
 
 
 class CheckpointError(RayCkptError):
@@ -176,11 +177,11 @@ class CheckpointNotFoundError(CheckpointError):
 
 
 class FormatError(CheckpointError):
-    """A manifest, `.metadata` or data file that does not hold together: truncated, damaged or not ours."""
+    """A manifest, `.metadata` or data file is truncated, damaged or of another format."""
 
 
 class UnsafeCheckpointError(CheckpointError):
-    """Reading the checkpoint as asked would run code from it, or leave its directory."""
+    """Reading the checkpoint would run code from it, or leave its directory."""
 
 
 class IntegrityError(CheckpointError):
@@ -202,7 +203,7 @@ class IntegrityError(CheckpointError):
 
 
 class CommitError(CheckpointError):
-    """The coordinator refused to commit: what the ranks wrote is incomplete or contradicts itself."""
+    """The coordinator refused to commit: what the ranks wrote is incomplete or contradictory."""
 
 
 class StateMismatchError(CheckpointError):

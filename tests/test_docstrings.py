@@ -49,6 +49,17 @@ def test_it_has_a_summary_and_an_example(name: str) -> None:
         assert doctest.DocTestParser().get_examples(item.__doc__), f"{name} has no example"
 
 
+@pytest.mark.parametrize("name", [name for name in OFF_RAY + ON_RAY if name[0].isupper()])
+def test_its_methods_have_a_summary(name: str) -> None:
+    item = public(name)
+    methods = [key for key, value in vars(item).items() if key[0] != "_" and (callable(value) or is_descriptor(value))]
+    assert not [key for key in methods if not inspect.getdoc(getattr(item, key))]
+
+
+def is_descriptor(value: object) -> bool:
+    return isinstance(value, (property, classmethod, staticmethod))
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
 @pytest.mark.parametrize("name", OFF_RAY)
 def test_its_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

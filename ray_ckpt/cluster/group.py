@@ -71,19 +71,20 @@ class WorkerGroup:
         ...     group.run(add_up, 10)  # on every rank; the results in rank order
         [21, 21]
 
-    Construction is all or nothing: when it raises, nothing of the group is left in the cluster. A group whose call
-    failed is closed, as its process group cannot be trusted any more; form a new one to go on.
+    Construction is all or nothing: when it raises, nothing of the group is left in the cluster. A failed `run` closes
+    the group, because its process group cannot be trusted any more; form a new one to go on.
 
     Args:
-        num_workers: processes, and ranks of the process group.
-        cpus_per_worker: by default one, or the fraction that lets all workers fit on the cluster's cores.
-        gpus_per_worker: by default one where the cluster has GPUs, or the fraction that lets all workers fit.
-        backend: for `init_process_group`; by default `cpu:gloo,cuda:nccl` with a GPU per worker, else `gloo`.
-        process_group: whether the workers form a process group at all. Without one, each trains by itself.
-        start_timeout_s: for the cluster to place the workers (on an autoscaled cluster: to start nodes) and for the
-            workers to start.
-        call_timeout_s: for `run`, unless the call gives its own.
-        collective_timeout_s: for the rendezvous and every collective of the process group.
+        num_workers: number of processes, and of ranks of the process group.
+        cpus_per_worker: CPUs of each worker; by default one, or the fraction that lets all workers fit on the cluster.
+        gpus_per_worker: GPUs of each worker; by default one where the cluster has GPUs, or the fraction that lets all
+            workers fit.
+        backend: backend of the process group; by default `cpu:gloo,cuda:nccl` with a GPU per worker, else `gloo`.
+        process_group: whether the workers form a process group. Without one, they know nothing of each other.
+        start_timeout_s: time limit for the cluster to place the workers (an autoscaled cluster has to start nodes) and
+            for the workers to start.
+        call_timeout_s: time limit of each call that gives none of its own.
+        collective_timeout_s: time limit of the rendezvous and of each collective of the process group.
         on_wait: called about once a second while the cluster cannot place the group yet.
 
     Raises:
@@ -136,10 +137,12 @@ class WorkerGroup:
 
     @property
     def num_workers(self) -> int:
+        """Number of workers."""
         return len(self.workers)
 
     @property
     def closed(self) -> bool:
+        """Whether the workers have ended, by `close` or after a failure."""
         return not self._actors
 
     def run(self, fn: Callable[..., Any] | str, *args: Any, timeout_s: float | None = None) -> list[Any]:

@@ -46,12 +46,12 @@ class ArrowStorageReader(StorageReader):
         [1.0, 1.0, 1.0]
 
     Args:
-        target: Where from: a checkpoint's directory, or a file by `torch.save` or safetensors; a local path, a URI as
-            `Storage` takes it, or a `Storage`. `checkpoint_id` of `dcp.load` replaces it.
-        verify_checksums: Check every byte that is read against the checksum recorded when it was saved. Checkpoints
+        target: a checkpoint's directory, or a file by `torch.save` or safetensors: a local path, a URI as `Storage`
+            takes it, or a `Storage`. `checkpoint_id` of `dcp.load` replaces it.
+        verify_checksums: check every byte that is read against the checksum recorded when it was saved. Checkpoints
             that stock DCP wrote have none.
-        trusted: Let the checkpoint's pickles run whatever code they name. Only for a checkpoint whose author you trust.
-        threads: Reads in flight; by default more over a network than on local files, where it is as many as this rank
+        trusted: let the checkpoint's pickles run whatever code they name. Only for a checkpoint whose author you trust.
+        threads: number of reads at the same time; by default 12 over a network, and on local files as many as this rank
             has cores, up to four.
         extensions: DCP stream extensions that decode what a stock writer encoded.
     """
@@ -74,6 +74,7 @@ class ArrowStorageReader(StorageReader):
 
     @property
     def checkpoint_id(self) -> str:
+        """Where the checkpoint is, without credentials and options."""
         return self._reader.address
 
     @classmethod

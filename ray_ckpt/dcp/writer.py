@@ -59,15 +59,15 @@ class ArrowStorageWriter(StorageWriter):
         [1.0, 1.0, 1.0]
 
     Args:
-        target: Where to: a local path, a URI as `Storage` takes it, or a `Storage`. `checkpoint_id` of `dcp.save`
-            replaces it.
-        overwrite: Replace a committed checkpoint in the target. It stays valid until the new one is committed; its
-            data files are deleted after that. Without it, an existing checkpoint is an error before a byte is written.
-        threads: Files that a rank writes at the same time.
-        max_file_bytes: Limit of a data file's size, see `MAX_FILE_BYTES`.
-        layout: How the model lies across ranks, in the caller's words; kept in the manifest.
-        fingerprints: `Fingerprint.digest` of tensors by name; kept in the manifest. Only the coordinator's count, and
-            they may be assigned until `finish`, because a driver learns them from the ranks.
+        target: the checkpoint's directory: a local path, a URI as `Storage` takes it, or a `Storage`. `checkpoint_id`
+            of `dcp.save` replaces it.
+        overwrite: replace a committed checkpoint at the target. It stays valid until the new one is committed; its
+            data files are deleted after that. Without it, an existing checkpoint is refused before a byte is written.
+        threads: number of files that a rank writes at the same time.
+        max_file_bytes: size at which a rank starts another data file; a single tensor may be larger.
+        layout: how the model lies across ranks, in the caller's words; kept in the manifest.
+        fingerprints: `Fingerprint.digest` of tensors by name, kept in the manifest. Only those of the coordinator
+            count; they may be assigned until `finish`, because a driver learns them from the ranks.
     """
 
     def __init__(
@@ -94,6 +94,7 @@ class ArrowStorageWriter(StorageWriter):
 
     @property
     def checkpoint_id(self) -> str:
+        """Where the checkpoint is, without credentials and options."""
         return self.storage.address
 
     @classmethod

@@ -176,6 +176,7 @@ class Manifest:
         return {name: entry.inline.value for name, entry in self.objects.items() if entry.inline is not None}
 
     def to_json(self) -> str:
+        """The text of `manifest.json`; `from_json` reads it."""
         objects = {name: _object_to_json(name, entry) for name, entry in self.objects.items()}
         head = {
             "format": "ray_ckpt",

@@ -88,6 +88,7 @@ class SaveHandle:
 
     @property
     def failed(self) -> bool:
+        """Whether the save has ended with a failure."""
         return self._failure is not None
 
     def tell(self) -> None:

@@ -57,24 +57,25 @@ class TrainState:
         0.1
 
     Args:
-        model: the wrapped model, or the chunks of it that this rank holds (interleaved pipeline stages). What lies on
-            the meta device is another rank's, unless it is a DTensor or the whole module is still there: that gets
-            memory when it is loaded, on the CPU or on its mesh's device.
-        optimizers: one, several, or several by name. A parameter may have one of them at most.
+        model: the wrapped model, or the chunks of it that this rank holds (interleaved pipeline stages). A plain tensor
+            on the meta device belongs to another rank. A DTensor on the meta device, or a module that is there as a
+            whole, gets memory when it is loaded: on the CPU, or on its mesh's device.
+        optimizers: one, several, or several by name. Each parameter has at most one of them.
         schedulers: LR schedulers of these optimizers: one, several, or several by name.
         scaler: a `torch.amp.GradScaler`, or anything else with `state_dict` and `load_state_dict`.
-        step: how many steps were trained; set `state.step` as training goes on. A load sets it.
-        counters: further numbers, such as tokens seen; a load replaces the values in this mapping.
-        rng: whether the random generators of every rank are part of it.
-        dataloader: this rank's; anything with `state_dict` and `load_state_dict`.
+        step: number of steps trained; set `state.step` as training goes on. A load sets it.
+        counters: other numbers, such as tokens seen; a load replaces the values in this mapping.
+        rng: whether to save and restore the random generators of each rank.
+        dataloader: this rank's data loader: anything with `state_dict` and `load_state_dict`.
         ema: a second set of parameters: a module (also torch's `AveragedModel`), or name -> tensor.
-        extra: name -> tensor, anything with `state_dict` and `load_state_dict`, or a plain value; a load fills tensors
+        extra: name -> tensor, plain value, or anything with `state_dict` and `load_state_dict`; a load fills tensors
             in place and replaces plain values in this mapping.
-        tied: alias -> canonical name of weights that are one, for a pipeline stage that holds a copy of another stage's
-            (`{"lm_head.weight": "model.embed_tokens.weight"}`). What modules share by themselves, or say in an
-            attribute `all_tied_weights_keys` as transformers' do, need not be named. Saved once, loaded into all.
-        layout: in which this rank runs, kept in the manifest: states of one rank alone (`rng`, `dataloader`) come back
-            in the layout of the same name and number of ranks only.
+        tied: alias -> canonical name of tied weights, for a pipeline stage that holds a copy of another stage's weight
+            (`{"lm_head.weight": "model.embed_tokens.weight"}`). Not needed for weights that modules of one stage share,
+            or that are listed in an attribute `all_tied_weights_keys`, as transformers' models have it. A tied weight
+            is saved once and loaded into all.
+        layout: name of the layout in which this rank runs, for the manifest. The states that each rank has of its own
+            (`rng`, `dataloader`) are restored only in a layout of the same name and number of ranks.
     """
 
     def __init__(
@@ -121,19 +122,19 @@ class TrainState:
 
     @property
     def model(self) -> nn.Module:
-        """The one module.
+        """The model, when it is one module.
 
         Raises:
-            UsageError: this rank holds several chunks: `models` has them.
+            UsageError: this rank holds several chunks: see `models`.
         """
         return _only(self.models, "model chunks", "models")
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """The one optimizer.
+        """The optimizer, when there is one.
 
         Raises:
-            UsageError: there is none, or there are several: `optimizers` has them.
+            UsageError: there is none, or there are several: see `optimizers`.
         """
         return _only(self.optimizers, "optimizers", "optimizers")
 

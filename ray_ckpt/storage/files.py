@@ -152,6 +152,7 @@ class Storage:
             yield InputFile(self, name, native)
 
     def exists(self, name: str) -> bool:
+        """Whether there is a file of that name."""
         return self.size(name) is not None
 
     def size(self, name: str) -> int | None:
@@ -292,6 +293,7 @@ class Storage:
 
     @property
     def filesystem(self) -> pafs.FileSystem:
+        """The pyarrow file system, built at the first use in this process."""
         return self._build()[1]
 
     @property

@@ -66,9 +66,9 @@ class CheckpointStore:
         >>> store.prune(keep_last(1)).removed
         (20,)
 
-    Any number of processes may use one store at once, on local files and on object stores. What they may rely on:
+    Any number of processes may use one store at once, on local files and on object stores. They can rely on this:
 
-    - A step appears at once and whole. While it is being saved, nothing but `clean` removes any of its files, and
+    - A step appears atomically. While it is being saved, nothing but `clean` removes any of its files, and
       `clean` only those of an attempt that has written nothing for `older_than_s`: let that be longer than a save.
     - A delete takes the commit record first. From then on the step does not exist; a delete that is cut off leaves
       files that `clean` removes.
@@ -127,8 +127,8 @@ class CheckpointStore:
         """The storage of a committed step, by default the latest, while it is read.
 
         Raises:
-            CheckpointNotFoundError: the step is not committed, or was deleted while it was read: what has been read by
-                then is not a whole.
+            CheckpointNotFoundError: the step is not committed, or was deleted while it was read; what has been read by
+                then is incomplete.
         """
         chosen = self.latest() if step is None else step
         if chosen is None or not self._is_committed(chosen):
