@@ -1,7 +1,8 @@
 """Save a PyTorch training run from any parallel layout, load it into any other, and prove that nothing changed.
 
-The names in `__all__` and `ray_ckpt.cluster` are the public interface; everything else is internal and may change in
-any version. Names are loaded when they are first used: importing `ray_ckpt` imports neither ray, torch nor pyarrow.
+The names in `__all__`, and in that of `ray_ckpt.cluster`, are the public interface; everything else is internal and may
+change in any version. Names are loaded when they are first used: importing `ray_ckpt` imports neither ray, torch nor
+pyarrow.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ def test_what_can_be_a_mistyped_target_is_refused(tmp_path, monkeypatch, text):
 
 
 @pytest.mark.parametrize("target", [None, 3, ["s3://a"]], ids=str)
-def test_what_is_no_text_at_all(target):
+def test_a_target_that_is_not_text_is_refused(target):
     with pytest.raises(UsageError, match="path or a URI"):
         Storage(target)
 

@@ -43,7 +43,7 @@ def test_every_rank_gets_what_is_meant_for_it(tmp_path: Path, kind: str) -> None
         assert got == expected
 
 
-def test_alone_there_is_nobody_to_tell() -> None:
+def test_one_process_talks_to_itself() -> None:
     assert (Alone().gather(1), Alone().scatter([2]), Alone().broadcast(3)) == ([1], 2, 3)
 
 

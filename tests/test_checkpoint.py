@@ -64,7 +64,7 @@ def test_a_second_save_needs_overwrite(tmp_path: Path) -> None:
     assert second.snapshot(0) == target.snapshot(0)
 
 
-def test_nothing_there_is_said_so(tmp_path: Path) -> None:
+def test_a_missing_checkpoint_is_an_error_of_its_own(tmp_path: Path) -> None:
     with pytest.raises(CheckpointNotFoundError):
         ray_ckpt.load(fresh(), str(tmp_path / "nothing"))
 

@@ -264,7 +264,7 @@ def test_a_rank_that_cannot_write_is_named_and_all_go_on(
 
 
 @pytest.mark.parametrize("action", ["throttled", "slow"])
-def test_what_passes_by_itself_does_not_end_a_save(group: WorkerGroup, tmp_path: Path, action: str) -> None:
+def test_a_transient_error_does_not_end_a_save(group: WorkerGroup, tmp_path: Path, action: str) -> None:
     group.run(rank_functions.remember, 8)
     cluster.save(group, rank_states.stage_of, TravellingStorage(str(tmp_path), Fault(action, WRITE, 2)))
     assert load_step(tmp_path, 8)

@@ -367,7 +367,7 @@ def _die_on_sight(path):
 
 
 @pytest.mark.parametrize("verbs", ["ours", _slow("dcp")])
-def test_a_rank_that_dies_while_the_coordinator_commits_takes_nothing_along(tmp_path, verbs):
+def test_a_rank_that_dies_while_the_coordinator_commits_loses_nothing(tmp_path, verbs):
     """All of it was written and reported: the step is committed, and the survivors learn that a rank is lost."""
     previous, this = str(tmp_path / "step-1"), str(tmp_path / "step-2")
     with pytest.raises(RanksError) as raised:

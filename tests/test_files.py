@@ -50,7 +50,7 @@ def _write(storage, name, data):
         file.write(memoryview(data)[3:])
 
 
-def test_nothing_there_yet(storage):
+def test_a_missing_directory_is_empty(storage):
     assert storage.list() == {}
     assert list(storage.list_directories()) == []
     assert not storage.exists("a")

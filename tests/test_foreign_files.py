@@ -214,12 +214,12 @@ def test_files_load_from_s3_exactly(tmp_path):
         ("s3://bucket/b.pt/", "s3://bucket", "b.pt"),
     ],
 )
-def test_a_file_lies_in_a_directory(target, parent, name):
+def test_the_parent_of_a_file_is_its_directory(target, parent, name):
     directory, found = Storage(target).parent()
     assert (directory.uri, found) == (parent, name)
 
 
-def test_a_bucket_and_the_root_lie_in_none():
+def test_a_bucket_and_the_root_have_no_parent():
     assert Storage("s3://bucket?region=x").parent() is None
     assert Storage("/").parent() is None
 

@@ -94,7 +94,7 @@ def test_the_innermost_axis_is_the_fastest() -> None:
         ("pp1x2", "pp is 1"),
     ],
 )
-def test_what_is_no_layout_is_refused(text: str, message: str) -> None:
+def test_text_that_is_not_a_layout_is_refused(text: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Layout.parse(text)
 

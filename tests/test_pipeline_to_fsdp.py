@@ -120,7 +120,7 @@ def test_weights_that_two_stages_share_are_trained_and_arrive_as_one() -> None:
 
 
 @pytest.mark.slow
-def test_a_model_of_ones_own_with_buffers_and_uneven_stages_through_s3() -> None:
+def test_a_users_model_with_buffers_and_uneven_stages_through_s3() -> None:
     with run_s3() as s3:
         arguments = ["--model", "tests.support.models:Perceptron", "--workers", "3", "--steps", "4"]
         done = run_job(*arguments, "--storage", s3.uri("run"), "--json", "-")

@@ -39,7 +39,7 @@ def test_a_step_stays_if_a_policy_or_a_pin_keeps_it(
     assert retained(reversed(STEPS), policies, pins) == expected, "in whatever order they are listed"
 
 
-def test_nothing_is_kept_of_nothing() -> None:
+def test_an_empty_store_keeps_nothing() -> None:
     assert retained([], [keep_last(3)], [5]) == ()
 
 

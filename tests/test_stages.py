@@ -66,7 +66,7 @@ def test_no_other_cut_has_a_smaller_largest_stage(widths: list[int], data: st.Da
     assert largest(found) == min(map(largest, itertools.combinations(range(1, len(widths)), num_stages - 1)))
 
 
-def test_a_cut_of_ones_own_names_every_part_once_and_in_order() -> None:
+def test_an_explicit_cut_names_every_part_once_and_in_order() -> None:
     model = PipelineModel(4, 3)
     assert cut_by_names(model, [["layer1", "layer2"], ["layer3"]]) == [["layer1", "layer2"], ["layer3"]]
     for wrong in ([["layer1"], ["layer3"]], [["layer2", "layer1"], ["layer3"]], [["layer1", "layer2", "layer3"], []]):
@@ -93,7 +93,7 @@ def test_parts_may_lie_deeper_and_leave_the_whole_model_whole() -> None:
     assert torch.equal(hidden, reference(inputs))
 
 
-def test_parts_that_there_are_not_are_refused() -> None:
+def test_parts_that_do_not_exist_are_refused() -> None:
     model = Nested()
     model.pipeline_parts = lambda: ["inner.first", "inner.third"]  # type: ignore[method-assign]
     with pytest.raises(UsageError, match=r"names inner\.third, which it has not"):

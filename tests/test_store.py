@@ -121,7 +121,7 @@ def test_committed_steps_are_listed_by_number(store):
 
 
 @pytest.mark.parametrize("step", [-1, True, 1.5, "7", None])
-def test_what_is_no_step(tmp_path, step):
+def test_a_step_that_is_not_a_number_from_zero_is_refused(tmp_path, step):
     store = CheckpointStore(tmp_path)
     for ask in (store.location, store.manifest, store.delete, store.pin, store.unpin):
         with pytest.raises(UsageError, match="not a step"):

@@ -38,7 +38,7 @@ def test_the_model_is_found_below_any_prefix(prefix: str) -> None:
     assert found.tensors["model.a.weight"].path == ("model", "a.weight")
 
 
-def test_of_a_model_and_its_average_the_model_is_taken_and_of_two_strangers_none() -> None:
+def test_the_model_is_preferred_to_its_average_and_of_two_unknown_prefixes_neither_is_taken() -> None:
     tensors = {f"{prefix}{name}": (2, 2) for prefix in ("ema.", "model.") for name in TWO.model}
     assert translated(manifest(tensors), {}, TWO).manifest.tensors.keys() == tensors.keys()
     tensors = {f"{prefix}{name}": (2, 2) for prefix in ("student.", "teacher.") for name in TWO.model}
@@ -61,7 +61,7 @@ def test_a_flat_optimizer_below_another_name_is_renamed() -> None:
     ]
 
 
-def test_ours_is_left_alone() -> None:
+def test_names_of_our_own_checkpoint_are_not_translated() -> None:
     saved = manifest(
         {"model.a.weight": (3, 2), "model.b.weight": (2, 3)}, ["optim.param_groups.a.weight.lr"], attempt="0" * 12
     )
@@ -140,7 +140,7 @@ def test_unlisted_parameters_with_state_mean_that_groups_have_collided() -> None
 
 
 @pytest.mark.parametrize("members", ["weights", [1.5], [0, "a"], {"a": 1}, [0, 0], [True]])
-def test_lists_that_are_none_are_refused(members: Any) -> None:
+def test_members_that_are_not_a_list_of_indices_are_refused(members: Any) -> None:
     saved = indexed(["a.weight"], [[0]], {"a.weight": (3, 2)})
     with pytest.raises(FormatError):
         translated(saved, {"optim.param_groups.0.params": members}, TWO)

@@ -201,7 +201,7 @@ def test_what_stock_dcp_wrote_is_read_but_not_called_verified(tmp_path: Path) ->
     assert ray_ckpt.verify(tmp_path).damages
 
 
-def test_the_step_that_is_meant_is_found(tmp_path: Path) -> None:
+def test_verify_takes_a_step_a_store_or_a_directory(tmp_path: Path) -> None:
     with pytest.raises(CheckpointNotFoundError, match="no committed checkpoint"):
         ray_ckpt.verify(tmp_path)
     store = CheckpointStore(tmp_path)
