@@ -34,13 +34,13 @@ class Replica:
     """`WriteResult.storage_data` of an item that its rank holds too, but that another rank was to write."""
 
     spec: TensorSpec | None
-    """None: not a tensor."""
+    """Spec of the tensor; None for an object."""
     digest: bytes
-    """As `RankRecord.replicas` has it."""
+    """Digest of its bytes, as in `RankRecord.replicas`."""
 
 
 def global_plan(metadata: Metadata, results: Sequence[Sequence[WriteResult]]) -> GlobalPlan:
-    """Who was to write what, and who did.
+    """What was to be written, and which rank wrote it.
 
     Args:
         results: what `write_data` returned, by rank.

@@ -20,7 +20,7 @@ class BlockSums:
 
     block_bytes: int
     sums: bytes
-    """8 bytes per block, little-endian."""
+    """The checksums, one after the other, 8 bytes each, little-endian."""
 
     def __getitem__(self, block: int) -> int:
         return int.from_bytes(self.sums[8 * block : 8 * block + 8], "little")
@@ -46,7 +46,7 @@ class BlockHasher:
         self._block_bytes = block_bytes
         self._sums = bytearray()
         self._open: xxhash.xxh3_64 | None = None
-        """A block of which more is to come."""
+        """Hasher of a block that is not complete yet; None between blocks."""
         self._open_bytes = 0
 
     def update(self, data: memoryview) -> None:

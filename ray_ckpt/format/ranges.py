@@ -47,9 +47,9 @@ def split(box: Box, strides: Sequence[int], itemsize: int, *, max_bytes: int, ma
     """Cut a non-empty box of a chunk into parts that are worth one read each, in the order of the file.
 
     Args:
-        box: In the chunk's own coordinates, of a chunk with these strides (in elements).
-        max_bytes: A part's range is no longer than this, unless it is a single element.
-        max_gap: Unwanted bytes between two wanted ones that are cheaper to read than to skip.
+        box: the box, in the coordinates of a chunk with these strides (in elements).
+        max_bytes: upper limit of a part's range in bytes; a single element may be larger.
+        max_gap: number of unwanted bytes between two wanted ones up to which reading is cheaper than skipping.
     """
     first = sum(offset * stride for offset, stride in zip(box.offsets, strides, strict=True)) * itemsize
     length = span(box.sizes, strides) * itemsize

@@ -14,7 +14,7 @@ from ray_ckpt.errors import FormatError
 from ray_ckpt.format.fingerprint import Fingerprint, merge
 
 ABSENT = "absent"
-"""Stands for what a side does not hold at all."""
+"""Stands for a name that one side does not have."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Mismatch:
-    """One name under which something else was found than was saved."""
+    """A name whose saved and loaded values differ."""
 
     name: str
     expected: str
     found: str
     ranks: tuple[int, ...]
-    """The ranks that hold what was found; when nothing was, those that saved it."""
+    """The ranks that hold the loaded value; when there is none, those that saved it."""
 
 
 @dataclass(frozen=True)

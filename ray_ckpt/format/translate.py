@@ -29,7 +29,7 @@ from ray_ckpt.text import listed
 __all__ = ["HYPERPARAMETERS", "Names", "Translation", "group_lists", "join", "may_be_foreign", "translate"]
 
 MODEL, OPTIM = "model", "optim"
-"""What our names begin with."""
+"""Sections that our names begin with."""
 
 HYPERPARAMETERS = f"{OPTIM}.param_groups."
 """What the names of hyper-parameters begin with."""
@@ -72,7 +72,7 @@ class Translation:
 
     manifest: Manifest
     lost: str = ""
-    """Why the optimizer's hyper-parameters cannot be had from it; empty when they can."""
+    """Why the checkpoint lacks the optimizer's hyper-parameters; empty when it has them."""
 
 
 def join(offers: Sequence[Names | None]) -> Names | None:
@@ -94,7 +94,7 @@ def join(offers: Sequence[Names | None]) -> Names | None:
 
 
 def may_be_foreign(manifest: Manifest) -> bool:
-    """Whether names may need a translation: whenever somebody else wrote it, or what was written is not as ours is."""
+    """Whether names may need a translation: another program wrote the checkpoint, or its names are not all ours."""
     return (
         not manifest.attempt
         or bool(group_lists(manifest))
@@ -109,7 +109,7 @@ def group_lists(manifest: Manifest) -> list[str]:
 
 
 def translate(manifest: Manifest, lists: Mapping[str, Any], names: Names) -> Translation:
-    """Give everything the name that a training state has for it. What has none keeps its own.
+    """Rename everything to what a `TrainState` calls it. Names without a counterpart are kept.
 
     Args:
         lists: values of `group_lists`.

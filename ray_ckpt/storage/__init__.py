@@ -1,1 +1,1 @@
-"""Getting bytes in and out: pyarrow filesystems behind DCP's storage interfaces."""
+"""Getting bytes in and out: files on any file system, reading and writing checkpoints, the store of steps."""

@@ -46,7 +46,7 @@ class CheckpointReader:
         verify_checksums: check every byte that is read against the checksum recorded when it was saved. Checkpoints
             that stock DCP wrote have none.
         trusted: let the checkpoint's pickles run whatever code they name. Only for a checkpoint whose author you trust.
-        threads: reads in flight; by default more over a network than on local files, where it is as many as this rank
+        threads: number of reads at the same time; by default 12 over a network, and on local files as many as this rank
             has cores, up to four.
         extensions: DCP stream extensions that decode what a stock writer encoded.
     """
@@ -69,9 +69,9 @@ class CheckpointReader:
         self.files = self.storage
         """Where the manifest's files are; for a target that is itself a file, its directory."""
         self.kind = ""
-        """What `read_manifest` has recognized, in words; empty for a checkpoint of ours."""
+        """Kind of checkpoint that `read_manifest` has recognized, in words; empty for one of ours."""
         self.notes: tuple[str, ...] = ()
-        """What of it `read_manifest` had to leave out, and why."""
+        """What `read_manifest` had to leave out, and why."""
         self.decoder = Decoder(extensions or ExtensionRegistry(), trusted=trusted)
 
     @property
@@ -81,7 +81,7 @@ class CheckpointReader:
     def read_manifest(self) -> Manifest:
         """What the checkpoint holds, at the cost of one small read. Non-tensor values are in it: `Manifest.values()`.
 
-        For what somebody else wrote (stock DCP, accelerate, Lightning, `torch.save`, safetensors) the manifest is
+        For another program's checkpoint (stock DCP, accelerate, Lightning, `torch.save`, safetensors) the manifest is
         derived from the headers there; it has no checksums, and values only where a header holds them.
 
         Raises:

@@ -45,7 +45,7 @@ class SavedChunk(NamedTuple):
 
 
 def locate(storage: Storage, chunks: Mapping[K, SavedChunk], tuning: Tuning, *, verify: bool) -> dict[K, Source]:
-    """The sources of those chunks whose elements can be read by themselves.
+    """The sources of those chunks whose elements can be read without the rest of the container.
 
     Raises:
         FormatError: a container holds another tensor than the metadata says.

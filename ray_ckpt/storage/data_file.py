@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Packed(Generic[K]):
-    """What went into one file, in the order given."""
+    """The contents of one written file, in the order in which they were given."""
 
     tensors: TensorColumns
     keys: list[K]
@@ -63,8 +63,8 @@ def pack_pieces(
     """Write one file whose tensors come piece by piece, each one's bytes in row-major order. It is durable on return.
 
     Args:
-        pieces: what the piece is of, as one and the same pair for all pieces of a tensor, and its bytes. Of the tensor
-            only dtype and shape are asked for: it may lie on the meta device.
+        pieces: (key, tensor) and the bytes of a piece. All pieces of a tensor have the same pair, the same object. The
+            tensor may be on the meta device: only its dtype and shape are used.
     """
     with storage.create(name) as file:
         packer = _Packer[K](file)
@@ -117,9 +117,9 @@ def _batches(share: Sequence[int], sizes: Sequence[int], max_bytes: int) -> list
 
 
 def write_in_threads(storage: Storage, writes: Sequence[Callable[[], T]], threads: int) -> list[T]:
-    """Run the writes, each again after transient errors; every one's failure is raised here.
+    """Run the writes, each again after transient errors, and raise their failures.
 
-    A single thread is the caller's own, whose current CUDA stream has produced the tensors.
+    With one thread they run on the caller's, whose current CUDA stream has produced the tensors.
     """
     if threads == 1:
         return [storage.retried(write) for write in writes]
@@ -184,7 +184,7 @@ class _Packer(Generic[K]):
             self._buffer = bytearray()
 
     def _start_tensor(self, key: K, tensor: torch.Tensor) -> tuple[bytes, BlockHasher]:
-        """Write what stands before the elements; returns what stands behind them."""
+        """Write the part of the container before the elements, and return the part after them."""
         wrapping = container(tensor.dtype, tensor.shape)
         block_bytes = block_size(wrapping.data_bytes)
         self._align()

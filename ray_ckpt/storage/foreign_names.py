@@ -1,4 +1,4 @@
-"""Whether somebody else's checkpoint lies at a target, as far as names tell. Needs no torch, as a driver asks too."""
+"""Whether another program's checkpoint is at a target, as far as names tell. Needs no torch: a driver asks too."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class SavedObject:
     """A non-tensor on its way to disk."""
 
     container: bytes
-    """As `torch.save` writes it, for stock DCP."""
+    """The value as `torch.save` writes it, for stock DCP."""
     inline: Inline | None
 
     @property
@@ -84,8 +84,8 @@ class Decoder:
     """Turns a container's bytes into what was saved.
 
     Args:
-        extensions: Those that can undo what a stock writer's stream extensions did.
-        trusted: Unpickle without a guard.
+        extensions: stream extensions that decode what a stock writer's have encoded.
+        trusted: unpickle whatever the container names, and run it.
     """
 
     def __init__(self, extensions: ExtensionRegistry, *, trusted: bool) -> None:

@@ -23,14 +23,14 @@ def refuse_if_taken(storage: Storage) -> None:
 
 
 def publish(storage: Storage, manifest: Manifest, stock_record: bytes, *, overwrite: bool) -> None:
-    """Commit. What was there stays valid until the very last write; its data files are deleted after that.
+    """Commit. A checkpoint that is replaced stays valid until the last write; its data files are deleted after that.
 
     Args:
         stock_record: the `.metadata` that lets stock DCP read the same files.
 
     Raises:
         CheckpointExistsError: another attempt has committed meanwhile, and `overwrite` was not given.
-        StorageError: a record could not be written; whether it is committed is then the storage's secret.
+        StorageError: a record could not be written. The commit may or may not have happened: look at the storage.
     """
     with collector_paused():
         record = manifest.to_json().encode()

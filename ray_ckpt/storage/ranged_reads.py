@@ -37,16 +37,15 @@ class Tuning:
     """How reads are cut, grouped and overlapped. What is cheap differs between a disk and a network."""
 
     threads: int
-    """Reads in flight."""
+    """Number of reads at the same time."""
     max_gap_bytes: int
     """Largest gap of unwanted bytes that is read over rather than split into two requests."""
     max_read_bytes: int
-    """Size of a read, give or take a checksum block at either end. A scratch buffer is as large."""
+    """Size of a read, and of a scratch buffer, apart from a checksum block at either end."""
     edge_bytes: int
-    """A run whose edge lies inside a block gives up this much more to the scratch buffer, so as not to spend a request
-    on a few bytes."""
+    """How much of a run goes through scratch, besides the block at its edge, so that no request fetches a few bytes."""
     min_direct_bytes: int
-    """Shorter runs pass through scratch, where one read serves many."""
+    """Least size of a run that is read directly into the target; shorter ones share reads through scratch."""
 
 
 LOCAL = Tuning(threads=4, max_gap_bytes=16 << 10, max_read_bytes=1 << 20, edge_bytes=0, min_direct_bytes=256 << 10)
@@ -62,10 +61,10 @@ def tuning_for(storage: Storage) -> Tuning:
 
 
 def local_threads() -> int:
-    """Reads of local files that are worth having in flight: no more than this rank has cores.
+    """Number of reads of local files at the same time: no more than this rank has cores.
 
-    Ranks that share their cores with each other (`LOCAL_WORLD_SIZE`, as torchrun and Ray Train set it) only get into
-    each other's way: with four threads on half a core a load took a tenth longer than with one.
+    Ranks that share cores (`LOCAL_WORLD_SIZE`, as torchrun and Ray Train set it) slow each other down: with four
+    threads on half a core a load took a tenth longer than with one.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
@@ -106,7 +105,7 @@ class _Range(NamedTuple):
     lead: int = 0
     """Number of bytes in front of the wanted ones."""
     target: memoryview | _Scatter | None = None
-    """Takes the wanted bytes; None when they were read where they belong."""
+    """Takes the wanted bytes; None when they were read directly into the target."""
 
 
 class _Read(NamedTuple):
@@ -117,7 +116,7 @@ class _Read(NamedTuple):
     end: int
     ranges: Sequence[_Range]
     memory: memoryview | None = None
-    """Where it goes; None for scratch."""
+    """Memory that the bytes are read into; None for scratch."""
 
 
 def fetch(storage: Storage, pieces: Sequence[Piece], tuning: Tuning) -> None:

@@ -16,10 +16,10 @@ Target = str | os.PathLike[str] | Storage | CheckpointStore
 
 
 def destination(target: Target, step: int | None) -> Storage:
-    """Where a save goes: to the target itself, or to a step of the store that it is.
+    """Where a save goes: to the target itself, or with `step` to that step of the store at the target.
 
     Raises:
-        UsageError: a store without a step, or a step that is no number of one.
+        UsageError: `target` is a store and there is no step, or `step` is not a number from 0.
     """
     if step is not None:
         return _store(target).location(step)
@@ -31,7 +31,7 @@ def destination(target: Target, step: int | None) -> Storage:
 def checkpoint_at(target: Target, step: int | None) -> Storage:
     """Where a load comes from: the step, the checkpoint at the target itself, or the latest step of the store there.
 
-    One process asks for all that load together: another save may commit in between.
+    Of the processes that load together, one asks and tells the others: another save may commit at any moment.
 
     Raises:
         CheckpointNotFoundError: no step was named, and there is no committed checkpoint.

@@ -31,10 +31,10 @@ from ray_ckpt.storage.staging import bytes_of
 __all__ = ["BATCH_BYTES", "WantedTensor", "rewrite"]
 
 BATCH_BYTES = 16 << 20
-"""Bytes of tensors that are read before they are written."""
+"""Size of the buffer: so many bytes of tensors are read before they are written."""
 
 _ALIGNMENT = 16
-"""Of a tensor in the buffer, in bytes: the widest element."""
+"""Alignment of a tensor in the buffer, in bytes: the size of the widest element."""
 
 Entry = tuple[int, torch.Tensor]
 """The caller's key of a tensor, and one of its dtype and shape on the meta device."""
@@ -48,7 +48,7 @@ class WantedTensor:
     dtype: str
     box: Box
     chunks: tuple[Chunk, ...]
-    """The saved chunks that it has elements of."""
+    """The saved chunks that hold its elements."""
 
 
 def rewrite(
@@ -61,10 +61,10 @@ def rewrite(
     """Write one file from the bytes of others. It is durable on return.
 
     Args:
-        source: of the saved chunks and objects.
+        source: reader of the checkpoint that has the chunks and objects.
         file: name of the new file in `target`.
-        objects: name and entry, by the caller's key.
-        tensors: by the caller's key.
+        objects: the caller's key -> name and entry.
+        tensors: the caller's key -> parts of tensors.
 
     Raises:
         IntegrityError: what was read differs from its checksum.

@@ -25,9 +25,9 @@ K = TypeVar("K")
 
 
 def host_pieces(tensors: Iterable[tuple[K, torch.Tensor]]) -> Iterator[tuple[K, memoryview]]:
-    """The bytes of many tensors, in order. Every tensor yields at least one piece, an empty one an empty piece.
+    """The bytes of many tensors, in order. Each tensor yields at least one piece; an empty tensor yields an empty one.
 
-    A piece is valid until the next one is asked for.
+    A piece is valid only until the next one is yielded.
 
     Raises:
         UsageError: a tensor is not made of strided elements with bits of their own.
@@ -46,7 +46,7 @@ def host_pieces(tensors: Iterable[tuple[K, torch.Tensor]]) -> Iterator[tuple[K, 
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor without what stands between it and its bits: gradients, pending conjugations and negations.
+    """The tensor with its bits as they are: detached, with pending conjugations and negations carried out.
 
     Raises:
         UsageError: it is not made of strided elements with bits of their own.
@@ -64,7 +64,7 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, which lives as long as the view.
 
-    By its address, because the way through numpy takes five times as long, which thousands of small tensors feel.
+    Made from its address: going through numpy takes five times as long, which matters for thousands of small tensors.
     """
     memory = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
     memory.tensor = tensor  # type: ignore[attr-defined]
@@ -98,7 +98,7 @@ def _row_major_parts(tensor: torch.Tensor, max_bytes: int) -> Iterator[torch.Ten
 
 
 class _PinnedStaging:
-    """A CUDA tensor's way to the host: two pinned buffers, one being filled while the other is handed out."""
+    """Copies CUDA tensors to the host through two pinned buffers: one is filled while the other is handed out."""
 
     def __init__(self) -> None:
         self._buffers: list[torch.Tensor] = []
