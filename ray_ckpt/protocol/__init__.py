@@ -1,4 +1,4 @@
-"""How ranks and a coordinator save and load a checkpoint together. Who carries their messages is left open.
+"""How ranks and a coordinator save and load a checkpoint together, whoever carries their messages.
 
     every rank     RankSave.plan        what it holds            -> LocalPlan      (rank_save.py, holdings.py)
     coordinator    Coordinator.merge    who writes what          -> Assignment     (coordinator.py)
@@ -11,7 +11,7 @@
     coordinator    agree                what nobody wants        -> LoadOffer      (agreement.py)
     every rank     RankLoad.check, read, finish                  -> LoadReport
 
-`checkpoint/` carries them by collectives, `cluster/` by actor calls. Messages (messages.py) are plain columns: one
-record per file rather than one object per tensor, because pickling plans is most of what a save of many small tensors
-costs. The coordinator needs no torch.
+`checkpoint/` carries them by collectives, `cluster/` by actor calls, `dcp/` by DCP's own planners. Messages
+(messages.py) are plain columns: one record per file rather than one object per tensor, because pickling plans is most
+of what a save of many small tensors costs. The coordinator needs no torch.
 """

@@ -1,7 +1,7 @@
 """Whether a checkpoint fits what it is loaded into, and what ranks tell each other about that. Needs no torch.
 
-A rank can tell alone what it misses. What is left over in the checkpoint only all ranks together can tell: a pipeline
-stage does not want what another stage does. Each sends a bit per name, which for a shard of everything are all zero.
+Each rank knows by itself what it misses. Only all ranks together know what no rank wants: a pipeline stage does not
+want what another stage does. So each rank sends one bit per name; a rank that wants a shard of everything sends zeros.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ray_ckpt.rounding import ceil_div
 
 
 def agree(offers: Sequence[LoadOffer]) -> LoadOffer:
-    """What all ranks together miss, cast, and do not want."""
+    """One offer for all ranks: names that any of them misses or casts, and names that none of them wants."""
     unwanted = int.from_bytes(offers[0].unwanted, "little")
     for offer in offers[1:]:
         unwanted &= int.from_bytes(offer.unwanted, "little")
@@ -26,7 +26,7 @@ def agree(offers: Sequence[LoadOffer]) -> LoadOffer:
 
 
 def mark(names: Sequence[str], chosen: Collection[str]) -> bytes:
-    """A bit per name, set for those that are chosen."""
+    """One bit per name, set for the chosen ones."""
     marks = bytearray(ceil_div(len(names), 8))
     for place, name in enumerate(names):
         if name in chosen:

@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 
 class PlanCache:
-    """The plans of the last save: when all ranks send the same tokens again, nothing is merged again."""
+    """The plans of the last save: while all ranks send the same tokens, they need not be merged again."""
 
     def __init__(self) -> None:
         self.merged: GlobalPlan | None = None
@@ -49,7 +49,7 @@ class PlanCache:
 
     @property
     def plans(self) -> list[LocalPlan]:
-        """What ranks send that hold the same again, by rank."""
+        """By rank, the plan of a rank whose state is unchanged: a token instead of items."""
         return [LocalPlan(token, None) for token in self._tokens]
 
     def update(self, plans: Sequence[LocalPlan]) -> GlobalPlan:
@@ -115,7 +115,7 @@ class Coordinator:
         return [Assignment(self.attempt, rank, tuple(skipped)) for rank, skipped in enumerate(self._plan.skipped)]
 
     def merge_again(self) -> None:
-        """Decide as for the attempt before, as every rank holds what it held then.
+        """Decide as in the attempt before: every rank holds the same as then.
 
         Raises:
             CheckpointExistsError: as `merge`.
@@ -127,7 +127,7 @@ class Coordinator:
         self._plan = plan
 
     def check(self, records: Sequence[RankRecord]) -> None:
-        """Check that all of it was written, by the records of all ranks, by rank, and by a look at the storage.
+        """Check by the records of all ranks, and by a look at the storage, that everything was written.
 
         Raises:
             CommitError: something was not written, or replicas differ, or the storage does not show the files.
@@ -161,7 +161,7 @@ class Coordinator:
 
         Raises:
             CheckpointExistsError: another attempt has committed meanwhile.
-            StorageError: a record could not be written. The checkpoint may be committed all the same.
+            StorageError: a record could not be written. The commit may or may not have happened.
         """
         manifest = self.manifest
         publish(self._storage, manifest, stock_record, overwrite=self._overwrite)
@@ -193,15 +193,15 @@ class Coordinator:
         return Manifest(tensors, objects, written.files, self.attempt, self.layout, self._saved_by, self._fingerprints)
 
     def _check_files(self, files: Mapping[str, int]) -> None:
-        """Whether this process finds at the storage what the ranks say that they have written there.
+        """Refuse to commit unless this process sees the files that the ranks report, with their sizes.
 
-        It does not where a write claimed to succeed and lost bytes, and where the ranks' directory is not this
-        process's, though it has the same path.
+        It does not see them when a write claimed success and lost bytes, or when the ranks' directory is another one
+        of the same path.
         """
         found: dict[str, int | None] = dict(self._storage.list_files()) if files else {}
         for name, size in files.items():
             if found.get(name) != size:
-                # A listing may be of a while ago, on NFS for one; a look at the file itself is not.
+                # A listing may be stale, as on NFS; a look at the file itself is not.
                 found[name] = self._storage.size(name)
         wrong = {name: size for name, size in sorted(files.items()) if found[name] != size}
         if not wrong:

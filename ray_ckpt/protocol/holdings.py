@@ -55,12 +55,12 @@ def hold(state_dict: Mapping[str, Any]) -> Holdings:
 
 
 def is_stateful(value: object) -> bool:
-    """Asked of tensors first, because it takes a protocol a hundred times as long to say no."""
+    """Whether it is a `Stateful`. Tensors are excluded first: asking the protocol takes a hundred times as long."""
     return not isinstance(value, torch.Tensor) and isinstance(value, Stateful)
 
 
 class _Holder:
-    """Makes specs once per distinct shape, mesh and placement: where a DTensor's shard lies takes 0.1 ms to compute."""
+    """Makes specs once per distinct shape, mesh and placement: locating a DTensor's shard takes 0.1 ms."""
 
     def __init__(self) -> None:
         self._specs: dict[object, TensorSpec | None] = {}

@@ -49,11 +49,11 @@ class HostCopy:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of host memory that are held."""
+        """Size of the host memory held."""
         return self._buffer.nbytes
 
     def take(self, holdings: Holdings, skipped: Sequence[int] = ()) -> Holdings:
-        """Copy everything but what stands at the skipped positions, where the copy holds None.
+        """Copy everything except the skipped positions, where the copy holds None.
 
         The originals may change as soon as this returns.
 

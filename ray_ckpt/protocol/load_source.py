@@ -31,9 +31,9 @@ class Source:
         self._reader = CheckpointReader(storage)
         self.manifest = Manifest({}, {}, {})
         self.lost = ""
-        """Why the optimizer's hyper-parameters cannot be had from somebody else's checkpoint; empty when they can."""
+        """Why another program's checkpoint lacks the optimizer's hyper-parameters; empty when it has them."""
         self.left_out = ""
-        """All that cannot be had from it, and why."""
+        """Everything that cannot be loaded from it, and why."""
 
     @property
     def address(self) -> str:
@@ -53,7 +53,7 @@ class Source:
         return translate.may_be_foreign(self.manifest)
 
     def adapt(self, names: translate.Names) -> None:
-        """Give everything the name that a training state has for it.
+        """Rename everything to what a `TrainState` calls it.
 
         Raises:
             StateMismatchError: the optimizer's state cannot be told apart by parameter.
@@ -66,7 +66,7 @@ class Source:
         self.manifest = translation.manifest
 
     def drop(self, prefix: str) -> None:
-        """Go on as if nothing of that prefix had been saved."""
+        """Ignore everything in the checkpoint whose name has this prefix."""
         tensors = {name: entry for name, entry in self.manifest.tensors.items() if not name.startswith(prefix)}
         objects = {name: entry for name, entry in self.manifest.objects.items() if not name.startswith(prefix)}
         self.manifest = dataclasses.replace(self.manifest, tensors=tensors, objects=objects)
@@ -101,7 +101,7 @@ class Source:
         return SavedState(tensors, values, layout=manifest.layout, only=only, key_map=key_map)
 
     def read(self, wanted: dict[str, Any]) -> None:
-        """Fill the tensors of these names, and replace what is none by its value."""
+        """Fill the tensors of these names, and replace other entries by their values."""
         fill(wanted, self._reader, self.manifest)
 
     def describe(self, name: str) -> str:

@@ -27,7 +27,7 @@ _Holder = tuple[int, int]
 
 @dataclass(frozen=True)
 class GlobalPlan:
-    """Who holds and who writes what."""
+    """What each rank holds, and which rank writes it."""
 
     items: Sequence[Sequence[Item]]
     """What each rank holds, by rank."""
@@ -72,7 +72,7 @@ def adopt(
     items: Sequence[Sequence[Item]],
     skipped: Sequence[Sequence[int]],
 ) -> GlobalPlan:
-    """Take over who writes what from somebody who has decided it already.
+    """Take over a decision that was made elsewhere, and check it.
 
     Args:
         planned: the parts that were to be written, in no order.
@@ -142,7 +142,7 @@ def _assign(
 ) -> tuple[list[tuple[int, ...]], dict[Key, int]]:
     """What each rank skips, and who writes each replicated part."""
     sizes = {key: _size(plans[held[0][0]][held[0][1]].spec) for key, held in holders.items()}
-    # First what nobody can take off a rank, so that replicas even out what that leaves uneven.
+    # First the parts that only one rank holds; then replicas even out the loads.
     loads = [0] * len(plans)
     for key, held in holders.items():
         if len(held) == 1:

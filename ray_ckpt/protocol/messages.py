@@ -19,7 +19,7 @@ class TensorSpec(NamedTuple):
     dtype: str
     """As `str(torch.dtype)` without the `torch.` prefix."""
     shape: tuple[int, ...]
-    """Global shape of the tensor, in elements."""
+    """Shape of the global tensor."""
     offsets: tuple[int, ...]
     """First element of the part in the tensor, per dim."""
     sizes: tuple[int, ...]
@@ -39,7 +39,7 @@ class Item(NamedTuple):
     path: Path | None
     """Keys that lead to it in the nested state dict; None when that is the name alone."""
     spec: TensorSpec | None
-    """None: not a tensor."""
+    """The part of the tensor; None for an object."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class LocalPlan:
     token: str
     """Id of this plan: a rank that holds the same things again sends the same token."""
     items: tuple[Item, ...] | None
-    """None: those sent before under this token."""
+    """What the rank holds; None for the items that were sent before under this token."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ REPLICA_DIGEST_BYTES = 16
 
 
 def digest_tensor(sums: bytes) -> bytes:
-    """What replicas of a tensor's part are compared by, beside their specs: XXH3-128.
+    """The digest by which replicas of a tensor's part are compared, besides their specs: XXH3-128.
 
     Args:
         sums: the part's block sums, as in `BlockSums.sums`.
@@ -100,7 +100,7 @@ def digest_tensor(sums: bytes) -> bytes:
 
 
 def digest_object(checksum: int) -> bytes:
-    """What replicas of an object are compared by.
+    """The digest by which replicas of an object are compared.
 
     Args:
         checksum: XXH3-64 of the object's container, as in `ObjectEntry.checksum`.

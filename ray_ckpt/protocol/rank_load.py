@@ -11,7 +11,7 @@ every rank     check    refuse what is left over
 every rank     read     allocate; bytes go straight into the live tensors
 every rank     finish   hyper-parameters, schedulers, counters, generators
 
-Between the phases ranks learn whether the others have come through; who tells them is left open.
+Between the phases, whoever carries the messages tells the ranks whether the others have succeeded.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class LoadOptions:
     only: tuple[str, ...] | None = None
     key_map: KeyMap | None = None
     hyperparameters: str = "from-checkpoint"
-    """Or `from-optimizer`: the optimizers keep their own instead of the saved ones."""
+    """`from-checkpoint`, or `from-optimizer`: the optimizers keep their own."""
 
     def __post_init__(self) -> None:
         if self.hyperparameters not in ("from-checkpoint", "from-optimizer"):
@@ -71,7 +71,7 @@ class RankLoad:
     """Loads one checkpoint into what a rank holds.
 
     Args:
-        storage: of the checkpoint.
+        storage: the checkpoint's directory, or a file.
     """
 
     def __init__(self, storage: Storage, options: LoadOptions) -> None:
@@ -112,11 +112,11 @@ class RankLoad:
         """Translate the names of the checkpoint.
 
         Args:
-            names: of all ranks together.
+            names: the names of all ranks together.
 
         Raises:
-            StateMismatchError: the optimizer's state cannot be told apart by parameter, or its hyper-parameters are
-                lost and nobody said that the optimizer should keep its own.
+            StateMismatchError: the optimizer's state cannot be matched to parameters, or its hyper-parameters are lost
+                and `hyperparameters` is not "from-optimizer".
         """
         if names is None:
             return

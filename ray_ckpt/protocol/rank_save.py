@@ -36,7 +36,7 @@ from ray_ckpt.storage.objects import SavedObject, saved_object
 
 
 class PlanMemory:
-    """Remembers what a rank planned last, so that a plan which has not changed travels as its token.
+    """Remembers a rank's last plan, so that an unchanged plan is sent as a token.
 
     An equal plan is recognized by comparing all of it: a state that has changed is never saved under an old plan.
     """
@@ -61,8 +61,8 @@ class RankSave:
     """Writes what a rank holds, as the coordinator assigns it.
 
     Args:
-        storage: of the checkpoint.
-        threads: files that are written at the same time.
+        storage: the checkpoint's directory.
+        threads: number of files written at the same time.
         max_file_bytes: another file is started before one grows past this; a single tensor may be larger.
     """
 
@@ -80,7 +80,7 @@ class RankSave:
         """Look through the state. It may not change before `stage` has returned, or `write` where nothing is staged.
 
         Args:
-            memory: of this rank's plans before.
+            memory: this rank's memory of its last plan.
             known: tokens of plans that the coordinator still has.
 
         Raises:
@@ -89,7 +89,7 @@ class RankSave:
         with collector_paused():
             holdings = hold(state.state_dict() if isinstance(state, Stateful) else state)
             plan = memory.plan(holdings, known)
-            # The very items of an equal plan before: to compare them again costs nothing then.
+            # If the plan is equal, the same items as before, so that comparing them next time costs nothing.
             self._holdings = Holdings(memory.items or (), holdings.values)
             return plan
 
@@ -117,7 +117,7 @@ class RankSave:
         """
         if self._staged is not None:
             self._holdings = self._staged  # lets go of the originals: training may be done with them
-        # What was staged is written beside training, for which the collector may not stand still so long.
+        # A staged save runs beside training, which needs the collector meanwhile.
         with contextlib.nullcontext() if self._staged is not None else collector_paused():
             items = self._holdings.items
             skipped = set(assignment.skipped)
@@ -132,7 +132,7 @@ class RankSave:
             return RankRecord(tuple(files), digests)
 
     def discard(self) -> None:
-        """Remove the files that were begun, which no manifest will ever name. What cannot be removed stays."""
+        """Remove the files of this attempt, which no manifest will name. Files that cannot be removed stay."""
         for name in self._begun:
             with contextlib.suppress(StorageError):
                 self._storage.delete(name)
@@ -171,7 +171,7 @@ def _saved(value: object) -> SavedObject:
 
 
 def file_record(packed: Packed[int]) -> FileRecord:
-    """What a rank tells of a file that it has written. Keys are positions in its plan."""
+    """A rank's record of a file that it has written. Keys are positions in its plan."""
     first_at: dict[int, ObjectEntry] = {}
     return FileRecord(
         packed.tensors,
@@ -182,5 +182,5 @@ def file_record(packed: Packed[int]) -> FileRecord:
 
 
 def _size(spec: TensorSpec | None) -> int:
-    """What counts when items are shared out: bytes, and at least one, as nothing is free."""
+    """Cost of an item when items are distributed over files: its bytes, but at least 1."""
     return 1 if spec is None else max(1, num_bytes(spec))

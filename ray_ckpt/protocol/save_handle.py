@@ -1,7 +1,7 @@
-"""A save that goes on beside training, as whoever asked for it sees it. Needs no torch.
+"""SaveHandle: a save in the background, as its caller sees it. Needs no torch.
 
-A failure is never dropped: it is raised by `result`, or by the save after it, or told when the process ends, which then
-has the exit code 1.
+A failure is never dropped: `result` raises it, or else the next save, or else it is printed when the process ends,
+which then has the exit code 1.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class SaveHandle:
         return self._report
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Until it has ended, well or not.
+        """Wait until the save has ended, successfully or not.
 
         Raises:
             SavePendingError: as `result`.
@@ -98,8 +98,8 @@ class SaveHandle:
             print(f"ray_ckpt: {self._described()}", file=sys.stderr, flush=True)
 
     def _run(self, work: Callable[[], SaveReport], returned: threading.Event) -> None:
-        # Else it may keep the interpreter to itself for milliseconds before whoever starts it gets on. Not for longer
-        # than that is worth: an interrupt may keep the word from coming.
+        # Otherwise this thread may hold the interpreter for milliseconds before the caller continues. The wait is
+        # short, because an interrupt in the caller may keep the event from being set.
         returned.wait(timeout=1.0)
         try:
             self._report = work()
