@@ -148,6 +148,8 @@ class VerifyReport:
     """Every damaged range, sorted by file and position."""
     unchecked: tuple[str, ...]
     """Names that were read but have no checksum to compare with, as in a checkpoint that stock DCP wrote."""
+    notes: tuple[str, ...] = ()
+    """What else is to be known of the check, such as a record of format version 1, which has no digest of itself."""
 
     @property
     def verified(self) -> bool:
@@ -164,11 +166,12 @@ class VerifyReport:
             f"{self.num_tensors} tensors and {self.num_objects} objects in {self.num_files} files of {self.uri}, "
             f"{self.total_bytes / 2**20:.1f} MiB in {self.seconds:.1f} s"
         )
+        notes = "".join(f"; {note}" for note in self.notes)
         if self.damages:
-            return f"DAMAGED: {len(self.damaged)} of {asked}: " + "; ".join(map(str, self.damages))
+            return f"DAMAGED: {len(self.damaged)} of {asked}: " + "; ".join(map(str, self.damages)) + notes
         if self.unchecked:
-            return f"read, but not verified: {asked}; {len(self.unchecked)} of them have no checksum"
-        return f"verified: {asked}"
+            return f"read, but not verified: {asked}; {len(self.unchecked)} of them have no checksum" + notes
+        return f"verified: {asked}" + notes
 
     @staticmethod
     def merge(shares: Sequence[VerifyReport]) -> VerifyReport:

@@ -215,7 +215,7 @@ def test_unknown_tags_are_refused(data):
 
 def test_manifest_comes_back():
     chunk = Chunk(Box((1, 0), (2, 3)), "f", 64, 2000, 700, BlockSums(4096, b"12345678"), ("stream.x/1",))
-    first = Chunk(Box((0, 0), (1, 3)), "f", 3000, 50, None)
+    first = Chunk(Box((0, 0), (1, 3)), "f", 3000, 50, 3010, BlockSums(4096, b"abcdefgh"))
     manifest = Manifest(
         tensors={
             "a.b": TensorEntry("float32", (3, 3), (first, chunk), ("a", "b")),
@@ -223,7 +223,7 @@ def test_manifest_comes_back():
         },
         objects={
             "x": ObjectEntry("f", 0, 10, inline=Inline((1, None)), checksum=2**64 - 1, path=("x",)),
-            "y": ObjectEntry("f", 0, 10, blob=b"\x00\xff", path=("y", 0, "z")),
+            "y": ObjectEntry("f", 0, 10, blob=b"\x00\xff", checksum=0, path=("y", 0, "z")),
         },
         files={"f": 3050},
         attempt="1",
@@ -234,6 +234,21 @@ def test_manifest_comes_back():
     assert Manifest.from_json(manifest.to_json()) == manifest
     assert manifest.total_bytes == 3050
     assert manifest.values() == {"x": (1, None)}
+
+
+def test_the_manifest_of_a_foreign_checkpoint_comes_back():
+    """It may lack checksums, and where the elements begin."""
+    chunk = Chunk(Box((0,), (3,)), "f", 3000, 50, None, transforms=("stream.x/1",))
+    objects = {"y": ObjectEntry("f", 0, 10, path=None)}
+    manifest = Manifest({"a": TensorEntry("float32", (3,), (chunk,), ("a",))}, objects, {"f": 3050})
+    assert Manifest.from_json(manifest.to_json()) == manifest
+
+
+def test_a_manifest_is_shown_in_a_line():
+    many = {f"{n}": ObjectEntry("f", 0, 10, checksum=1, path=None) for n in range(1000)}
+    expected = "<Manifest of 0 tensors and 1000 objects, 10 bytes in 1 files, layout 'pp=4'>"
+    assert str(Manifest({}, many, {"f": 10}, layout="pp=4")) == repr(Manifest({}, many, {"f": 10}, layout="pp=4"))
+    assert str(Manifest({}, many, {"f": 10}, layout="pp=4")) == expected
 
 
 def test_manifest_needs_neither_torch_nor_pyarrow(tmp_path):

@@ -20,8 +20,9 @@ from ray_ckpt.dcp.reader import ArrowStorageReader
 from ray_ckpt.dcp.writer import ArrowStorageWriter
 from ray_ckpt.errors import CheckpointError, FormatError, RayCkptError, UnsafeCheckpointError
 from ray_ckpt.format import dcp_metadata
-from ray_ckpt.format.manifest import MANIFEST_NAME, Manifest
+from ray_ckpt.format.manifest import MANIFEST_NAME, VERSION, Manifest
 from tests.support import driver
+from tests.support.records import VERSION_1, edit_record, sealed
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 
@@ -93,7 +94,7 @@ def test_object_that_runs_a_command(tmp_path, trusted):
 def test_our_inlined_object_that_runs_a_command(ours, tmp_path):
     stream = io.BytesIO()
     torch.save(Attack(tmp_path / "flag"), stream)
-    _edit(ours, lambda m: m["objects"]["object"].update(blob=_base64(stream.getvalue())))
+    edit_record(ours, lambda m: m["objects"]["object"].update(blob=_base64(stream.getvalue())))
     with pytest.raises(UnsafeCheckpointError, match="system"):
         driver.load(_target(), ArrowStorageReader(ours))
     assert not (tmp_path / "flag").exists()
@@ -136,7 +137,7 @@ def test_file_names_that_leave_the_directory(ours, name):
         for entry in (*manifest["tensors"]["weight"]["chunks"], manifest["objects"]["object"]):
             entry["file"] = name
 
-    _edit(ours, escape)
+    edit_record(ours, escape)
     with pytest.raises(UnsafeCheckpointError, match="leaves the checkpoint's directory"):
         driver.load(_target(), ArrowStorageReader(ours))
 
@@ -172,7 +173,7 @@ DAMAGES = {
     "checksums of nothing": lambda m: _chunk(m).update(block_bytes=0),
     "checksums are not base64": lambda m: _chunk(m).update(checksums="!"),
     "unknown file": lambda m: m.update(files={}),
-    "later version": lambda m: m.update(version=2),
+    "later version": lambda m: m.update(version=VERSION + 1),
     "another format": lambda m: m.update(format="other"),
     "missing key": lambda m: m.pop("objects"),
     "wrong type": lambda m: m.update(tensors=[1]),
@@ -183,7 +184,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_manifests_that_do_not_hold_together(ours, damage):
-    _edit(ours, damage)
+    edit_record(ours, damage)
     with pytest.raises(FormatError):
         driver.load(_target(), ArrowStorageReader(ours))
 
@@ -238,7 +239,9 @@ def valid_files(tmp_path_factory):
     directory = tmp_path_factory.mktemp("fuzz")
     driver.save([_state()], [ArrowStorageWriter(directory)])
     dcp.save(_state(), checkpoint_id=directory / "stock")
-    return (directory / MANIFEST_NAME).read_bytes(), (directory / "stock" / ".metadata").read_bytes()
+    record = (directory / MANIFEST_NAME).read_bytes()
+    unsealed = (VERSION_1 / MANIFEST_NAME).read_bytes()
+    return record, unsealed, (directory / "stock" / ".metadata").read_bytes()
 
 
 _edits = st.lists(st.tuples(st.integers(0, 10**4), st.integers(0, 30), st.binary(max_size=12)), min_size=1, max_size=4)
@@ -256,13 +259,15 @@ def _apply(data, edits):
 def test_fuzzed_manifest(valid_files, edits):
     with contextlib.suppress(CheckpointError):
         Manifest.from_json(_apply(valid_files[0], edits))
+    with contextlib.suppress(CheckpointError):
+        Manifest.from_json(_apply(valid_files[1], edits))
 
 
 @settings(max_examples=400, deadline=None)
 @given(edits=_edits)
 def test_fuzzed_metadata(valid_files, edits):
     with contextlib.suppress(CheckpointError):
-        dcp_metadata.to_manifest(dcp_metadata.loads(_apply(valid_files[1], edits)))
+        dcp_metadata.to_manifest(dcp_metadata.loads(_apply(valid_files[2], edits)))
 
 
 _json = st.recursive(
@@ -280,7 +285,7 @@ def test_manifest_with_one_value_replaced(valid_files, data):
     container, key = data.draw(st.sampled_from(places))
     container[key] = data.draw(_json)
     with contextlib.suppress(RayCkptError):
-        Manifest.from_json(json.dumps(manifest))
+        Manifest.from_json(sealed(manifest))
 
 
 def _places(node):
@@ -288,13 +293,6 @@ def _places(node):
         yield node, key
         if isinstance(child, (dict, list)):
             yield from _places(child)
-
-
-def _edit(directory, change):
-    path = directory / MANIFEST_NAME
-    manifest = json.loads(path.read_bytes())
-    change(manifest)
-    path.write_text(json.dumps(manifest))
 
 
 def _edit_metadata(directory, change):

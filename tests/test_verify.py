@@ -26,6 +26,7 @@ from ray_ckpt.storage.store import CheckpointStore
 from tests.support import faulty
 from tests.support.faulty import Fault, FaultyStorage
 from tests.support.ranks import run_ranks
+from tests.support.records import sealed
 from tests.support.s3 import run_s3
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -157,14 +158,14 @@ def test_missing_short_and_long_files_are_named_with_what_is_lost(tmp_path: Path
 def test_a_value_that_was_changed_in_the_manifest_is_found(run: Path) -> None:
     text = (run / MANIFEST_NAME).read_text()
     assert text.count('"value":0.1,') == 2
-    (run / MANIFEST_NAME).write_text(text.replace('"value":0.1,', '"value":0.2,', 1))
+    (run / MANIFEST_NAME).write_text(sealed(json.loads(text.replace('"value":0.1,', '"value":0.2,', 1))))
     report = ray_ckpt.verify(run)
     assert report.damaged == ("lr",)
     assert report.damages[0].problem == "the value in manifest.json differs from the one in the file"
     data = json.loads(text)
     assert "blob" in data["objects"]["object"]
     data["objects"]["object"]["blob"] = data["objects"]["object"]["blob"][:-8] + "AAAAAAA="
-    (run / MANIFEST_NAME).write_text(json.dumps(data))
+    (run / MANIFEST_NAME).write_text(sealed(data))
     assert ray_ckpt.verify(run).damaged == ("object",)
 
 

@@ -248,3 +248,29 @@ def _paths(manifest: Manifest) -> dict[str, Path] | None:
     paths = {name: tensor.path for name, tensor in manifest.tensors.items() if tensor.path}
     paths |= {name: entry.path for name, entry in manifest.objects.items() if entry.path}
     return paths or None
+
+
+def difference(metadata: dcp.Metadata, manifest: Manifest) -> str:
+    """What a `.metadata` says otherwise than the one that this torch would write for the manifest; empty for nothing.
+
+    Raises:
+        FormatError: this torch lacks a dtype of the checkpoint.
+    """
+    wanted = _to_stock(manifest)
+    return (
+        _first_difference("entry", metadata.state_dict_metadata, wanted.state_dict_metadata)
+        or _first_difference("place", metadata.storage_data or {}, wanted.storage_data or {})
+        or _first_difference("path", metadata.planner_data or {}, wanted.planner_data or {})
+        or ("" if metadata.storage_meta == wanted.storage_meta else "its StorageMeta is another one")
+    )
+
+
+def _first_difference(what: str, found: Mapping[Any, Any], wanted: Mapping[Any, Any]) -> str:
+    for key in (*wanted, *(key for key in found if key not in wanted)):
+        if key not in found:
+            return f"it has no {what} of {str(key)[:200]}"
+        if key not in wanted:
+            return f"it has a {what} of {str(key)[:200]}, of which the manifest knows nothing"
+        if type(found[key]) is not type(wanted[key]) or found[key] != wanted[key]:
+            return f"its {what} of {str(key)[:200]} is another one"
+    return ""

@@ -1,11 +1,12 @@
 """The manifest: everything there is to know about a checkpoint, as JSON that needs neither torch nor pyarrow.
 
-    {"format": "ray_ckpt", "version": 1, "attempt": ..., "layout": ..., "saved_by": {...},
-     "fingerprints": {name: digest},
+    {"format": "ray_ckpt", "version": 2, "attempt": ..., "layout": ..., "saved_by": {...},
+     "fingerprints": {name: digest}, "metadata_digest": ...,
      "files":   {file: bytes},
      "tensors": {name: {"dtype", "shape", "path", "chunks": [{"offsets", "sizes", "file", "start", "length",
                                                               "data_start", "block_bytes", "checksums"}]}},
-     "objects": {name: {"path", "file", "start", "length", "value" | "blob" | "checksum"}}}
+     "objects": {name: {"path", "file", "start", "length", "value" | "blob", "checksum"}},
+     "digest": ...}
 
 A tensor is stored as disjoint chunks that cover it. A chunk is a box of the tensor in row-major order; its elements are
 the bytes `[data_start, data_start + data_bytes)` of `file`, inside the container `[start, start + length)` that stock
@@ -14,132 +15,62 @@ may be short. An object is a non-tensor: its value inline when JSON holds it exa
 bytes in base64 when they are few, else only in the file.
 
 `path` is where the entry stood in the nested state dict; it is left out when it is the name itself.
+
+`metadata_digest` is the XXH3-128 of the `.metadata` beside the record, which stock DCP reads. `digest` is the record's
+own (`record.py`): every flipped bit of either is found. Version 1 had neither.
 """
 
 from __future__ import annotations
 
-import base64
-import json
-import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
-from json.encoder import encode_basestring_ascii as _quoted
-from pathlib import PurePosixPath
-from typing import Any, NamedTuple, TypeVar
+from functools import partial
+from typing import Any
 
-from ray_ckpt.errors import CommitError, FormatError, UnsafeCheckpointError
-from ray_ckpt.format import values
-from ray_ckpt.format.block_sums import BlockSums
-from ray_ckpt.format.boxes import Box, check_cover, shared_box
+from ray_ckpt.errors import FormatError
+from ray_ckpt.format import record
+from ray_ckpt.format.boxes import check_cover
+from ray_ckpt.format.entries import (
+    Chunk,
+    Inline,
+    ObjectEntry,
+    Path,
+    TensorColumns,
+    TensorEntry,
+    check_file_name,
+    itemsize,
+)
 from ray_ckpt.format.ranges import span
 from ray_ckpt.rounding import ceil_div
 
-__all__ = ["MANIFEST_NAME", "VERSION", "Chunk", "Manifest", "ObjectEntry", "TensorEntry"]
+__all__ = [
+    "MANIFEST_NAME",
+    "VERSION",
+    "Chunk",
+    "Inline",
+    "Manifest",
+    "ObjectEntry",
+    "Path",
+    "TensorColumns",
+    "TensorEntry",
+    "check_file_name",
+    "itemsize",
+]
 
 MANIFEST_NAME = "manifest.json"
 """A directory that holds a file of this name holds a committed checkpoint; any other does not."""
 
-VERSION = 1
+VERSION = 2
 """Raised when an older reader would misread what is written; readers accept every version up to their own."""
 
-Path = tuple[str | int, ...]
-T = TypeVar("T")
+_SEALED_SINCE = 2
+"""Records of this version and later carry a digest."""
+
+_MEMBERS = {"format", "version", "attempt", "layout", "saved_by", "fingerprints", "files", "tensors", "objects"}
+"""Members of a record of every version. All are required, so that a damaged key drops none silently."""
 
 
-class Chunk(NamedTuple):
-    """A saved box of a tensor and where its bytes lie."""
-
-    box: Box
-    file: str
-    start: int
-    """Byte offset of the container in `file`."""
-    length: int
-    """Size of the container in bytes."""
-    data_start: int | None
-    """Byte offset of the first element in `file`; None when only the container tells, as in stock DCP's files."""
-    checksums: BlockSums | None = None
-    """Checksums of the elements; None in a checkpoint that another program wrote."""
-    transforms: tuple[str, ...] = ()
-    """Descriptors of the DCP stream extensions that encoded the container, outermost first."""
-    strides: tuple[int, ...] | None = None
-    """Strides of the elements at `data_start`, in elements; None for row-major order, which ours always have."""
-
-
-@dataclass(frozen=True)
-class TensorColumns:
-    """The tensors in one written file, one column per fact: thousands of tensors travel as six values."""
-
-    file: str
-    starts: Sequence[int]
-    """Byte offset of each tensor's container in `file`."""
-    lengths: Sequence[int]
-    """Size of each container in bytes."""
-    data_starts: Sequence[int]
-    """Byte offset of each tensor's first element in `file`."""
-    block_bytes: Sequence[int]
-    """Size of each tensor's checksum blocks in bytes."""
-    sums: bytes
-    """All block sums, one tensor's after the other's."""
-
-    def chunks(self, parts: Iterable[tuple[Box, int]]) -> Iterator[Chunk]:
-        """As the manifest has them.
-
-        Args:
-            parts: box and bytes of each tensor, in the order of the columns.
-
-        Raises:
-            CommitError: there are more or fewer checksums than blocks.
-        """
-        end = 0
-        columns = zip(parts, self.starts, self.lengths, self.data_starts, self.block_bytes, strict=True)
-        for (box, num_bytes), start, length, data_start, block_bytes in columns:
-            begin, end = end, end + 8 * ceil_div(num_bytes, block_bytes)
-            yield Chunk(box, self.file, start, length, data_start, BlockSums(block_bytes, self.sums[begin:end]))
-        if end != len(self.sums):
-            raise CommitError(f"refusing to commit: {self.file} has checksums of {len(self.sums)} bytes, not of {end}")
-
-
-class TensorEntry(NamedTuple):
-    """A tensor: its element type, its global shape and the chunks that cover it."""
-
-    dtype: str
-    """As `str(torch.dtype)` without the `torch.` prefix."""
-    shape: tuple[int, ...]
-    chunks: tuple[Chunk, ...]
-    path: Path | None = None
-    """Keys that lead to it in the nested state dict; None when nothing was flattened."""
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * itemsize(self.dtype)
-
-
-@dataclass(frozen=True)
-class Inline:
-    """A value that the manifest holds itself. A class of its own, because None is a value too."""
-
-    value: Any
-
-
-@dataclass(frozen=True)
-class ObjectEntry:
-    """A non-tensor: a number, a text, a list, or an object that only `torch.save` can write."""
-
-    file: str
-    start: int
-    length: int
-    inline: Inline | None = None
-    blob: bytes | None = None
-    """The container's bytes, when they are few and the value is not inline."""
-    checksum: int | None = None
-    """XXH3-64 of the container, when the bytes must be read from the file; None in a foreign checkpoint."""
-    transforms: tuple[str, ...] = ()
-    path: Path | None = None
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Manifest:
     """What a checkpoint holds: its tensors, its other values, its files, and the layout that saved it.
 
@@ -166,6 +97,11 @@ class Manifest:
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     """Tensor -> `Fingerprint.digest` of what the ranks held; it does not depend on the layout."""
 
+    metadata_digest: str | None = field(default=None, compare=False)
+    """XXH3-128 of the `.metadata` that was written with it; None when that is not known."""
+    has_digest: bool = field(default=True, compare=False)
+    """Whether the record that this was read from carries a digest of itself. Those of version 1 do not."""
+
     @property
     def total_bytes(self) -> int:
         """Size of the checkpoint: the sum of its data files."""
@@ -175,9 +111,16 @@ class Manifest:
         """Every non-tensor whose value the manifest holds itself, by name: no file is read for it."""
         return {name: entry.inline.value for name, entry in self.objects.items() if entry.inline is not None}
 
+    def __repr__(self) -> str:
+        """A line, however many entries there are."""
+        layout = f", layout {self.layout!r}" if self.layout is not None else ""
+        return (
+            f"<Manifest of {len(self.tensors)} tensors and {len(self.objects)} objects, {self.total_bytes} bytes in "
+            f"{len(self.files)} files{layout}>"
+        )
+
     def to_json(self) -> str:
-        """The text of `manifest.json`; `from_json` reads it."""
-        objects = {name: _object_to_json(name, entry) for name, entry in self.objects.items()}
+        """The text of `manifest.json`, with the digest of itself; `from_json` reads it."""
         head = {
             "format": "ray_ckpt",
             "version": VERSION,
@@ -185,38 +128,34 @@ class Manifest:
             "layout": self.layout,
             "saved_by": dict(self.saved_by),
             "fingerprints": dict(self.fingerprints),
+            "metadata_digest": self.metadata_digest,
             "files": dict(self.files),
         }
-        tensors = ",".join([_tensor_to_json(name, entry) for name, entry in self.tensors.items()])
-        return f'{_dumps(head)[:-1]},"tensors":{{{tensors}}},"objects":{_dumps(objects)}}}'
+        tensors, objects = record.tensors_to_json(self.tensors), record.objects_to_json(self.objects)
+        return record.seal(f'{record.dumps(head)[:-1]},"tensors":{tensors},"objects":{objects}}}')
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> Manifest:
+    def from_json(cls, text: str | bytes, where: str = MANIFEST_NAME) -> Manifest:
         """Parse and check a manifest: what this returns points only inside its own files and covers every tensor.
 
+        Args:
+            where: what the messages call it, such as its address.
+
         Raises:
-            FormatError: it is not a manifest, of a later version, or does not hold together.
+            FormatError: it is not a manifest, damaged, of a later version, or does not hold together.
             UnsafeCheckpointError: a file name leaves the checkpoint's directory.
         """
+        data = text.encode("utf-8", "replace") if isinstance(text, str) else bytes(text)
+        has_digest = record.is_sealed(data, where)
         try:
-            data = json.loads(text)
-            _expect(data.get("format") == "ray_ckpt", f"format is {data.get('format')!r}, not 'ray_ckpt'")
-            _expect(
-                type(data.get("version")) is int and 1 <= data["version"] <= VERSION,
-                f"version is {data.get('version')!r}, this reader knows 1 to {VERSION}; upgrade ray-ckpt",
-            )
-            manifest = cls(
-                tensors=_parse_each(data["tensors"], _tensor_from_json),
-                objects=_parse_each(data["objects"], _object_from_json),
-                files={name: _size(size) for name, size in data["files"].items()},
-                attempt=_text(data["attempt"]),
-                layout=None if data["layout"] is None else _text(data["layout"]),
-                saved_by={name: _text(version) for name, version in data["saved_by"].items()},
-                fingerprints={name: _text(digest) for name, digest in data["fingerprints"].items()},
-            )
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
-            raise FormatError(f"not a manifest of ray_ckpt: {type(error).__name__}: {error}") from error
-        manifest.check()
+            manifest = _parse(record.parse(data), has_digest=has_digest)
+        except (*record.MISFITS, RecursionError) as error:
+            kind = "" if isinstance(error, (record.MisfitError, FormatError)) else f"{type(error).__name__}: "
+            raise FormatError(f"{where} is no manifest that this reader can use: {kind}{error}") from error
+        try:
+            manifest.check()
+        except FormatError as error:
+            raise FormatError(f"{where}: {error}") from error
         return manifest
 
     def check(self) -> None:
@@ -249,25 +188,36 @@ class Manifest:
             )
 
 
-@lru_cache
-def itemsize(dtype: str) -> int:
-    """Bytes of an element, from the dtype's name: the first number in it counts bits. `bool` has one byte."""
-    digits = re.search(r"\d+", dtype)
-    if dtype != "bool" and not digits:
-        raise FormatError(f"{dtype!r} is not the name of a dtype")
-    return 1 if digits is None else max(8, int(digits.group())) // 8
-
-
-def check_file_name(name: str) -> str:
-    """The name itself, when it is a relative path of plain parts.
+def _parse(data: Mapping[str, Any], *, has_digest: bool) -> Manifest:
+    """The manifest, whose parts may not fit each other yet.
 
     Raises:
-        UnsafeCheckpointError: it is absolute, climbs with `..`, or is a URI or a path of another system.
+        record.MISFITS: something in the record is not what belongs there.
     """
-    plain = all(part not in ("", ".", "..") for part in name.split("/"))
-    if not plain or re.search(r"[\\\0]|^[A-Za-z][A-Za-z0-9+.-]*:", name):
-        raise UnsafeCheckpointError(f"file name {name!r} leaves the checkpoint's directory; nothing was read from it")
-    return str(PurePosixPath(name))
+    version = data.get("version")
+    if data.get("format") != "ray_ckpt":
+        raise FormatError(f"format is {str(data.get('format'))[:60]!r}, not 'ray_ckpt'")
+    if type(version) is not int or not 1 <= version <= VERSION:
+        raise FormatError(f"version is {str(version)[:60]}, this reader knows 1 to {VERSION}; upgrade ray-ckpt")
+    required = _MEMBERS | ({"metadata_digest", "digest"} if version >= _SEALED_SINCE else set())
+    if missing := sorted(required - data.keys()):
+        raise FormatError(f"it lacks {', '.join(missing)}: it is damaged")
+    if "digest" in data and not has_digest:
+        raise FormatError("its digest does not stand at its end: it is damaged, or was rewritten after the save")
+    if not has_digest and (unknown := sorted(data.keys() - required)):
+        raise FormatError(f"{unknown[0][:60]!r} is no member of version {version}: it is damaged")
+    ours = bool(record.text(data, "attempt"))
+    return Manifest(
+        tensors=record.parse_each(data, "tensors", partial(record.parse_tensor, ours=ours)),
+        objects=record.parse_each(data, "objects", partial(record.parse_object, ours=ours)),
+        files=record.parse_members(data, "files", record.size),
+        attempt=data["attempt"],
+        layout=None if data["layout"] is None else record.text(data, "layout"),
+        saved_by=record.parse_members(data, "saved_by", record.text),
+        fingerprints=record.parse_members(data, "fingerprints", record.text),
+        metadata_digest=record.parse_digest(data, "metadata_digest") if version >= _SEALED_SINCE else None,
+        has_digest=has_digest,
+    )
 
 
 def _check_strides(name: str, chunk: Chunk) -> None:
@@ -287,148 +237,11 @@ def _check_chunk(name: str, chunk: Chunk, data_bytes: int) -> None:
         chunk.start <= data_start and data_start + data_bytes <= chunk.start + chunk.length
     ):
         raise FormatError(f"{_where(name, chunk)} has {data_bytes} bytes at {data_start}, outside its container")
-    if sums is not None and len(sums.sums) // 8 != ceil_div(data_bytes, sums.block_bytes):
-        raise FormatError(f"{_where(name, chunk)} has {len(sums)} checksums, which is not one per block")
+    if sums is not None and len(sums.sums) != 8 * ceil_div(data_bytes, sums.block_bytes):
+        raise FormatError(
+            f"{_where(name, chunk)} has checksums of {len(sums.sums)} bytes, which is not one of 8 bytes per block"
+        )
 
 
 def _where(name: str, chunk: Chunk) -> str:
     return f"chunk of {name!r} at {chunk.box.offsets}"
-
-
-# ----------------------------------------------------------------------------------------------------- JSON
-
-
-def _dumps(data: Any) -> str:
-    return json.dumps(data, separators=(",", ":"), allow_nan=False)
-
-
-def _tensor_to_json(name: str, entry: TensorEntry) -> str:
-    """The text itself: `json.dumps` of nested dicts takes four times as long, and there are thousands of these."""
-    path = "" if entry.path == (name,) else f'"path":{_path_to_json(entry.path)},'
-    chunks = ",".join([_chunk_to_json(chunk) for chunk in entry.chunks])
-    dtype, shape = _quoted(entry.dtype), _numbers_to_json(entry.shape)
-    return f'{_quoted(name)}:{{"dtype":{dtype},"shape":{shape},{path}"chunks":[{chunks}]}}'
-
-
-def _chunk_to_json(chunk: Chunk) -> str:
-    offsets, sizes = _numbers_to_json(chunk.box.offsets), _numbers_to_json(chunk.box.sizes)
-    place = f'"file":{_quoted(chunk.file)},"start":{chunk.start},"length":{chunk.length}'
-    if chunk.data_start is not None:
-        place += f',"data_start":{chunk.data_start}'
-    if (sums := chunk.checksums) is not None:
-        place += f',"block_bytes":{sums.block_bytes},"checksums":"{base64.b64encode(sums.sums).decode()}"'
-    if chunk.transforms:
-        place += f',"transforms":{_dumps(chunk.transforms)}'
-    if chunk.strides is not None:
-        place += f',"strides":{_numbers_to_json(chunk.strides)}'
-    return f'{{"offsets":{offsets},"sizes":{sizes},{place}}}'
-
-
-def _path_to_json(path: Path | None) -> str:
-    if path is None:
-        return "null"
-    return f"[{','.join([_quoted(part) if isinstance(part, str) else str(part) for part in path])}]"
-
-
-@lru_cache(maxsize=4096)
-def _numbers_to_json(numbers: tuple[int, ...]) -> str:
-    return str(list(numbers)).replace(" ", "")
-
-
-def _object_to_json(name: str, entry: ObjectEntry) -> dict[str, Any]:
-    data: dict[str, Any] = {}
-    _put_path(data, name, entry.path)
-    if entry.inline is not None:
-        data["value"] = values.encode(entry.inline.value)
-    if entry.blob is not None:
-        data["blob"] = base64.b64encode(entry.blob).decode()
-    data |= {"file": entry.file, "start": entry.start, "length": entry.length}
-    if entry.checksum is not None:
-        data["checksum"] = f"{entry.checksum:016x}"
-    if entry.transforms:
-        data["transforms"] = entry.transforms
-    return data
-
-
-def _put_path(data: dict[str, Any], name: str, path: Path | None) -> None:
-    """`path` is absent when it is the name alone, null when nothing was flattened."""
-    if path != (name,):
-        data["path"] = path
-
-
-def _parse_each(data: Mapping[str, Any], parse: Callable[[str, Any], T]) -> dict[str, T]:
-    parsed = {}
-    for name, entry in data.items():
-        try:
-            parsed[name] = parse(name, entry)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise FormatError(f"the manifest's entry {name!r} is damaged: {type(error).__name__}: {error}") from error
-    return parsed
-
-
-def _tensor_from_json(name: str, data: Any) -> TensorEntry:
-    chunks = tuple([_chunk_from_json(chunk) for chunk in data["chunks"]])
-    return TensorEntry(_text(data["dtype"]), _sizes(data["shape"]), chunks, _get_path(name, data))
-
-
-def _chunk_from_json(data: Any) -> Chunk:
-    checksums = None
-    if "checksums" in data:
-        block_bytes = _size(data["block_bytes"])
-        _expect(block_bytes > 0, "block_bytes is 0")
-        checksums = BlockSums(block_bytes, base64.b64decode(data["checksums"], validate=True))
-    return Chunk(
-        box=shared_box(_sizes(data["offsets"]), _sizes(data["sizes"])),
-        file=_text(data["file"]),
-        start=_size(data["start"]),
-        length=_size(data["length"]),
-        data_start=_size(data["data_start"]) if "data_start" in data else None,
-        checksums=checksums,
-        transforms=tuple([_text(item) for item in data["transforms"]]) if "transforms" in data else (),
-        strides=_sizes(data["strides"]) if "strides" in data else None,
-    )
-
-
-def _object_from_json(name: str, data: Any) -> ObjectEntry:
-    return ObjectEntry(
-        file=_text(data["file"]),
-        start=_size(data["start"]),
-        length=_size(data["length"]),
-        inline=Inline(values.decode(data["value"])) if "value" in data else None,
-        blob=base64.b64decode(data["blob"], validate=True) if "blob" in data else None,
-        checksum=int(data["checksum"], 16) if "checksum" in data else None,
-        transforms=tuple(_text(item) for item in data.get("transforms", ())),
-        path=_get_path(name, data),
-    )
-
-
-def _get_path(name: str, data: Any) -> Path | None:
-    if "path" not in data:
-        return (name,)
-    path = data["path"]
-    if path is None:
-        return None
-    _expect(all(type(part) in (str, int) for part in path), f"path is {path!r}")
-    return tuple(path)
-
-
-def _sizes(data: Any) -> tuple[int, ...]:
-    return tuple([_size(item) for item in data])
-
-
-def _size(data: Any) -> int:
-    """A count or offset: an int (not a bool) that fits a file offset."""
-    if type(data) is not int or not 0 <= data < 1 << 63:
-        raise FormatError(f"{str(data)[:50]!r} is not a size or an offset")
-    return data
-
-
-def _text(data: Any) -> str:
-    if type(data) is not str:
-        raise FormatError(f"{str(data)[:50]!r} is not text")
-    return data
-
-
-def _expect(condition: bool, otherwise: str) -> None:
-    if not condition:
-        raise FormatError(f"not a manifest that this reader can use: {otherwise}")

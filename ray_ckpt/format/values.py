@@ -45,11 +45,13 @@ def decode(data: Json) -> Any:
     """The value that `encode` was given.
 
     Raises:
-        FormatError: the JSON holds a tag that `encode` does not write.
+        FormatError: the JSON holds a tag, or a number, that `encode` does not write.
     """
     if isinstance(data, list):
         return [decode(item) for item in data]
     if not isinstance(data, dict):
+        if type(data) is float and not math.isfinite(data):
+            raise FormatError("a number is too large for a float")
         return data
     tags = [key for key in data if key[:1] == "$"]
     if not tags:

@@ -24,7 +24,8 @@ import xxhash
 from ray_ckpt.errors import CheckpointError, CheckpointNotFoundError, FormatError, StorageError
 from ray_ckpt.format import dcp_metadata, values
 from ray_ckpt.format.block_sums import BlockHasher, BlockSums
-from ray_ckpt.format.manifest import MANIFEST_NAME, Chunk, Manifest, ObjectEntry, itemsize
+from ray_ckpt.format.manifest import MANIFEST_NAME, Chunk, Manifest, itemsize
+from ray_ckpt.format.record import digest
 from ray_ckpt.format.torch_container import container, parse_dtype
 from ray_ckpt.format.torch_internals import ExtensionRegistry
 from ray_ckpt.report import Damage, VerifyReport
@@ -38,6 +39,11 @@ PIECE_BYTES = 4 << 20
 
 STRETCH_BYTES = 32 << 20
 """What a thread takes at a time, give or take an entry."""
+
+_NO_DIGEST = (
+    f"{MANIFEST_NAME} has no digest of itself, as those of format version 1: its names and values were compared with "
+    f"{STOCK_RECORD_NAME} and the data files alone"
+)
 
 _ELEMENTS, _CONTAINER, _PADDING = "elements", "container around the elements", "padding between entries"
 
@@ -99,6 +105,7 @@ def audit(storage: Storage, manifest: Manifest, *, rank: int = 0, num_ranks: int
         seconds=time.monotonic() - started,
         damages=tuple(damages),
         unchecked=tuple(sorted(unchecked)),
+        notes=() if manifest.has_digest else (_NO_DIGEST,),
     )
 
 
@@ -315,28 +322,22 @@ def _encoded(value: object) -> str:
 
 
 def _stock_record(storage: Storage, manifest: Manifest) -> Iterator[Damage]:
-    """What stock DCP would read must say what our manifest says."""
+    """What stock DCP would read must be what was written with the manifest.
+
+    Where the manifest has its digest, every bit must be; or every bit of what would be written today, as `clean`
+    restores it. An older manifest has none: then it must say the same, as far as we read it.
+    """
     try:
         data = storage.read_bytes(STOCK_RECORD_NAME)
-        described = dcp_metadata.to_manifest(dcp_metadata.loads(data))
+        if manifest.metadata_digest == digest(data) or data == dcp_metadata.dumps(manifest):
+            return
+        difference = dcp_metadata.difference(dcp_metadata.loads(data), manifest)
     except (StorageError, CheckpointError) as error:
         if isinstance(error, StorageError) and error.transient:
             raise
         yield Damage(STOCK_RECORD_NAME, 0, 0, "", f"stock DCP cannot read the checkpoint: {error}")
         return
-    if _places(described) != _places(manifest):
-        problem = f"tells stock DCP something else than {MANIFEST_NAME}"
+    if difference or manifest.metadata_digest is not None:
+        found = difference or "its bytes are not those that were written"
+        problem = f"tells stock DCP something else than {MANIFEST_NAME}: {found}"
         yield Damage(STOCK_RECORD_NAME, 0, len(data), "", problem)
-
-
-def _places(manifest: Manifest) -> Mapping[str, object]:
-    """What both records hold: where everything lies, and as what."""
-    places: dict[str, object] = {
-        name: (tensor.dtype, tensor.shape, sorted((c.box, c.file, c.start, c.length) for c in tensor.chunks))
-        for name, tensor in manifest.tensors.items()
-    }
-    return places | {name: _place(entry) for name, entry in manifest.objects.items()}
-
-
-def _place(entry: ObjectEntry) -> tuple[str, int, int]:
-    return entry.file, entry.start, entry.length

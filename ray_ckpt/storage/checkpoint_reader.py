@@ -92,7 +92,7 @@ class CheckpointReader:
             data = self.storage.read_bytes(MANIFEST_NAME)
             self.files = self.storage
             with collector_paused():
-                return Manifest.from_json(data)
+                return Manifest.from_json(data, f"{self.storage.address}/{MANIFEST_NAME}")
         found = recognize(self.storage, trusted=self.trusted)
         self.files, self.kind, self.notes = found.storage, found.kind, found.notes
         return found.manifest

@@ -5,8 +5,11 @@ publish(storage, manifest, stock_record)     `.metadata`, then `manifest.json`, 
 
 from __future__ import annotations
 
+import dataclasses
+
 from ray_ckpt.errors import CheckpointError, CheckpointExistsError
 from ray_ckpt.format.manifest import MANIFEST_NAME, Manifest
+from ray_ckpt.format.record import digest
 from ray_ckpt.gc_pause import collector_paused
 from ray_ckpt.storage.files import Storage
 
@@ -33,6 +36,7 @@ def publish(storage: Storage, manifest: Manifest, stock_record: bytes, *, overwr
         StorageError: a record could not be written. The commit may or may not have happened: look at the storage.
     """
     with collector_paused():
+        manifest = dataclasses.replace(manifest, metadata_digest=digest(stock_record))
         record = manifest.to_json().encode()
     if not overwrite:
         refuse_if_taken(storage)

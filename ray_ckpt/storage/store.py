@@ -120,7 +120,7 @@ class CheckpointStore:
         data = self._read_record(step)
         if data is None:
             raise self._not_found(step)
-        return Manifest.from_json(data)
+        return Manifest.from_json(data, f"{self.location(step).address}/{MANIFEST_NAME}")
 
     @contextmanager
     def reading(self, step: int | None = None) -> Iterator[Storage]:
