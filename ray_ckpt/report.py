@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,8 @@ class RemovalReport:
     """Size of the removed data files together."""
     dry_run: bool
     """Whether this is only what would be removed."""
+    damages: Mapping[int, str] = field(default_factory=dict)
+    """Step -> path and reason, of the damaged steps that `prune` left alone."""
 
 
 @dataclass(frozen=True, order=True)

@@ -32,7 +32,12 @@ FLOORS = {
 }
 """Rooms and single modules. Those on one floor know nothing of each other."""
 
-ONLY_HOMES = {"ray": {"cluster"}, "pyarrow": {"storage.files"}, "click": {"recipes"}, "rich": {"recipes"}}
+ONLY_HOMES = {
+    "ray": {"cluster"},
+    "pyarrow": {"storage.files", "storage.file_objects"},
+    "click": {"recipes"},
+    "rich": {"recipes"},
+}
 """Who may import a library: a room, or one module of it."""
 
 LONGEST_FILE, LONGEST_FUNCTION = 500, 80

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from ray_ckpt.checkpoint.carriers import carrier, on_any_rank
-from ray_ckpt.checkpoint.together import Exchange, source, together
+from ray_ckpt.checkpoint.together import Exchange, chosen_by_one, together
 from ray_ckpt.errors import UsageError
 from ray_ckpt.format.translate import join
 from ray_ckpt.protocol.agreement import agree
@@ -20,7 +20,7 @@ from ray_ckpt.protocol.rank_load import LoadOptions, RankLoad, State
 from ray_ckpt.report import LoadReport
 from ray_ckpt.state.load_plan import KeyMap
 from ray_ckpt.state.train_state import TrainState
-from ray_ckpt.storage.resolve import Target
+from ray_ckpt.storage.resolve import Target, checkpoint_at
 
 
 def load(
@@ -33,6 +33,7 @@ def load(
     only: Sequence[str] | None = None,
     key_map: KeyMap | None = None,
     hyperparameters: Literal["from-checkpoint", "from-optimizer"] = "from-checkpoint",
+    fallback: bool = False,
 ) -> LoadReport:
     """Load a checkpoint into a live state, whatever layout saved it. All ranks call it, with the same options.
 
@@ -70,15 +71,19 @@ def load(
         hyperparameters: whether the optimizers take what was saved, or keep their own, as they must where several
             pipeline stages saved their groups under one name and only one survived; see `LoadReport.lost`.
 
+        fallback: where no step is named and the latest of the store is damaged, as far as its record and the sizes of
+            its files tell, load the highest step that is good, and log a WARNING. Otherwise that is refused.
+
     Raises:
         CheckpointNotFoundError: there is no committed checkpoint.
+        FormatError: the latest step is damaged; names path, reason and the highest good step.
         StateMismatchError: names, shapes, dtypes or hyper-parameters do not fit; nothing was changed.
         CheckpointError: a rank failed; names each of them, on every rank.
     """
     if isinstance(only, str):
         raise UsageError(f"only={only!r} is one text: give a sequence of them, as in only=({only!r},)")
     options = LoadOptions(strict, cast, None if only is None else tuple(only), key_map, hyperparameters)
-    rank = RankLoad(source("load", target, step), options)
+    rank = RankLoad(chosen_by_one("load", lambda: checkpoint_at(target, step, fallback=fallback)), options)
     with together("load"):
         rank.open()
     ranks = Exchange("load", carrier())

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from ray_ckpt.checkpoint.carriers import Carrier, LostContact, carrier, on_any_rank
 from ray_ckpt.errors import CheckpointError, RayCkptError, StorageError
 from ray_ckpt.storage.files import Storage
-from ray_ckpt.storage.resolve import Target, checkpoint_at
 
 T = TypeVar("T")
 
@@ -116,16 +115,14 @@ class RankError(Exception):
     """What a rank raised that is none of our own errors, and may not pickle. Its text is that error's."""
 
 
-def source(operation: str, target: Target, step: int | None) -> Storage:
-    """As `checkpoint_at`; all ranks call it, and get what the coordinator has found.
+def chosen_by_one(operation: str, choose: Callable[[], Storage]) -> Storage:
+    """Where a load comes from; all ranks call it, and get what the coordinator has chosen.
 
     Args:
         operation: for the message when it fails.
-
-    Raises:
-        CheckpointNotFoundError: no step was named, and there is no committed checkpoint.
+        choose: called on the coordinator alone, and what it raises is raised on all ranks.
     """
-    return Exchange(operation, carrier()).broadcast(lambda: checkpoint_at(target, step))
+    return Exchange(operation, carrier()).broadcast(choose)
 
 
 def _describe(error: BaseException) -> str:

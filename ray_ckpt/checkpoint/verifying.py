@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from ray_ckpt.checkpoint.carriers import carrier
-from ray_ckpt.checkpoint.together import Exchange, source
+from ray_ckpt.checkpoint.together import Exchange, chosen_by_one
 from ray_ckpt.report import VerifyReport
 from ray_ckpt.storage.audit import audit
 from ray_ckpt.storage.checkpoint_reader import CheckpointReader
-from ray_ckpt.storage.resolve import Target
+from ray_ckpt.storage.resolve import Target, committed_at
 
 
 def verify(target: Target, step: int | None = None) -> VerifyReport:
@@ -41,7 +41,7 @@ def verify(target: Target, step: int | None = None) -> VerifyReport:
         StorageError: the storage does not answer.
         CheckpointError: some ranks failed, others not; names each, on every rank.
     """
-    storage = source("verify", target, step)
+    storage = chosen_by_one("verify", lambda: committed_at(target, step))
     mine = carrier()
     ranks = Exchange("verify", mine)
 

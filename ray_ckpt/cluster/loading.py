@@ -41,6 +41,7 @@ def load(
     only: Sequence[str] | None = None,
     key_map: Mapping[str, str] | Callable[[str], str] | None = None,
     hyperparameters: Literal["from-checkpoint", "from-optimizer"] = "from-checkpoint",
+    fallback: bool = False,
     timeout_s: float | None = None,
 ) -> list[LoadReport]:
     """Load a checkpoint into what the workers hold, whatever layout saved it. The group stays open, whatever happens.
@@ -65,8 +66,8 @@ def load(
         target: the checkpoint's directory as every worker's node and the driver know it, or a store; or what others
             wrote, as for `ray_ckpt.load`.
         step: of the store; None for the checkpoint at `target` itself, or else the latest committed step.
-        strict, cast, only, key_map, hyperparameters: as for `ray_ckpt.load`; a function as `key_map` must be one that
-            pickles.
+        strict, cast, only, key_map, hyperparameters, fallback: as for `ray_ckpt.load`; a function as `key_map` must be
+            one that pickles.
         timeout_s: for the whole load; by default the group's `call_timeout_s`.
 
     Returns:
@@ -79,7 +80,7 @@ def load(
     """
     if isinstance(only, str):
         raise UsageError(f"only={only!r} is one text: give a sequence of them, as in only=({only!r},)")
-    storage = checkpoint_at(target, step)
+    storage = checkpoint_at(target, step, fallback=fallback)
     options = {
         "strict": strict,
         "cast": cast,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ray_ckpt.cluster import worker_side
 from ray_ckpt.cluster.group import WorkerGroup
 from ray_ckpt.report import VerifyReport
-from ray_ckpt.storage.resolve import Target, checkpoint_at
+from ray_ckpt.storage.resolve import Target, committed_at
 
 
 def verify(
@@ -35,7 +35,7 @@ def verify(
         WorkerError: workers failed or died, or the storage does not answer them; names each.
         GroupTimeoutError: workers did not answer in time; names each.
     """
-    args = (checkpoint_at(target, step), group.num_workers)
+    args = (committed_at(target, step), group.num_workers)
     shares = group.call(
         worker_side.verify, dict.fromkeys(range(group.num_workers), args), timeout_s=timeout_s, beside=True
     )

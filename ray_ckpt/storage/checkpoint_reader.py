@@ -24,6 +24,7 @@ from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.foreign import recognize
 from ray_ckpt.storage.objects import Decoder, decoded_containers, read_values
 from ray_ckpt.storage.ranged_reads import Piece, Tuning, fetch, local_threads, tuning_for
+from ray_ckpt.storage.record import parse_or_take
 
 __all__ = ["CheckpointReader", "Wanted"]
 
@@ -91,8 +92,7 @@ class CheckpointReader:
         if self.storage.exists(MANIFEST_NAME):
             data = self.storage.read_bytes(MANIFEST_NAME)
             self.files = self.storage
-            with collector_paused():
-                return Manifest.from_json(data, f"{self.storage.address}/{MANIFEST_NAME}")
+            return parse_or_take(data, f"{self.storage.address}/{MANIFEST_NAME}")
         found = recognize(self.storage, trusted=self.trusted)
         self.files, self.kind, self.notes = found.storage, found.kind, found.notes
         return found.manifest

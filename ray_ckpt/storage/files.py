@@ -27,10 +27,11 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from ray_ckpt.errors import FormatError, RayCkptError, StorageError
+from ray_ckpt.errors import RayCkptError, StorageError
 from ray_ckpt.format.manifest import check_file_name
 from ray_ckpt.storage.address import ARROW_SCHEMES, Address, parse
-from ray_ckpt.storage.local_files import make_directory, rename, sync_directory, sync_file
+from ray_ckpt.storage.file_objects import InputFile, OutputFile, PreparedFile
+from ray_ckpt.storage.local_files import is_plain_file, lock_directory, make_directory, remove_plain_file
 from ray_ckpt.storage.redact import without_secrets
 from ray_ckpt.storage.retry import RetryPolicy, is_transient, retried
 
@@ -39,13 +40,14 @@ __all__ = ["InputFile", "OutputFile", "RetryPolicy", "Storage"]
 T = TypeVar("T")
 
 _STORAGE_ERRORS = (OSError, pa.ArrowException, ValueError, ImportError, NotImplementedError)
+_LOCK_TIMEOUT_S = 30.0
 _LONGEST_CAUSE = 600
 """Characters of a library's message that are repeated."""
 
 _OBJECT_STORES = frozenset({"s3", "gcs", "abfs"})
 """`FileSystem.type_name` of those without directories, where an object appears whole when its writer closes it."""
-_FILE_SERVERS = frozenset({"hdfs", "py::fsspec+sftp", "py::fsspec+ssh", "py::fsspec+smb", "py::fsspec+webhdfs"})
-"""Where a reader may see a file grow, and a rename replaces its target."""
+_PUT_AT_ONCE = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss"})
+"""Schemes where nobody sees a file before it is whole. Anywhere else one is written under another name and renamed."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ class Storage:
         """
 
         def read() -> bytes:
-            with self.filesystem.open_input_stream(self._path(name), compression=None) as stream:
+            with self.filesystem.open_input_stream(self.path(name), compression=None) as stream:
                 return bytes(stream.read())
 
         return self.retried(lambda: self.perform("read", name, read))
@@ -146,7 +148,7 @@ class Storage:
     @contextmanager
     def open_input(self, name: str) -> Iterator[InputFile]:
         """Open a file for ranged reads by one thread at a time."""
-        path = self._path(name)
+        path = self.path(name)
         native = self.retried(lambda: self.perform("open", name, lambda: self.filesystem.open_input_file(path)))
         with native:
             yield InputFile(self, name, native)
@@ -176,6 +178,18 @@ class Storage:
         """The files directly in the target: name -> bytes."""
         return {name: int(info.size or 0) for name, info in self._entries(recursive=False) if info.is_file}
 
+    def sizes(self, names: Iterable[str]) -> dict[str, int]:
+        """Bytes of those of these files that are there.
+
+        Local: a look at each, at once. Elsewhere: one listing, because a look costs a request.
+        """
+        if not self.has_local_files:
+            listed = self.list()
+            return {name: listed[name] for name in names if name in listed}
+        wanted = tuple(names)
+        infos = self._infos([self.path(name) for name in wanted], "")
+        return {name: int(info.size or 0) for name, info in zip(wanted, infos, strict=True) if info.is_file}
+
     def list_directories(self) -> Sequence[str]:
         """Names of the directories directly in the target, sorted. Object stores make them up from longer names."""
         if self.filesystem.type_name == "gcs":
@@ -189,12 +203,11 @@ class Storage:
         One listing. Local: of the target alone, then a look into each directory. Elsewhere: of everything below the
         target, because a look costs a request, and a request lists a thousand files.
         """
-        if not self._is_local_filesystem:
+        if not self.has_local_files:
             split = (name.split("/") for name in self.list())
             return sorted(parts[0] for parts in split if len(parts) == 2 and parts[1] == file)
         directories = self.list_directories()
-        paths = [self._path(f"{directory}/{file}") for directory in directories]
-        infos = self.retried(lambda: self.perform("look for", file, lambda: self.filesystem.get_file_info(paths)))
+        infos = self._infos([self.path(f"{directory}/{file}") for directory in directories], file)
         return [directory for directory, info in zip(directories, infos, strict=True) if info.is_file]
 
     # ------------------------------------------------------------------------------------------------- writing
@@ -204,7 +217,7 @@ class Storage:
 
         What was written before a failure stays as an orphan that no manifest names.
         """
-        path = self._path(name)
+        path = self.path(name)
 
         def start() -> pa.NativeFile:
             directory = os.path.dirname(path)
@@ -223,27 +236,38 @@ class Storage:
         Local: a temporary name in the same directory, fsync, rename, fsync of the directory. Object stores: one
         put, which replaces the object at once. The price is that everything is held in memory.
         """
-        if self._is_local_filesystem or self.filesystem.type_name in _FILE_SERVERS:
-            temporary = f"{name}.{uuid.uuid4().hex[:12]}.tmp"
-            self.retried(lambda: self._write_file(temporary, data))
-            self.retried(lambda: self.perform("rename", name, lambda: self._rename(temporary, name)))
-        else:
-            self.retried(lambda: self._write_file(name, data))
+        self.prepare(name, data).publish()
 
-    def delete(self, name: str, *, durable: bool = False) -> None:
+    def prepare(self, name: str, data: bytes) -> PreparedFile:
+        """Do the part of `write_atomic` that needs room, where there are two parts: what is left is to publish it."""
+        if self._address.scheme in _PUT_AT_ONCE:
+            return PreparedFile(self, name, data, None)
+        prepared = PreparedFile(self, name, data, f"{name}.{uuid.uuid4().hex[:12]}.tmp")
+        prepared.write()
+        return prepared
+
+    def delete(self, name: str, *, durable: bool = False) -> bool:
         """Remove a file. One that is already gone counts as removed.
 
         Args:
             durable: return only when no loss of power can bring it back.
+
+        Returns:
+            Whether it is gone: a local name that is not a plain file's, or that leads through a link, is left alone.
         """
 
-        def delete() -> None:
+        def delete() -> bool:
             with contextlib.suppress(FileNotFoundError):
-                self.filesystem.delete_file(self._path(name))
-                if durable and self._is_local_filesystem:
-                    sync_directory(os.path.dirname(self._path(name)))
+                if self.has_local_files:
+                    return remove_plain_file(*self._top_and_name(name), durable=durable)
+                self.filesystem.delete_file(self.path(name))
+            return True
 
-        self.retried(lambda: self.perform("delete", name, delete))
+        return self.retried(lambda: self.perform("delete", name, delete))
+
+    def may_delete(self, name: str) -> bool:
+        """Whether `delete` would not leave this file alone."""
+        return not self.has_local_files or is_plain_file(*self._top_and_name(name))
 
     def delete_empty_directory(self, name: str) -> None:
         """Remove a local directory with nothing in it; any other stays.
@@ -254,13 +278,25 @@ class Storage:
 
         def delete() -> None:
             try:
-                os.rmdir(self._path(name))
+                os.rmdir(self.path(name))
             except OSError as error:
                 if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENOTEMPTY, errno.EEXIST):
                     raise
 
-        if self._is_local_filesystem:
+        if self.has_local_files:
             self.perform("delete", name, delete)
+
+    @contextmanager
+    def locked(self) -> Iterator[bool]:
+        """Keep others out who lock the same local directory; yields whether it could be done. Costs no room.
+
+        Raises:
+            StorageError: somebody else has not given it back in time.
+        """
+        with contextlib.ExitStack() as held:
+            yield self.has_local_files and self.perform(
+                "lock", "", lambda: held.enter_context(lock_directory(self._root, timeout_s=_LOCK_TIMEOUT_S))
+            )
 
     # ------------------------------------------------------------------------------------------------- machinery
 
@@ -301,7 +337,8 @@ class Storage:
         return self._build()[2]
 
     @property
-    def _is_local_filesystem(self) -> bool:
+    def has_local_files(self) -> bool:
+        """Whether the operating system's own calls reach the files, by `path`."""
         return isinstance(self.filesystem, pafs.LocalFileSystem)
 
     def _build(self) -> tuple[int, pafs.FileSystem, str]:
@@ -310,12 +347,16 @@ class Storage:
             self._built = (os.getpid(), filesystem, root)
         return self._built
 
-    def _path(self, name: str) -> str:
+    def path(self, name: str) -> str:
+        """Path of a file in `filesystem`."""
         return f"{self._root.rstrip('/')}/{check_file_name(name)}"
 
     def _info(self, name: str) -> pafs.FileInfo:
-        path = self._path(name)
+        path = self.path(name)
         return self.retried(lambda: self.perform("look for", name, lambda: self.filesystem.get_file_info(path)))
+
+    def _infos(self, paths: Sequence[str], name: str) -> Sequence[pafs.FileInfo]:
+        return self.retried(lambda: self.perform("look for", name, lambda: self.filesystem.get_file_info(paths)))
 
     def _entries(self, *, recursive: bool) -> Iterable[tuple[str, pafs.FileInfo]]:
         selector = pafs.FileSelector(self._root, recursive=recursive, allow_not_found=True)
@@ -323,21 +364,17 @@ class Storage:
         prefix = self._root.strip("/") + "/"
         return [(info.path.strip("/").removeprefix(prefix), info) for info in infos]
 
-    def _write_file(self, name: str, data: bytes) -> None:
-        with self.create(name) as file:
-            file.write(data)
-
-    def _rename(self, source: str, target: str) -> None:
-        if not self._is_local_filesystem:
-            self.filesystem.move(self._path(source), self._path(target))
-            return
-        rename(self._path(source), self._path(target), replace=True)
+    def _top_and_name(self, name: str) -> tuple[str, str]:
+        """The path of the storage that this one is a child of, if it is one, and the file's name below that."""
+        if not self._below:
+            return self._root, check_file_name(name)
+        return self._root.removesuffix(f"/{self._below}") or "/", f"{self._below}/{check_file_name(name)}"
 
     def _make_directory(self, path: str) -> None:
         """Create a directory and its parents, durably; object stores have none."""
         if self.filesystem.type_name in _OBJECT_STORES:
             return
-        if not self._is_local_filesystem:
+        if not self.has_local_files:
             self.filesystem.create_dir(path, recursive=True)
             return
         make_directory(path)
@@ -347,59 +384,6 @@ def _rebuild(cls: type[Storage], state: dict[str, Any]) -> Storage:
     storage = cls.__new__(cls)
     storage.__dict__.update(state)
     return storage
-
-
-class InputFile:
-    """An open file, for ranged reads. Not for two threads at a time: each opens its own."""
-
-    def __init__(self, storage: Storage, name: str, native: pa.NativeFile) -> None:
-        self.name = name
-        self._storage = storage
-        self._native = native
-
-    def read_into(self, offset: int, memory: memoryview) -> None:
-        """Fill `memory` with the bytes `[offset, offset + len(memory))`, without an intermediate copy.
-
-        Raises:
-            FormatError: the file ends before that. A short read is an error, never "the remainder".
-        """
-
-        def read() -> int:
-            self._native.seek(offset)
-            return int(self._native.readinto(memory))
-
-        num_read = self._storage.retried(lambda: self._storage.perform("read", self.name, read))
-        if num_read != len(memory):
-            raise FormatError(
-                f"{self.name} is too short: wanted bytes [{offset}, {offset + len(memory)}), "
-                f"it ends at {offset + num_read}; the file is truncated or the metadata that points into it is damaged"
-            )
-
-
-class OutputFile:
-    """A file being written. Leaving its `with` block by an error abandons it."""
-
-    def __init__(self, storage: Storage, name: str, native: pa.NativeFile) -> None:
-        self.name = name
-        self._storage = storage
-        self._native = native
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Append. The memory may be reused as soon as the call returns."""
-        self._storage.perform("write", self.name, lambda: self._native.write(data))
-
-    def close(self) -> None:
-        """Finish the file and make it durable: fsync of the file and of its directory where there are such things."""
-        self._storage.perform("finish", self.name, self._native.close)
-        if self._storage._is_local_filesystem:
-            self._storage.perform("sync", self.name, lambda: sync_file(self._storage._path(self.name)))
-
-    def __enter__(self) -> OutputFile:
-        return self
-
-    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
-        if error_type is None:
-            self.close()
 
 
 def _open_filesystem(address: Address) -> tuple[pafs.FileSystem, str]:

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import functools
 import logging
 import os
 import stat
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["is_plain_file", "make_directory", "remove_plain_file", "rename", "sync_directory", "sync_file"]
+__all__ = [
+    "is_plain_file",
+    "lock_directory",
+    "make_directory",
+    "remove_plain_file",
+    "rename",
+    "sync_directory",
+    "sync_file",
+]
 
 _logger = logging.getLogger("ray_ckpt")
 
@@ -163,3 +174,36 @@ def is_plain_file(top: str, name: str) -> bool:
         return stat.S_ISREG(os.lstat(os.path.join(path, file)).st_mode)
     except OSError:
         return False
+
+
+@contextmanager
+def lock_directory(path: str, *, timeout_s: float) -> Iterator[bool]:
+    """Hold the `flock(2)` of a directory, which ends with the process at the latest. Yields False where there is none,
+    as on some network file systems.
+
+    Raises:
+        TimeoutError: somebody else holds it.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        yield False
+        return
+    try:
+        yield _flock(descriptor, time.monotonic() + timeout_s)
+    finally:
+        os.close(descriptor)
+
+
+def _flock(descriptor: int, deadline: float) -> bool:
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise TimeoutError("another process holds its lock") from None
+            time.sleep(0.05)
+        except OSError:
+            return False
+        else:
+            return True

@@ -1,36 +1,48 @@
 """Who may remove a step: pins of those who want it kept, claims of those who are about to delete it.
 
-    .pins/step-<N>              a pin
-    .pins/step-<N>.<id>.claim   a delete that has begun; it holds the attempt that it is to remove
+    .pins/step-<N>                        a pin
+    .pins/step-<N>.<id>.<attempt>.claim   a delete of that attempt's checkpoint has begun
 
 Each side writes its own file first and looks for the other's afterwards, so that of a pin and a delete at the same time
 at least one sees the other, on any storage whose listings show what was written before. Whoever pins and sees a claim
 gives up with an error; whoever claims and sees a pin leaves the step alone. A pin is removed by `unpin` alone: several
 may rely on it.
+
+All of these files are empty, since a full disk has room for a name where it has none for data. Where it has none for a
+name either, a delete goes without a claim and holds the lock of the store's directory instead, as every pin does: it
+sees the pins that were there before, and a pin that comes after it finds the step gone.
 """
 
 from __future__ import annotations
 
+import errno
 import re
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ray_ckpt.errors import StorageError
 from ray_ckpt.storage.files import Storage
 
 _DIRECTORY = ".pins"
-_NAME = re.compile(r"step-(0|[1-9][0-9]*)(?:\.([0-9a-f]{12})\.claim)?")
-_TEMPORARY = re.compile(r"step-[0-9]+(?:\.[0-9a-f]{12}\.claim)?\.[0-9a-f]{12}\.tmp")
+_NAME = re.compile(r"step-(0|[1-9][0-9]*)(?:\.[0-9a-f]{12}(?:\.([0-9a-f]{12})?)?(\.claim))?")
+_TEMPORARY = re.compile(r"(?:step-[0-9]+(?:\.[0-9a-f]{12}\.claim)?|now)\.[0-9a-f]{12}\.tmp")
+_ATTEMPT = re.compile(r"[0-9a-f]{12}")
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A delete of a step, from its begin to its end."""
+    """A delete of a step that has begun and not ended."""
 
     step: int
+    attempt: str
+    """The attempt that it is to remove; empty when that one's record is damaged."""
     file: str
     """Its name in the directory of pins."""
     modified_s: float | None
+    """When it was written, in seconds since the epoch by the storage's clock; None where that is not kept."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +52,9 @@ class Wishes:
     pins: dict[int, float | None]
     """Step -> when it was pinned, in seconds since the epoch."""
     claims: tuple[Claim, ...]
+    """Deletes that have begun."""
     temporaries: dict[str, float | None]
-    """Name -> when it was written: what a process left that died while it wrote a pin or a claim."""
+    """Name -> when it was written: what a process left that died while it wrote here."""
 
 
 class Pins:
@@ -52,6 +65,7 @@ class Pins:
     """
 
     def __init__(self, storage: Storage) -> None:
+        self._store = storage
         self._storage = storage.child(_DIRECTORY)
 
     def list(self) -> Wishes:
@@ -61,10 +75,10 @@ class Pins:
         for name, scanned in self._storage.scan().items():
             if match := _NAME.fullmatch(name):
                 step = int(match[1])
-                if match[2] is None:
+                if match[3] is None:
                     pins[step] = scanned.modified_s
                 else:
-                    claims.append(Claim(step, name, scanned.modified_s))
+                    claims.append(Claim(step, match[2] or "", name, scanned.modified_s))
             elif _TEMPORARY.fullmatch(name):
                 temporaries[name] = scanned.modified_s
         return Wishes(pins, tuple(claims), temporaries)
@@ -75,32 +89,52 @@ class Pins:
         Returns:
             Whether it is safe: False when a delete of it has begun that may not have seen the pin.
         """
-        self._write(f"step-{step}", b"kept until unpinned\n")
+        with self._store.locked():
+            self._create(f"step-{step}")
         return all(claim.step != step for claim in self.list().claims)
 
     def unpin(self, step: int) -> None:
         self.discard(f"step-{step}")
 
-    def claim(self, step: int, attempt: str) -> Claim | None:
-        """Announce that this attempt's checkpoint is about to be deleted; None when the step is pinned."""
-        claim = Claim(step, f"step-{step}.{uuid.uuid4().hex[:12]}.claim", None)
-        self._write(claim.file, attempt.encode())
-        if step not in self.list().pins:
-            return claim
-        self.discard(claim.file)
-        return None
+    @contextmanager
+    def deleting(self, step: int, attempt: str) -> Iterator[bool]:
+        """Announce a delete of this attempt's checkpoint while it goes on; yields False when the step is pinned.
 
-    def claimed_attempt(self, claim: Claim) -> str | None:
-        """The attempt that the delete was to remove; None when the delete has ended meanwhile."""
+        A delete that raises has not ended: its claim stays, for a clean-up to finish it.
+        """
+        attempt = attempt if _ATTEMPT.fullmatch(attempt) else ""
+        claim = f"step-{step}.{uuid.uuid4().hex[:12]}.{attempt}.claim"
         try:
-            return self._storage.read_bytes(claim.file).decode("ascii", "replace")
+            self._create(claim)
         except StorageError as error:
-            if isinstance(error.__cause__, FileNotFoundError):
-                return None
-            raise
+            if getattr(error.__cause__, "errno", None) not in _NO_ROOM:
+                raise
+            with self._store.locked() as is_locked:
+                if not is_locked:
+                    raise
+                yield step not in self.list().pins
+            return
+        is_free = step not in self.list().pins
+        if not is_free:
+            self.discard(claim)
+        yield is_free
+        if is_free:
+            self.discard(claim)
+
+    def now(self) -> float | None:
+        """The storage's time, from a file that is written for it; None where it cannot be had."""
+        name = f"now.{uuid.uuid4().hex[:12]}.tmp"
+        try:
+            self._create(name)
+        except StorageError:
+            return None
+        found = self.list().temporaries.get(name)
+        self.discard(name)
+        return found
 
     def discard(self, file: str) -> None:
         self._storage.delete(file, durable=True)
 
-    def _write(self, name: str, data: bytes) -> None:
-        self._storage.write_atomic(name, data)
+    def _create(self, name: str) -> None:
+        with self._storage.create(name):
+            pass

@@ -1,58 +1,148 @@
 """Making a checkpoint exist: the last writes of a save, and the only place that makes them.
 
-publish(storage, manifest, stock_record)     `.metadata`, then `manifest.json`, which is the commit
+    publish ─┬─ write `.metadata` and `manifest.json` under temporary names      all that needs room
+             ├─ nothing is there yet   `.metadata`, then `manifest.json`         the manifest is the commit
+             └─ something is replaced  `manifest.json`, then `.metadata`, then the replaced data files go
+
+Ours and stock DCP find a whole checkpoint between any two of these steps. The last one that is cut off leaves a
+`.metadata` of the replaced checkpoint, which `restore_stock_record` mends before anybody removes that one's files.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 
-from ray_ckpt.errors import CheckpointError, CheckpointExistsError
+from ray_ckpt.errors import CheckpointError, CheckpointExistsError, StorageError
 from ray_ckpt.format.manifest import MANIFEST_NAME, Manifest
 from ray_ckpt.format.record import digest
 from ray_ckpt.gc_pause import collector_paused
+from ray_ckpt.storage.file_objects import PreparedFile
 from ray_ckpt.storage.files import Storage
+from ray_ckpt.storage.record import read_if_there
 
 STOCK_RECORD_NAME = ".metadata"
 """Where stock DCP keeps its record of a checkpoint."""
+
+DATA_FILE = re.compile(r"__[0-9]+_[0-9]+-([0-9a-f]{12})\.distcp")
+"""Name of a data file of ours, with the attempt that wrote it."""
+
+_REPLACEABLE = re.compile(rf"{DATA_FILE.pattern}|__[0-9]+_[0-9]+\.distcp")
+"""Names of data files of ours and of stock DCP. No record can make us remove any other."""
 
 
 def refuse_if_taken(storage: Storage) -> None:
     """Raises CheckpointExistsError when a committed checkpoint, ours or stock DCP's, is there."""
     if storage.exists(MANIFEST_NAME) or _foreign_files(storage) is not None:
-        raise CheckpointExistsError(
-            f"{storage.address} already holds a committed checkpoint; save elsewhere, or pass overwrite=True"
-        )
+        raise _exists(storage)
 
 
 def publish(storage: Storage, manifest: Manifest, stock_record: bytes, *, overwrite: bool) -> None:
-    """Commit. A checkpoint that is replaced stays valid until the last write; its data files are deleted after that.
+    """Commit. What was there stays valid until the manifest has its name; its data files are deleted after that.
+
+    Without `overwrite` one of several writers wins, and the others raise. On local files the kernel decides. Elsewhere,
+    where pyarrow offers no conditional put, the manifest is looked for just before the commit and read back just after
+    it: two commits within the time between may both return, and the later one stands.
 
     Args:
         stock_record: the `.metadata` that lets stock DCP read the same files.
 
     Raises:
         CheckpointExistsError: another attempt has committed meanwhile, and `overwrite` was not given.
-        StorageError: a record could not be written. The commit may or may not have happened: look at the storage.
+        StorageError: a record could not be written. The commit may or may not have happened; look at `store.steps()`.
     """
     with collector_paused():
         manifest = dataclasses.replace(manifest, metadata_digest=digest(stock_record))
         record = manifest.to_json().encode()
     if not overwrite:
         refuse_if_taken(storage)
-    replaced = _committed_files(storage) if overwrite else set()
-    storage.write_atomic(STOCK_RECORD_NAME, stock_record)
-    storage.write_atomic(MANIFEST_NAME, record)
+    replaced = _committed_files(storage) if overwrite else None
+    stock = storage.prepare(STOCK_RECORD_NAME, stock_record)
+    try:
+        own = storage.prepare(MANIFEST_NAME, record)
+    except StorageError:
+        stock.abandon()
+        raise
+    if replaced is None:
+        _publish_first(storage, stock, own, overwrite=overwrite)
+        return
+    try:
+        own.publish()
+    except StorageError:
+        stock.abandon()
+        raise
+    stock.publish()
     for file in sorted(replaced - manifest.files.keys()):
-        storage.delete(file)
+        if _REPLACEABLE.fullmatch(file):
+            storage.delete(file)
 
 
-def _committed_files(storage: Storage) -> set[str]:
-    """Data files of the checkpoint that is about to be replaced. A damaged one names none."""
+def _publish_first(storage: Storage, stock: PreparedFile, own: PreparedFile, *, overwrite: bool) -> None:
+    """Commit where nothing was committed when it was looked for."""
+    try:
+        stock.publish()
+    except StorageError:
+        own.abandon()
+        raise
+    try:
+        own.publish(replace=overwrite)
+    except StorageError as error:
+        if not isinstance(error.__cause__, FileExistsError):
+            raise
+        restore_stock_record(storage)  # the winner's, which ours has replaced
+        raise _exists(storage) from error
+
+
+def restore_stock_record(storage: Storage) -> bool:
+    """Write the committed manifest's `.metadata` where there is none, or one that another attempt of ours has left.
+
+    Returns:
+        Whether it had to be done.
+    """
+    record = read_if_there(storage, MANIFEST_NAME)
+    if record is None:
+        return False
+    try:
+        manifest = Manifest.from_json(record)
+    except CheckpointError:
+        return False
+    stock = read_if_there(storage, STOCK_RECORD_NAME)
+    if not manifest.attempt or (stock is not None and (names_attempt(stock, manifest.attempt) or not is_ours(stock))):
+        return False
+    from ray_ckpt.format import dcp_metadata
+
+    storage.write_atomic(STOCK_RECORD_NAME, dcp_metadata.dumps(manifest))
+    return True
+
+
+def names_attempt(stock_record: bytes, attempt: str) -> bool:
+    """Whether a `.metadata` is of this attempt of ours."""
+    return bool(attempt) and attempt.encode() in stock_record
+
+
+def is_ours(stock_record: bytes) -> bool:
+    """Whether ray_ckpt wrote a `.metadata`. One that cannot be read is somebody's, and not for us to judge."""
+    # Here, because it loads torch, which a coordinator on a driver goes without.
+    from ray_ckpt.format import dcp_metadata
+
+    try:
+        return dcp_metadata.is_ours(dcp_metadata.loads(stock_record))
+    except CheckpointError:
+        return False
+
+
+def _exists(storage: Storage) -> CheckpointExistsError:
+    return CheckpointExistsError(
+        f"{storage.address} already holds a committed checkpoint; save elsewhere, or pass overwrite=True"
+    )
+
+
+def _committed_files(storage: Storage) -> set[str] | None:
+    """Data files of the checkpoint that is about to be replaced; None when there is none. A damaged one names none."""
     try:
         if storage.exists(MANIFEST_NAME):
             return set(Manifest.from_json(storage.read_bytes(MANIFEST_NAME)).files)
-        return _foreign_files(storage) or set()
+        return _foreign_files(storage)
     except CheckpointError:
         return set()
 
@@ -65,8 +155,7 @@ def _foreign_files(storage: Storage) -> set[str] | None:
     """
     if not storage.exists(STOCK_RECORD_NAME):
         return None
-    # Here, because it loads torch, which a coordinator on a driver goes without.
-    from ray_ckpt.format import dcp_metadata
+    from ray_ckpt.format import dcp_metadata  # here, as above
 
     try:
         metadata = dcp_metadata.loads(storage.read_bytes(STOCK_RECORD_NAME))

@@ -11,43 +11,29 @@ Anything else in the store's directory, or in a step's, is somebody else's: it i
 
 from __future__ import annotations
 
-import operator
+import logging
 import os
-import re
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from ray_ckpt.errors import CheckpointError, CheckpointNotFoundError, StorageError, UsageError
 from ray_ckpt.format.manifest import MANIFEST_NAME, Manifest
 from ray_ckpt.report import RemovalReport
-from ray_ckpt.storage.files import Scanned, Storage
+from ray_ckpt.storage.cleaning import Cleaning
+from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.pins import Pins
-from ray_ckpt.storage.publish import STOCK_RECORD_NAME
+from ray_ckpt.storage.record import read_if_there
+from ray_ckpt.storage.removal import REQUESTS_IN_FLIGHT, Removal
 from ray_ckpt.storage.retention import Policy, retained
+from ray_ckpt.storage.steps import Look, Steps, directory_of
 
 __all__ = ["CheckpointStore"]
 
+_logger = logging.getLogger("ray_ckpt")
+
 DAY_S = 86400.0
 """No save takes this long."""
-
-_STEP = re.compile(r"step-(0|[1-9][0-9]*)", re.ASCII)
-_DATA_FILE = re.compile(r"__[0-9]+_[0-9]+-([0-9a-f]{12})\.distcp")
-_TEMPORARY = re.compile(rf"(?:{re.escape(MANIFEST_NAME)}|{re.escape(STOCK_RECORD_NAME)})\.[0-9a-f]{{12}}\.tmp")
-_DELETES_IN_FLIGHT = 8
-"""On a network, where a delete waits for three requests."""
-
-
-@dataclass(frozen=True)
-class _Record:
-    """What the commit record of a step says of its files."""
-
-    attempt: str
-    """Empty when the record is damaged."""
-    files: Mapping[str, int]
-    """Name -> bytes; empty when the record is damaged: then nobody knows whose files there are."""
 
 
 class CheckpointStore:
@@ -85,7 +71,9 @@ class CheckpointStore:
 
     def __init__(self, target: str | os.PathLike[str] | Storage) -> None:
         self._storage = target if isinstance(target, Storage) else Storage(target)
+        self._steps = Steps(self._storage)
         self._pins = Pins(self._storage)
+        self._removal = Removal(self._storage, self._pins)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.address!r})"
@@ -103,12 +91,34 @@ class CheckpointStore:
         One listing: of the directory and a look into each step on local files; on an object store of all names in the
         store, a thousand to a request.
         """
-        return tuple(sorted(_parse_steps(self._storage.directories_with(MANIFEST_NAME))))
+        return self._steps.committed()
 
-    def latest(self) -> int | None:
-        """The highest committed step; None when there is none. One listing of the steps and usually one look."""
-        steps = _parse_steps(self._storage.list_directories())
-        return next((step for step in sorted(steps, reverse=True) if self._is_committed(step)), None)
+    def latest(self, *, fallback: bool = False) -> int | None:
+        """The highest committed step; None when there is none.
+
+        It is looked at: its record is read, and its files have the recorded sizes. One listing of the steps, then about
+        three requests, and as many more for every damaged step on the way down.
+
+        Args:
+            fallback: take the highest step that is good, and log a WARNING for each damaged one above it.
+
+        Raises:
+            FormatError: the step is damaged, or with `fallback` all are. The message names path, reason and the highest
+                good step.
+        """
+        return self._steps.latest(fallback=fallback)
+
+    def damage(self, step: int) -> str:
+        """Path and reason, when a committed step cannot be loaded as far as its record and its files' sizes tell; empty
+        when it is good. `verify` reads its bytes.
+
+        Raises:
+            CheckpointNotFoundError: the step is not committed.
+        """
+        damage = self._steps.damage(step)
+        if damage is None:
+            raise self._steps.not_found(step)
+        return damage
 
     def manifest(self, step: int) -> Manifest:
         """What a committed step holds, at the cost of one read.
@@ -117,9 +127,9 @@ class CheckpointStore:
             CheckpointNotFoundError: the step is not committed.
             FormatError, UnsafeCheckpointError: its manifest is damaged.
         """
-        data = self._read_record(step)
+        data = read_if_there(self.location(step), MANIFEST_NAME)
         if data is None:
-            raise self._not_found(step)
+            raise self._steps.not_found(step)
         return Manifest.from_json(data, f"{self.location(step).address}/{MANIFEST_NAME}")
 
     @contextmanager
@@ -129,14 +139,15 @@ class CheckpointStore:
         Raises:
             CheckpointNotFoundError: the step is not committed, or was deleted while it was read; what has been read by
                 then is incomplete.
+            FormatError: no step was named, and the latest is damaged.
         """
         chosen = self.latest() if step is None else step
-        if chosen is None or not self._is_committed(chosen):
-            raise self._not_found(chosen)
+        if chosen is None or not self._steps.is_committed(chosen):
+            raise self._steps.not_found(chosen)
         try:
             yield self.location(chosen)
         except (StorageError, CheckpointError) as error:
-            if self._is_committed(chosen):
+            if self._steps.is_committed(chosen):
                 raise
             raise CheckpointNotFoundError(
                 f"step {chosen} of {self.address} was deleted while it was read; read a step that is left, "
@@ -151,7 +162,7 @@ class CheckpointStore:
         Raises:
             UsageError: `step` is not a number from 0.
         """
-        return self._storage.child(_directory(step))
+        return self._steps.location(step)
 
     def delete(self, step: int) -> RemovalReport:
         """Remove a committed step: the commit record first, durably, then the files that it names. Others stay.
@@ -160,32 +171,46 @@ class CheckpointStore:
             CheckpointNotFoundError: the step is not committed.
             UsageError: it is pinned.
         """
-        record = self._record(step)
-        if record is None:
-            raise self._not_found(step)
-        files = self._remove(step, record)
+        found = self._steps.look(step)
+        if found is None:
+            raise self._steps.not_found(step)
+        if not self._removal.is_possible(step):
+            raise UsageError(f"step {step} of {self.address} lies behind a link, through which nothing is removed")
+        files = self._removal.remove(step, found)
         if files is None:
             raise UsageError(f"step {step} of {self.address} is pinned and stays; unpin({step}) first")
         return self._report([step], (), files, dry_run=False)
 
     def prune(self, *policies: Policy, dry_run: bool = False) -> RemovalReport:
-        """Remove the committed steps that no policy keeps, the lowest first; pinned ones and the highest always stay.
+        """Remove the committed steps that no policy keeps, the lowest first.
+
+        Pinned steps and the highest good one always stay. Damaged steps are neither counted nor removed: the report
+        names them, and `delete` removes one. Steps behind a link stay, too.
 
         Raises:
             UsageError: there is no policy.
         """
-        wishes, steps = self._pins.list(), self.steps()
-        kept = retained(steps, policies, wishes.pins)
+        wishes, looks = self._pins.list(), dict[int, Look]()
+        kept = self._retained(policies, wishes.pins, looks)
         removed, files = [], dict[str, int]()
-        for step in sorted(set(steps) - set(kept)):
-            record = self._record(step)
-            if record is None:
-                continue  # another process was faster
-            found = self._files(step, record) if dry_run else self._remove(step, record)
+        for step in sorted(looks.keys() - set(kept)):
+            if looks[step].damage or not self._removal.is_possible(step):
+                continue
+            found = self._removal.files(step, looks[step]) if dry_run else self._removal.remove(step, looks[step])
             if found is not None:
                 removed.append(step)
                 files.update(found)
-        return self._report(removed, kept, files, dry_run=dry_run)
+        damages = {step: looks[step].damage for step in sorted(looks) if looks[step].damage}
+        return self._report(removed, kept, files, dry_run=dry_run, damages=damages)
+
+    def _retained(self, policies: Sequence[Policy], pins: Collection[int], looks: dict[int, Look]) -> tuple[int, ...]:
+        """What policies keep of the good steps. Fills in what every committed step looks like."""
+        steps = self.steps()
+        with ThreadPoolExecutor(1 if self._storage.is_local else REQUESTS_IN_FLIGHT) as pool:
+            for step, found in zip(steps, pool.map(self._steps.look, steps), strict=True):
+                if found is not None:
+                    looks[step] = found
+        return retained([step for step, found in looks.items() if not found.damage], policies, pins)
 
     # ---------------------------------------------------------------------------------------------------- pins
 
@@ -196,11 +221,11 @@ class CheckpointStore:
             CheckpointNotFoundError: the step is not committed.
             CheckpointError: a delete of the step has begun. The pin is there, but may have come too late.
         """
-        if not self._is_committed(step):
-            raise self._not_found(step)
+        if not self._steps.is_committed(step):
+            raise self._steps.not_found(step)
         is_safe = self._pins.pin(step)
-        if not self._is_committed(step):
-            raise self._not_found(step)
+        if not self._steps.is_committed(step):
+            raise self._steps.not_found(step)
         if not is_safe:
             raise CheckpointError(
                 f"a delete of step {step} of {self.address} has begun, and may not have seen the pin; pin it again, "
@@ -209,7 +234,7 @@ class CheckpointStore:
 
     def unpin(self, step: int) -> None:
         """Let policies decide again. A step that is not pinned is left as it is."""
-        _directory(step)
+        directory_of(step)
         self._pins.unpin(step)
 
     def pins(self) -> tuple[int, ...]:
@@ -233,176 +258,27 @@ class CheckpointStore:
         """
         if not older_than_s >= 0:
             raise UsageError(f"clean(older_than_s={older_than_s}) would remove files before they are written")
-        horizon = time.time() - older_than_s if older_than_s else float("inf")
-        removed, files = self._finish_deletes(horizon, dry_run=dry_run)
-        by_step: dict[str, dict[str, Scanned]] = {}
-        for name, scanned in self._storage.scan().items():
-            directory, _, file = name.partition("/")
-            by_step.setdefault(directory, {})[file] = scanned
-        kept = [step for step in _parse_steps(by_step) if MANIFEST_NAME in by_step[_directory(step)]]
-        for step in sorted(_parse_steps(by_step)):
-            orphans = self._orphans(step, by_step[_directory(step)], horizon)
-            files |= orphans
-            if not dry_run:
-                self._delete_files(orphans)
-        if not dry_run:
-            for step in _parse_steps(self._storage.list_directories()):
-                self._storage.delete_empty_directory(_directory(step))
-        return self._report(removed, sorted(set(kept) - set(removed)), files, dry_run=dry_run)
-
-    def _finish_deletes(self, horizon: float, *, dry_run: bool) -> tuple[list[int], dict[str, int]]:
-        """Deletes that stopped half-way, pins of steps that are gone, and what is left of half-written ones."""
-        wishes = self._pins.list()
-        removed, files = [], dict[str, int]()
-        for claim in wishes.claims:
-            if not _is_old([claim.modified_s], horizon):
-                continue
-            attempt, record = self._pins.claimed_attempt(claim), self._record(claim.step)
-            if record is not None and record.attempt == attempt:
-                found = self._files(claim.step, record) if dry_run else self._remove(claim.step, record)
-                if found is not None:
-                    removed.append(claim.step)
-                    files |= found
-            if not dry_run:
-                self._pins.discard(claim.file)
-        for name, modified_s in wishes.temporaries.items():
-            if not dry_run and _is_old([modified_s], horizon):
-                self._pins.discard(name)
-        for step, modified_s in wishes.pins.items():
-            if not dry_run and _is_old([modified_s], horizon) and not self._is_committed(step):
-                self._pins.unpin(step)
-        return sorted(set(removed)), files
-
-    def _orphans(self, step: int, found: Mapping[str, Scanned], horizon: float) -> dict[str, int]:
-        """Files of a step's directory that an attempt left and no manifest names: name in the store -> bytes."""
-        attempts: dict[str, list[str]] = {}
-        for file in found:
-            if match := _DATA_FILE.fullmatch(file):
-                attempts.setdefault(match[1], []).append(file)
-            elif _TEMPORARY.fullmatch(file):
-                attempts[file] = [file]
-        if STOCK_RECORD_NAME in found and MANIFEST_NAME not in found:
-            # It may be of any of the attempts, so it goes when the youngest does.
-            attempts[STOCK_RECORD_NAME] = [STOCK_RECORD_NAME, *(file for files in attempts.values() for file in files)]
-        old = {
-            file
-            for files in attempts.values()
-            if _is_old([found[file].modified_s for file in files], horizon)
-            for file in files
-        }
-        if not old:
-            return {}
-        # Read after the listing, so that a save which was committed in between is seen.
-        record = self._record(step)
-        if record is not None and not record.attempt:
-            return {}
-        if record is not None or not self._is_our_stock_record(step, old):
-            old.discard(STOCK_RECORD_NAME)
-        named = set() if record is None else set(record.files)
-        return {f"{_directory(step)}/{file}": found[file].num_bytes for file in sorted(old - named)}
-
-    def _is_our_stock_record(self, step: int, candidates: set[str]) -> bool:
-        if STOCK_RECORD_NAME not in candidates:
-            return False
-        from ray_ckpt.format import dcp_metadata  # here, because it loads torch, which a driver goes without
-
-        try:
-            return dcp_metadata.is_ours(dcp_metadata.loads(self.location(step).read_bytes(STOCK_RECORD_NAME)))
-        except CheckpointError:
-            return False  # somebody's, and not for us to judge
-
-    # ----------------------------------------------------------------------------------------------- machinery
-
-    def _is_committed(self, step: int) -> bool:
-        return self._storage.exists(f"{_directory(step)}/{MANIFEST_NAME}")
-
-    def _read_record(self, step: int) -> bytes | None:
-        return _read(self._storage, f"{_directory(step)}/{MANIFEST_NAME}")
-
-    def _record(self, step: int) -> _Record | None:
-        """None when the step is not committed."""
-        data = self._read_record(step)
-        if data is None:
-            return None
-        try:
-            manifest = Manifest.from_json(data)
-        except CheckpointError:
-            return _Record("", {})
-        ours = {name: size for name, size in manifest.files.items() if _DATA_FILE.fullmatch(name)}
-        return _Record(manifest.attempt, ours)
-
-    def _files(self, step: int, record: _Record) -> dict[str, int]:
-        return {f"{_directory(step)}/{name}": size for name, size in record.files.items()}
-
-    def _remove(self, step: int, record: _Record) -> dict[str, int] | None:
-        """Delete a step, and tell its data files; None when it is pinned. A damaged record goes alone.
-
-        Only what this record names is removed: a save that overwrites the step at the same time keeps its files.
-        """
-        claim = self._pins.claim(step, record.attempt)
-        if claim is None:
-            return None
-        directory, files = _directory(step), self._files(step, record)
-        self._storage.delete(f"{directory}/{MANIFEST_NAME}", durable=True)
-        stock_record = _read(self._storage, f"{directory}/{STOCK_RECORD_NAME}")
-        if stock_record is not None and record.attempt and record.attempt.encode() in stock_record:
-            self._storage.delete(f"{directory}/{STOCK_RECORD_NAME}")
-        self._delete_files(files)
-        self._storage.delete_empty_directory(directory)
-        self._pins.discard(claim.file)
-        return files
-
-    def _delete_files(self, names: Iterable[str]) -> None:
-        if self._storage.is_local:
-            for name in names:
-                self._storage.delete(name)
-            return
-        with ThreadPoolExecutor(_DELETES_IN_FLIGHT, thread_name_prefix="ray_ckpt-delete") as pool:
-            for future in [pool.submit(self._storage.delete, name) for name in names]:
-                future.result()
+        cleaning = Cleaning(self._storage, self._steps, self._pins, self._removal, dry_run=dry_run)
+        cleaning.run(older_than_s)
+        return self._report(cleaning.removed, cleaning.kept, cleaning.files, dry_run=dry_run)
 
     def _report(
-        self, removed: Sequence[int], kept: Iterable[int], files: Mapping[str, int], *, dry_run: bool
+        self,
+        removed: Sequence[int],
+        kept: Iterable[int],
+        files: Mapping[str, int],
+        *,
+        dry_run: bool,
+        damages: Mapping[int, str] | None = None,
     ) -> RemovalReport:
-        return RemovalReport(
-            self.address, tuple(removed), tuple(kept), tuple(files), sum(files.values()), dry_run=dry_run
+        size = sum(files.values())
+        report = RemovalReport(
+            self.address, tuple(removed), tuple(kept), tuple(files), size, dry_run=dry_run, damages=damages or {}
         )
-
-    def _not_found(self, step: int | None) -> CheckpointNotFoundError:
-        latest = self.latest()
-        if latest is None:
-            return CheckpointNotFoundError(f"no committed step in {self.address}")
-        return CheckpointNotFoundError(
-            f"step {step} is not committed in {self.address}, or has been deleted; the latest one is {latest}"
-        )
-
-
-def _directory(step: int) -> str:
-    """The name of a step's directory."""
-    try:
-        number = -1 if isinstance(step, bool) else operator.index(step)
-    except TypeError:
-        number = -1
-    if number < 0:
-        raise UsageError(f"{step!r} is not a step: it is a number from 0")
-    return f"step-{number}"
-
-
-def _parse_steps(directories: Iterable[str]) -> list[int]:
-    return [int(match[1]) for match in map(_STEP.fullmatch, directories) if match]
-
-
-def _read(storage: Storage, name: str) -> bytes | None:
-    """A file's bytes; None when there is none."""
-    try:
-        return storage.read_bytes(name)
-    except StorageError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            return None
-        raise
-
-
-def _is_old(times: Iterable[float | None], horizon: float) -> bool:
-    """Whether the youngest of these was written before the horizon. One whose time is not known never was, unless the
-    horizon is infinite."""
-    return all(horizon == float("inf") or (modified_s is not None and modified_s < horizon) for modified_s in times)
+        if files and not dry_run:
+            _logger.info("removed %d files with %d bytes of %s; steps %s", len(files), size, self.address, removed)
+        for step, damage in report.damages.items():
+            _logger.warning(
+                "step %d of %s is damaged and was neither counted nor removed: %s", step, self.address, damage
+            )
+        return report

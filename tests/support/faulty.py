@@ -107,7 +107,7 @@ class LyingStorage(Storage):
             return None  # type: ignore[return-value]
         value = super().perform(operation, name, action)
         if operation == "sync":
-            path = self._path(name)
+            path = self.path(name)
             if self.loses == "file":
                 os.remove(path)
             elif self.loses == "last":

@@ -1,0 +1,176 @@
+"""Finishing what was cut off in a store: deletes, overwrites, saves that failed, pins of steps that are gone.
+
+run ─┬─ deletes that have begun        finished, unless the step is the highest good one by now
+     ├─ files that no manifest names   removed when their attempt is old; before that `.metadata` is restored where an
+     │                                 interrupted overwrite has left one that names them
+     └─ empty directories of steps     removed
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Mapping
+
+from ray_ckpt.errors import StorageError
+from ray_ckpt.format.manifest import MANIFEST_NAME
+from ray_ckpt.storage.files import Scanned, Storage
+from ray_ckpt.storage.pins import Pins, Wishes
+from ray_ckpt.storage.publish import DATA_FILE, STOCK_RECORD_NAME, is_ours, restore_stock_record
+from ray_ckpt.storage.record import read_if_there
+from ray_ckpt.storage.removal import Removal
+from ray_ckpt.storage.steps import Steps, directory_of, parse_steps
+
+__all__ = ["Cleaning"]
+
+_logger = logging.getLogger("ray_ckpt")
+
+_TEMPORARY = re.compile(rf"(?:{re.escape(MANIFEST_NAME)}|{re.escape(STOCK_RECORD_NAME)})\.[0-9a-f]{{12}}\.tmp")
+
+
+class Cleaning:
+    """One clean-up of a store."""
+
+    def __init__(self, storage: Storage, steps: Steps, pins: Pins, removal: Removal, *, dry_run: bool) -> None:
+        self._storage = storage
+        self._steps = steps
+        self._pins = pins
+        self._removal = removal
+        self._dry_run = dry_run
+        self.removed: list[int] = []
+        """Steps whose delete was finished, ascending."""
+        self.kept: list[int] = []
+        """Steps that the listing shows as committed and that stay, ascending."""
+        self.files: dict[str, int] = {}
+        """What was removed, or would be: name in the store -> bytes."""
+
+    def run(self, older_than_s: float) -> None:
+        """Do it. What is younger than `older_than_s` is left alone, 0 takes everything."""
+        by_step: dict[str, dict[str, Scanned]] = {}
+        for name, scanned in self._storage.scan().items():
+            directory, _, file = name.partition("/")
+            by_step.setdefault(directory, {})[file] = scanned
+        horizon = self._horizon(older_than_s, by_step)
+        self._finish_deletes(horizon)
+        for step in sorted(parse_steps(by_step)):
+            self._clean_step(step, by_step[directory_of(step)], horizon)
+        if not self._dry_run:
+            for step in parse_steps(self._storage.list_directories()):
+                self._storage.delete_empty_directory(directory_of(step))
+        committed = [step for step in parse_steps(by_step) if MANIFEST_NAME in by_step[directory_of(step)]]
+        self.kept = sorted(set(committed) - set(self.removed))
+
+    def _clean_step(self, step: int, found: Mapping[str, Scanned], horizon: float) -> None:
+        orphans = self._orphans(step, found, horizon)
+        if self._dry_run:
+            self.files |= orphans
+        elif self._restore_stock_record(step, found, orphans):
+            self.files |= orphans
+            self._removal.remove_files(orphans)
+
+    def _horizon(self, older_than_s: float, by_step: Mapping[str, Mapping[str, Scanned]]) -> float:
+        """What was written before this, in seconds since the epoch by the storage's clock, is old.
+
+        This host's clock may be wrong. Where the storage takes no file to tell its own, as when it is full, the
+        youngest file tells a time that has passed there.
+        """
+        times = [
+            file.modified_s for files in by_step.values() for file in files.values() if file.modified_s is not None
+        ]
+        if not older_than_s:
+            return float("inf")
+        if not times:
+            return float("-inf")  # nothing whose age is known
+        now = self._pins.now()
+        return (max(times) if now is None else now) - older_than_s
+
+    def _restore_stock_record(self, step: int, found: Mapping[str, Scanned], orphans: Mapping[str, int]) -> bool:
+        """See to it that stock DCP reads what the manifest says, before the files are gone that a `.metadata` of an
+        interrupted overwrite names. Returns whether they may go."""
+        if MANIFEST_NAME not in found or (STOCK_RECORD_NAME in found and not orphans):
+            return True
+        if not self._removal.is_possible(step):
+            return True
+        try:
+            if restore_stock_record(self._steps.location(step)):
+                _logger.info("restored %s of step %d in %s", STOCK_RECORD_NAME, step, self._storage.address)
+        except StorageError as error:
+            _logger.warning(
+                "step %d keeps the files of an interrupted save, since stock DCP reads them: %s", step, error
+            )
+            return False
+        return True
+
+    def _finish_deletes(self, horizon: float) -> None:
+        """Deletes that stopped half-way, pins of steps that are gone, and what is left of half-written ones."""
+        wishes = self._pins.list()
+        finished = set[int]()
+        for claim in wishes.claims:
+            if not _is_old([claim.modified_s], horizon):
+                continue
+            found = self._steps.look(claim.step)
+            if found is not None and found.attempt == claim.attempt and self._may_finish(claim.step):
+                files = self._removal.files(claim.step, found)
+                if self._dry_run or self._removal.remove(claim.step, found) is not None:
+                    finished.add(claim.step)
+                    self.files |= files
+            if not self._dry_run:
+                self._pins.discard(claim.file)
+        self.removed = sorted(finished)
+        if not self._dry_run:
+            self._discard_wishes(wishes, horizon)
+
+    def _discard_wishes(self, wishes: Wishes, horizon: float) -> None:
+        for name, modified_s in wishes.temporaries.items():
+            if _is_old([modified_s], horizon):
+                self._pins.discard(name)
+        for step, modified_s in wishes.pins.items():
+            if _is_old([modified_s], horizon) and not self._steps.is_committed(step):
+                self._pins.unpin(step)
+
+    def _may_finish(self, step: int) -> bool:
+        """Whether a delete that was cut off before it took the record may still go on. The steps that were above it at
+        the time may be gone or damaged by now, and the highest good step is nothing to be removed by the way."""
+        return step != self._steps.highest_good() and self._removal.is_possible(step)
+
+    def _orphans(self, step: int, found: Mapping[str, Scanned], horizon: float) -> dict[str, int]:
+        """Files of a step's directory that an attempt left and no manifest names: name in the store -> bytes."""
+        old = _old_files(found, horizon)
+        if not old:
+            return {}
+        # Read after the listing, so that a save which was committed in between is seen.
+        record = self._steps.look(step)
+        if record is not None and record.damage:
+            return {}  # nobody knows whose files these are
+        if record is not None or not self._is_our_stock_record(step, old):
+            old.discard(STOCK_RECORD_NAME)
+        named = set() if record is None else set(record.files)
+        orphans = {f"{directory_of(step)}/{file}": found[file].num_bytes for file in sorted(old - named)}
+        return {name: size for name, size in orphans.items() if self._storage.may_delete(name)}
+
+    def _is_our_stock_record(self, step: int, candidates: set[str]) -> bool:
+        if STOCK_RECORD_NAME not in candidates:
+            return False
+        data = read_if_there(self._steps.location(step), STOCK_RECORD_NAME)
+        return data is not None and is_ours(data)
+
+
+def _old_files(found: Mapping[str, Scanned], horizon: float) -> set[str]:
+    """Files of attempts that have written nothing since the horizon: an attempt is as old as its youngest file."""
+    attempts: dict[str, list[str]] = {}
+    for file in found:
+        if match := DATA_FILE.fullmatch(file):
+            attempts.setdefault(match[1], []).append(file)
+        elif _TEMPORARY.fullmatch(file):
+            attempts[file] = [file]
+    if STOCK_RECORD_NAME in found and MANIFEST_NAME not in found:
+        # It may be of any of the attempts, so it goes when the youngest does.
+        attempts[STOCK_RECORD_NAME] = [STOCK_RECORD_NAME, *(file for files in attempts.values() for file in files)]
+    old = [files for files in attempts.values() if _is_old([found[file].modified_s for file in files], horizon)]
+    return {file for files in old for file in files}
+
+
+def _is_old(times: Iterable[float | None], horizon: float) -> bool:
+    """Whether the youngest of these was written before the horizon. One whose time is not known never was, unless the
+    horizon is infinite."""
+    return all(horizon == float("inf") or (modified_s is not None and modified_s < horizon) for modified_s in times)

@@ -1,0 +1,160 @@
+"""Files of a Storage while they are read or written.
+
+Storage.open_input ──> InputFile      ranged reads, straight into memory
+Storage.create ──> OutputFile         durable once closed
+Storage.prepare ──> PreparedFile      small, written, and still without its name
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from typing import TYPE_CHECKING, NoReturn
+
+import pyarrow as pa
+
+from ray_ckpt.errors import FormatError, StorageError
+from ray_ckpt.storage.local_files import rename, sync_file
+
+if TYPE_CHECKING:
+    from ray_ckpt.storage.files import Storage
+
+__all__ = ["InputFile", "OutputFile", "PreparedFile"]
+
+_COMPARED_BYTES = 4096
+"""Of a file that was just published: a record of ours holds its attempt within these."""
+
+
+class InputFile:
+    """An open file, for ranged reads. Not for two threads at a time: each opens its own."""
+
+    def __init__(self, storage: Storage, name: str, native: pa.NativeFile) -> None:
+        self.name = name
+        self._storage = storage
+        self._native = native
+
+    def read_into(self, offset: int, memory: memoryview) -> None:
+        """Fill `memory` with the bytes `[offset, offset + len(memory))`, without an intermediate copy.
+
+        Raises:
+            FormatError: the file ends before that. A short read is an error, never "the remainder".
+        """
+
+        def read() -> int:
+            self._native.seek(offset)
+            return int(self._native.readinto(memory))
+
+        num_read = self._storage.retried(lambda: self._storage.perform("read", self.name, read))
+        if num_read != len(memory):
+            raise FormatError(
+                f"{self.name} is too short: wanted bytes [{offset}, {offset + len(memory)}), "
+                f"it ends at {offset + num_read}; the file is truncated or the metadata that points into it is damaged"
+            )
+
+
+class PreparedFile:
+    """A small file that is written as far as can be before it has its name."""
+
+    def __init__(self, storage: Storage, name: str, data: bytes, temporary: str | None) -> None:
+        self.name = name
+        self._storage = storage
+        self._data = data
+        self._temporary = temporary
+
+    def write(self) -> None:
+        try:
+            self._storage.retried(lambda: self._write_as(self._temporary or self.name))
+        except StorageError:
+            self.abandon()
+            raise
+
+    def publish(self, *, replace: bool = True) -> None:
+        """Give it its name, durably.
+
+        Args:
+            replace: whether another file may have the name by now. Local file systems tell for certain. Elsewhere it is
+                looked for before, and read back afterwards: of two writers within the time between, one may not notice.
+
+        Raises:
+            StorageError: it failed, or another file has the name: then `FileExistsError` is its cause.
+        """
+        if not replace and not self._storage.has_local_files and self._storage.exists(self.name):
+            self._refuse()
+        if self._temporary is None:
+            self.write()
+        else:
+            self._rename(self._temporary, replace=replace)
+        if not replace and not self._storage.has_local_files and not self._is_there():
+            self._refuse()
+
+    def abandon(self) -> None:
+        """Leave no temporary file behind, as far as the storage lets us: a clean-up finds what it does not."""
+        if self._temporary is not None:
+            with contextlib.suppress(StorageError):
+                self._storage.delete(self._temporary)
+
+    def _write_as(self, name: str) -> None:
+        with self._storage.create(name) as file:
+            file.write(self._data)
+
+    def _rename(self, temporary: str, *, replace: bool) -> None:
+        storage = self._storage
+
+        def move() -> None:
+            source, target = storage.path(temporary), storage.path(self.name)
+            if storage.has_local_files:
+                rename(source, target, replace=replace)
+            else:
+                storage.filesystem.move(source, target)
+
+        try:
+            storage.retried(lambda: storage.perform("rename", self.name, move))
+        except StorageError as error:
+            # A network file system may lose the answer to a rename that it has carried out, and then finds it done.
+            done = isinstance(error.__cause__, (FileExistsError, FileNotFoundError)) and self._is_there()
+            self.abandon()
+            if not done:
+                raise
+
+    def _is_there(self) -> bool:
+        """Whether the file of that name is this one, by its size and its first bytes."""
+        if self._storage.size(self.name) != len(self._data):
+            return False
+        memory = bytearray(min(len(self._data), _COMPARED_BYTES))
+        with self._storage.open_input(self.name) as file:
+            file.read_into(0, memoryview(memory))
+        return self._data.startswith(memory)
+
+    def _refuse(self) -> NoReturn:
+        def exists() -> NoReturn:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+
+        self._storage.perform("create", self.name, exists)
+        raise AssertionError("unreachable")
+
+
+class OutputFile:
+    """A file being written. Leaving its `with` block by an error abandons it."""
+
+    def __init__(self, storage: Storage, name: str, native: pa.NativeFile) -> None:
+        self.name = name
+        self._storage = storage
+        self._native = native
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Append. The memory may be reused as soon as the call returns."""
+        self._storage.perform("write", self.name, lambda: self._native.write(data))
+
+    def close(self) -> None:
+        """Finish the file and make it durable: fsync of the file and of its directory where there are such things."""
+        self._storage.perform("finish", self.name, self._native.close)
+        if self._storage.has_local_files:
+            self._storage.perform("sync", self.name, lambda: sync_file(self._storage.path(self.name)))
+
+    def __enter__(self) -> OutputFile:
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        if error_type is None:
+            self.close()

@@ -1,0 +1,67 @@
+"""Removing a step of a store: the commit record first, durably, then what belongs to it.
+
+remove ──> claim the step ──> manifest.json, durably ──> .metadata ──> data files ──> give the claim back
+
+Nothing else is ever removed than plain files with names of ours, in the step's own directory and through no link.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+from ray_ckpt.format.manifest import MANIFEST_NAME
+from ray_ckpt.storage.files import Storage
+from ray_ckpt.storage.pins import Pins
+from ray_ckpt.storage.publish import STOCK_RECORD_NAME, names_attempt
+from ray_ckpt.storage.record import read_if_there
+from ray_ckpt.storage.steps import Look, directory_of
+
+__all__ = ["REQUESTS_IN_FLIGHT", "Removal"]
+
+REQUESTS_IN_FLIGHT = 8
+"""On a network, where a delete waits for three requests, and a look at a step as well."""
+
+
+class Removal:
+    """Removes steps of a store, and files of them."""
+
+    def __init__(self, storage: Storage, pins: Pins) -> None:
+        self._storage = storage
+        self._pins = pins
+
+    def is_possible(self, step: int) -> bool:
+        """Whether the step's own directory holds its record, rather than one that a link leads to."""
+        return self._storage.may_delete(f"{directory_of(step)}/{MANIFEST_NAME}")
+
+    def files(self, step: int, found: Look) -> dict[str, int]:
+        """The data files of a step that `remove` removes: name in the store -> bytes."""
+        named = {f"{directory_of(step)}/{name}": size for name, size in found.files.items()}
+        return {name: size for name, size in named.items() if self._storage.may_delete(name)}
+
+    def remove(self, step: int, found: Look) -> dict[str, int] | None:
+        """Remove a step, and tell its data files; None when it is pinned. A damaged record goes alone.
+
+        Only what this record names is removed: a save that overwrites the step at the same time keeps its files.
+        """
+        directory, files = directory_of(step), self.files(step, found)
+        with self._pins.deleting(step, found.attempt) as is_free:
+            if not is_free:
+                return None
+            self._storage.delete(f"{directory}/{MANIFEST_NAME}", durable=True)
+            stock_record = read_if_there(self._storage, f"{directory}/{STOCK_RECORD_NAME}")
+            if stock_record is not None and names_attempt(stock_record, found.attempt):
+                self._storage.delete(f"{directory}/{STOCK_RECORD_NAME}")
+            self.remove_files(files)
+            self._storage.delete_empty_directory(directory)
+        return files
+
+    def remove_files(self, names: Iterable[str]) -> None:
+        """Remove files by their names in the store."""
+        if self._storage.is_local:
+            for name in names:
+                self._storage.delete(name)
+            return
+        with ThreadPoolExecutor(REQUESTS_IN_FLIGHT, thread_name_prefix="ray_ckpt-delete") as pool:
+            for future in [pool.submit(self._storage.delete, name) for name in names]:
+                future.result()

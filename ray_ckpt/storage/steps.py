@@ -1,0 +1,149 @@
+"""The steps of a store: how their directories are named, which are committed, and which of those are good.
+
+Steps(storage) ─┬─ committed        by name alone: there is a manifest
+                ├─ look ──> Look    its record is read, and its files have the recorded sizes
+                └─ latest           the highest good one, from above, so that few are looked at
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ray_ckpt.errors import CheckpointError, CheckpointNotFoundError, FormatError, UsageError
+from ray_ckpt.format.manifest import MANIFEST_NAME
+from ray_ckpt.storage.files import Storage
+from ray_ckpt.storage.publish import DATA_FILE
+from ray_ckpt.storage.record import parse_and_keep, read_if_there
+
+__all__ = ["Look", "Steps", "directory_of", "parse_steps"]
+
+_logger = logging.getLogger("ray_ckpt")
+
+_STEP = re.compile(r"step-(0|[1-9][0-9]*)", re.ASCII)
+
+
+def directory_of(step: int) -> str:
+    """The name of a step's directory.
+
+    Raises:
+        UsageError: `step` is not a number from 0.
+    """
+    try:
+        number = -1 if isinstance(step, bool) else operator.index(step)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise UsageError(f"{step!r} is not a step: it is a number from 0")
+    return f"step-{number}"
+
+
+def parse_steps(directories: Iterable[str]) -> list[int]:
+    return [int(match[1]) for match in map(_STEP.fullmatch, directories) if match]
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the commit record of a step says of its files, and whether they are there."""
+
+    attempt: str
+    """Id of the attempt that committed; empty when the record cannot be read."""
+    files: Mapping[str, int]
+    """Data files of ours that the record names: name -> bytes. Empty when the record cannot be read."""
+    damage: str
+    """Path and reason, when the step cannot be loaded; else empty."""
+
+
+class Steps:
+    """The steps below a directory or prefix."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+
+    def location(self, step: int) -> Storage:
+        """The storage of a step's directory, whether a checkpoint is there or not."""
+        return self._storage.child(directory_of(step))
+
+    def committed(self) -> tuple[int, ...]:
+        """Those with a manifest, ascending."""
+        return tuple(sorted(parse_steps(self._storage.directories_with(MANIFEST_NAME))))
+
+    def is_committed(self, step: int) -> bool:
+        return self._storage.exists(f"{directory_of(step)}/{MANIFEST_NAME}")
+
+    def look(self, step: int) -> Look | None:
+        """Read a step's record, and compare the sizes of its files. No data file is read.
+
+        Returns:
+            None when the step is not committed.
+        """
+        directory = self.location(step)
+        data = read_if_there(directory, MANIFEST_NAME)
+        if data is None:
+            return None
+        try:
+            manifest = parse_and_keep(data, f"{directory.address}/{MANIFEST_NAME}")
+        except CheckpointError as error:
+            return Look("", {}, str(error))
+        ours = {name: size for name, size in manifest.files.items() if DATA_FILE.fullmatch(name)}
+        damage = _compare(directory, manifest.files)
+        if damage and not directory.exists(MANIFEST_NAME):
+            return None  # it was deleted meanwhile
+        return Look(manifest.attempt, ours, damage)
+
+    def damage(self, step: int) -> str | None:
+        """Empty when the step is good, None when it is not committed."""
+        found = self.look(step)
+        return None if found is None else found.damage
+
+    def highest_good(self, damages: dict[int, str] | None = None) -> int | None:
+        """The highest step that is good.
+
+        Args:
+            damages: takes the damaged ones above it, with path and reason.
+        """
+        for step in self._descending():
+            damage = self.damage(step)
+            if damage == "":
+                return step
+            if damage is not None and damages is not None:
+                damages[step] = damage
+        return None
+
+    def latest(self, *, fallback: bool) -> int | None:
+        """As `CheckpointStore.latest`."""
+        damages: dict[int, str] = {}
+        step = self.highest_good(damages)
+        if damages and (step is None or not fallback):
+            highest = max(damages)
+            advice = "no other is good" if step is None else f"step {step} is good: fallback=True takes it"
+            raise FormatError(f"step {highest} of {self._storage.address} is damaged: {damages[highest]}; {advice}")
+        for damaged, reason in damages.items():
+            _logger.warning("step %d of %s is damaged and left out: %s", damaged, self._storage.address, reason)
+        return step
+
+    def not_found(self, step: int | None) -> CheckpointNotFoundError:
+        """What to raise about a step that is not committed."""
+        highest = next((other for other in self._descending() if self.is_committed(other)), None)
+        if highest is None:
+            return CheckpointNotFoundError(f"no committed step in {self._storage.address}")
+        return CheckpointNotFoundError(
+            f"step {step} is not committed in {self._storage.address}, or has been deleted; the latest one is {highest}"
+        )
+
+    def _descending(self) -> Sequence[int]:
+        """Numbers of all directories that are named like steps: one listing of the store's directory."""
+        return sorted(parse_steps(self._storage.list_directories()), reverse=True)
+
+
+def _compare(directory: Storage, recorded: Mapping[str, int]) -> str:
+    found = directory.sizes(recorded)
+    for name, size in recorded.items():
+        if name not in found:
+            return f"{directory.address}/{name}: is missing"
+        if found[name] != size:
+            return f"{directory.address}/{name}: has {found[name]} bytes, and was saved with {size}"
+    return ""
