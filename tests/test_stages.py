@@ -96,7 +96,7 @@ def test_parts_may_lie_deeper_and_leave_the_whole_model_whole() -> None:
 def test_parts_that_do_not_exist_are_refused() -> None:
     model = Nested()
     model.pipeline_parts = lambda: ["inner.first", "inner.third"]  # type: ignore[method-assign]
-    with pytest.raises(UsageError, match=r"names inner\.third, which it has not"):
+    with pytest.raises(UsageError, match=r"names inner\.third, which do not exist"):
         parts_of(model)
 
 

@@ -97,7 +97,7 @@ class Layout:
         """Refuse a number of ranks that is not this layout's.
 
         Raises:
-            UsageError: with all numbers.
+            UsageError: `world_size` is another number; the message has all degrees.
         """
         if world_size != self.world_size:
             degrees = " x ".join(str(degree) for degree in self.degrees.values())
@@ -109,7 +109,7 @@ class Layout:
         """Refuse what torch cannot combine, by name.
 
         Raises:
-            UsageError: with what to use instead.
+            UsageError: the layout combines what torch cannot; the message says what to use instead.
         """
         reasons = {
             "context parallel splits activations, not weights; leave it out": self.cp > 1,
@@ -124,7 +124,7 @@ class Layout:
             raise UsageError(f"layout {self} is not supported: {'; '.join(wrong)}")
 
     def coordinate(self, rank: int) -> dict[str, int]:
-        """Axis -> where on it a rank lies.
+        """Axis -> position of a rank on it.
 
         Raises:
             UsageError: there is no such rank.
@@ -140,7 +140,7 @@ class Layout:
         """The rank at a coordinate; axes that are left out count as 0.
 
         Raises:
-            UsageError: it lies outside the mesh, or on an axis that there is not.
+            UsageError: it is outside the mesh, or names an unknown axis.
         """
         if unknown := coordinate.keys() - set(AXES):
             raise UsageError(f"{sorted(unknown)} are no axes; those are {', '.join(AXES)}")
@@ -177,7 +177,7 @@ class Layout:
 
     @classmethod
     def parse(cls, text: str) -> Layout:
-        """The layout that is written so, as the module's docstring has it. `str` is the inverse.
+        """Parse the text form of a layout, such as `pp2.fsdp2x2.tp2`. `str` is the inverse.
 
         Raises:
             UsageError: a token is unknown, or an axis is named twice.

@@ -50,7 +50,7 @@ def allocate(model: nn.Module, device: torch.device, tied: Mapping[str, str]) ->
 
 
 def tie(model: nn.Module, tied: Mapping[str, str]) -> None:
-    """Let weights that share memory be one parameter again, after each was replaced by itself."""
+    """Make tied weights one parameter again, after each was replaced separately."""
     for alias, canonical in tied.items():
         if _has(model, alias) and _has(model, canonical):
             parent, _, name = alias.rpartition(".")

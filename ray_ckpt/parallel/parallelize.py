@@ -213,7 +213,7 @@ def _matches_some(model: nn.Module, pattern: str) -> bool:
 
 
 def _units(model: nn.Module, parts: Sequence[str], tied: Mapping[str, str]) -> list[nn.Module]:
-    """Parts that are gathered one at a time. Parts that share weights stay with the model, or they would part."""
+    """Parts that are gathered one at a time. Those that share weights stay with the model, or these would be untied."""
     shared = [*tied, *tied.values()]
     return [
         model.get_submodule(part)

@@ -63,14 +63,14 @@ def parts_of(model: nn.Module) -> list[str]:
     """Names of the modules that run one after the other.
 
     Raises:
-        UsageError: `pipeline_parts()` names a module that there is not.
+        UsageError: `pipeline_parts()` names a module that does not exist.
     """
     own: Callable[[], Sequence[str]] | None = getattr(model, "pipeline_parts", None)
     if own is None:
         return [name for name, _ in model.named_children()]
     known = {name for name, _ in model.named_modules(remove_duplicate=False)}
     if unknown := [name for name in own() if name not in known]:
-        raise UsageError(f"pipeline_parts() of {type(model).__name__} names {', '.join(unknown)}, which it has not")
+        raise UsageError(f"pipeline_parts() of {type(model).__name__} names {', '.join(unknown)}, which do not exist")
     return list(own())
 
 
@@ -94,7 +94,7 @@ def cut_evenly(model: nn.Module, num_stages: int) -> list[list[str]]:
 
 
 def cut_by_names(model: nn.Module, stages: Sequence[Sequence[str]]) -> list[list[str]]:
-    """A cut of the user's own, checked.
+    """Check a cut that the user gives, and return it.
 
     Raises:
         UsageError: it does not name every part once, in the order they run.

@@ -169,7 +169,7 @@ class RankLoad:
         """
         left = marked(self._names, verdict.unwanted)
         if left and self._options.strict:
-            texts = [f"{name}: saved {self._source.describe(name)}, wanted not at all" for name in left]
+            texts = [f"{name}: saved {self._source.describe(name)}, not wanted" for name in left]
             raise StateMismatchError(
                 f"{self._source.label} does not fit what it is loaded into: {_listed(texts)}. Load a part of it by "
                 "only=('model', ...), or all that fits by strict=False"
@@ -231,7 +231,7 @@ class RankLoad:
         if cast and not self._options.cast:
             texts += [f"{name}: {_saved_and_wanted(claims[name], self._saved)}" for name in cast]
         if self._options.strict:
-            texts += [f"{name}: saved not at all, wanted {claims[name].spec or 'a value'}" for name in missing]
+            texts += [f"{name}: not saved, wanted {claims[name].spec or 'a value'}" for name in missing]
         advice = ""
         if cast and not self._options.cast:
             advice = ". cast=True converts dtypes"

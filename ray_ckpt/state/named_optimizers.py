@@ -81,7 +81,7 @@ class NamedOptimizers:
                 if parameter not in known:
                     raise UsageError(
                         f"optimizer {number} ({type(optimizer).__name__}) has a parameter of shape "
-                        f"{list(parameter.shape)} that is none of the model's: make it after the model is wrapped"
+                        f"{list(parameter.shape)} that is not one of the model's: make it after the model is wrapped"
                     )
                 if owner.setdefault(parameter, number) != number:
                     raise UsageError(
