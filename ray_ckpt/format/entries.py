@@ -40,6 +40,8 @@ class Chunk(NamedTuple):
     """Descriptors of the DCP stream extensions that encoded the container, outermost first."""
     strides: tuple[int, ...] | None = None
     """Strides of the elements at `data_start`, in elements; None for row-major order, which ours always have."""
+    crc: int = 0
+    """CRC-32 of the elements' bytes, where the directory of a zip archive tells it; else 0. Not in a record of ours."""
 
 
 @dataclass(frozen=True)

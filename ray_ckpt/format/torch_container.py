@@ -29,7 +29,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -38,10 +38,12 @@ from ray_ckpt.format.torch_internals import STORAGE_TYPES, rebuild_tensor_v2, re
 
 __all__ = [
     "ALIGNMENT",
+    "DESCRIPTOR_BYTES",
     "HEAD_BYTES",
     "Container",
     "StoredTensor",
     "container",
+    "descriptor_crc",
     "dtype_name",
     "find_data",
     "parse_dtype",
@@ -56,6 +58,7 @@ HEAD_BYTES = 2048
 _LOCAL = struct.Struct("<4s5H3I2H")
 _DESCRIPTOR = struct.Struct("<4s3I")
 _DESCRIPTOR64 = struct.Struct("<4sI2Q")
+_DESCRIPTOR_MAGIC = b"PK\7\x08"
 _CENTRAL = struct.Struct("<4s6H3I5H2I")
 _END64 = struct.Struct("<4sQ2H2I4Q")
 _LOCATOR64 = struct.Struct("<4sIQI")
@@ -63,6 +66,9 @@ _END = struct.Struct("<4s4H2IH")
 _UTF8_NAME = 0x0800
 _SIZES_FOLLOW = 0x0008
 _UINT32 = 0xFFFFFFFF
+
+DESCRIPTOR_BYTES = _DESCRIPTOR64.size
+"""Longest descriptor of a member, which stands behind its bytes."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +167,7 @@ class _Archive:
         if not size:
             return  # an empty member has none, see `_flags`
         layout = _DESCRIPTOR if size < _UINT32 else _DESCRIPTOR64
-        self._append(layout.pack(b"PK\7\x08", crc, size, size))
+        self._append(layout.pack(_DESCRIPTOR_MAGIC, crc, size, size))
 
     def finish(self) -> None:
         start, length, count = self._position, len(self._directory), self._num_members
@@ -281,6 +287,9 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 def find_data(head: bytes | memoryview, length: int) -> StoredTensor | None:
     """Read the first bytes of a container of `length` bytes.
 
+    Raises:
+        FormatError: its description of the tensor differs from its CRC-32.
+
     Returns:
         What it holds; None when `head` ends too early, or when this is not a container of one plain tensor: then only
         `torch.load(weights_only=True)` of the whole can tell.
@@ -289,46 +298,80 @@ def find_data(head: bytes | memoryview, length: int) -> StoredTensor | None:
     if not data.startswith(b"PK\3\4"):
         return None
     members = _members(data)
-    name, position = next(members, ("", 0))
-    if not name.endswith("/data.pkl"):
+    pickled = next(members, None)
+    if pickled is None or not pickled.name.endswith("/data.pkl"):
         return None
+    if pickled.crc and pickled.crc != binascii.crc32(memoryview(data)[pickled.start : pickled.end]):
+        raise FormatError("the description of a tensor differs from its CRC-32: the container is damaged")
     try:
-        spec = _TensorUnpickler(io.BytesIO(data[position:])).load()
+        spec = _TensorUnpickler(io.BytesIO(data[pickled.start :])).load()
     except (pickle.UnpicklingError, EOFError, ValueError, TypeError, IndexError, AttributeError, ImportError, KeyError):
         return None
     if not isinstance(spec, _Spec):
         return None
-    wanted = name.removesuffix("data.pkl") + f"data/{spec.key}"
-    data_start = next((start for name, start in members if name == wanted), None)
+    wanted = pickled.name.removesuffix("data.pkl") + f"data/{spec.key}"
+    data_start = next((member.start for member in members if member.name == wanted), None)
     if data_start is None:
         return None
     stored = spec.locate(data_start)
     return stored if _fits(stored, spec, length) else None
 
 
-def _members(data: bytes) -> Iterator[tuple[str, int]]:
-    """Name and data start of the members of an archive, as far as its first bytes tell.
+class _Member(NamedTuple):
+    """A member of an archive, as far as the archive's first bytes tell."""
+
+    name: str
+    start: int
+    """Byte offset of its data."""
+    end: int | None
+    """Byte offset behind its data; None when these bytes end before."""
+    crc: int
+    """CRC-32 of its data; 0 when it is not known, or was left out."""
+
+
+def _members(data: bytes) -> Iterator[_Member]:
+    """The members of an archive, as far as its first bytes tell.
 
     A local header does not know its member's size; the descriptor behind the data repeats it, which is how it is told
     from the same four bytes within the data.
     """
     position = 0
     while data[position : position + 4] == b"PK\3\4" and position + _LOCAL.size <= len(data):
-        _, _, flags, *_, size, _, name_length, extra_length = _LOCAL.unpack_from(data, position)
+        _, _, flags, _, _, _, crc, size, _, name_length, extra_length = _LOCAL.unpack_from(data, position)
         name_start = position + _LOCAL.size
         start = name_start + name_length + extra_length
         if start > len(data):
             return
-        yield data[name_start : name_start + name_length].decode("utf-8", "replace"), start
+        name = data[name_start : name_start + name_length].decode("utf-8", "replace")
         if not flags & _SIZES_FOLLOW:
             position = start + size
+            yield _Member(name, start, position, crc if position <= len(data) else 0)
             continue
-        end = data.find(b"PK\7\x08", start)
+        end = data.find(_DESCRIPTOR_MAGIC, start)
         while end >= 0 and data[end + 8 : end + 12] != struct.pack("<I", end - start):
-            end = data.find(b"PK\7\x08", end + 1)
+            end = data.find(_DESCRIPTOR_MAGIC, end + 1)
         if end < 0:
+            yield _Member(name, start, None, 0)
             return
+        yield _Member(name, start, end, int.from_bytes(data[end + 4 : end + 8], "little"))
         position = end + _DESCRIPTOR.size
+
+
+def descriptor_crc(data: bytes, num_bytes: int) -> int:
+    """The CRC-32 of a member, from the descriptor behind it; 0 when the writer left it out.
+
+    Args:
+        data: the `DESCRIPTOR_BYTES` bytes behind a member of `num_bytes` bytes, or all there are.
+
+    Returns:
+        0 also when that is no descriptor of such a member.
+    """
+    for layout in (_DESCRIPTOR, _DESCRIPTOR64):
+        if len(data) >= layout.size:
+            magic, crc, stored, size = layout.unpack_from(data)
+            if magic == _DESCRIPTOR_MAGIC and stored == size == num_bytes:
+                return int(crc)
+    return 0
 
 
 def _fits(stored: StoredTensor, spec: _Spec, length: int) -> bool:

@@ -16,7 +16,13 @@ from ray_ckpt.errors import FormatError
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.manifest import Chunk
 from ray_ckpt.format.ranges import span
-from ray_ckpt.format.torch_container import HEAD_BYTES, contiguous_strides, find_data
+from ray_ckpt.format.torch_container import (
+    DESCRIPTOR_BYTES,
+    HEAD_BYTES,
+    contiguous_strides,
+    descriptor_crc,
+    find_data,
+)
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.objects import Decoder
 from ray_ckpt.storage.ranged_reads import Piece, Source, Tuning, fetch
@@ -41,6 +47,7 @@ class SavedChunk(NamedTuple):
             dtype=self.dtype,
             data_bytes=elements * self.dtype.itemsize,
             checksums=self.chunk.checksums if verify else None,
+            crc=self.chunk.crc if verify else 0,
         )
 
 
@@ -65,13 +72,23 @@ def locate(storage: Storage, chunks: Mapping[K, SavedChunk], tuning: Tuning, *, 
     fetch(storage, [_container_piece(chunks[key], head) for key, head in heads.items()], tuning)
     for key, head in heads.items():
         saved = chunks[key]
-        stored = find_data(head.numpy().tobytes(), saved.chunk.length)
+        data = head.numpy().tobytes()
+        stored = find_data(data, saved.chunk.length)
         if stored is None:
             continue
         if (stored.dtype, stored.shape) != (saved.dtype, saved.chunk.box.sizes):
             raise _contradiction(saved, stored.dtype, stored.shape)
-        sources[key] = saved.source(saved.chunk.start + stored.data_start, stored.strides, verify=False)
+        source = saved.source(saved.chunk.start + stored.data_start, stored.strides, verify=False)
+        sources[key] = _with_crc(source, stored.data_start, saved.chunk, data) if verify else source
     return sources
+
+
+def _with_crc(source: Source, data_start: int, chunk: Chunk, head: bytes) -> Source:
+    """The source with the CRC-32 of its elements, where the head of the container reaches behind them."""
+    behind = data_start + source.data_bytes
+    if behind + DESCRIPTOR_BYTES <= len(head):
+        return source._replace(crc=descriptor_crc(head[behind : behind + DESCRIPTOR_BYTES], source.data_bytes))
+    return source._replace(container_end=chunk.start + chunk.length)
 
 
 def load_whole(storage: Storage, saved: SavedChunk, decoder: Decoder, tuning: Tuning) -> torch.Tensor:

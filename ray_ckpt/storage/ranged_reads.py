@@ -85,6 +85,10 @@ class Source(NamedTuple):
     data_bytes: int
     checksums: BlockSums | None
     """Checksums of `[data_start, data_start + data_bytes)`; None when there are none or they are not to be checked."""
+    crc: int = 0
+    """CRC-32 of `[data_start, data_start + data_bytes)`; 0 when it is not known."""
+    container_end: int = 0
+    """End of the zip archive in which the CRC-32 may stand behind the data; 0 when none is to be looked for."""
 
 
 class Piece(NamedTuple):
@@ -153,12 +157,12 @@ def plan(pieces: Iterable[Piece], tuning: Tuning) -> list[_Read]:
 def _is_direct(piece: Piece, tuning: Tuning) -> bool:
     return (
         piece.target.nbytes >= tuning.min_direct_bytes
-        and _is_plain_copy(piece)
+        and is_plain_copy(piece)
         and ranges.is_dense(piece.box.sizes, piece.source.strides)
     )
 
 
-def _is_plain_copy(piece: Piece) -> bool:
+def is_plain_copy(piece: Piece) -> bool:
     """Whether the target is CPU memory that takes the saved bytes as they are."""
     target = piece.target
     return (
@@ -199,7 +203,7 @@ def _plan_direct(piece: Piece, tuning: Tuning) -> tuple[list[_Read], list[_Range
 def _plan_scattered(piece: Piece, tuning: Tuning) -> Iterator[_Range]:
     source = piece.source
     is_small = piece.target.nbytes <= tuning.max_read_bytes
-    if is_small and _is_plain_copy(piece) and ranges.is_dense(piece.box.sizes, source.strides):
+    if is_small and is_plain_copy(piece) and ranges.is_dense(piece.box.sizes, source.strides):
         start, memory = _first_byte(source, piece.box), bytes_of(piece.target)
         yield _widened(source, start, start + len(memory), memory)
         return
