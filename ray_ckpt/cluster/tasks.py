@@ -46,16 +46,16 @@ def run_tasks(
     Args:
         fn: a top-level function, or its name as `"package.module:function"`, which takes and returns plain data.
         args_of: number of the task -> arguments.
-        timeout_s: for all of them together.
-        cpus: that a task asks for.
-        on_done: called here with the number and value of each task that has ended well.
+        timeout_s: time limit of all tasks together.
+        cpus: number of CPUs that each task asks for.
+        on_done: called in this process with the number and value of each task that has succeeded.
 
     Returns:
         Number -> value.
 
     Raises:
         WorkerError: tasks raised or died; `failures` names each by its number, as `rank`.
-        GroupTimeoutError: the time was up; names the tasks that had not ended. Those that ran are canceled.
+        GroupTimeoutError: the time limit was reached; names the unfinished tasks. Running ones are canceled.
     """
     run = _Run(fn, dict(args_of), cpus, on_done)
     try:

@@ -85,7 +85,7 @@ def batch(workload: Workload, model: Any, step: int) -> tuple[torch.Tensor, torc
 
 
 def learning_rates(parts: Sequence[str]) -> dict[str, float]:
-    """Different for neighboring parts of the model, so that a load that takes one for all is found out."""
+    """A learning rate for each part of the model, different for neighbors, so that mixing them up is noticed."""
     return {part: 1e-3 * (number % 4 + 1) for number, part in enumerate(parts)}
 
 

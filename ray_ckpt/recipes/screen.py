@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.status import Status
 
 LOG_INTERVAL_S = 15.0
-"""A wait that goes on is reported at most this often in a log."""
+"""Least time between two reports of the same wait in a log."""
 
 
 @dataclass

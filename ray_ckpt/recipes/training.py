@@ -29,10 +29,10 @@ class Trainer:
     """One rank's side of a training run.
 
     Args:
-        parallel: what this rank holds of the model.
-        optimizer: of this rank's parameters.
+        parallel: this rank's part of the model.
+        optimizer: the optimizer of this rank's parameters.
         loss: `(outputs, targets) -> scalar`, a mean over the batch.
-        num_microbatches: that a pipeline cuts its part of each batch into.
+        num_microbatches: number of micro-batches that a pipeline cuts its part of each batch into.
     """
 
     def __init__(

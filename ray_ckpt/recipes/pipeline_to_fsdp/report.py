@@ -24,7 +24,7 @@ class JobReport:
     verified: bool
     """Everything arrived bit for bit, and training went on as if nothing had happened."""
     workers: int
-    """Of the first group."""
+    """Process-group backend of the first group."""
     backend: str
     source: str
     """Layout that was trained and saved; `from` in the JSON."""

@@ -37,7 +37,7 @@ RANKS = "ray_ckpt.recipes.train_elastic.ranks"
 """Module of the rank functions. By name, so that the driver loads neither torch nor what is built on it."""
 
 SETTLE_S = 5.0
-"""How long after a group has ended all resources of the cluster count as free: Ray does not yet report them so."""
+"""How long after the end of a group all resources count as free, because Ray reports them with a delay."""
 
 
 @dataclass(frozen=True)

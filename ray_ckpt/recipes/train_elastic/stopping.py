@@ -13,14 +13,14 @@ class Stopper:
     """Whether to stop, and how much time that may take.
 
     Args:
-        grace_s: from the signal to the end of the process.
+        grace_s: time from the signal to the end of the process.
     """
 
     def __init__(self, grace_s: float) -> None:
         self._grace_s = grace_s
         self._deadline: float | None = None
         self.out_of_time = False
-        """Whether the grace is over. Told by a `KeyboardInterrupt`, which nothing on the way takes for a failure."""
+        """Whether the grace is over. It ends by a `KeyboardInterrupt`, which no code on the way takes for a failure."""
         self._deferred = False
 
     @property
