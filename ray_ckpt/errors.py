@@ -17,8 +17,9 @@
         ├── CommitError              the coordinator refused to commit what the ranks wrote
         └── StateMismatchError       the checkpoint and the state it is loaded into disagree
 
-A message says what was asked, what was found and what to do. Every exception survives `pickle`, fields
-included, because most of them travel from a worker to the driver.
+A message says what was asked, what was found and what to do. It is at most 2 000 characters long and has no control
+characters, whatever the names in a file are. Every exception survives `pickle`, fields included, because most of them
+travel from a worker to the driver.
 """
 
 from __future__ import annotations
@@ -52,8 +53,25 @@ __all__ = [
 class RayCkptError(Exception):
     """Root of the tree: `except RayCkptError` catches everything ray_ckpt raises on purpose."""
 
+    def __init__(self, message: str = "") -> None:
+        super().__init__(_printable(message))
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _revive, (type(self), self.args, self.__dict__)
+
+
+_LONGEST_MESSAGE, _LONGEST_END = 1990, 600
+
+
+def _printable(message: str) -> str:
+    """The message with control characters escaped, and its middle left out when it is too long: its end says what to
+    do."""
+    if len(message) > _LONGEST_MESSAGE:
+        message = f"{message[: _LONGEST_MESSAGE - _LONGEST_END - 5]} ... {message[-_LONGEST_END:]}"
+    if message.isprintable():
+        return message
+    escaped = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in message)
+    return escaped if len(escaped) <= _LONGEST_MESSAGE else _printable(escaped)
 
 
 def _revive(cls: type[RayCkptError], args: tuple[Any, ...], state: dict[str, Any]) -> RayCkptError:

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 
-__all__ = ["listed"]
+__all__ = ["listed", "quoted"]
+
+_LONGEST_QUOTE = 80
 
 
 def listed(items: Sequence[object], *, at_most: int = 5, separator: str = ", ") -> str:
     """The first items, and how many more there are: `a, b, and 3 more`."""
     more = len(items) - at_most
     return separator.join([*map(str, items[:at_most]), *([f"and {more} more"] if more > 0 else [])])
+
+
+def quoted(value: object) -> str:
+    """A value out of a file, for a message: as `repr` shows it, cut to 80 characters, at a cost that the value cannot
+    drive up."""
+    try:
+        text = _shortener.repr(value[: 2 * _LONGEST_QUOTE] if isinstance(value, (str, bytes)) else value)
+    except Exception:  # an integer of too many digits, or somebody's own `__repr__`
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= _LONGEST_QUOTE else f"{text[: _LONGEST_QUOTE - 4]}...{text[-1]}"
+
+
+_shortener = reprlib.Repr()
+_shortener.maxlevel = 3
+_shortener.maxstring = _shortener.maxother = _shortener.maxlong = _LONGEST_QUOTE

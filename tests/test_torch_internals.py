@@ -73,9 +73,10 @@ def test_torch_saves_a_tensor_as_a_call_of_a_rebuild_function(dtype: torch.dtype
     assert f"{rebuild.__module__}\n{rebuild.__name__}\n".encode() in stream.getvalue()
 
 
-def test_a_layout_is_looked_up_by_its_name() -> None:
-    """`torch.serialization._get_layout`: what the pickled `TensorProperties` of a `.metadata` name."""
-    assert torch_internals.tensor_layout("torch.strided") is torch.strided
+def test_the_typed_tensor_classes_allocate_what_they_are_called_with() -> None:
+    """`torch._tensor_classes`: what a pickle may not call."""
+    assert torch.FloatTensor in torch_internals.TENSOR_CLASSES
+    assert torch.FloatTensor(3).shape == (3,)
 
 
 def test_a_box_of_a_tensor_is_a_view() -> None:

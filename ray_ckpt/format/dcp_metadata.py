@@ -4,16 +4,13 @@
     Manifest ── to_metadata ──> Metadata for a load planner                    any checkpoint
     Manifest ── dumps ──> .metadata bytes that stock DCP reads      our checkpoint
 
-`.metadata` is a pickle, and a pickle runs what it names. `loads` admits the classes that DCP's own metadata is made of
-and nothing else, and `to_manifest` trusts none of the values in them.
+`.metadata` is a pickle, and a pickle runs what it names. `loads` lets none run (`dcp_pickle.py`), and `to_manifest`
+trusts none of the values in it.
 """
 
 from __future__ import annotations
 
-import io
-import pathlib
 import pickle
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,56 +18,21 @@ import torch
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION
 
-from ray_ckpt.errors import FormatError, UnsafeCheckpointError
+from ray_ckpt.errors import FormatError, RayCkptError
+from ray_ckpt.format import limits
 from ray_ckpt.format.boxes import Box
+from ray_ckpt.format.dcp_pickle import METADATA_NAME, read_metadata, unknown_class
 from ray_ckpt.format.manifest import Chunk, Manifest, ObjectEntry, Path, TensorEntry
+from ray_ckpt.format.stand_ins import Instance, Name
 from ray_ckpt.format.torch_container import dtype_name, parse_dtype
-from ray_ckpt.format.torch_internals import StorageInfo, tensor_layout
+from ray_ckpt.format.torch_internals import StorageInfo
 from ray_ckpt.gc_pause import collector_paused
+from ray_ckpt.text import quoted
 
-METADATA_NAME = ".metadata"
-"""Where stock DCP keeps its record of a checkpoint."""
+__all__ = ["METADATA_NAME", "dumps", "is_ours", "loads", "names_in_order", "to_manifest", "to_metadata"]
 
 _SIGNATURE = "ray_ckpt"
 """Stands in `StorageMeta.modules` of the `.metadata` files that we write."""
-
-_ADMITTED: dict[tuple[str, str], Any] = {
-    **{
-        (dcp.__name__, name): getattr(dcp, name)
-        for name in (
-            "Metadata",
-            "MetadataIndex",
-            "TensorStorageMetadata",
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "TensorProperties",
-            "StorageMeta",
-            "_MEM_FORMAT_ENCODING",
-        )
-    },
-    (StorageInfo.__module__, "_StorageInfo"): StorageInfo,
-    ("torch", "Size"): torch.Size,
-    ("torch.serialization", "_get_layout"): tensor_layout,
-    ("collections", "OrderedDict"): OrderedDict,
-    # The directory that the checkpoint was saved to; a pure path cannot touch a file.
-    **{
-        (module, name): pathlib.PurePosixPath
-        for module in ("pathlib", "pathlib._local")
-        for name in ("PosixPath", "PurePosixPath")
-    },
-}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _ADMITTED:
-            return _ADMITTED[module, name]
-        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
-            return dtype
-        raise UnsafeCheckpointError(
-            f"{METADATA_NAME} asks for {module}.{name}, which is no part of DCP's metadata and could run code; "
-            "if you trust its author, read it with trusted=True"
-        )
 
 
 def loads(data: bytes, *, trusted: bool = False) -> dcp.Metadata:
@@ -80,15 +42,17 @@ def loads(data: bytes, *, trusted: bool = False) -> dcp.Metadata:
         trusted: Unpickle whatever it holds, running whatever code it names.
 
     Raises:
-        UnsafeCheckpointError: it names something that is no part of DCP's metadata.
-        FormatError: it is truncated, damaged or something else.
+        UnsafeCheckpointError: it calls an unknown function, or has an unknown class where a description belongs.
+        FormatError: it is truncated, damaged, something else, or exceeds a limit.
     """
+    limits.RECORD_BYTES.check(len(data), METADATA_NAME)
     try:
-        metadata = pickle.loads(data) if trusted else _MetadataUnpickler(io.BytesIO(data)).load()
-    except UnsafeCheckpointError:
+        with collector_paused():
+            metadata = pickle.loads(data) if trusted else read_metadata(data)
+    except RayCkptError:
         raise
     except Exception as error:  # a damaged pickle raises nearly anything
-        raise FormatError(f"{METADATA_NAME} cannot be read: {type(error).__name__}: {error}") from error
+        raise FormatError(f"{METADATA_NAME} cannot be read: {type(error).__name__}: {str(error)[:200]}") from error
     if not isinstance(metadata, dcp.Metadata):
         raise FormatError(f"{METADATA_NAME} holds a {type(metadata).__name__}, not DCP's Metadata")
     return metadata
@@ -125,10 +89,15 @@ def to_manifest(metadata: dcp.Metadata) -> Manifest:
         UnsafeCheckpointError: a file name leaves the checkpoint's directory.
     """
     try:
-        manifest = _to_manifest(metadata)
-    except (AttributeError, TypeError, ValueError, KeyError, OverflowError) as error:
-        raise FormatError(f"{METADATA_NAME} does not hold together: {type(error).__name__}: {error}") from error
-    manifest.check()
+        with collector_paused():
+            manifest = _to_manifest(metadata)
+            manifest.check()
+    except RayCkptError:
+        raise
+    except Exception as error:  # nobody has checked the types of what it holds
+        raise FormatError(
+            f"{METADATA_NAME} does not hold together: {type(error).__name__}: {str(error)[:200]}"
+        ) from error
     return manifest
 
 
@@ -172,11 +141,13 @@ def _find(storage: Mapping[dcp.MetadataIndex, StorageInfo], index: dcp.MetadataI
     info = storage.get(index)
     if info is None:
         raise FormatError(
-            f"{METADATA_NAME} says nothing of where {index.fqn!r} at {index.offset} lies: it is incomplete; "
-            "stock DCP's threaded writer loses items like this when a thread fails"
+            f"{METADATA_NAME} says nothing of where {quoted(index.fqn)} at {quoted(index.offset)} lies: it is "
+            "incomplete; stock DCP's threaded writer loses items like this when a thread fails"
         )
+    if isinstance(info, Instance):
+        raise unknown_class(info)
     if not isinstance(info, StorageInfo) or type(info.relative_path) is not str:
-        raise FormatError(f"{METADATA_NAME} locates {index.fqn!r} by a {type(info).__name__}")
+        raise FormatError(f"{METADATA_NAME} locates {quoted(index.fqn)} by {quoted(info)}")
     return info
 
 
@@ -188,16 +159,18 @@ def _sizes(numbers: Any) -> tuple[int, ...]:
     """The numbers, when each is a size or an offset."""
     sizes = tuple(numbers)
     if any(type(size) is not int or not 0 <= size < 1 << 63 for size in sizes):
-        raise FormatError(f"{str(sizes)[:80]} are not sizes")
+        raise FormatError(f"{METADATA_NAME} has {quoted(sizes)} where sizes belong")
     return sizes
 
 
 def _checked_path(path: Any) -> Path | None:
     if path is None:
         return None
+    if isinstance(path, (Instance, Name)):
+        raise unknown_class(path)
     parts = tuple(path)
     if any(type(part) not in (str, int) for part in parts):
-        raise FormatError(f"{str(parts)[:80]} is not a path in a state dict")
+        raise FormatError(f"{METADATA_NAME} has {quoted(parts)} where a path in a state dict belongs")
     return parts
 
 

@@ -17,6 +17,7 @@ from ray_ckpt.errors import CommitError, FormatError, UnsafeCheckpointError
 from ray_ckpt.format.block_sums import BlockSums
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.rounding import ceil_div
+from ray_ckpt.text import quoted
 
 __all__ = ["Chunk", "Inline", "ObjectEntry", "Path", "TensorColumns", "TensorEntry", "check_file_name", "itemsize"]
 
@@ -114,14 +115,16 @@ class ObjectEntry:
     """XXH3-64 of the container, when the bytes must be read from the file; None in a foreign checkpoint."""
     transforms: tuple[str, ...] = ()
     path: Path | None = None
+    refusal: str = ""
+    """Why the value is not given to anybody; empty when it is. Never so in a checkpoint of ours."""
 
 
 @lru_cache
 def itemsize(dtype: str) -> int:
     """Bytes of an element, from the dtype's name: the first number in it counts bits. `bool` has one byte."""
-    digits = re.search(r"\d+", dtype)
+    digits = re.search(r"\d{1,6}", dtype)
     if dtype != "bool" and not digits:
-        raise FormatError(f"{dtype!r} is not the name of a dtype")
+        raise FormatError(f"{quoted(dtype)} is not the name of a dtype")
     return 1 if digits is None else max(8, int(digits.group())) // 8
 
 
@@ -133,5 +136,7 @@ def check_file_name(name: str) -> str:
     """
     plain = all(part not in ("", ".", "..") for part in name.split("/"))
     if not plain or re.search(r"[\\\0]|^[A-Za-z][A-Za-z0-9+.-]*:", name):
-        raise UnsafeCheckpointError(f"file name {name!r} leaves the checkpoint's directory; nothing was read from it")
+        raise UnsafeCheckpointError(
+            f"file name {quoted(name)} leaves the checkpoint's directory; nothing was read from it"
+        )
     return str(PurePosixPath(name))

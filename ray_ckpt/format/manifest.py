@@ -28,7 +28,7 @@ from functools import partial
 from typing import Any
 
 from ray_ckpt.errors import FormatError
-from ray_ckpt.format import record
+from ray_ckpt.format import limits, record
 from ray_ckpt.format.boxes import check_cover
 from ray_ckpt.format.entries import (
     Chunk,
@@ -40,8 +40,10 @@ from ray_ckpt.format.entries import (
     check_file_name,
     itemsize,
 )
+from ray_ckpt.format.limits import check_shape
 from ray_ckpt.format.ranges import span
 from ray_ckpt.rounding import ceil_div
+from ray_ckpt.text import quoted
 
 __all__ = [
     "MANIFEST_NAME",
@@ -145,11 +147,12 @@ class Manifest:
             FormatError: it is not a manifest, damaged, of a later version, or does not hold together.
             UnsafeCheckpointError: a file name leaves the checkpoint's directory.
         """
+        limits.RECORD_BYTES.check(len(text), where)
         data = text.encode("utf-8", "replace") if isinstance(text, str) else bytes(text)
         has_digest = record.is_sealed(data, where)
         try:
             manifest = _parse(record.parse(data), has_digest=has_digest)
-        except (*record.MISFITS, RecursionError) as error:
+        except (*record.MISFITS, RecursionError, MemoryError) as error:
             kind = "" if isinstance(error, (record.MisfitError, FormatError)) else f"{type(error).__name__}: "
             raise FormatError(f"{where} is no manifest that this reader can use: {kind}{error}") from error
         try:
@@ -168,23 +171,25 @@ class Manifest:
         for file in self.files:
             check_file_name(file)
         for name, tensor in self.tensors.items():
+            check_shape(tensor.shape, name)
+            if problem := check_cover(tensor.shape, [chunk.box for chunk in tensor.chunks]):
+                raise FormatError(f"tensor {quoted(name)} does not hold together: {problem}")
             width = itemsize(tensor.dtype)
             for chunk in tensor.chunks:
                 self._check_extent(name, chunk.file, chunk.start, chunk.length)
                 _check_strides(name, chunk)
                 _check_chunk(name, chunk, _num_elements(chunk) * width)
-            if problem := check_cover(tensor.shape, [chunk.box for chunk in tensor.chunks]):
-                raise FormatError(f"tensor {name!r} does not hold together: {problem}")
         for name, entry in self.objects.items():
             self._check_extent(name, entry.file, entry.start, entry.length)
 
     def _check_extent(self, name: str, file: str, start: int, length: int) -> None:
         size = self.files.get(file)
         if size is None:
-            raise FormatError(f"{name!r} lies in {file!r}, which is not among the checkpoint's files")
+            raise FormatError(f"{quoted(name)} lies in {quoted(file)}, which is not among the checkpoint's files")
         if start + length > size:
             raise FormatError(
-                f"{name!r} is said to lie at [{start}, {start + length}) of {file!r}, which has {size} bytes"
+                f"{quoted(name)} is said to lie at [{start}, {start + length}) of {quoted(file)}, which has {size} "
+                "bytes"
             )
 
 
@@ -222,7 +227,9 @@ def _parse(data: Mapping[str, Any], *, has_digest: bool) -> Manifest:
 
 def _check_strides(name: str, chunk: Chunk) -> None:
     if chunk.strides is not None and (chunk.data_start is None or len(chunk.strides) != len(chunk.box.sizes)):
-        raise FormatError(f"chunk of {name!r} has strides {chunk.strides}, which do not fit its size {chunk.box.sizes}")
+        raise FormatError(
+            f"chunk of {quoted(name)} has strides {quoted(chunk.strides)}, which do not fit its size {chunk.box.sizes}"
+        )
 
 
 def _num_elements(chunk: Chunk) -> int:
@@ -244,4 +251,4 @@ def _check_chunk(name: str, chunk: Chunk, data_bytes: int) -> None:
 
 
 def _where(name: str, chunk: Chunk) -> str:
-    return f"chunk of {name!r} at {chunk.box.offsets}"
+    return f"chunk of {quoted(name)} at {chunk.box.offsets}"

@@ -18,6 +18,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Set
 from functools import lru_cache
 from json.encoder import encode_basestring_ascii as _quoted
@@ -204,8 +205,7 @@ def parse(record: bytes) -> dict[str, Any]:
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data = dict(pairs)
     if len(data) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in data if keys.count(key) > 1)
+        [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
         raise MisfitError(repr(twice[:200]), "the key appears twice in one object")
     return data
 

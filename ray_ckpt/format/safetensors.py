@@ -20,8 +20,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray_ckpt.errors import FormatError
+from ray_ckpt.format import limits
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.manifest import Chunk, Manifest, TensorEntry, check_file_name, itemsize
+from ray_ckpt.text import quoted
 
 __all__ = [
     "INDEX_SUFFIX",
@@ -40,10 +42,7 @@ INDEX_SUFFIX = ".safetensors.index.json"
 """Ends the name of the index of a checkpoint of several files."""
 
 LENGTH_BYTES = 8
-"""Of the length that a file begins with."""
-
-_MAX_HEADER_BYTES = 100_000_000
-"""What the reference reader admits as well."""
+"""Size of the number that a file begins with: the length of its header."""
 
 _DTYPES = {
     "BOOL": "bool",
@@ -81,10 +80,11 @@ def header_length(start: bytes, file: str, file_bytes: int) -> int:
         FormatError: a file of that size cannot hold it.
     """
     length = int.from_bytes(start[:LENGTH_BYTES], "little")
-    if len(start) < LENGTH_BYTES or not 2 <= length <= min(_MAX_HEADER_BYTES, file_bytes - LENGTH_BYTES):
+    if len(start) < LENGTH_BYTES or not 2 <= length <= file_bytes - LENGTH_BYTES:
         raise FormatError(
             f"{file} is no safetensors file: it has {file_bytes} bytes, of which its header would take {length}"
         )
+    limits.HEADER_BYTES.check(length, file)
     return length
 
 
@@ -104,8 +104,8 @@ def parse_header(header: bytes, file: str, file_bytes: int) -> Header:
     ):
         if chunk.start != end:
             raise FormatError(
-                f"{file}: {name!r} begins at byte {chunk.start}, but what comes before it ends at {end}; the header is "
-                "damaged"
+                f"{file}: {quoted(name)} begins at byte {chunk.start}, but what comes before it ends at {end}; the "
+                "header is damaged"
             )
         end += chunk.length
     if end != file_bytes:
@@ -142,12 +142,12 @@ def combine(headers: Mapping[str, Header], index: Mapping[str, str] | None = Non
     if index is None:
         for file, header in headers.items():
             if twice := sorted(tensors.keys() & header.tensors.keys()):
-                raise FormatError(f"{file} holds {twice[0]!r}, which another file holds too")
+                raise FormatError(f"{quoted(file)} holds {quoted(twice[0])}, which another file holds too")
             tensors |= header.tensors
     else:
         for name, file in index.items():
             if name not in headers[file].tensors:
-                raise FormatError(f"the index says that {name!r} lies in {file}, which does not hold it")
+                raise FormatError(f"the index says that {quoted(name)} lies in {quoted(file)}, which does not hold it")
             tensors[name] = headers[file].tensors[name]
     manifest = Manifest(tensors, {}, {file: header.file_bytes for file, header in headers.items()})
     manifest.check()
@@ -156,16 +156,17 @@ def combine(headers: Mapping[str, Header], index: Mapping[str, str] | None = Non
 
 def _parse_tensor(name: str, entry: Any, file: str, data_start: int) -> TensorEntry:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise FormatError(f"{file}: the header's entry {name!r} is no tensor: {str(entry)[:80]}")
-    dtype = _DTYPES.get(str(entry["dtype"]))
+        raise FormatError(f"{file}: the header's entry {quoted(name)} is no tensor: {quoted(entry)}")
+    dtype = _DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
-        raise FormatError(f"{file}: {name!r} has the dtype {str(entry['dtype'])[:40]!r}, which torch has no name for")
+        raise FormatError(f"{file}: {quoted(name)} has the dtype {quoted(entry['dtype'])}, which torch has no name for")
     shape, offsets = _sizes(entry["shape"], name, file), _sizes(entry["data_offsets"], name, file)
+    limits.check_dims(shape, name)
     tensor = TensorEntry(dtype, shape, ())
     if len(offsets) != 2 or offsets[1] - offsets[0] != tensor.num_bytes:
         raise FormatError(
-            f"{file}: {name!r} is {dtype}{list(shape)}, which is {tensor.num_bytes} bytes of {itemsize(dtype)} per "
-            f"element, but lies at {list(offsets)}"
+            f"{file}: {quoted(name)} is {dtype}{list(shape)}, which is {tensor.num_bytes} bytes of {itemsize(dtype)} "
+            f"per element, but lies at {quoted(list(offsets))}"
         )
     start = data_start + offsets[0]
     chunk = Chunk(Box.whole(shape), file, start, tensor.num_bytes, data_start=start)
@@ -174,15 +175,15 @@ def _parse_tensor(name: str, entry: Any, file: str, data_start: int) -> TensorEn
 
 def _sizes(data: Any, name: str, file: str) -> tuple[int, ...]:
     if not isinstance(data, list) or any(type(size) is not int or not 0 <= size < 1 << 63 for size in data):
-        raise FormatError(f"{file}: {name!r} has {str(data)[:80]} where sizes are expected")
+        raise FormatError(f"{file}: {quoted(name)} has {quoted(data)} where sizes are expected")
     return tuple(data)
 
 
 def _parse_json(text: bytes, file: str) -> dict[str, Any]:
     try:
         data = json.loads(text, object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{file} holds no JSON where a header is expected: {error}") from error
+    except Exception as error:  # nested too deep, no text, integers of too many digits
+        raise FormatError(f"{file} holds no JSON where a header is expected: {str(error)[:200]}") from error
     if not isinstance(data, dict):
         raise FormatError(f"{file} holds a JSON {type(data).__name__} where an object is expected")
     return data

@@ -14,7 +14,7 @@ and the writer streams the tensor's own memory between. The CRC-32 of the elemen
 `torch.serialization.set_crc32_options(False)`: no torch reader looks at it, and the manifest holds better checksums.
 
 `find_data` is the way back: from the first bytes of anybody's container to where the elements start. It rebuilds
-nothing; the pickle is read by an unpickler that knows six names and calls none of them.
+nothing.
 
 Source of the format: PyTorch's `caffe2/serialize/inline_container.cc` and `torch/serialization.py`; PKWARE APPNOTE 6.3.
 """
@@ -33,8 +33,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ray_ckpt.errors import FormatError
+from ray_ckpt.errors import CheckpointError, FormatError
+from ray_ckpt.format import torch_pickle
+from ray_ckpt.format.ranges import span
 from ray_ckpt.format.torch_internals import STORAGE_TYPES, rebuild_tensor_v2, rebuild_tensor_v3
+from ray_ckpt.format.torch_pickle import Tensor
+from ray_ckpt.text import quoted
 
 __all__ = [
     "ALIGNMENT",
@@ -73,7 +77,7 @@ DESCRIPTOR_BYTES = _DESCRIPTOR64.size
 
 @dataclass(frozen=True)
 class Container:
-    """The bytes before and after the elements of a tensor of one dtype and shape."""
+    """What stands before and after the elements of a tensor of one dtype and shape."""
 
     head: bytes
     tail: bytes
@@ -91,9 +95,9 @@ class StoredTensor:
     dtype: torch.dtype
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    """Strides in elements."""
+    """In elements."""
     data_start: int
-    """Byte offset of the first element in the container."""
+    """Of the tensor's first element, in bytes from the start of the container."""
 
 
 @lru_cache
@@ -110,7 +114,9 @@ def parse_dtype(name: str) -> torch.dtype:
     """
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
-        raise FormatError(f"torch {torch.__version__} has no dtype {name!r}; upgrade torch to read this checkpoint")
+        raise FormatError(
+            f"torch {torch.__version__} has no dtype {quoted(name)}; upgrade torch to read this checkpoint"
+        )
     return dtype
 
 
@@ -292,7 +298,7 @@ def find_data(head: bytes | memoryview, length: int) -> StoredTensor | None:
 
     Returns:
         What it holds; None when `head` ends too early, or when this is not a container of one plain tensor: then only
-        `torch.load(weights_only=True)` of the whole can tell.
+        the whole can tell.
     """
     data = bytes(head)
     if not data.startswith(b"PK\3\4"):
@@ -303,18 +309,26 @@ def find_data(head: bytes | memoryview, length: int) -> StoredTensor | None:
         return None
     if pickled.crc and pickled.crc != binascii.crc32(memoryview(data)[pickled.start : pickled.end]):
         raise FormatError("the description of a tensor differs from its CRC-32: the container is damaged")
+    tensor = _read_tensor(data[pickled.start : pickled.end])
+    if tensor is None:
+        return None
+    wanted = pickled.name.removesuffix("data.pkl") + f"data/{tensor.key}"
+    storage_start = next((member.start for member in members if member.name == wanted), None)
+    if storage_start is None:
+        return None
+    stored = _locate(tensor, storage_start)
+    return stored if _fits(stored, length) else None
+
+
+@lru_cache(maxsize=4096)
+def _read_tensor(pickled: bytes) -> Tensor | None:
+    """The tensor that a pickle describes; None when it is none, or not a plain one. Containers of one dtype and shape
+    share their pickle."""
     try:
-        spec = _TensorUnpickler(io.BytesIO(data[pickled.start :])).load()
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, IndexError, AttributeError, ImportError, KeyError):
+        root = torch_pickle.read(pickled, "a container").root
+    except CheckpointError:
         return None
-    if not isinstance(spec, _Spec):
-        return None
-    wanted = pickled.name.removesuffix("data.pkl") + f"data/{spec.key}"
-    data_start = next((member.start for member in members if member.name == wanted), None)
-    if data_start is None:
-        return None
-    stored = spec.locate(data_start)
-    return stored if _fits(stored, spec, length) else None
+    return root if isinstance(root, Tensor) else None
 
 
 class _Member(NamedTuple):
@@ -374,77 +388,11 @@ def descriptor_crc(data: bytes, num_bytes: int) -> int:
     return 0
 
 
-def _fits(stored: StoredTensor, spec: _Spec, length: int) -> bool:
-    last = sum((size - 1) * stride for size, stride in zip(stored.shape, stored.strides, strict=True))
-    end = stored.data_start + (last + 1) * stored.dtype.itemsize if 0 not in stored.shape else stored.data_start
-    plain = all(type(n) is int and n >= 0 for n in (*stored.shape, *stored.strides, spec.storage_offset))
-    return plain and end <= length
+def _locate(tensor: Tensor, storage_start: int) -> StoredTensor:
+    start = storage_start + tensor.offset * tensor.dtype.itemsize
+    return StoredTensor(tensor.dtype, tensor.shape, tensor.strides, start)
 
 
-@dataclass(frozen=True)
-class _Spec:
-    """The arguments of `_rebuild_tensor_v2` or `_v3`, of which nothing was called."""
-
-    dtype: torch.dtype
-    key: str
-    storage_offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    def locate(self, storage_start: int) -> StoredTensor:
-        start = storage_start + self.storage_offset * self.dtype.itemsize
-        return StoredTensor(self.dtype, self.shape, self.strides, start)
-
-
-def _rebuild_v2(storage: tuple[Any, str], offset: int, shape: Any, strides: Any, *rest: Any) -> _Spec | None:
-    dtype, key = storage
-    if len(rest) > 2 and rest[2]:
-        return None  # conjugate or negative bit: the elements are not what the bytes say
-    return _Spec(dtype, key, offset, tuple(shape), tuple(strides))
-
-
-def _rebuild_v3(
-    storage: tuple[Any, str],
-    offset: int,
-    shape: Any,
-    strides: Any,
-    requires_grad: Any,
-    hooks: Any,
-    dtype: Any,
-    *rest: Any,
-) -> _Spec | None:
-    if not isinstance(dtype, torch.dtype) or (rest and rest[0]):
-        return None
-    return _Spec(dtype, storage[1], offset, tuple(shape), tuple(strides))
-
-
-def _rebuild_parameter(tensor: Any, *_: Any) -> Any:
-    return tensor
-
-
-class _TensorUnpickler(pickle.Unpickler):
-    """Reads a tensor's pickle into a `_Spec`. Names resolve to stand-ins, never to torch's functions."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _STAND_INS:
-            return _STAND_INS[module, name]
-        if module == "torch":
-            if name.endswith("Storage") and name in _STORAGE_DTYPES:
-                return _STORAGE_DTYPES[name]
-            if isinstance(dtype := getattr(torch, name, None), torch.dtype):
-                return dtype
-        raise pickle.UnpicklingError(f"{module}.{name} is no part of a plain tensor")
-
-    def persistent_load(self, pid: Any) -> Any:
-        _, dtype, key, *_ = pid
-        return dtype, str(key)
-
-
-_STAND_INS: dict[tuple[str, str], Any] = {
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_v2,
-    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_v3,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    ("torch.storage", "UntypedStorage"): None,
-    ("collections", "OrderedDict"): OrderedDict,
-}
-_STORAGE_DTYPES = {name: dtype for dtype, name in STORAGE_TYPES.items()}
+def _fits(stored: StoredTensor, length: int) -> bool:
+    num_elements = span(stored.shape, stored.strides) if 0 not in stored.shape else 0
+    return stored.data_start + num_elements * stored.dtype.itemsize <= length

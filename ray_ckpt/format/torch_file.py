@@ -3,66 +3,44 @@
     <name>/data.pkl        dicts and lists; a tensor is a call of `_rebuild_tensor_v2(storage, offset, sizes, ...)`
     <name>/byteorder       "little"
     <name>/data/<key>      one storage's bytes, stored as they are
-    central directory      name, size and local header's place of every member
+    central directory      name, size and local header's place of every member (`zip_directory.py`)
 
-    central directory ── members ──> Member
     data.pkl          ── parse ──> Content     tensors as places in storages, everything else as it is
     Content, places of the storages ── to_manifest ──> Manifest
 
-Nothing runs from the file: the pickle goes through an unpickler that knows the names which
-`torch.load(weights_only=True)` admits for tensors and plain values, and resolves those of tensors to stand-ins. So a
-tensor costs no byte before it is wanted, and then only those that are.
+Nothing runs from the file, and a tensor costs no byte before it is wanted, and then only those that are. What is no
+tensor and no plain value (the arguments of a script, a path, an enumeration) has an entry that says so, and is refused
+when somebody wants it.
 
-Source of the format: PyTorch's `torch/serialization.py` and `torch/_utils.py`.
+Source of the format: PyTorch's `torch/serialization.py`.
 """
 
 from __future__ import annotations
 
-import codecs
-import io
-import pickle
-import struct
-from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 
 from ray_ckpt.errors import FormatError, UnsafeCheckpointError
+from ray_ckpt.format import limits, torch_pickle
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.manifest import Chunk, Inline, Manifest, ObjectEntry, Path, TensorEntry
 from ray_ckpt.format.ranges import span
+from ray_ckpt.format.stand_ins import Instance, Name
 from ray_ckpt.format.torch_container import dtype_name
-from ray_ckpt.format.torch_internals import STORAGE_TYPES
+from ray_ckpt.format.torch_pickle import Tensor
+from ray_ckpt.text import quoted
 
-__all__ = ["LOCAL_HEADER_BYTES", "MAGIC", "Content", "Tensor", "data_start", "parse", "to_manifest"]
+__all__ = ["Content", "parse", "to_manifest"]
 
-MAGIC = b"PK\3\4"
-"""A zip archive begins with this."""
+_ADVICE = (
+    "save the state dicts alone (tensors, numbers, texts, lists, dicts), or convert the file with torch.load(..., "
+    "weights_only=False) if you trust its author"
+)
 
-LOCAL_HEADER_BYTES = 30
-"""Of the fixed part of a member's local header, which tells how long the rest of it is."""
-
-_MAX_ENTRIES = 10_000_000
-"""Of a state dict."""
-
-_LOCAL_HEADER = struct.Struct("<4s22x2H")
-
-
-class Tensor(NamedTuple):
-    """A tensor as the pickle describes it. A named tuple, because a pickle can change the fields of anything else."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    """Strides in elements."""
-    key: str
-    """Key of its storage, which names a member of the zip archive."""
-    offset: int
-    """Position of its first element in the storage, in elements."""
-    storage_bytes: int
-    """Size of the whole storage in bytes."""
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, bytearray, torch.dtype, torch.device)
 
 
 @dataclass
@@ -71,9 +49,11 @@ class Content:
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
-    """Everything that is not a tensor."""
+    """Plain values, by name."""
+    unknown: dict[str, str] = field(default_factory=dict)
+    """Name of the class that makes a value no plain one, by name of the value."""
     paths: dict[str, Path] = field(default_factory=dict)
-    """Flat name -> keys that lead to it in the nested state dict."""
+    """Keys that lead to each of the above."""
 
     @property
     def storages(self) -> set[str]:
@@ -84,39 +64,17 @@ def parse(data: bytes, file: str) -> Content:
     """Read the pickle of a file.
 
     Raises:
-        UnsafeCheckpointError: it names something that is neither a plain tensor nor a plain value.
-        FormatError: it is damaged, or holds no dict.
+        UnsafeCheckpointError: it calls an unknown function, or is an object of an unknown class as a whole.
+        FormatError: it is damaged, holds no dict, or exceeds a limit.
     """
-    try:
-        root = _Unpickler(io.BytesIO(data), file).load()
-    except UnsafeCheckpointError:
-        raise
-    except Exception as error:  # a damaged pickle raises nearly anything
-        raise FormatError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
+    root = torch_pickle.read(data, file, trust_advice=_ADVICE).root
+    if isinstance(root, (Instance, Name)):
+        raise UnsafeCheckpointError(f"{file} holds {quoted(root)}, which could run code; {_ADVICE}")
     if not isinstance(root, Mapping):
         raise FormatError(
             f"{file} holds a {type(root).__name__}, not a dict of tensors: save a state dict rather than the object"
         )
-    try:
-        return _Flattener(file).flatten(root)
-    except RecursionError as error:
-        raise FormatError(f"{file} holds dicts or lists that are nested too deep") from error
-
-
-def data_start(header: bytes, header_start: int, file: str) -> int:
-    """Where a member's bytes begin in the file.
-
-    Args:
-        header: the first `LOCAL_HEADER_BYTES` bytes of its local header.
-        header_start: where that header begins in the file.
-
-    Raises:
-        FormatError: there is no header of a member.
-    """
-    magic, name_length, extra_length = _LOCAL_HEADER.unpack(header)
-    if magic != MAGIC:
-        raise FormatError(f"{file} has no member at byte {header_start}, where its directory says that one begins")
-    return header_start + LOCAL_HEADER_BYTES + int(name_length) + int(extra_length)
+    return _Flattener(file).flatten(root)
 
 
 def to_manifest(content: Content, places: Mapping[str, tuple[int, int]], file: str, file_bytes: int) -> Manifest:
@@ -131,13 +89,13 @@ def to_manifest(content: Content, places: Mapping[str, tuple[int, int]], file: s
     tensors = {}
     for name, tensor in content.tensors.items():
         if tensor.key not in places:
-            raise FormatError(f"{file} lacks the storage {tensor.key!r}, which {name!r} lies in")
+            raise FormatError(f"{file} lacks the storage {quoted(tensor.key)}, which {quoted(name)} lies in")
         start, num_bytes = places[tensor.key]
         num_elements = span(tensor.shape, tensor.strides) if 0 not in tensor.shape else 0
         first = tensor.offset * tensor.dtype.itemsize
         if first + num_elements * tensor.dtype.itemsize > num_bytes:
             raise FormatError(
-                f"{file}: {name!r} of {list(tensor.shape)} with strides {list(tensor.strides)} from element "
+                f"{file}: {quoted(name)} of {list(tensor.shape)} with strides {list(tensor.strides)} from element "
                 f"{tensor.offset} reaches outside its storage, which has {num_bytes} bytes"
             )
         chunk = Chunk(Box.whole(tensor.shape), file, start, num_bytes, data_start=start + first, strides=tensor.strides)
@@ -146,6 +104,9 @@ def to_manifest(content: Content, places: Mapping[str, tuple[int, int]], file: s
         name: ObjectEntry(file, 0, 0, inline=Inline(value), path=content.paths[name])
         for name, value in content.values.items()
     }
+    for name, unknown in content.unknown.items():
+        reason = f"{file} asks for {unknown[:200]} there, which is no plain value and could run code; {_ADVICE}"
+        objects[name] = ObjectEntry(file, 0, 0, refusal=reason, path=content.paths[name])
     manifest = Manifest(tensors, objects, {file: file_bytes})
     manifest.check()
     return manifest
@@ -154,144 +115,114 @@ def to_manifest(content: Content, places: Mapping[str, tuple[int, int]], file: s
 # ------------------------------------------------------------------------------------------------ flattening
 
 
+class _Measure(NamedTuple):
+    """What there is to know of a value before it is walked through."""
+
+    num_entries: int
+    """Entries that it makes once it is flattened."""
+    num_items: int
+    """Values in it, counted wherever they appear."""
+    name_chars: int
+    """Characters that the names of its entries have below its own, all together."""
+    height: int
+    """Levels of containers in it."""
+    is_branch: bool
+    """Whether tensors or dicts are in it, so that it is flattened."""
+    unknown: str
+    """Name of a class in it that is not plain; empty when there is none."""
+
+
 class _Flattener:
     """Dicts are flattened, and so are lists and tuples that hold tensors or dicts, as DCP does."""
 
     def __init__(self, file: str) -> None:
         self.content = Content()
         self._file = file
-        self._measured: dict[int, tuple[int, bool] | None] = {}
+        self._max_depth = limits.NESTING.value
+        self._measured: dict[int, _Measure | None] = {}
 
     def flatten(self, root: Mapping[Any, Any]) -> Content:
-        num_entries, _ = self._measure(root)
-        if num_entries > _MAX_ENTRIES:
-            raise FormatError(f"{self._file} stands for {num_entries} entries, which no model has")
+        """
+        Raises:
+            FormatError: it contains itself, holds two entries of one name, or exceeds a limit.
+        """
+        measure = self._measure(root, 0)
+        limits.ENTRIES.check(measure.num_entries, self._file)
+        limits.ITEMS.check(measure.num_items, self._file)
+        limits.NAME_CHARS.check(measure.name_chars, self._file)
         self._add(root, ())
         return self.content
 
-    def _measure(self, value: Any) -> tuple[int, bool]:
-        """Entries in this value, and whether tensors or dicts are among them. What is shared counts where it appears,
-        but is looked through once: a pickle of a few bytes can stand for more than any memory holds."""
-        if isinstance(value, Tensor) or not isinstance(value, (Mapping, list, tuple, set)):
-            return 1, isinstance(value, Tensor)
+    def _measure(self, value: Any, depth: int) -> _Measure:
+        """What is shared counts where it appears, but is looked through once: a pickle of a few bytes can stand for
+        more than any memory holds."""
+        if isinstance(value, Tensor) or not isinstance(value, (Mapping, list, tuple, set, frozenset)):
+            unknown = "" if isinstance(value, (Tensor, *_PLAIN)) else _class_of(value)
+            return _Measure(1, 1, 0, 0, isinstance(value, Tensor), unknown)
+        if depth > self._max_depth:
+            raise self._nested_too_deep()
         if id(value) not in self._measured:
             self._measured[id(value)] = None
-            parts = [self._measure(item) for item in (value.values() if isinstance(value, Mapping) else value)]
-            is_branch = isinstance(value, Mapping) or any(branches for _, branches in parts)
-            self._measured[id(value)] = 1 + sum(count for count, _ in parts), is_branch
-        measured = self._measured[id(value)]
-        if measured is None:
+            self._measured[id(value)] = self._measure_items(value, depth)
+        measure = self._measured[id(value)]
+        if measure is None:
             raise FormatError(f"{self._file} holds a {type(value).__name__} that contains itself")
-        return measured
+        if depth + measure.height > self._max_depth:
+            raise self._nested_too_deep()
+        return measure
+
+    def _measure_items(self, value: Any, depth: int) -> _Measure:
+        is_dict = isinstance(value, Mapping)
+        parts = [self._measure(item, depth + 1) for item in (value.values() if is_dict else value)]
+        num_items = 1 + sum(part.num_items for part in parts)
+        height = 1 + max((part.height for part in parts), default=0)
+        has_branches = any(part.is_branch for part in parts)
+        unknown = next((part.unknown for part in parts if part.unknown), "")
+        if is_dict:
+            keys = [_part_of_name(key) for key in value]
+            unknown_key = next((_class_of(key) for key in value if isinstance(key, (Instance, Name))), "")
+        else:
+            keys = [str(number) for number in range(len(parts))] if has_branches else []
+            unknown_key = type(value).__name__ if has_branches and not isinstance(value, (list, tuple)) else ""
+        if unknown_key or not (is_dict or has_branches):
+            return _Measure(1, num_items, 0, height, False, unknown_key or unknown)
+        name_chars = sum(
+            (1 + len(key)) * part.num_entries + part.name_chars for key, part in zip(keys, parts, strict=True)
+        )
+        return _Measure(sum(part.num_entries for part in parts), num_items, name_chars, height, True, unknown)
+
+    def _nested_too_deep(self) -> FormatError:
+        return limits.NESTING.error("dicts or lists that are nested too deep", self._file)
 
     def _add(self, value: Any, path: Path) -> None:
-        if isinstance(value, Mapping):
-            for key, item in value.items():
-                self._add(item, (*path, str(key)))
-            return
-        if not isinstance(value, Tensor) and isinstance(value, (list, tuple)) and self._measure(value)[1]:
-            for number, item in enumerate(value):
-                self._add(item, (*path, number))
+        measure = self._measure(value, 0)
+        if measure.is_branch and not isinstance(value, Tensor):
+            parts = _named_items(value) if isinstance(value, Mapping) else enumerate(value)
+            for part, item in parts:
+                self._add(item, (*path, part))
             return
         name = ".".join(map(str, path))
         if name in self.content.paths:
-            raise FormatError(f"{self._file} holds two entries called {name!r} once its dicts are flattened")
+            raise FormatError(f"{self._file} holds two entries called {quoted(name)} once its dicts are flattened")
         self.content.paths[name] = path
         if isinstance(value, Tensor):
             self.content.tensors[name] = value
+        elif measure.unknown:
+            self.content.unknown[name] = measure.unknown
         else:
             self.content.values[name] = value
 
 
-# ----------------------------------------------------------------------------------------------- unpickling
+def _named_items(value: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+    return ((_part_of_name(key), item) for key, item in value.items())
 
 
-class _Storage(NamedTuple):
-    dtype: torch.dtype | None
-    """None: bytes, whose meaning the tensor tells."""
-    key: str
-    num_bytes: int
+def _part_of_name(key: Any) -> str:
+    """A dict's key in the name of what lies there, as DCP has it."""
+    return key if type(key) is str else str(key) if type(key) in (int, float, bool, type(None)) else quoted(key)
 
 
-class _Unpickler(pickle.Unpickler):
-    """Resolves names to stand-ins of tensors and to plain containers, and to nothing else."""
-
-    def __init__(self, stream: io.BytesIO, file: str) -> None:
-        super().__init__(stream, encoding="utf-8")
-        self._file = file
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _ADMITTED:
-            return _ADMITTED[module, name]
-        if module in ("torch", "torch.storage") and name in _STORAGE_DTYPES:
-            return _STORAGE_DTYPES[name]
-        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
-            return dtype
-        raise UnsafeCheckpointError(
-            f"{self._file} asks for {module}.{name}, which is neither a plain tensor nor a plain value, and could run "
-            "code; save the state dicts alone (tensors, numbers, texts, lists, dicts), or convert the file with "
-            "torch.load(..., weights_only=False) if you trust its author"
-        )
-
-    def persistent_load(self, pid: Any) -> Any:
-        kind, dtype, key, _device, num_elements = pid
-        if kind != "storage" or type(num_elements) is not int or num_elements < 0 or type(key) is not str:
-            raise pickle.UnpicklingError(f"{str(pid)[:80]} is no storage")
-        return _Storage(dtype, key, num_elements * (1 if dtype is None else dtype.itemsize))
-
-
-def _rebuild_v2(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> Tensor:
-    if len(rest) > 2 and rest[2]:
-        raise pickle.UnpicklingError("a conjugate or negated view has other elements than its bytes say")
-    return _tensor(storage, storage.dtype, offset, shape, strides)
-
-
-def _rebuild_v3(
-    storage: Any, offset: Any, shape: Any, strides: Any, requires_grad: Any, hooks: Any, dtype: Any, *rest: Any
-) -> Tensor:
-    if rest and rest[0]:
-        raise pickle.UnpicklingError("a conjugate or negated view has other elements than its bytes say")
-    return _tensor(storage, dtype, offset, shape, strides)
-
-
-def _tensor(storage: Any, dtype: Any, offset: Any, shape: Any, strides: Any) -> Tensor:
-    numbers = (offset, *shape, *strides)
-    if (
-        not isinstance(storage, _Storage)
-        or not isinstance(dtype, torch.dtype)
-        or len(shape) != len(strides)
-        or any(type(number) is not int or not 0 <= number < 1 << 63 for number in numbers)
-    ):
-        raise pickle.UnpicklingError(f"no tensor has the shape {str(shape)[:80]} and strides {str(strides)[:80]}")
-    return Tensor(dtype, tuple(shape), tuple(strides), storage.key, offset, storage.num_bytes)
-
-
-def _rebuild_parameter(tensor: Any, *_: Any) -> Any:
-    return tensor
-
-
-def _encode(text: str, encoding: str = "latin1") -> bytes:
-    """How a pickle of protocol 2 spells bytes."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"bytes are not spelt in {str(encoding)[:40]!r}")
-    return codecs.encode(text, encoding)
-
-
-_ADMITTED: dict[tuple[str, str], Any] = {
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_v2,
-    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_v3,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    ("torch", "Size"): torch.Size,
-    ("torch", "device"): torch.device,
-    ("torch.storage", "UntypedStorage"): None,
-    ("torch", "UntypedStorage"): None,
-    ("collections", "OrderedDict"): OrderedDict,
-    ("collections", "Counter"): Counter,
-    ("collections", "defaultdict"): defaultdict,
-    ("_codecs", "encode"): _encode,
-    ("builtins", "set"): set,
-    ("builtins", "dict"): dict,
-    ("__builtin__", "set"): set,
-    ("__builtin__", "dict"): dict,
-}
-_STORAGE_DTYPES = {name: dtype for dtype, name in STORAGE_TYPES.items()}
+def _class_of(value: Any) -> str:
+    return (
+        value.text if isinstance(value, Name) else value.name if isinstance(value, Instance) else type(value).__name__
+    )

@@ -3,14 +3,14 @@
 DCP      StorageInfo, ExtensionRegistry, StreamTransformExtension, ShardedTensor, create_write_items,
          flatten_state_dict, set_element, names_of
 DTensor  local_tensor, locate_shard
-tensors  STORAGE_TYPES, rebuild_tensor_v2, rebuild_tensor_v3, tensor_layout, narrow, copy_each
+tensors  STORAGE_TYPES, TENSOR_CLASSES, rebuild_tensor_v2, rebuild_tensor_v3, narrow, copy_each
 modules  replace_tensors, with_own_tensors
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 import torch.serialization
@@ -30,6 +30,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 __all__ = [
     "STORAGE_TYPES",
+    "TENSOR_CLASSES",
     "ExtensionRegistry",
     "ShardedTensor",
     "StorageInfo",
@@ -45,15 +46,14 @@ __all__ = [
     "rebuild_tensor_v3",
     "replace_tensors",
     "set_element",
-    "tensor_layout",
     "with_own_tensors",
 ]
 
 STORAGE_TYPES: Mapping[torch.dtype, str] = torch.storage._dtype_to_storage_type_map()
 """Dtype -> name of the typed storage class that stands for it in a pickle by `torch.save`. Newer dtypes have none."""
 
-tensor_layout = torch.serialization._get_layout
-"""`"torch.strided"` -> `torch.strided`. A pickled layout names this function."""
+TENSOR_CLASSES: Collection[type] = torch._tensor_classes
+"""The typed tensor classes, such as `torch.FloatTensor`: calling one with a size allocates that much."""
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:

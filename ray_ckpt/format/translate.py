@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from ray_ckpt.errors import FormatError, StateMismatchError
 from ray_ckpt.format.manifest import Manifest, ObjectEntry, Path, TensorEntry
-from ray_ckpt.text import listed
+from ray_ckpt.text import listed, quoted
 
 __all__ = ["HYPERPARAMETERS", "Names", "Translation", "group_lists", "join", "may_be_foreign", "translate"]
 
@@ -179,9 +179,9 @@ def _sorted(groups: Mapping[int, Any] | None) -> Mapping[int, Any] | None:
 
 def _members(name: str, value: Any) -> Sequence[int | str]:
     if not isinstance(value, (list, tuple)) or len({type(member) for member in value} - {int, str}) > 0:
-        raise FormatError(f"{name!r} is {str(value)[:80]}, not a list of parameters")
+        raise FormatError(f"{quoted(name)} is {quoted(value)}, not a list of parameters")
     if len({type(member) for member in value}) > 1:
-        raise FormatError(f"{name!r} mixes names and numbers: {str(value)[:80]}")
+        raise FormatError(f"{quoted(name)} mixes names and numbers: {quoted(value)}")
     return value
 
 
@@ -255,7 +255,7 @@ def _by_name(
         order = dict(enumerate(parameters))
     else:
         raise StateMismatchError(
-            f"the optimizer at {optimizer.prefix!r} was saved by index, in groups of "
+            f"the optimizer at {quoted(optimizer.prefix)} was saved by index, in groups of "
             f"{[len(group) for group in groups.values()]} parameters, which are not those of the optimizers that it is "
             "loaded into: which is which cannot be told. Give them the groups that were saved; or, if several pipeline "
             "stages saved under the same indices, so that the state of all but one is lost, load the model alone, by "
@@ -293,9 +293,10 @@ def _check_shapes(
             entry = manifest.tensors.get(f"{optimizer.prefix}.state.{member}.{key}")
             if entry is not None and name in shapes and entry.shape != shapes[name]:
                 raise StateMismatchError(
-                    f"the optimizer at {optimizer.prefix!r} was saved by index: number {member} would be {name!r} of "
-                    f"shape {list(shapes[name])}, but its {key} has {list(entry.shape)}. Give the optimizer its "
-                    "parameters in the order that the saved one had, or load the model alone, by only=('model',)"
+                    f"the optimizer at {quoted(optimizer.prefix)} was saved by index: number {member} would be "
+                    f"{quoted(name)} of shape {list(shapes[name])}, but its {key} has {list(entry.shape)}. Give "
+                    "the optimizer its parameters in the order that the saved one had, or load the model alone, "
+                    "by only=('model',)"
                 )
 
 
@@ -308,9 +309,9 @@ def _what_is_lost(optimizer: _Optimizer, groups: Mapping[int, Mapping[int | str,
     if not unlisted:
         return ""
     return (
-        f"the parameter groups at {optimizer.prefix!r} do not list {listed(unlisted)}, though their state was saved: "
-        "several ranks (pipeline stages) saved groups of their own under the same names, of which one survived, key by "
-        "key; the hyper-parameters of the others are lost, and those that are left may be a mixture"
+        f"the parameter groups at {quoted(optimizer.prefix)} do not list {listed(unlisted)}, though their state was "
+        "saved: several ranks (pipeline stages) saved groups of their own under the same names, of which one survived, "
+        "key by key; the hyper-parameters of the others are lost, and those that are left may be a mixture"
     )
 
 
@@ -385,7 +386,7 @@ class _Renamed:
             names = self._new.get(old)
             new = {old: entry} if names is None else {name: moved(entry, _path(name)) for name in names}
             if twice := sorted(applied.keys() & new.keys()):
-                raise FormatError(f"the checkpoint holds {twice[0]!r} twice, the second time as {old!r}")
+                raise FormatError(f"the checkpoint holds {quoted(twice[0])} twice, the second time as {quoted(old)}")
             applied |= new
         return applied
 

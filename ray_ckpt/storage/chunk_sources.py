@@ -24,10 +24,14 @@ from ray_ckpt.format.torch_container import (
     find_data,
 )
 from ray_ckpt.storage.files import Storage
-from ray_ckpt.storage.objects import Decoder
+from ray_ckpt.storage.objects import Decoder, check_length
 from ray_ckpt.storage.ranged_reads import Piece, Source, Tuning, fetch
+from ray_ckpt.text import quoted
 
 K = TypeVar("K")
+
+_MAX_FRAMING_BYTES = 1 << 20
+"""Bytes of a container besides the elements; usually 2 000."""
 
 
 class SavedChunk(NamedTuple):
@@ -97,11 +101,14 @@ def load_whole(storage: Storage, saved: SavedChunk, decoder: Decoder, tuning: Tu
     Raises:
         FormatError, UnsafeCheckpointError: it does not hold the tensor that the metadata says.
     """
-    whole = torch.empty(saved.chunk.length, dtype=torch.uint8)
+    chunk, max_bytes = saved.chunk, saved.chunk.box.num_elements * saved.dtype.itemsize + _MAX_FRAMING_BYTES
+    check_length(storage, chunk.file, chunk.start, chunk.length)
+    whole = torch.empty(chunk.length, dtype=torch.uint8)
     fetch(storage, [_container_piece(saved, whole)], tuning)
-    tensor = decoder.load(decoder.decode(whole.numpy().tobytes(), saved.chunk.transforms, saved.name), saved.name)
+    data = decoder.decode(whole.numpy().tobytes(), chunk.transforms, saved.name, max_bytes)
+    tensor = decoder.load(data, saved.name)
     if not isinstance(tensor, torch.Tensor):
-        raise FormatError(f"{saved.name!r} is a {type(tensor).__name__} in {saved.chunk.file}, not a tensor")
+        raise FormatError(f"{quoted(saved.name)} is a {type(tensor).__name__} in {saved.chunk.file}, not a tensor")
     if (tensor.dtype, tuple(tensor.shape)) != (saved.dtype, saved.chunk.box.sizes):
         raise _contradiction(saved, tensor.dtype, tuple(tensor.shape))
     return tensor

@@ -28,11 +28,13 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from ray_ckpt.errors import RayCkptError, StorageError
+from ray_ckpt.format import limits
 from ray_ckpt.format.manifest import check_file_name
 from ray_ckpt.storage.address import ARROW_SCHEMES, Address, parse
 from ray_ckpt.storage.file_objects import InputFile, OutputFile, PreparedFile
 from ray_ckpt.storage.local_files import is_plain_file, lock_directory, make_directory, remove_plain_file
 from ray_ckpt.storage.redact import without_secrets
+from ray_ckpt.storage.regular_files import check_readable
 from ray_ckpt.storage.retry import RetryPolicy, is_transient, retried
 
 __all__ = ["InputFile", "OutputFile", "RetryPolicy", "Storage"]
@@ -133,21 +135,32 @@ class Storage:
     # ------------------------------------------------------------------------------------------------- reading
 
     def read_bytes(self, name: str) -> bytes:
-        """The whole file.
+        """All of a file that is a record, such as a manifest.
 
         Raises:
             StorageError: it cannot be read; `FileNotFoundError` is its cause when there is none of that name.
+            FormatError: it is no file, or longer than records are.
+            UnsafeCheckpointError: it is a link that leaves the target.
         """
+        self._check_readable(name)
 
         def read() -> bytes:
-            with self.filesystem.open_input_stream(self.path(name), compression=None) as stream:
-                return bytes(stream.read())
+            with self.filesystem.open_input_file(self.path(name)) as file:
+                limits.RECORD_BYTES.check(int(file.size()), f"{self.address}/{name}")
+                return bytes(file.read())
 
         return self.retried(lambda: self.perform("read", name, read))
 
     @contextmanager
     def open_input(self, name: str) -> Iterator[InputFile]:
-        """Open a file for ranged reads by one thread at a time."""
+        """Open a file for ranged reads by one thread at a time.
+
+        Raises:
+            StorageError: it cannot be opened.
+            FormatError: it is no file.
+            UnsafeCheckpointError: it is a link that leaves the target.
+        """
+        self._check_readable(name)
         path = self.path(name)
         native = self.retried(lambda: self.perform("open", name, lambda: self.filesystem.open_input_file(path)))
         with native:
@@ -346,6 +359,10 @@ class Storage:
             filesystem, root = self.perform("open", "", lambda: _open_filesystem(self._address))
             self._built = (os.getpid(), filesystem, root)
         return self._built
+
+    def _check_readable(self, name: str) -> None:
+        if self.is_local:
+            check_readable(self._root, check_file_name(name))
 
     def path(self, name: str) -> str:
         """Path of a file in `filesystem`."""

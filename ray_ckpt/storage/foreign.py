@@ -13,21 +13,20 @@ runs from any of them.
 from __future__ import annotations
 
 import dataclasses
-import io
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from ray_ckpt.errors import CheckpointError, CheckpointNotFoundError, FormatError
-from ray_ckpt.format import dcp_metadata, safetensors, torch_file
+from ray_ckpt.format import dcp_metadata, limits, safetensors, torch_file, zip_directory
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.dcp_metadata import METADATA_NAME
 from ray_ckpt.format.manifest import MANIFEST_NAME, Chunk, Manifest, ObjectEntry, TensorEntry
 from ray_ckpt.storage.files import InputFile, Storage
 from ray_ckpt.storage.foreign_names import ACCELERATE_MODEL, ACCELERATE_OPTIMIZER
 from ray_ckpt.storage.ranged_reads import Piece, Source, Tuning, fetch, tuning_for
+from ray_ckpt.text import quoted
 
 __all__ = ["Found", "recognize"]
 
@@ -36,9 +35,6 @@ LIGHTNING_EXTRA = "meta.pt"
 
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """A file of torch before 1.6 begins with this."""
-
-_MAX_PICKLE_BYTES = 1 << 30
-"""Of a torch file's `data.pkl`, which takes about 300 bytes per tensor."""
 
 _HEADER_GAP_BYTES = 16 << 10
 """Local headers of a zip archive that are nearer than this are read together."""
@@ -174,7 +170,7 @@ def _join(manifests: Iterable[Manifest], storage: Storage) -> Manifest:
     for manifest in manifests:
         names = manifest.tensors.keys() | manifest.objects.keys()
         if twice := sorted(names & (tensors.keys() | objects.keys())):
-            raise FormatError(f"two parts of {storage.address} hold {twice[0]!r}")
+            raise FormatError(f"two parts of {storage.address} hold {quoted(twice[0])}")
         tensors |= manifest.tensors
         objects |= manifest.objects
         files |= manifest.files
@@ -190,7 +186,7 @@ def _file(directory: Storage, name: str, num_bytes: int) -> Found:
         return _indexed(directory, name)
     with directory.open_input(name) as file:
         start = _read(file, 0, min(num_bytes, len(_LEGACY_MAGIC)))
-    if start.startswith(torch_file.MAGIC):
+    if start.startswith(zip_directory.MAGIC):
         return Found("a file that torch.save wrote", directory, _torch_file(directory, name, num_bytes))
     if start == _LEGACY_MAGIC:
         raise FormatError(
@@ -225,14 +221,14 @@ def _header(storage: Storage, name: str, num_bytes: int) -> safetensors.Header:
 
 def _torch_file(storage: Storage, name: str, num_bytes: int) -> Manifest:
     with storage.open_input(name) as file:
-        members = _members(file, num_bytes)
+        members = zip_directory.read_members(lambda offset, length: _read(file, offset, length), num_bytes, name)
         pickle_name = next((member for member in members if member.endswith("/data.pkl")), None)
         if pickle_name is None:
             raise FormatError(f"{name} is a zip archive without a data.pkl: torch.save did not write it")
         prefix = pickle_name.removesuffix("data.pkl")
         small = {key: members[prefix + key] for key in ("data.pkl", "byteorder") if prefix + key in members}
-        if any(member.file_size > _MAX_PICKLE_BYTES for member in small.values()):
-            raise FormatError(f"{name} has a data.pkl of {small['data.pkl'].file_size} bytes, which is no state dict's")
+        for key, member in small.items():
+            limits.RECORD_BYTES.check(member.num_bytes, f"{key} in {name}")
         contents = {key: _member(file, member) for key, member in small.items()}
     if contents.get("byteorder", b"little").strip() != b"little":
         raise FormatError(f"{name} was saved on a big-endian machine: load it with torch.load and save it again here")
@@ -241,42 +237,24 @@ def _torch_file(storage: Storage, name: str, num_bytes: int) -> Manifest:
     return torch_file.to_manifest(content, _places(storage, name, storages), name, num_bytes)
 
 
-def _members(file: InputFile, num_bytes: int) -> dict[str, zipfile.ZipInfo]:
-    """The members of a zip archive, none of them compressed or encrypted.
-
-    Raises:
-        FormatError: the archive is damaged, or torch.save did not write it.
-    """
-    try:
-        with zipfile.ZipFile(io.BufferedReader(_Window(file, num_bytes), 64 << 10)) as archive:
-            members = {member.filename: member for member in archive.infolist()}
-    except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError) as error:
-        raise FormatError(f"{file.name} is a damaged zip archive: {error}") from error
-    if any(name.endswith("/constants.pkl") for name in members):
-        raise FormatError(f"{file.name} is a TorchScript archive, which holds code: save its state_dict() instead")
-    if odd := [name for name, member in members.items() if member.compress_type or member.flag_bits & 1]:
-        raise FormatError(f"{file.name} holds {odd[0]!r} compressed or encrypted: torch.save did not write it")
-    return members
+def _member(file: InputFile, member: zip_directory.Member) -> bytes:
+    header = _read(file, member.header_start, zip_directory.LOCAL_HEADER_BYTES)
+    return _read(file, zip_directory.data_start(header, member.header_start, file.name), member.num_bytes)
 
 
-def _member(file: InputFile, member: zipfile.ZipInfo) -> bytes:
-    header = _read(file, member.header_offset, torch_file.LOCAL_HEADER_BYTES)
-    return _read(file, torch_file.data_start(header, member.header_offset, file.name), member.file_size)
-
-
-def _places(storage: Storage, file: str, members: Mapping[str, zipfile.ZipInfo]) -> dict[str, tuple[int, int]]:
+def _places(storage: Storage, file: str, members: Mapping[str, zip_directory.Member]) -> dict[str, tuple[int, int]]:
     """Where the bytes of these members begin, and how many there are. Their local headers are read, many at a time."""
-    size = torch_file.LOCAL_HEADER_BYTES
+    size = zip_directory.LOCAL_HEADER_BYTES
     headers = {key: torch.empty(size, dtype=torch.uint8) for key in members}
     pieces = [
-        Piece(Source(key, file, member.header_offset, (1,), torch.uint8, size, None), Box((0,), (size,)), headers[key])
+        Piece(Source(key, file, member.header_start, (1,), torch.uint8, size, None), Box((0,), (size,)), headers[key])
         for key, member in members.items()
     ]
     fetch(storage, pieces, _header_tuning(storage))
     return {
         key: (
-            torch_file.data_start(headers[key].numpy().tobytes(), member.header_offset, file),
-            member.file_size,
+            zip_directory.data_start(headers[key].numpy().tobytes(), member.header_start, file),
+            member.num_bytes,
         )
         for key, member in members.items()
     }
@@ -291,36 +269,3 @@ def _read(file: InputFile, offset: int, length: int) -> bytes:
     if length:
         file.read_into(offset, memoryview(data))
     return bytes(data)
-
-
-class _Window(io.RawIOBase):
-    """A file of known size as `zipfile` wants to see it."""
-
-    def __init__(self, file: InputFile, num_bytes: int) -> None:
-        super().__init__()
-        self._file = file
-        self._num_bytes = num_bytes
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._num_bytes}[whence]
-        if base + offset < 0:
-            raise ValueError(f"no position {base + offset}")
-        self._position = base + offset
-        return self._position
-
-    def readinto(self, memory: memoryview) -> int:  # type: ignore[override]
-        length = min(len(memory), max(0, self._num_bytes - self._position))
-        if length:
-            self._file.read_into(self._position, memoryview(memory)[:length])
-        self._position += length
-        return length

@@ -3,7 +3,8 @@
     saving    value ── saved_object ──> container for stock DCP, and the plain value for the manifest
     loading   manifest entry ── read_values ──> value
 
-No code runs from a checkpoint: containers are unpickled with `weights_only=True`.
+No code runs from a checkpoint: containers are looked through by our own unpickler, which gives plain values itself;
+what holds more (tensors, classes that the caller has admitted) is then unpickled with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -21,14 +22,21 @@ import torch
 import torch.serialization
 import xxhash
 
-from ray_ckpt.errors import FormatError, UnsafeCheckpointError, UsageError
-from ray_ckpt.format import values
+from ray_ckpt.errors import FormatError, RayCkptError, UnsafeCheckpointError, UsageError
+from ray_ckpt.format import limits, values
 from ray_ckpt.format.block_sums import BlockSums
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.manifest import Inline, ObjectEntry
 from ray_ckpt.format.torch_internals import ExtensionRegistry, StreamTransformExtension
+from ray_ckpt.format.torch_object import inspect
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.ranged_reads import Piece, Source, Tuning, fetch
+from ray_ckpt.text import quoted
+
+_SMALL_BYTES = 1 << 20
+"""Memory that may be taken for nothing."""
+
+_DECODED_PIECE_BYTES = 1 << 20
 
 INLINE_BLOB_BYTES = 4 << 10
 """Objects whose container is no longer than this lie in the manifest too, so that reading them costs no request."""
@@ -92,12 +100,15 @@ class Decoder:
         self.trusted = trusted
         self._extensions = extensions
 
-    def decode(self, data: bytes, transforms: Sequence[str], name: str) -> bytes:
+    def decode(self, data: bytes, transforms: Sequence[str], name: str, max_bytes: int | None = None) -> bytes:
         """Undo stream extensions.
+
+        Args:
+            max_bytes: the decoded bytes are no more, where that is known.
 
         Raises:
             UsageError: an extension is not registered.
-            FormatError: the bytes are not what the extension writes.
+            FormatError: the bytes are not what the extension writes, or more than they may be.
         """
         if not transforms:
             return data
@@ -105,40 +116,80 @@ class Decoder:
             extensions = self._extensions.from_descriptor_list(transforms)
         except ValueError as error:
             raise UsageError(
-                f"{name!r} was saved through the stream extensions {list(transforms)}: {error}; "
+                f"{quoted(name)} was saved through the stream extensions {quoted(list(transforms))}: {error}; "
                 "register them in an ExtensionRegistry and pass it as extensions="
             ) from error
         stream: Any = io.BytesIO(data)
         try:
             for extension in extensions:
                 if isinstance(extension, StreamTransformExtension):
-                    stream = extension.transform_from(stream)
+                    stream = _Bounded(extension.transform_from(stream), max_bytes, name)
             return bytes(stream.read(-1))
+        except RayCkptError:
+            raise
         except Exception as error:  # extensions are anybody's code and raise anything
-            raise FormatError(f"{name!r} cannot be decoded by {list(transforms)}: {error}") from error
+            raise FormatError(
+                f"{quoted(name)} cannot be decoded by {quoted(list(transforms))}: {str(error)[:200]}"
+            ) from error
 
     def load(self, data: bytes, name: str) -> Any:
         """Unpickle a container.
 
         Raises:
             UnsafeCheckpointError: it names something that `weights_only=True` does not admit.
-            FormatError: it is truncated, damaged or something else.
+            FormatError: it is truncated, damaged, something else, or exceeds a limit.
         """
         try:
+            if not self.trusted:
+                inspected = inspect(data, quoted(name))
+                if inspected.is_plain:
+                    return inspected.value
             with torch.serialization.safe_globals([io.BytesIO]):
                 return torch.load(io.BytesIO(data), map_location="cpu", weights_only=not self.trusted)
+        except RayCkptError:
+            raise
         except Exception as error:  # a damaged container raises nearly anything
             raise _explain(error, name) from error
+
+
+class _Bounded(io.RawIOBase):
+    """A decoded stream that ends in an error when there is more of it than there may be."""
+
+    def __init__(self, stream: Any, max_bytes: int | None, name: str) -> None:
+        super().__init__()
+        self._stream = stream
+        self._max_bytes = max_bytes
+        self._left = limits.DECODED_BYTES.value if max_bytes is None else max_bytes
+        self._name = name
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        if size < 0:
+            return b"".join(iter(lambda: self.read(_DECODED_PIECE_BYTES), b""))
+        piece: bytes = self._stream.read(size) or b""
+        self._left -= len(piece)
+        if self._left < 0:
+            raise self._too_long()
+        return piece
+
+    def _too_long(self) -> FormatError:
+        if self._max_bytes is None:
+            return limits.DECODED_BYTES.error("more bytes than that once it is decoded", quoted(self._name))
+        return FormatError(
+            f"{quoted(self._name)} has more bytes once it is decoded than its shape has, {self._max_bytes}"
+        )
 
 
 def _explain(error: Exception, name: str) -> Exception:
     named = re.search(r"(?:GLOBAL|[Uu]nsupported class) `?([\w.]+)", str(error))
     if isinstance(error, pickle.UnpicklingError) and named:
         return UnsafeCheckpointError(
-            f"reading {name!r} would run {named.group(1)} from the checkpoint; if you trust its author, read it with "
-            "trusted=True, or admit that one name with torch.serialization.add_safe_globals"
+            f"reading {quoted(name)} would run {named.group(1)[:200]} from the checkpoint; if you trust its author, "
+            "read it with trusted=True, or admit that one name with torch.serialization.add_safe_globals"
         )
-    return FormatError(f"{name!r} cannot be read: {type(error).__name__}: {str(error)[:300]}")
+    return FormatError(f"{quoted(name)} cannot be read: {type(error).__name__}: {str(error)[:300]}")
 
 
 def read_values(
@@ -155,7 +206,14 @@ def read_values(
 def decoded_containers(
     storage: Storage, entries: Mapping[str, ObjectEntry], decoder: Decoder, tuning: Tuning, *, verify: bool
 ) -> dict[str, bytes]:
-    """The containers of those objects whose value is not in the manifest, without the transforms."""
+    """The containers of those objects whose value is not in the manifest, without the transforms.
+
+    Raises:
+        UnsafeCheckpointError: one of them is not given to anybody.
+    """
+    for name, entry in entries.items():
+        if entry.refusal:
+            raise UnsafeCheckpointError(f"{quoted(name)} cannot be read: {entry.refusal}")
     present = {name: entry.blob for name, entry in entries.items() if entry.inline is None and entry.blob is not None}
     distant = {name: entry for name, entry in entries.items() if entry.inline is None and entry.blob is None}
     present |= fetch_containers(storage, distant, tuning, verify=verify)
@@ -166,6 +224,8 @@ def fetch_containers(
     storage: Storage, entries: Mapping[str, ObjectEntry], tuning: Tuning, *, verify: bool
 ) -> dict[str, bytes]:
     """The containers of these objects, in as few reads as their places allow."""
+    for entry in entries.values():
+        check_length(storage, entry.file, entry.start, entry.length)
     targets = {name: torch.empty(entry.length, dtype=torch.uint8) for name, entry in entries.items()}
     pieces = []
     for name, entry in entries.items():
@@ -176,3 +236,18 @@ def fetch_containers(
         pieces.append(Piece(source, Box((0,), (entry.length,)), targets[name]))
     fetch(storage, pieces, tuning)
     return {name: target.numpy().tobytes() for name, target in targets.items()}
+
+
+def check_length(storage: Storage, file: str, start: int, length: int) -> None:
+    """Whether a file has the bytes that are about to be read whole, before there is memory for them.
+
+    Raises:
+        FormatError: it ends before.
+    """
+    if length > _SMALL_BYTES:
+        num_bytes = storage.size(file)
+        if num_bytes is not None and start + length > num_bytes:
+            raise FormatError(
+                f"{file} is too short: wanted bytes [{start}, {start + length}), it ends at {num_bytes}; the file is "
+                "truncated or the metadata that points into it is damaged"
+            )

@@ -1,0 +1,52 @@
+"""What may be opened on a local file system: files, which lie in the checkpoint's directory."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Sequence
+
+from ray_ckpt.errors import FormatError, UnsafeCheckpointError
+
+__all__ = ["check_readable"]
+
+_NO_FILES: Sequence[tuple[Callable[[int], bool], str]] = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def check_readable(top: str, name: str) -> None:
+    """Whether a name below a directory is that of a file in it, before the file is opened: a FIFO would be waited for
+    without end, and a link may lead anywhere. A file that is not there passes: whoever opens it says so.
+
+    Args:
+        top: the checkpoint's directory, which may itself be a link.
+
+    Raises:
+        FormatError: it is no file.
+        UnsafeCheckpointError: it is a link, or lies behind one, that leaves the directory.
+    """
+    path = os.path.join(top, name)
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return
+    if not stat.S_ISREG(mode):
+        kind = next((kind for is_kind, kind in _NO_FILES if is_kind(mode)), "of an unknown kind")
+        raise FormatError(f"{path} is {kind}, not a file; nothing was read from it")
+    found, directory = os.path.realpath(path), os.path.realpath(top)
+    if not any(found.startswith(f"{home.rstrip('/')}/") for home in (directory, *_hub_blobs(directory))):
+        raise UnsafeCheckpointError(
+            f"{path} is a link to {found}, which leaves the checkpoint's directory; nothing was read from it: put the "
+            "file itself there"
+        )
+
+
+def _hub_blobs(directory: str) -> Sequence[str]:
+    """Where the files of a snapshot in the cache of the Hugging Face hub are. The snapshot itself consists of links."""
+    snapshots = os.path.dirname(directory)
+    return [f"{os.path.dirname(snapshots)}/blobs"] if os.path.basename(snapshots) == "snapshots" else []
