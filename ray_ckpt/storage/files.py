@@ -361,7 +361,7 @@ class Storage:
         return self._built
 
     def _check_readable(self, name: str) -> None:
-        if self.is_local:
+        if self.has_local_files:
             check_readable(self._root, check_file_name(name))
 
     def path(self, name: str) -> str:
