@@ -151,7 +151,7 @@ class VerifyReport:
     unchecked: tuple[str, ...]
     """Names that were read but have no checksum to compare with, as in a checkpoint that stock DCP wrote."""
     notes: tuple[str, ...] = ()
-    """What else is to be known of the check, such as a record of format version 1, which has no digest of itself."""
+    """Remarks on the check, such as that a record of format version 1 has no digest of itself."""
 
     @property
     def verified(self) -> bool:

@@ -83,7 +83,7 @@ class TensorEntry(NamedTuple):
     """A tensor: its element type, its global shape and the chunks that cover it."""
 
     dtype: str
-    """As `str(torch.dtype)` without the `torch.` prefix."""
+    """`str(torch.dtype)` without the `torch.` prefix."""
     shape: tuple[int, ...]
     chunks: tuple[Chunk, ...]
     path: Path | None = None

@@ -17,7 +17,7 @@ class TensorSpec(NamedTuple):
     """A part of a tensor. Equal ones of a plan are one object, which pickle then sends once."""
 
     dtype: str
-    """As `str(torch.dtype)` without the `torch.` prefix."""
+    """`str(torch.dtype)` without the `torch.` prefix."""
     shape: tuple[int, ...]
     """Shape of the global tensor."""
     offsets: tuple[int, ...]

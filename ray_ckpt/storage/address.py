@@ -25,7 +25,7 @@ ARROW_SCHEMES = frozenset({"s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs"}
 
 _LOCAL_SCHEMES = frozenset({"file", "local"})
 _BUCKET_SCHEMES = frozenset({"s3", "gs", "gcs"})
-"""Where a colon in the place can only be the one in front of a password."""
+"""Schemes whose place has no port: a colon in it can only precede a password."""
 _KNOWN_SCHEMES = (
     _LOCAL_SCHEMES
     | ARROW_SCHEMES
@@ -42,7 +42,7 @@ _HOST_AND_PORT = re.compile(r"(?:[^:\[\]]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]+)?")
 _LEGAL_IN_PATH = "/:@!$&'()*+,;=-._~"
 _LEGAL_IN_USERINFO = ":!$&'()*+,;=-._~"
 _MIN_SECRET_LENGTH = 3
-"""Shorter ones stand in messages by chance: they are taken out only together with what they belong to."""
+"""Shorter secrets appear in messages by chance: they are removed only together with the text around them."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -50,15 +50,15 @@ class Address:
     """A parsed target."""
 
     scheme: str
-    """In lower case; `file` for a local path."""
+    """The scheme in lower case; `file` for a local path."""
     userinfo: str
-    """What stands before the `@`, as a URI holds it; empty where there are no credentials."""
+    """The part before the `@`, encoded as in the URI; empty without credentials."""
     place: str
     """Bucket or host with port; empty for a local path."""
     path: str
     """A local path: absolute, nothing encoded. Else what follows the place, as the URI holds it."""
     options: str
-    """What stands behind the `?`."""
+    """The part after the `?`."""
 
     def __repr__(self) -> str:
         return f"Address({self.display!r})"

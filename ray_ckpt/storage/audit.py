@@ -38,7 +38,7 @@ PIECE_BYTES = 4 << 20
 """Size of a read, and of the one buffer that a thread holds."""
 
 STRETCH_BYTES = 32 << 20
-"""What a thread takes at a time, give or take an entry."""
+"""Size of the piece of work that a thread takes at a time, apart from an entry at its end."""
 
 _NO_DIGEST = (
     f"{MANIFEST_NAME} has no digest of itself, as those of format version 1: its names and values were compared with "

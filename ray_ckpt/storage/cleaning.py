@@ -42,7 +42,7 @@ class Cleaning:
         self.kept: list[int] = []
         """Steps that the listing shows as committed and that stay, ascending."""
         self.files: dict[str, int] = {}
-        """What was removed, or would be: name in the store -> bytes."""
+        """Files that were removed, or would be: name in the store -> size in bytes."""
 
     def run(self, older_than_s: float) -> None:
         """Do it. What is younger than `older_than_s` is left alone, 0 takes everything."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["InputFile", "OutputFile", "PreparedFile"]
 
 _COMPARED_BYTES = 4096
-"""Of a file that was just published: a record of ours holds its attempt within these."""
+"""Number of first bytes by which a file that was just published is recognized: they hold a record's attempt."""
 
 
 class InputFile:

@@ -27,7 +27,7 @@ __all__ = [
 _logger = logging.getLogger("ray_ckpt")
 
 _UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
-"""What a file system answers that does not know an operation."""
+"""Errors of a file system that does not support an operation."""
 
 
 def sync_file(path: str) -> None:
@@ -110,7 +110,7 @@ def _rename_new(source: str, target: str) -> None:
 
 
 _AT_FDCWD, _RENAME_NOREPLACE = -100, 1
-"""From Linux' `fcntl.h` and `fs.h`."""
+"""Constants of Linux' `fcntl.h` and `fs.h`."""
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from ray_ckpt.storage.steps import Look, directory_of
 __all__ = ["REQUESTS_IN_FLIGHT", "Removal"]
 
 REQUESTS_IN_FLIGHT = 8
-"""On a network, where a delete waits for three requests, and a look at a step as well."""
+"""Number of deletes, or of looks at steps, at the same time on a network; each waits for about three requests."""
 
 
 class Removal:
