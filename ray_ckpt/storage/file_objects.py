@@ -63,8 +63,15 @@ class PreparedFile:
         self._temporary = temporary
 
     def write(self) -> None:
+        """Write all of it, and see that it has arrived before anything is replaced by it.
+
+        Raises:
+            StorageError: it cannot be written, or reads back as something else.
+        """
         try:
             self._storage.retried(lambda: self._write_as(self._temporary or self.name))
+            if self._temporary is not None and self._storage.read_bytes(self._temporary) != self._data:
+                self._fail("write", OSError(errno.EIO, "it reads back as something else"))
         except StorageError:
             self.abandon()
             raise
@@ -80,13 +87,13 @@ class PreparedFile:
             StorageError: it failed, or another file has the name: then `FileExistsError` is its cause.
         """
         if not replace and not self._storage.has_local_files and self._storage.exists(self.name):
-            self._refuse()
+            self._fail("create", FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)))
         if self._temporary is None:
             self.write()
         else:
             self._rename(self._temporary, replace=replace)
         if not replace and not self._storage.has_local_files and not self._is_there():
-            self._refuse()
+            self._fail("create", FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)))
 
     def abandon(self) -> None:
         """Leave no temporary file behind, as far as the storage lets us: a clean-up finds what it does not."""
@@ -126,12 +133,8 @@ class PreparedFile:
             file.read_into(0, memoryview(memory))
         return self._data.startswith(memory)
 
-    def _refuse(self) -> NoReturn:
-        def exists() -> NoReturn:
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-
-        self._storage.perform("create", self.name, exists)
-        raise AssertionError("unreachable")
+    def _fail(self, operation: str, error: OSError) -> NoReturn:
+        raise StorageError(operation, f"{self._storage.address}/{self.name}", str(error)) from error
 
 
 class OutputFile:
