@@ -35,7 +35,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from ray_ckpt import cluster
-    from ray_ckpt.checkpoint.loading import load
+    from ray_ckpt.checkpoint.loading import load, resume
     from ray_ckpt.checkpoint.saving import save
     from ray_ckpt.checkpoint.verifying import verify
     from ray_ckpt.cluster.group import WorkerGroup
@@ -96,6 +96,7 @@ __all__ = [
     "keep_every",
     "keep_last",
     "load",
+    "resume",
     "save",
     "verify",
 ]
@@ -125,6 +126,7 @@ _HOMES = {
     "keep_every": "ray_ckpt.storage.retention",
     "keep_last": "ray_ckpt.storage.retention",
     "load": "ray_ckpt.checkpoint.loading",
+    "resume": "ray_ckpt.checkpoint.loading",
     "save": "ray_ckpt.checkpoint.saving",
     "verify": "ray_ckpt.checkpoint.verifying",
 }

@@ -26,6 +26,8 @@ class SaveReport:
     """Number of data files."""
     seconds: float
     """Time from the first plan to the commit, on this rank."""
+    step: int | None = None
+    """The checkpoint's step in its store; None where the target is no store."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,10 @@ class LoadReport:
     """Data loader: `restored`; `left as it was` when another layout saved it; None when it was not loaded."""
     lost: str = ""
     """What another program's checkpoint had already lost when it was saved, and why; empty when nothing."""
+    step: int | None = None
+    """The checkpoint's step in its store; None where the target is no store."""
+    passed_over: tuple[str, ...] = ()
+    """Higher steps that were not loaded because they are damaged, each with path and reason; see `fallback`."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +158,8 @@ class VerifyReport:
     """Names that were read but have no checksum to compare with, as in a checkpoint that stock DCP wrote."""
     notes: tuple[str, ...] = ()
     """Remarks on the check, such as that a record of format version 1 has no digest of itself."""
+    step: int | None = None
+    """The checkpoint's step in its store; None where the target is no store."""
 
     @property
     def verified(self) -> bool:

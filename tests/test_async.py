@@ -52,7 +52,7 @@ def test_training_goes_on_and_none_of_it_is_in_the_checkpoint(tmp_path: Path) ->
     state, gate = trained(), tmp_path / "gate"
     ray_ckpt.save(state, tmp_path / "blocking")
     handle = ray_ckpt.save(state, GatedStorage(tmp_path / "async", gate), blocking=False)
-    handle.staged(timeout_s=1.0)
+    handle.staged()
     train(state, 3)
     assert not handle.done()
     assert not committed(tmp_path / "async")
@@ -138,6 +138,31 @@ def test_the_next_save_is_skipped_with_a_warning_where_that_was_asked_for(tmp_pa
     gate.touch()
     first.result(timeout_s=30.0)
     assert ray_ckpt.save({"w": torch.ones(3)}, tmp_path / "second", blocking=True, if_busy="skip") is not None
+
+
+def test_commits_skips_and_background_failures_are_logged_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="ray_ckpt")
+    gate = tmp_path / "gate"
+    first = ray_ckpt.save({"w": torch.ones(3)}, GatedStorage(tmp_path / "first", gate), blocking=False)
+    with pytest.warns(UserWarning, match="is skipped"):
+        ray_ckpt.save({"w": torch.ones(3)}, tmp_path / "second", blocking=False, if_busy="skip")
+    gate.touch()
+    first.result(timeout_s=30.0)
+    failing = ray_ckpt.save({"w": torch.ones(3)}, no_space(tmp_path / "bad"), blocking=False)
+    with pytest.raises(StorageError):
+        failing.result(timeout_s=30.0)
+    logged = [(record.levelname, record.name.partition(".")[0], record.getMessage()) for record in caplog.records]
+    expected = [
+        ("INFO", r"skipped the save of .*/second: the one before is still being written"),
+        ("INFO", r"committed .*/first: \d+ bytes in \d+ files, \d+\.\d s"),
+        ("WARNING", r"the save of .*/bad in the background failed: StorageError: .*No space left on device.*"),
+    ]
+    assert len(logged) == len(expected)
+    for (level, logger, message), (expected_level, pattern) in zip(logged, expected, strict=True):
+        assert (level, logger) == (expected_level, "ray_ckpt")
+        assert re.fullmatch(pattern, message)
 
 
 def test_wrong_use_is_refused_at_once(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from ray_ckpt.checkpoint.carriers import Alone, Carrier, Collectives, LostContact, Star, timeout_of
+from ray_ckpt.protocol.messages import Outcome
 from tests.support.faulty import wait_until
 from tests.support.ranks import RanksError, run_ranks
 
@@ -20,17 +21,17 @@ VALUES = ["", "a", {"nested": [1, (2.0, None)]}, b"0123456789" * 500_000]
 def carry(rank: int, kind: str) -> list[Any]:
     """What this rank got in each kind of exchange, of values of any size."""
     world_size = dist.get_world_size()
-    carrier: Carrier = Collectives()
+    assert dist.group.WORLD is not None
+    carrier: Carrier = Collectives(dist.group.WORLD)
     if kind == "star":
-        assert dist.group.WORLD is not None
         assert timeout_of(dist.group.WORLD) == timedelta(seconds=30)
         carrier = Star(dist.new_group(backend="gloo"))
     assert (carrier.rank, carrier.num_ranks) == (rank, world_size)
     got = []
     for value in VALUES:
-        got.append(carrier.gather((rank, value)))
-        got.append(carrier.scatter([(to, value) for to in range(world_size)] if rank == 0 else []))
-        got.append(carrier.broadcast(value if rank == 0 else None))
+        got.append([outcome.get() for outcome in carrier.gather(Outcome((rank, value)))])
+        got.append(carrier.scatter([Outcome((to, value)) for to in range(world_size)] if rank == 0 else []).get())
+        got.append(carrier.broadcast(Outcome(value) if rank == 0 else Outcome()).get())
     return got
 
 
@@ -44,12 +45,13 @@ def test_every_rank_gets_what_is_meant_for_it(tmp_path: Path, kind: str) -> None
 
 
 def test_one_process_talks_to_itself() -> None:
-    assert (Alone().gather(1), Alone().scatter([2]), Alone().broadcast(3)) == ([1], 2, 3)
+    one, two, three = (Outcome(value) for value in (1, 2, 3))
+    assert (Alone().gather(one), Alone().scatter([two]), Alone().broadcast(three)) == ([one], two, three)
 
 
 def speak_and_listen(star: Star) -> None:
-    star.gather("of rank 2")
-    star.broadcast(None)
+    star.gather(Outcome("of rank 2"))
+    star.broadcast(Outcome())
 
 
 def keep_silent(rank: int, directory: str) -> None:
@@ -59,9 +61,9 @@ def keep_silent(rank: int, directory: str) -> None:
     if rank == 1:
         wait_until(lambda: all((root / str(other)).exists() for other in (0, 2)))
     elif rank == 0:
-        text = "; ".join(str(value) for value in star.gather("of rank 0"))
+        text = "; ".join(str(outcome.value or outcome.failure) for outcome in star.gather(Outcome("of rank 0")))
         with pytest.raises(LostContact):
-            star._send({1: "anything"})
+            star._send({1: Outcome("anything")})
         (root / "0").write_text(text)
     else:
         with pytest.raises(LostContact) as caught:

@@ -26,7 +26,7 @@ import ray_ckpt
 from ray_ckpt import (
     ArrowStorageReader, ArrowStorageWriter, CheckpointStore, Damage, Fingerprint, Layout, LoadReport, Manifest, Policy,
     RemovalReport, RetryPolicy, SaveHandle, SaveReport, Storage, TrainState, VerifyReport, WorkerContext, WorkerError,
-    WorkerGroup, cluster, fingerprint, keep, keep_every, keep_last, load, save, verify,
+    WorkerGroup, cluster, fingerprint, keep, keep_every, keep_last, load, resume, save, verify,
 )
 
 
@@ -40,6 +40,8 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     report: SaveReport = save(state, store, step=1)
     handle: SaveHandle = save(state, store, step=2, blocking=False)
     print(report.total_bytes, handle.done(), handle.result(timeout_s=60.0).uri)
+    resumed: LoadReport | None = resume(state, store)
+    print(0 if resumed is None else resumed.step)
     loaded: LoadReport = load(state, store, strict=False, only=("model",))
     checked: VerifyReport = verify(store, 1)
     damages: tuple[Damage, ...] = checked.damages

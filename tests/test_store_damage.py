@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 import time
 from pathlib import Path
 
@@ -98,8 +99,12 @@ def test_a_damaged_step_is_named_and_can_be_left_out(store, damage, reason, capl
     assert "step 3" in message
     assert "/run/step-3/" in message
     state = {"weight": torch.zeros(30), "step": 0}
-    ray_ckpt.load(state, store, fallback=True)
-    assert state["step"] == 2
+    for verb in (ray_ckpt.load, ray_ckpt.resume):
+        state["step"] = 0
+        report = verb(state, store, fallback=True)
+        assert (state["step"], report.step) == (2, 2)
+        [passed_over] = report.passed_over
+        assert re.match(rf"step 3: .*/run/step-3/.*{reason}", passed_over)
     with pytest.raises(CheckpointNotFoundError):
         store.damage(4)
 

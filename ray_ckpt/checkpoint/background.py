@@ -1,7 +1,7 @@
 """Saves beside training: one at a time per process, in a thread, with a group of their own.
 
 save(blocking=False) ── Saver.start ── thread: write, check, publish ──> SaveHandle.result
-next save            ── Saver.settle: wait for it, and raise what became of it if nobody has seen that yet
+next save            ── Saver.settle: wait for it, and raise its failure if nobody has seen that yet
 end of the process   ── Python waits for the thread; a failure that nobody saw is told, and the exit code is 1
 """
 
@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch.distributed as dist
 
 from ray_ckpt.checkpoint.carriers import Alone, Carrier, LostContact, Star, timeout_of
+from ray_ckpt.checkpoint.meetings import Deadline
 from ray_ckpt.errors import CheckpointError
 from ray_ckpt.protocol.coordinator import PlanCache
 from ray_ckpt.protocol.host_copy import HostCopy
@@ -40,62 +41,68 @@ class Saver:
     def _meet(self, group: dist.ProcessGroup | None) -> None:
         # Weakly: the trainer may destroy its group, and then nothing may keep its connections open.
         self._trainers_group: Callable[[], dist.ProcessGroup | None] = weakref.ref(group) if group else lambda: None
-        self._background: Carrier | None = Alone() if group is None or group.size() == 1 else None
+        self._is_alone = group is None or group.size() == 1
+        self._background: dist.ProcessGroup | None = None
         self.memory = PlanMemory()
         self.cache = PlanCache()
         self.known: frozenset[str] = frozenset()
         """Tokens of this rank's plans that the coordinator's cache holds."""
         self.agreed: Assignment | None = None
-        """What this rank was told to do with the plan of that token."""
+        """This rank's assignment for the plan of that token."""
 
     @property
     def busy(self) -> bool:
         return self._pending is not None and not self._pending.done()
 
     def remember(self, assignment: Assignment) -> None:
-        """What this save does, for the next one of the same plan."""
+        """Keep what this save does, for the next one of the same plan."""
         self.known, self.agreed = frozenset({self.memory.token}), assignment
 
     @property
     def has_carrier(self) -> bool:
         """Whether ranks can talk beside training."""
-        return self._background is not None
+        return self._is_alone or self._background is not None
 
-    def settle(self) -> None:
+    def settle(self, deadline: Deadline | None = None) -> None:
         """Wait for the save in flight.
 
         Raises:
             CheckpointError: it failed, and nobody on this rank has seen that yet.
+            SavePendingError: it has not ended by the deadline.
         """
         handle = self._pending
         if handle is None:
             return
-        handle.wait()
+        handle.wait(None if deadline is None else deadline.left_s)
         self._pending = None
-        if handle.failed and not isinstance(self._background, Alone):
+        if handle.failed:
             # Some ranks may have stopped in the middle of an exchange.
             self._background = None
         if (failure := handle.take_failure()) is not None:
             raise failure
 
-    def carrier(self, *, anew: bool) -> Carrier:
+    def carrier(self, deadline: Deadline | None, *, anew: bool) -> Carrier:
         """For the thread beside training. All ranks call it.
 
         Args:
             anew: some rank has none.
         """
-        if self._background is None or (anew and not isinstance(self._background, Alone)):
+        if self._is_alone:
+            return Alone()
+        if self._background is None or anew:
             trainers = dist.group.WORLD
             assert trainers is not None, "several ranks have a group"
-            self._background = Star(dist.new_group(backend="gloo", timeout=timeout_of(trainers)))
-        return self._background
+            self._background = dist.new_group(backend="gloo", timeout=timeout_of(trainers))
+        return Star(self._background, deadline)
 
     def start(self, handle: SaveHandle, work: Callable[[], SaveReport]) -> None:
         def work_alone() -> SaveReport:
             try:
                 return work()
             except LostContact as error:
-                raise CheckpointError(f"save failed: {error}; whether it was committed is not known here") from error
+                raise CheckpointError(
+                    f"save failed: {error}; it may or may not have been committed, look for it at its target"
+                ) from error
 
         self._pending = handle
         handle.start(work_alone)

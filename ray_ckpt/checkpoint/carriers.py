@@ -1,4 +1,4 @@
-"""How values travel between the coordinator, which is rank 0, and all ranks.
+"""How outcomes travel between the coordinator, which is rank 0, and all ranks.
 
 Alone         one process: nothing travels
 Collectives   the trainer's own process group; only on the thread that trains
@@ -16,9 +16,14 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from ray_ckpt.checkpoint.meetings import Deadline, meetings_of
+from ray_ckpt.protocol.messages import Outcome
+
 _COORDINATOR = 0
 _SIZE, _DATA = 0, 1
 """Tags of the two parts of a message."""
+
+_MOMENT_S = 0.01
 
 
 class LostContact(Exception):
@@ -34,127 +39,151 @@ class Carrier(Protocol):
     @property
     def num_ranks(self) -> int: ...
 
-    def gather(self, value: Any) -> list[Any]:
-        """The coordinator gets every rank's value, by rank, or a `LostContact` in its place; the others get nothing."""
+    def gather(self, outcome: Outcome[Any]) -> list[Outcome[Any]]:
+        """The coordinator gets every rank's, by rank; for a lost rank a `LostContact`. The others get nothing."""
         ...
 
-    def scatter(self, values: Sequence[Any]) -> Any:
-        """Every rank gets its own of the coordinator's values."""
+    def scatter(self, outcomes: Sequence[Outcome[Any]]) -> Outcome[Any]:
+        """Every rank gets its own of the coordinator's."""
         ...
 
-    def broadcast(self, value: Any) -> Any:
-        """Every rank gets the coordinator's value."""
+    def broadcast(self, outcome: Outcome[Any]) -> Outcome[Any]:
+        """Every rank gets the coordinator's."""
         ...
 
 
-def carrier() -> Carrier:
+class TrainersCarrier(Carrier, Protocol):
     """For the thread that trains."""
-    return Collectives() if dist.is_initialized() and dist.get_world_size() > 1 else Alone()
+
+    def ask_any(self, flag: bool) -> Callable[[], bool]:
+        """Begin to ask whether the flag is set on any rank. What is returned waits for the answer."""
+        ...
 
 
-def on_any_rank(it_is_so: bool) -> bool:
-    """Whether it is so on any rank of the trainer's group, by one small collective: objects cost five times that."""
-    return ask_any_rank(it_is_so)()
+def trainers_carrier(deadline: Deadline | None = None) -> TrainersCarrier:
+    """For this process's group of trainers, or none.
 
-
-def ask_any_rank(it_is_so: bool) -> Callable[[], bool]:
-    """Begin what `on_any_rank` does, and go on; what is returned waits for the answer."""
-    if not dist.is_initialized():
-        return lambda: it_is_so
-    trainers = dist.group.WORLD
-    assert trainers is not None, "an initialized process has a group"
-    kinds = {device.type for device in trainers._device_types}
-    device = torch.device("cpu" if "cpu" in kinds else kinds.pop())
-    flag = torch.tensor([it_is_so], dtype=torch.int32, device=device)
-    answer = dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True)
-
-    def wait() -> bool:
-        answer.wait()
-        return bool(flag.item())
-
-    return wait
+    Args:
+        deadline: for waiting for other ranks; by default as long as the group's collectives wait.
+    """
+    group = dist.group.WORLD if dist.is_initialized() else None
+    return Alone() if group is None or group.size() == 1 else Collectives(group, deadline)
 
 
 class Alone:
     rank, num_ranks = 0, 1
 
-    def gather(self, value: Any) -> list[Any]:
-        return [value]
+    def gather(self, outcome: Outcome[Any]) -> list[Outcome[Any]]:
+        return [outcome]
 
-    def scatter(self, values: Sequence[Any]) -> Any:
-        return values[0]
+    def scatter(self, outcomes: Sequence[Outcome[Any]]) -> Outcome[Any]:
+        return outcomes[0]
 
-    def broadcast(self, value: Any) -> Any:
-        return value
+    def broadcast(self, outcome: Outcome[Any]) -> Outcome[Any]:
+        return outcome
+
+    def ask_any(self, flag: bool) -> Callable[[], bool]:
+        return lambda: flag
 
 
 class Collectives:
-    """A rank that is lost is an error of torch's, on some of the others at once, on the rest at the group's timeout."""
+    """A rank that is lost is an error of torch's, on some of the others at once, on the rest at the group's timeout.
 
-    def __init__(self) -> None:
-        self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
+    With a deadline, the ranks meet before each collective: then one that does not come is named.
+    """
 
-    def gather(self, value: Any) -> list[Any]:
-        values: list[Any] | None = [None] * self.num_ranks if self.rank == _COORDINATOR else None
-        dist.gather_object(value, values, _COORDINATOR)
-        return values or []
+    def __init__(self, group: dist.ProcessGroup, deadline: Deadline | None = None) -> None:
+        self.rank, self.num_ranks = group.rank(), group.size()
+        self._group = group
+        self._deadline = deadline
 
-    def scatter(self, values: Sequence[Any]) -> Any:
-        received = [None]
-        dist.scatter_object_list(received, list(values) if self.rank == _COORDINATOR else None, _COORDINATOR)
-        return received[0]
+    def gather(self, outcome: Outcome[Any]) -> list[Outcome[Any]]:
+        self._meet()
+        outcomes: list[Any] | None = [None] * self.num_ranks if self.rank == _COORDINATOR else None
+        dist.gather_object(outcome, outcomes, _COORDINATOR)
+        return outcomes or []
 
-    def broadcast(self, value: Any) -> Any:
-        received = [value]
+    def scatter(self, outcomes: Sequence[Outcome[Any]]) -> Outcome[Any]:
+        self._meet()
+        received: list[Any] = [None]
+        dist.scatter_object_list(received, list(outcomes) if self.rank == _COORDINATOR else None, _COORDINATOR)
+        return received[0]  # type: ignore[no-any-return]
+
+    def broadcast(self, outcome: Outcome[Any]) -> Outcome[Any]:
+        self._meet()
+        received = [outcome]
         dist.broadcast_object_list(received, _COORDINATOR)
         return received[0]
 
+    def ask_any(self, flag: bool) -> Callable[[], bool]:
+        """By one small collective: objects cost five times that."""
+        kinds = {device.type for device in self._group._device_types}
+        device = torch.device("cpu" if "cpu" in kinds else kinds.pop())
+        told = torch.tensor([flag], dtype=torch.int32, device=device)
+        answer = dist.all_reduce(told, dist.ReduceOp.MAX, async_op=True)
+
+        def wait() -> bool:
+            self._meet()
+            answer.wait()
+            return bool(told.item())
+
+        return wait
+
+    def _meet(self) -> None:
+        if self._deadline is not None:
+            meetings_of(self._group).meet(self._deadline)
+
 
 class Star:
-    """Needs no other rank to reach a rank, so that the one which is lost can be named, and the others told.
+    """The coordinator in the middle, a connection to each of the other ranks around it.
+
+    A collective passes through several ranks, and when one is lost, nobody can say which. Here every message concerns
+    two: the coordinator knows whom it could not reach, and can tell the others.
 
     It speaks to the group itself, past the functions of `torch.distributed`: those fail once the trainer has called
     `destroy_process_group`, which it may do while a save is being written.
 
     Args:
         group: a gloo group of all ranks. Its timeout is how far apart ranks may be.
+        deadline: for waiting for other ranks, where that is sooner.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, deadline: Deadline | None = None) -> None:
         self.rank, self.num_ranks = group.rank(), group.size()
         self._group = group
+        self._deadline = deadline
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, outcome: Outcome[Any]) -> list[Outcome[Any]]:
         if self.rank != _COORDINATOR:
-            self._send({_COORDINATOR: value})
+            self._send({_COORDINATOR: outcome})
             return []
-        values, given_up = [value], ""
+        outcomes, late = [outcome], ""
         for rank in range(1, self.num_ranks):
             try:
-                values.append(self._receive(rank))
+                outcomes.append(self._receive(rank))
             except LostContact as lost:
-                values.append(LostContact(f"was not heard: {given_up}") if given_up else lost)
+                outcomes.append(Outcome(failure=LostContact(f"was not heard: {late}") if late else lost))
                 if "Timed out" in str(lost):
                     # gloo closes its connections to all ranks then; those that follow are not to blame for it.
-                    given_up = given_up or f"rank {rank} did not answer in time"
-        return values
+                    late = late or f"rank {rank} did not answer in time"
+        return outcomes
 
-    def scatter(self, values: Sequence[Any]) -> Any:
+    def scatter(self, outcomes: Sequence[Outcome[Any]]) -> Outcome[Any]:
         if self.rank != _COORDINATOR:
             return self._receive(_COORDINATOR)
-        # Whom this does not reach learns it from its own side, or is no more.
+        # An unreachable rank sees the lost connection itself, or has died.
         with contextlib.suppress(LostContact):
-            self._send({rank: value for rank, value in enumerate(values) if rank != _COORDINATOR})
-        return values[_COORDINATOR]
+            self._send({rank: outcome for rank, outcome in enumerate(outcomes) if rank != _COORDINATOR})
+        return outcomes[_COORDINATOR]
 
-    def broadcast(self, value: Any) -> Any:
-        return self.scatter([value] * self.num_ranks)
+    def broadcast(self, outcome: Outcome[Any]) -> Outcome[Any]:
+        return self.scatter([outcome] * self.num_ranks)
 
-    def _send(self, values: Mapping[int, Any]) -> None:
+    def _send(self, outcomes: Mapping[int, Outcome[Any]]) -> None:
         """Send all before waiting for one, so that nobody waits for a rank that does not listen."""
         sent, lost = [], None
-        for rank, value in values.items():
-            data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        for rank, outcome in outcomes.items():
+            data = torch.frombuffer(bytearray(pickle.dumps(outcome)), dtype=torch.uint8)
             for tag, tensor in ((_SIZE, torch.tensor([data.numel()])), (_DATA, data)):
                 try:
                     # With the tensor, which has to live until it has gone.
@@ -163,21 +192,28 @@ class Star:
                     lost = LostContact(f"rank {rank} cannot be reached: {_brief(error)}")
         for rank, _, work in sent:
             try:
-                work.wait()
+                self._wait(work)
             except RuntimeError as error:
                 lost = LostContact(f"rank {rank} cannot be reached: {_brief(error)}")
         if lost is not None:
             raise lost
 
-    def _receive(self, rank: int) -> Any:
+    def _receive(self, rank: int) -> Outcome[Any]:
         size = torch.zeros(1, dtype=torch.long)
         try:
-            self._group.recv([size], rank, _SIZE).wait()
+            self._wait(self._group.recv([size], rank, _SIZE))
             data = torch.empty(int(size), dtype=torch.uint8)
-            self._group.recv([data], rank, _DATA).wait()
+            self._wait(self._group.recv([data], rank, _DATA))
         except RuntimeError as error:
             raise LostContact(f"rank {rank} cannot be heard: {_brief(error)}") from error
-        return pickle.loads(data.numpy().tobytes())
+        return pickle.loads(data.numpy().tobytes())  # type: ignore[no-any-return]
+
+    def _wait(self, work: dist.Work) -> None:
+        if self._deadline is None:
+            work.wait()
+        else:
+            # At least a moment, for what is there already; no time at all would mean the group's timeout.
+            work.wait(timedelta(seconds=max(_MOMENT_S, self._deadline.left_s)))
 
 
 def timeout_of(group: dist.ProcessGroup) -> timedelta:

@@ -1,5 +1,6 @@
-"""load(state, target): the phases of `protocol/rank_load.py`, carried by collectives.
+"""load(state, target), resume(state, store): the phases of `protocol/rank_load.py`, carried by collectives.
 
+coordinator    where the checkpoint is ── broadcast ──>
 every rank     open        and where that may be somebody else's: names ── gather ──> join ── broadcast ──> adapt
 every rank     offer ── gather ──> coordinator: agree ── broadcast ──> check -> read -> finish -> LoadReport
 
@@ -9,18 +10,18 @@ The manifest tells every rank where its bytes are: nobody has to be asked while 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
-from ray_ckpt.checkpoint.carriers import carrier, on_any_rank
-from ray_ckpt.checkpoint.together import Exchange, chosen_by_one, together
-from ray_ckpt.errors import UsageError
+from ray_ckpt.checkpoint.exchange import TrainersExchange
+from ray_ckpt.errors import CheckpointNotFoundError, UsageError
 from ray_ckpt.format.translate import join
 from ray_ckpt.protocol.agreement import agree
 from ray_ckpt.protocol.rank_load import LoadOptions, RankLoad, State
 from ray_ckpt.report import LoadReport
 from ray_ckpt.state.load_plan import KeyMap
 from ray_ckpt.state.train_state import TrainState
-from ray_ckpt.storage.resolve import Target, checkpoint_at
+from ray_ckpt.storage.resolve import Location, Target, checkpoint_at
 
 
 def load(
@@ -34,6 +35,7 @@ def load(
     key_map: KeyMap | None = None,
     hyperparameters: Literal["from-checkpoint", "from-optimizer"] = "from-checkpoint",
     fallback: bool = False,
+    timeout_s: float | None = None,
 ) -> LoadReport:
     """Load a checkpoint into a live state, whatever layout saved it. All ranks call it, with the same options.
 
@@ -70,33 +72,75 @@ def load(
             optimizer state follows.
         hyperparameters: whether the optimizers take what was saved, or keep their own, as they must where several
             pipeline stages saved their groups under one name and only one survived; see `LoadReport.lost`.
-
         fallback: where no step is named and the latest of the store is damaged, as far as its record and the sizes of
             its files tell, load the highest step that is good, and log a WARNING. Otherwise that is refused.
+        timeout_s: how long to wait in all for other ranks. It does not bound what this rank itself does, as reading.
+            By default as long as the process group's collectives wait.
 
     Raises:
-        CheckpointNotFoundError: there is no committed checkpoint.
+        CheckpointNotFoundError: there is no committed checkpoint, or not that step.
         FormatError: the latest step is damaged; names path, reason and the highest good step.
         StateMismatchError: names, shapes, dtypes or hyper-parameters do not fit; nothing was changed.
-        CheckpointError: a rank failed; names each of them, on every rank.
+        CheckpointError: a rank failed, or did not come within `timeout_s`; names each of them, on every rank.
     """
     if isinstance(only, str):
         raise UsageError(f"only={only!r} is one text: give a sequence of them, as in only=({only!r},)")
     options = LoadOptions(strict, cast, None if only is None else tuple(only), key_map, hyperparameters)
-    rank = RankLoad(chosen_by_one("load", lambda: checkpoint_at(target, step, fallback=fallback)), options)
-    with together("load"):
-        rank.open()
-    ranks = Exchange("load", carrier())
-    if rank.may_be_foreign and on_any_rank(isinstance(state, TrainState)):
-        of_ranks = ranks.gather(lambda: rank.names(state))
-        common = ranks.broadcast(lambda: join(of_ranks))
-        with together("load"):
-            rank.adapt(common)
+    ranks = TrainersExchange("load", timeout_s)
+    return _load(ranks, state, ranks.broadcast(lambda: checkpoint_at(target, step, fallback=fallback)), options)
+
+
+def resume(state: State, store: Target, *, fallback: bool = False, timeout_s: float | None = None) -> LoadReport | None:
+    """Load the latest committed step of a store, or return None where there is none yet. All ranks call it.
+
+    One rank looks for all, so that all load the same step, or all start from the beginning.
+
+    Example:
+        >>> import torch
+        >>> from ray_ckpt import TrainState, resume, save
+        >>> model = torch.nn.Linear(4, 4)
+        >>> state = TrainState(model, torch.optim.Adam(model.parameters()))
+        >>> def start() -> int:
+        ...     report = resume(state, "checkpoints")
+        ...     return 0 if report is None else report.step + 1
+        >>> start()
+        0
+        >>> report = save(state, "checkpoints", 70)
+        >>> start()
+        71
+
+    Args:
+        state: as for `load`.
+        store: a `CheckpointStore`, or its directory: a local path, a URI or a `Storage`.
+        fallback: as for `load`.
+        timeout_s: as for `load`.
+
+    Raises:
+        FormatError: the latest step is damaged; names path, reason and the highest good step.
+        StateMismatchError: names, shapes, dtypes or hyper-parameters do not fit; nothing was changed.
+        CheckpointError: a rank failed, or did not come within `timeout_s`; names each of them, on every rank.
+    """
+    ranks = TrainersExchange("resume", timeout_s)
+
+    def latest() -> Location | None:
+        try:
+            return checkpoint_at(store, None, fallback=fallback)
+        except CheckpointNotFoundError:
+            return None
+
+    location = ranks.broadcast(latest)
+    return None if location is None else _load(ranks, state, location, LoadOptions())
+
+
+def _load(ranks: TrainersExchange, state: State, location: Location, options: LoadOptions) -> LoadReport:
+    rank = RankLoad(location.storage, options)
+    ranks.on_all(rank.open)
+    if rank.may_be_foreign and ranks.ask_any(isinstance(state, TrainState))():
+        names = ranks.gather(lambda: rank.names(state))
+        common = ranks.broadcast(lambda: join(names))
+        ranks.on_all(lambda: rank.adapt(common))
     offers = ranks.gather(lambda: rank.offer(state))
     verdict = ranks.broadcast(lambda: agree(offers))
-    # The same on all ranks, which need not tell each other.
-    rank.check(verdict)
-    with together("load"):
-        rank.read()
-    with together("load"):
-        return rank.finish(verdict)
+    ranks.on_all(lambda: rank.read(verdict))
+    report = ranks.on_all(lambda: rank.finish(verdict))
+    return replace(report, step=location.step, passed_over=location.passed_over)

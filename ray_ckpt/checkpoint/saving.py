@@ -9,31 +9,32 @@ every rank     write files ── gather ──> coordinator: check ── broad
 
 from __future__ import annotations
 
-import functools
+import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, overload
 
 import torch
 import xxhash
 from torch.distributed.checkpoint.stateful import Stateful
 
-from ray_ckpt.checkpoint.background import Saver, saver
-from ray_ckpt.checkpoint.carriers import Carrier, ask_any_rank, carrier
-from ray_ckpt.checkpoint.together import Exchange
+from ray_ckpt.checkpoint.background import saver
+from ray_ckpt.checkpoint.exchange import Exchange, TrainersExchange
+from ray_ckpt.checkpoint.meetings import Deadline
 from ray_ckpt.errors import RayCkptError, UsageError
 from ray_ckpt.format import dcp_metadata
 from ray_ckpt.protocol.coordinator import Coordinator
-from ray_ckpt.protocol.messages import Assignment, LocalPlan, RankRecord
+from ray_ckpt.protocol.messages import Assignment, LocalPlan, Outcome, RankRecord
 from ray_ckpt.protocol.rank_save import RankSave
 from ray_ckpt.protocol.save_handle import SaveHandle
 from ray_ckpt.report import SaveReport
 from ray_ckpt.state.train_state import TrainState
-from ray_ckpt.storage.resolve import Target, destination
+from ray_ckpt.storage.resolve import Location, Target, destination
 
 State = Stateful | Mapping[str, Any]
-T = TypeVar("T")
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class _Offer:
     plan: LocalPlan | None
     """None: it is busy with the save before, which is not to be waited for."""
     has_carrier: bool
+    """Whether it can talk to the others beside training."""
 
 
 @dataclass(frozen=True)
@@ -51,59 +53,55 @@ class _Order:
 
     assignment: Assignment
     new_carrier: bool
-    """Some rank cannot talk to the others beside training yet, or no longer."""
-
-
-@dataclass(frozen=True)
-class _Begun:
-    """What a rank has begun to do. The state may change from here on if it goes on beside training."""
-
-    order: _Order
-    write: Callable[[], RankRecord]
+    """Whether some rank cannot talk to the others beside training yet, or no longer."""
 
 
 @overload
 def save(
     state: State,
     target: Target,
-    *,
     step: int | None = ...,
+    *,
     layout: str | None = ...,
     overwrite: bool = ...,
     blocking: Literal[True] = ...,
     if_busy: Literal["wait"] = ...,
+    timeout_s: float | None = ...,
 ) -> SaveReport: ...
 @overload
 def save(
     state: State,
     target: Target,
-    *,
     step: int | None = ...,
+    *,
     layout: str | None = ...,
     overwrite: bool = ...,
     blocking: Literal[False],
     if_busy: Literal["wait"] = ...,
+    timeout_s: float | None = ...,
 ) -> SaveHandle: ...
 @overload
 def save(
     state: State,
     target: Target,
-    *,
     step: int | None = ...,
+    *,
     layout: str | None = ...,
     overwrite: bool = ...,
     blocking: bool = ...,
     if_busy: Literal["wait", "skip"],
+    timeout_s: float | None = ...,
 ) -> SaveReport | SaveHandle | None: ...
 def save(
     state: State,
     target: Target,
-    *,
     step: int | None = None,
+    *,
     layout: str | None = None,
     overwrite: bool = False,
     blocking: bool = True,
     if_busy: Literal["wait", "skip"] = "wait",
+    timeout_s: float | None = None,
 ) -> SaveReport | SaveHandle | None:
     """Save what every rank holds as one checkpoint at `target`. All ranks call it, with the same options.
 
@@ -117,7 +115,7 @@ def save(
         >>> model = torch.nn.Linear(4, 4)
         >>> state = TrainState(model, torch.optim.Adam(model.parameters()))
         >>> store = CheckpointStore("checkpoints")
-        >>> save(state, store, step=100).num_files
+        >>> save(state, store, 100).num_files
         1
         >>> store.steps()
         (100,)
@@ -132,131 +130,160 @@ def save(
         overwrite: replace a committed checkpoint; it stays valid until the new one is committed.
         if_busy: whether a save waits for one that is still being written on some rank, or is skipped: a warning, and
             None instead of a report or a handle.
+        timeout_s: how long to wait in all for other ranks, and for the save before this one, from the call to the
+            commit. It does not bound what this rank itself does, as writing. By default as long as the process group's
+            collectives wait.
 
     Raises:
         CheckpointExistsError: `target` holds a committed checkpoint already and `overwrite` was not given.
         CommitError: the ranks' parts do not fit together, or ranks hold different things under one name.
-        CheckpointError: a rank failed; names each of them, on every rank. Nothing was committed. Or the save in the
-            background before this one failed and some rank has not seen that yet; this one was not begun.
+        CheckpointError: a rank failed; names each of them, on every rank. Nothing was committed. Or ranks did not come
+            within `timeout_s`; names them. Or the save in the background before this one failed and some rank has not
+            seen that yet; this one was not begun.
+        SavePendingError: alone, the save before this one has not ended within `timeout_s`.
     """
     if if_busy not in ("wait", "skip"):
         raise UsageError(f"if_busy={if_busy!r} is neither 'wait' nor 'skip'")
-    storage = destination(target, step)
-    mine = saver()
-    mine.meet()
-    writer = RankSave(storage)
-    coordinator = Coordinator(
-        storage,
-        overwrite=overwrite,
-        layout=state.layout if layout is None and isinstance(state, TrainState) else layout,
-        saved_by={"torch": torch.__version__},
-        cache=mine.cache,
-        attempt=_next_attempt(mine.agreed),
-    )
-    trainers = carrier()
-    offer = _kept(functools.partial(_offer, mine, writer, state, skip=if_busy == "skip"))
-    begin = functools.partial(_begin, writer, mine, beside_training=not blocking)
-    expected = _expected(mine, offer, coordinator, trainers, beside_training=not blocking)
-    others_differ = ask_any_rank(expected is None)
-    # While the ranks hear of each other, each goes ahead with what they do if nothing but values has changed.
-    begun = None if expected is None else begin(expected)
-    if others_differ():
-        order = _agree(trainers, coordinator, offer)
-        begun = None if order is None else begin(order)
-    if begun is None:
-        if trainers.rank == 0:
-            text = f"the save of {storage.address} is skipped: the one before is still being written"
+    ranks = TrainersExchange("save", timeout_s)
+    location = destination(target, step)
+    layout = state.layout if layout is None and isinstance(state, TrainState) else layout
+    this = _Save(location, overwrite=overwrite, layout=layout, beside_training=not blocking)
+    order = this.start(state, ranks, skip=if_busy == "skip")
+    address = location.storage.address
+    if order is None:
+        if ranks.rank == 0:
+            _logger.info("skipped the save of %s: the one before is still being written", address)
+            text = f"the save of {address} is skipped: the one before is still being written"
             warnings.warn(text, stacklevel=2)
         return None
-    mine.remember(begun.order.assignment)
     if blocking:
-        return _finish(Exchange("save", trainers), coordinator, writer, begun.write)
-    ranks = Exchange("save", mine.carrier(anew=begun.order.new_carrier))
-    handle = SaveHandle(storage.address)
-    mine.start(handle, functools.partial(_finish, ranks, coordinator, writer, begun.write))
+        return this.finish(ranks)
+    handle = SaveHandle(address)
+    this.finish_beside_training(handle, ranks.deadline, order)
     return handle
 
 
-def _offer(mine: Saver, writer: RankSave, state: State, *, skip: bool) -> _Offer:
-    if skip and mine.busy:
-        return _Offer(None, mine.has_carrier)
-    mine.settle()
-    return _Offer(writer.plan(state, mine.memory, mine.known), mine.has_carrier)
+class _Save:
+    """One save, as one rank goes through it: `hold`; `repeat_last`, else `agree`; `begin`; `finish`.
 
-
-def _expected(
-    mine: Saver, offer: Callable[[], _Offer], coordinator: Coordinator, trainers: Carrier, *, beside_training: bool
-) -> _Order | None:
-    """To do as at the save before, if this rank can: its state has changed in nothing but its values.
-
-    When all ranks can, nothing more needs to be said than that. What speaks against it is said afterwards.
+    Args:
+        beside_training: whether the state may change once `begin` has returned.
     """
-    try:
-        offered = offer()
-        unchanged = offered.plan is not None and offered.plan.items is None
-        if mine.agreed is None or not unchanged or (beside_training and not offered.has_carrier):
+
+    def __init__(self, location: Location, *, overwrite: bool, layout: str | None, beside_training: bool) -> None:
+        self._beside_training = beside_training
+        self._mine = saver()
+        self._mine.meet()
+        self._writer = RankSave(location.storage)
+        self._coordinator = Coordinator(
+            location.storage,
+            overwrite=overwrite,
+            layout=layout,
+            saved_by={"torch": torch.__version__},
+            cache=self._mine.cache,
+            attempt=_next_attempt(self._mine.agreed),
+            step=location.step,
+        )
+        self._offer: Outcome[_Offer] = Outcome()
+        self._staged: Outcome[None] = Outcome()
+        self._assignment: Assignment | None = None
+
+    def start(self, state: State, ranks: TrainersExchange, *, skip: bool) -> _Order | None:
+        """Everything before the writing. None where this save is to be skipped.
+
+        Args:
+            skip: whether not to wait for the save before.
+        """
+        self.hold(state, ranks.deadline, skip=skip)
+        order = self.repeat_last(ranks)
+        anyone_differs = ranks.ask_any(order is None)
+        # While the ranks hear of each other, each goes ahead with what they do if nothing but values has changed.
+        if order is not None:
+            self.begin(order)
+        if anyone_differs():
+            order = self.agree(ranks)
+            if order is not None:
+                self.begin(order)
+        if order is not None:
+            self._mine.remember(order.assignment)
+        return order
+
+    def hold(self, state: State, deadline: Deadline | None, *, skip: bool) -> None:
+        """Look through the state, after the save before. A failure is told by `agree`."""
+
+        def offer() -> _Offer:
+            if skip and self._mine.busy:
+                return _Offer(None, self._mine.has_carrier)
+            self._mine.settle(deadline)
+            plan = self._writer.plan(state, self._mine.memory, self._mine.known)
+            return _Offer(plan, self._mine.has_carrier)
+
+        self._offer = Outcome.of(offer)
+
+    def repeat_last(self, ranks: TrainersExchange) -> _Order | None:
+        """The order of the save before, if nothing but values has changed on this rank since then; else None.
+
+        When no rank gives None, nothing more needs to be said. What speaks against it is said by `agree`.
+        """
+        offer, last = self._offer.value, self._mine.agreed
+        if offer is None or offer.plan is None or offer.plan.items is not None or last is None:
             return None
-        if trainers.rank == 0:
-            coordinator.merge_again()
-    except Exception:
-        return None
-    return _Order(replace(mine.agreed, attempt=coordinator.attempt), new_carrier=False)
+        if self._beside_training and not offer.has_carrier:
+            return None
+        if ranks.rank == 0 and Outcome.of(self._coordinator.merge_again).failure is not None:
+            return None
+        return _Order(replace(last, attempt=self._coordinator.attempt), new_carrier=False)
 
+    def agree(self, ranks: Exchange) -> _Order | None:
+        """Plan together. None where a rank is busy and this save is to be skipped.
 
-def _agree(trainers: Carrier, coordinator: Coordinator, offer: Callable[[], _Offer]) -> _Order | None:
-    """Plan together, unless a rank is busy, which is None, or a save in the background has failed."""
+        Raises:
+            RayCkptError: a rank could not offer a plan, or the plans do not fit together.
+        """
+        offers = ranks.gather(self._offer.get)
 
-    def give_orders() -> Sequence[_Order | None]:
-        plans = [offer.plan for offer in offers if offer.plan is not None]
-        if len(plans) < len(offers):
-            return [None] * len(offers)
-        new_carrier = not all(offer.has_carrier for offer in offers)
-        return [_Order(assignment, new_carrier) for assignment in coordinator.merge(plans)]
+        def give_orders() -> Sequence[_Order | None]:
+            plans = [offer.plan for offer in offers if offer.plan is not None]
+            if len(plans) < len(offers):
+                return [None] * len(offers)
+            new_carrier = not all(offer.has_carrier for offer in offers)
+            return [_Order(assignment, new_carrier) for assignment in self._coordinator.merge(plans)]
 
-    ranks = Exchange("save", trainers)
-    offers = ranks.gather(offer)
-    return ranks.scatter(give_orders)
+        return ranks.scatter(give_orders)
 
+    def begin(self, order: _Order) -> None:
+        """Copy this rank's part if training goes on. A failure is told by `finish`. May be called once more."""
+        self._assignment = assignment = order.assignment
+        if self._beside_training:
+            self._staged = Outcome.of(lambda: self._writer.stage(assignment, self._mine.host_copy))
 
-def _begin(writer: RankSave, mine: Saver, order: _Order, *, beside_training: bool) -> _Begun:
-    """Copy this rank's part if training goes on. A failure is raised by `write`, where all ranks learn of it."""
-    write = functools.partial(writer.write, order.assignment)
-    if not beside_training:
-        return _Begun(order, write)
-    staged = _kept(functools.partial(writer.stage, order.assignment, mine.host_copy))
+    def finish(self, ranks: Exchange) -> SaveReport:
+        """Write, check, and commit.
 
-    def write_staged() -> RankRecord:
-        staged()
-        return write()
+        Raises:
+            RayCkptError: a rank failed; nothing was committed. Or the commit itself failed, and may have happened.
+            LostContact: a rank cannot be reached any more.
+        """
+        try:
+            records = ranks.gather(self._write)
+            ranks.broadcast(lambda: self._coordinator.check(records))
+        except RayCkptError:
+            # All ranks have agreed not to commit. After a lost connection that is not known, and the files stay.
+            self._writer.discard()
+            raise
+        return ranks.broadcast(lambda: self._coordinator.publish(dcp_metadata.dumps(self._coordinator.manifest)))
 
-    return _Begun(order, write_staged)
+    def finish_beside_training(self, handle: SaveHandle, deadline: Deadline | None, order: _Order) -> None:
+        """Begin `finish` in a thread; the handle tells how it ends. All ranks call it."""
+        ranks = Exchange("save", self._mine.carrier(deadline, anew=order.new_carrier))
+        self._mine.start(handle, lambda: self.finish(ranks))
+
+    def _write(self) -> RankRecord:
+        self._staged.get()
+        assert self._assignment is not None, "begin comes first"
+        return self._writer.write(self._assignment)
 
 
 def _next_attempt(agreed: Assignment | None) -> str | None:
     """A name for an attempt that all ranks know without being told."""
     return None if agreed is None else xxhash.xxh3_64_hexdigest(agreed.attempt.encode())[:12]
-
-
-def _kept(function: Callable[[], T]) -> Callable[[], T]:
-    """Calls it now; what it gave, value or failure, is given as often as one asks."""
-    try:
-        value = function()
-    except Exception as error:
-        failure = error
-
-        def fail() -> T:
-            raise failure
-
-        return fail
-    return lambda: value
-
-
-def _finish(ranks: Exchange, coordinator: Coordinator, writer: RankSave, write: Callable[[], RankRecord]) -> SaveReport:
-    try:
-        records = ranks.gather(write)
-        ranks.broadcast(lambda: coordinator.check(records))
-    except RayCkptError:
-        # All ranks have agreed not to commit. After a lost connection that is not known, and the files stay.
-        writer.discard()
-        raise
-    return ranks.broadcast(lambda: coordinator.publish(dcp_metadata.dumps(coordinator.manifest)))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from ray_ckpt.checkpoint.carriers import carrier
-from ray_ckpt.checkpoint.together import Exchange, chosen_by_one
+from dataclasses import replace
+
+from ray_ckpt.checkpoint.exchange import TrainersExchange
 from ray_ckpt.report import VerifyReport
 from ray_ckpt.storage.audit import audit
 from ray_ckpt.storage.checkpoint_reader import CheckpointReader
 from ray_ckpt.storage.resolve import Target, committed_at
 
 
-def verify(target: Target, step: int | None = None) -> VerifyReport:
+def verify(target: Target, step: int | None = None, *, timeout_s: float | None = None) -> VerifyReport:
     """Read every byte of a committed checkpoint and compare it with what was recorded when it was saved.
 
     Elements and objects have checksums; what else our files hold (the containers around the elements, `.metadata`)
@@ -30,6 +31,8 @@ def verify(target: Target, step: int | None = None) -> VerifyReport:
     Args:
         target: the checkpoint's directory, or a store: a local path, a URI, a `Storage` or a `CheckpointStore`.
         step: of the store; None for the checkpoint at `target` itself, or else the latest committed step.
+        timeout_s: how long to wait in all for other ranks. It does not bound what this rank itself does, as reading.
+            By default as long as the process group's collectives wait.
 
     Returns:
         What was read, and all that is damaged or missing, by name. A checkpoint that stock DCP wrote has no checksums:
@@ -39,15 +42,14 @@ def verify(target: Target, step: int | None = None) -> VerifyReport:
         CheckpointNotFoundError: there is no committed checkpoint.
         FormatError, UnsafeCheckpointError: its manifest is damaged, or not safe to read.
         StorageError: the storage does not answer.
-        CheckpointError: some ranks failed, others not; names each, on every rank.
+        CheckpointError: some ranks failed, others not, or did not come within `timeout_s`; names each, on every rank.
     """
-    storage = chosen_by_one("verify", lambda: committed_at(target, step))
-    mine = carrier()
-    ranks = Exchange("verify", mine)
+    ranks = TrainersExchange("verify", timeout_s)
+    found = ranks.broadcast(lambda: committed_at(target, step))
 
     def check() -> VerifyReport:
-        manifest = CheckpointReader(storage).read_manifest()
-        return audit(storage, manifest, rank=mine.rank, num_ranks=mine.num_ranks)
+        manifest = CheckpointReader(found.storage).read_manifest()
+        return audit(found.storage, manifest, rank=ranks.rank, num_ranks=ranks.num_ranks)
 
     shares = ranks.gather(check)
-    return ranks.broadcast(lambda: VerifyReport.merge(shares))
+    return replace(ranks.broadcast(lambda: VerifyReport.merge(shares)), step=found.step)

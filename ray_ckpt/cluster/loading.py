@@ -19,6 +19,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from ray_ckpt.cluster import worker_side
@@ -74,13 +75,13 @@ def load(
         One `LoadReport` per worker, in rank order.
 
     Raises:
-        CheckpointNotFoundError: there is no committed checkpoint.
+        CheckpointNotFoundError: there is no committed checkpoint, or not that step.
         WorkerError: workers failed or died, or the checkpoint does not fit what they hold; names each.
         GroupTimeoutError: workers did not answer in time; names each.
     """
     if isinstance(only, str):
         raise UsageError(f"only={only!r} is one text: give a sequence of them, as in only=({only!r},)")
-    storage = checkpoint_at(target, step, fallback=fallback)
+    found = checkpoint_at(target, step, fallback=fallback)
     options = {
         "strict": strict,
         "cast": cast,
@@ -96,11 +97,12 @@ def load(
         return list(group.call(fn, args_of, timeout_s=max(0.0, deadline - time.monotonic())).values())
 
     try:
-        if any(call(worker_side.open_load, storage, options)):
+        if any(call(worker_side.open_load, found.storage, options, state_of)):
             call(worker_side.adapt_load, join(call(worker_side.name_load, state_of)))
         verdict = agree(call(worker_side.offer_load, state_of))
         call(worker_side.read_load, verdict)
-        return call(worker_side.finish_load, verdict)
+        reports = call(worker_side.finish_load, verdict)
+        return [replace(report, step=found.step, passed_over=found.passed_over) for report in reports]
     except BaseException:
         worker_side.tell_all(group, worker_side.forget_load, attempt)
         raise

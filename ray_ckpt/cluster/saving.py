@@ -107,12 +107,18 @@ def save(
         SavePendingError: the save before this one has not ended within `timeout_s`; this one was not begun.
     """
     deadline = time.monotonic() + (group.call_timeout_s if timeout_s is None else timeout_s)
-    storage = destination(target, step)
+    storage, step, _ = destination(target, step)
     memory = _memories.setdefault(group, _GroupMemory())
     memory.settle(deadline - time.monotonic())
     saved_by = {"torch": importlib.metadata.version("torch")}
     coordinator = Coordinator(
-        storage, overwrite=overwrite, layout=layout, saved_by=saved_by, cache=memory.plans, called="the driver"
+        storage,
+        overwrite=overwrite,
+        layout=layout,
+        saved_by=saved_by,
+        cache=memory.plans,
+        step=step,
+        called="the driver",
     )
     attempt = _Attempt(group, storage, coordinator, retries, deadline)
     assignments = attempt.plan(state_of, memory.plans.tokens)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ray_ckpt.cluster import worker_side
 from ray_ckpt.cluster.group import WorkerGroup
 from ray_ckpt.report import VerifyReport
@@ -31,12 +33,13 @@ def verify(
         timeout_s: by default the group's `call_timeout_s`.
 
     Raises:
-        CheckpointNotFoundError: there is no committed checkpoint.
+        CheckpointNotFoundError: there is no committed checkpoint, or not that step.
         WorkerError: workers failed or died, or the storage does not answer them; names each.
         GroupTimeoutError: workers did not answer in time; names each.
     """
-    args = (committed_at(target, step), group.num_workers)
+    found = committed_at(target, step)
+    args = (found.storage, group.num_workers)
     shares = group.call(
         worker_side.verify, dict.fromkeys(range(group.num_workers), args), timeout_s=timeout_s, beside=True
     )
-    return VerifyReport.merge(list(shares.values()))
+    return replace(VerifyReport.merge(list(shares.values())), step=found.step)

@@ -94,18 +94,21 @@ def stock_record(ctx: WorkerContext, manifest: Manifest) -> bytes:
     return dcp_metadata.dumps(manifest)
 
 
-def open_load(ctx: WorkerContext, attempt: str, storage: Storage, options: Mapping[str, Any]) -> bool:
-    """Read what the checkpoint says of itself, and tell whether somebody else may have written it.
+def open_load(
+    ctx: WorkerContext, attempt: str, storage: Storage, options: Mapping[str, Any], state_of: StateOf | str
+) -> bool:
+    """Read what the checkpoint says of itself, and tell whether its names may have to be translated for the state.
 
     Args:
         options: fields of `LoadOptions`.
     """
     from ray_ckpt.protocol.rank_load import LoadOptions, RankLoad
+    from ray_ckpt.state.train_state import TrainState
 
     load = RankLoad(storage, LoadOptions(**options))
     load.open()
     _loads(ctx)[attempt] = load
-    return load.may_be_foreign
+    return load.may_be_foreign and isinstance(resolve(state_of)(ctx), TrainState)
 
 
 def name_load(ctx: WorkerContext, attempt: str, state_of: StateOf | str) -> Names | None:
@@ -125,9 +128,7 @@ def offer_load(ctx: WorkerContext, attempt: str, state_of: StateOf | str) -> Loa
 
 def read_load(ctx: WorkerContext, attempt: str, verdict: LoadOffer) -> None:
     """Read into the state, unless something is left over that nobody wants."""
-    load = _loads(ctx)[attempt]
-    load.check(verdict)
-    load.read()
+    _loads(ctx)[attempt].read(verdict)
 
 
 def finish_load(ctx: WorkerContext, attempt: str, verdict: LoadOffer) -> LoadReport:

@@ -31,7 +31,7 @@ from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.publish import publish, refuse_if_taken
 from ray_ckpt.text import listed
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 
 class PlanCache:
@@ -74,6 +74,7 @@ class Coordinator:
         fingerprints: tensor name -> `Fingerprint.digest`, kept in the manifest.
         cache: the plans of earlier attempts; keep one per group of ranks.
         attempt: id of this attempt; no other attempt may have the same.
+        step: the checkpoint's step in its store, for the report; None where it is in none.
         called: what messages call the process that this runs in.
     """
 
@@ -87,6 +88,7 @@ class Coordinator:
         fingerprints: Mapping[str, str] | None = None,
         cache: PlanCache | None = None,
         attempt: str | None = None,
+        step: int | None = None,
         called: str = "rank 0",
     ) -> None:
         self._start = time.monotonic()
@@ -96,6 +98,7 @@ class Coordinator:
         self._saved_by = dict(saved_by or {})
         self._fingerprints = dict(fingerprints or {})
         self._cache = cache or PlanCache()
+        self._step = step
         self._called = called
         self._plan: GlobalPlan | None = None
         self._manifest: Manifest | None = None
@@ -166,9 +169,13 @@ class Coordinator:
         manifest = self.manifest
         publish(self._storage, manifest, stock_record, overwrite=self._overwrite)
         report = SaveReport(
-            self._storage.address, manifest.total_bytes, len(manifest.files), time.monotonic() - self._start
+            uri=self._storage.address,
+            total_bytes=manifest.total_bytes,
+            num_files=len(manifest.files),
+            seconds=time.monotonic() - self._start,
+            step=self._step,
         )
-        _log.info(
+        _logger.info(
             "committed %s: %d bytes in %d files, %.1f s",
             report.uri,
             report.total_bytes,
@@ -198,7 +205,7 @@ class Coordinator:
         It does not see them when a write claimed success and lost bytes, or when the ranks' directory is another one
         of the same path.
         """
-        found: dict[str, int | None] = dict(self._storage.list_files()) if files else {}
+        found: dict[str, int | None] = {**self._storage.sizes(files)}
         for name, size in files.items():
             if found.get(name) != size:
                 # A listing may be stale, as on NFS; a look at the file itself is not.

@@ -102,7 +102,8 @@ class Source:
 
     def read(self, wanted: dict[str, Any]) -> None:
         """Fill the tensors of these names, and replace other entries by their values."""
-        fill(wanted, self._reader, self.manifest)
+        if wanted:
+            fill(wanted, self._reader, self.manifest)
 
     def describe(self, name: str) -> str:
         entry = self.manifest.tensors.get(name)

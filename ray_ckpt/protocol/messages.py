@@ -4,13 +4,48 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import xxhash
 
+from ray_ckpt.errors import RayCkptError
 from ray_ckpt.format.manifest import ObjectEntry, Path, TensorColumns, itemsize
+
+T = TypeVar("T")
+
+
+class RankError(Exception):
+    """An error of a rank's that is none of ours, and may not pickle; its text is that error's class and message."""
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[T]):
+    """What came of a call on one rank: its value, or the failure that it raised. Travels if the value does."""
+
+    value: T | None = None
+    """None where there is a failure."""
+    failure: Exception | None = None
+    """One of our errors, or a `RankError`, or how the rank was lost; None where there is a value."""
+
+    @staticmethod
+    def of(function: Callable[[], T]) -> Outcome[T]:
+        """Call it now."""
+        try:
+            return Outcome(function())
+        except (RayCkptError, RankError) as error:
+            return Outcome(failure=error)
+        except Exception as error:
+            told = RankError(f"{type(error).__name__}: {error}")
+            told.__cause__ = error
+            return Outcome(failure=told)
+
+    def get(self) -> T:
+        """Return the value, or raise the failure; as often as one asks."""
+        if self.failure is not None:
+            raise self.failure
+        return self.value  # type: ignore[return-value]
 
 
 class TensorSpec(NamedTuple):

@@ -7,8 +7,7 @@ coordinator    join     what all ranks hold                                   (f
 every rank     adapt    the manifest under our names
 every rank     offer    plan; refuse what this rank misses                     (changes nothing)
 coordinator    agree    agreement.py: what no rank wants
-every rank     check    refuse what is left over
-every rank     read     allocate; bytes go straight into the live tensors
+every rank     read     refuse what is left over; allocate; bytes go straight into the live tensors
 every rank     finish   hyper-parameters, schedulers, counters, generators
 
 Between the phases, whoever carries the messages tells the ranks whether the others have succeeded.
@@ -71,7 +70,7 @@ class RankLoad:
     """Loads one checkpoint into what a rank holds.
 
     Args:
-        storage: the checkpoint's directory, or a file.
+        storage: the checkpoint's directory or file.
     """
 
     def __init__(self, storage: Storage, options: LoadOptions) -> None:
@@ -163,20 +162,17 @@ class RankLoad:
         notes = {section: note for plan in self._plans for section, note in plan.notes.items()}
         return LoadOffer(tuple(missing), tuple(cast), mark(self._names, unwanted), notes)
 
-    def check(self, verdict: LoadOffer) -> None:
-        """Raises:
-        StateMismatchError: no rank wants some of what was saved, and the load is `strict`.
-        """
-        left = marked(self._names, verdict.unwanted)
-        if left and self._options.strict:
-            texts = [f"{name}: saved {self._source.describe(name)}, not wanted" for name in left]
-            raise StateMismatchError(
-                f"{self._source.label} does not fit what it is loaded into: {_listed(texts)}. Load a part of it by "
-                "only=('model', ...), or all that fits by strict=False"
-            )
+    def read(self, verdict: LoadOffer) -> None:
+        """Allocate what has no memory yet, and read. After an error while reading the tensors hold parts of two states.
 
-    def read(self) -> None:
-        """Allocate what has no memory yet, and read. After an error here the tensors hold parts of two states."""
+        Args:
+            verdict: what all ranks have agreed on.
+
+        Raises:
+            StateMismatchError: no rank wants some of what was saved, and the load is `strict`; nothing was changed.
+            StorageError, FormatError, IntegrityError: it cannot be read, or is damaged.
+        """
+        self._refuse_leftovers(verdict)
         with collector_paused():
             tensors, copies = self._allocate()
         self._source.read(tensors)
@@ -186,6 +182,15 @@ class RankLoad:
         self._num_bytes = sum(
             _local_elements(tensor) * itemsize(self._saved.tensors[name].dtype) for name, tensor in tensors.items()
         )
+
+    def _refuse_leftovers(self, verdict: LoadOffer) -> None:
+        left = marked(self._names, verdict.unwanted)
+        if left and self._options.strict:
+            texts = [f"{name}: saved {self._source.describe(name)}, not wanted" for name in left]
+            raise StateMismatchError(
+                f"{self._source.label} does not fit what it is loaded into: {_listed(texts)}. Load a part of it by "
+                "only=('model', ...), or all that fits by strict=False"
+            )
 
     def _allocate(self) -> tuple[dict[str, torch.Tensor], list[tuple[torch.Tensor, torch.Tensor]]]:
         """Targets by saved name, and (target, filled) where several want the same."""

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from ray_ckpt.errors import CheckpointError, SavePendingError
 from ray_ckpt.report import SaveReport
 
+_logger = logging.getLogger(__name__)
+
 
 class SaveHandle:
     """A save that goes on in the background, as `save(..., blocking=False)` returns it.
@@ -39,7 +41,7 @@ class SaveHandle:
         self._failure: BaseException | None = None
         self._told = False
 
-    def staged(self, timeout_s: float | None = None) -> None:
+    def staged(self) -> None:
         """Return once the state may change. That is at once: `save` copies the state before it returns the handle."""
 
     def done(self) -> bool:
@@ -70,7 +72,7 @@ class SaveHandle:
             SavePendingError: as `result`.
         """
         if not self._ended.wait(timeout_s):
-            raise SavePendingError(f"the save of {self._address} has not ended within {timeout_s} s; it goes on")
+            raise SavePendingError(f"the save of {self._address} has not ended within {timeout_s:.3g} s; it goes on")
 
     def start(self, work: Callable[[], SaveReport]) -> None:
         """Run `work` in a thread that Python waits for before the process ends."""
@@ -106,6 +108,7 @@ class SaveHandle:
             _unseen.discard(self)
         except BaseException as error:
             self._failure = error
+            _logger.warning("%s", self._described())
         self._ended.set()
         if self.failed and not threading.main_thread().is_alive():
             # The process ends, and may be a child of `multiprocessing` that runs no exit handlers.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import NamedTuple
 
 from ray_ckpt.errors import CheckpointNotFoundError, UsageError
 from ray_ckpt.format.manifest import MANIFEST_NAME
@@ -16,20 +17,30 @@ Target = str | os.PathLike[str] | Storage | CheckpointStore
 """A local path, a URI as `Storage` takes it, a `Storage`, or a store."""
 
 
-def destination(target: Target, step: int | None) -> Storage:
+class Location(NamedTuple):
+    """Where one checkpoint lies, or will."""
+
+    storage: Storage
+    step: int | None
+    """Its step in the store; None where the target is no store."""
+    passed_over: tuple[str, ...] = ()
+    """Higher steps that are damaged, each with path and reason."""
+
+
+def destination(target: Target, step: int | None) -> Location:
     """Where a save goes: to the target itself, or with `step` to that step of the store at the target.
 
     Raises:
         UsageError: `target` is a store and there is no step, or `step` is not a number from 0.
     """
     if step is not None:
-        return _store(target).location(step)
+        return Location(_store(target).location(step), step)
     if isinstance(target, CheckpointStore):
         raise UsageError(f"which step of {target.address} is to be saved? Say save(..., step=N)")
-    return target if isinstance(target, Storage) else Storage(target)
+    return Location(_storage(target), None)
 
 
-def checkpoint_at(target: Target, step: int | None, *, fallback: bool = False) -> Storage:
+def checkpoint_at(target: Target, step: int | None, *, fallback: bool = False) -> Location:
     """Where a load comes from: the step, the checkpoint at the target itself, or the latest step of the store there.
 
     Of the processes that load together, one asks and tells the others: another save may commit at any moment.
@@ -38,35 +49,50 @@ def checkpoint_at(target: Target, step: int | None, *, fallback: bool = False) -
         fallback: where the latest step is damaged, take the highest one that is good.
 
     Raises:
-        CheckpointNotFoundError: no step was named, and there is no committed checkpoint.
+        CheckpointNotFoundError: the named step is not there, or no step was named and there is no committed checkpoint.
         FormatError: no step was named, and the latest is damaged.
     """
-    return _found_at(target, step, lambda store: store.latest(fallback=fallback))
+    found = _found_at(target, step, lambda store: store.latest(fallback=fallback))
+    if not fallback or step is not None or found.step is None:
+        return found
+    store = _store(target)
+    damaged = {higher: store.damage(higher) for higher in store.steps() if higher > found.step}
+    return found._replace(passed_over=tuple(f"step {higher}: {why}" for higher, why in damaged.items() if why))
 
 
-def committed_at(target: Target, step: int | None) -> Storage:
+def committed_at(target: Target, step: int | None) -> Location:
     """As `checkpoint_at`, also where the latest step is damaged: for whoever wants to know what of it is.
 
     Raises:
-        CheckpointNotFoundError: no step was named, and there is no committed checkpoint.
+        CheckpointNotFoundError: the named step is not there, or no step was named and there is no committed checkpoint.
     """
     return _found_at(target, step, lambda store: max(store.steps(), default=None))
 
 
-def _found_at(target: Target, step: int | None, latest_of: Callable[[CheckpointStore], int | None]) -> Storage:
-    if step is not None:
-        return _store(target).location(step)
-    if not isinstance(target, CheckpointStore):
-        directory = destination(target, None)
-        if directory.exists(MANIFEST_NAME) or directory.exists(STOCK_RECORD_NAME) or is_file(directory):
-            return directory
+def _found_at(target: Target, step: int | None, latest_of: Callable[[CheckpointStore], int | None]) -> Location:
     store = _store(target)
+    if step is not None:
+        named = store.location(step)
+        if not (_is_recorded(named) or is_foreign(named)):
+            raise store.not_found(step)
+        return Location(named, step)
+    directory = None if isinstance(target, CheckpointStore) else _storage(target)
+    if directory is not None and (_is_recorded(directory) or is_file(directory)):
+        return Location(directory, None)
     latest = latest_of(store)
     if latest is not None:
-        return store.location(latest)
-    if not isinstance(target, CheckpointStore) and is_foreign(directory):
-        return directory
+        return Location(store.location(latest), latest)
+    if directory is not None and is_foreign(directory):
+        return Location(directory, None)
     raise CheckpointNotFoundError(f"no committed checkpoint at {store.address}, nor in a step-<N> below it")
+
+
+def _is_recorded(directory: Storage) -> bool:
+    return directory.exists(MANIFEST_NAME) or directory.exists(STOCK_RECORD_NAME)
+
+
+def _storage(target: str | os.PathLike[str] | Storage) -> Storage:
+    return target if isinstance(target, Storage) else Storage(target)
 
 
 def _store(target: Target) -> CheckpointStore:

@@ -129,7 +129,8 @@ class Steps:
         """What to raise about a step that is not committed."""
         highest = next((other for other in self._descending() if self.is_committed(other)), None)
         if highest is None:
-            return CheckpointNotFoundError(f"no committed step in {self._storage.address}")
+            asked = "" if step is None else f"; step {step} was asked for"
+            return CheckpointNotFoundError(f"no committed step in {self._storage.address}{asked}")
         return CheckpointNotFoundError(
             f"step {step} is not committed in {self._storage.address}, or has been deleted; the latest one is {highest}"
         )

@@ -154,6 +154,10 @@ class CheckpointStore:
                 "or pin it before you read it"
             ) from error
 
+    def not_found(self, step: int | None) -> CheckpointNotFoundError:
+        """The error for a step that is not committed. It names the latest one."""
+        return self._steps.not_found(step)
+
     # ------------------------------------------------------------------------------------------------- writing
 
     def location(self, step: int) -> Storage:

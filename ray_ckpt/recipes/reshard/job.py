@@ -90,7 +90,7 @@ def prepare(options: Options, screen: Screen) -> Prepared:
     target = Storage(options.target)
     if not options.overwrite:
         refuse_if_taken(target)
-    source = checkpoint_at(options.source, None)
+    source = checkpoint_at(options.source, None).storage
     with screen.phase("read", f"what {source.address} holds") as line:
         reader = CheckpointReader(source)
         manifest = reader.read_manifest()
