@@ -112,11 +112,11 @@ class ObjectEntry:
     blob: bytes | None = None
     """The container's bytes, when they are few and the value is not inline."""
     checksum: int | None = None
-    """XXH3-64 of the container, when the bytes must be read from the file; None in a foreign checkpoint."""
+    """XXH3-64 of the container; None in a checkpoint that another program wrote."""
     transforms: tuple[str, ...] = ()
     path: Path | None = None
     refusal: str = ""
-    """Why the value is not given to anybody; empty when it is. Never so in a checkpoint of ours."""
+    """Why the value cannot be loaded; empty when it can, as always in a checkpoint of ours."""
 
 
 @lru_cache

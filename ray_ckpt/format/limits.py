@@ -1,4 +1,4 @@
-"""What is read of a checkpoint before anybody vouches for it: every limit, in one place.
+"""The limits of what is read from a checkpoint that nobody has checked yet, in one place.
 
 Each is checked before the work that it bounds. A checkpoint that is right and exceeds one is loaded by setting the
 environment variable that the error names; processes that Ray starts inherit it.
@@ -32,10 +32,10 @@ __all__ = [
 ]
 
 MAX_DIMS = 64
-"""Dims of a tensor. torch itself has no more."""
+"""Largest number of dims of a tensor, as in torch itself."""
 
 MAX_ELEMENTS = (1 << 63) - 1
-"""Elements of a tensor, a dim of size 0 counted as 1. torch counts them in 64 bits."""
+"""Largest number of elements of a tensor, where a dim of size 0 counts as 1. torch counts them in 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Limit:
     name: str
     default: int
     unit: str
-    """What is counted, in the plural."""
+    """Unit of the limit, in the plural, such as `bytes`."""
 
     @property
     def variable(self) -> str:
@@ -67,14 +67,14 @@ class Limit:
         return int(text)
 
     def check(self, count: int, where: str, aside: str = "") -> None:
-        """Whether the count is within the limit.
+        """Refuse a count that exceeds the limit.
 
         Args:
-            where: what has that many, for the message.
-            aside: what else is to be said of it.
+            where: what has that count, for the message.
+            aside: a remark on it, for the message.
 
         Raises:
-            FormatError: it is not.
+            FormatError: the count exceeds the limit.
         """
         if count > self.default and count > self.value:
             raise self.error(f"{count} {self.unit}", where, aside)
@@ -88,54 +88,54 @@ class Limit:
 
 
 RECORD_BYTES = Limit("record_bytes", 512 << 20, "bytes")
-"""Of `manifest.json`, `.metadata`, an index, or the pickle of a file that `torch.save` wrote."""
+"""Size of `manifest.json`, `.metadata`, an index, or the pickle of a file that `torch.save` wrote."""
 
 HEADER_BYTES = Limit("header_bytes", 100_000_000, "bytes of header")
-"""Of a safetensors file. The reference reader admits as many."""
+"""Size of a safetensors file's header. The reference reader has the same limit."""
 
 DIRECTORY_BYTES = Limit("directory_bytes", 16 << 20, "bytes of directory")
-"""Of a zip archive: about 100 for each of its members."""
+"""Size of a zip archive's directory, which takes about 100 bytes per member."""
 
 DECODED_BYTES = Limit("decoded_bytes", 128 << 20, "bytes once it is decoded")
-"""Of an object that a stream extension compressed. The length of a tensor is known."""
+"""Size of an object that a stream extension compressed. That of a tensor is known."""
 
 PICKLE_OPERATIONS = Limit("pickle_operations", 200_000_000, "pickle operations")
-"""A tensor in a `.metadata` takes about 110."""
+"""Operations of one pickle. A tensor in a `.metadata` takes about 110."""
 
 INTEGER_BYTES = Limit("integer_bytes", 1785, "bytes of one integer")
-"""As long as the 4300 digits that Python itself admits in a text."""
+"""Size of one integer: the 4300 digits that Python itself admits in a text."""
 
 ODD_KEYS = Limit("odd_keys", 10_000, "dict keys that are tuples or long integers")
-"""Their hashes can be made to collide, and a dict of colliding keys takes quadratic time."""
+"""Dict keys whose hashes can be made to collide: a dict of colliding keys takes quadratic time."""
 
 NESTING = Limit("nesting", 200, "levels of nested values")
 
 ENTRIES = Limit("entries", 1_000_000, "entries, which no model has")
-"""Of a state dict, once it is flattened. What is shared counts wherever it appears."""
+"""Entries of a flattened state dict. What is shared counts wherever it appears."""
 
 ITEMS = Limit("items", 10_000_000, "values in its lists")
-"""What is shared counts wherever it appears."""
+"""Values in lists. What is shared counts wherever it appears."""
 
 NAME_CHARS = Limit("name_chars", 64 << 20, "characters of names")
-"""Of all entries of a checkpoint together."""
+"""Length of all names of a checkpoint together."""
 
 
 def check_dims(shape: Sequence[int], name: str) -> None:
-    """Whether a tensor can have so many dims, before their sizes are multiplied.
+    """Refuse a shape of too many dims, before their sizes are multiplied.
 
     Raises:
-        FormatError: it cannot.
+        FormatError: a tensor cannot have so many dims.
     """
     if len(shape) > MAX_DIMS:
         raise FormatError(f"tensor {quoted(name)} has {len(shape)} dims; a tensor has at most {MAX_DIMS}")
 
 
 def check_shape(shape: Sequence[int], name: str) -> None:
-    """Whether a tensor can have this shape, before anything is made of it.
+    """Refuse a shape that no tensor can have, before anything of it is allocated.
 
     Args:
         shape: sizes that are not negative.
-        name: of the tensor, for the message.
+        name: the tensor's name, for the message.
 
     Raises:
         FormatError: it has too many dims or elements.

@@ -63,7 +63,7 @@ class Unpickler:
         self._trust_advice = trust_advice
         self._stack: list[Any] = []
         self._marks: list[int] = []
-        """Heights of the stack."""
+        """Heights of the stack at the open marks."""
         self._memo: dict[int, Any] = {}
         self._names: dict[str, Any] = {}
         self._keys = KeyGuard(what)

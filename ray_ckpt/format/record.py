@@ -4,8 +4,8 @@
 
 The digest is the XXH3-128 of every byte of the file before `,"digest":`; these bytes, as they stand there, are the
 canonical ones. It is the last member, so that neither writing nor checking it needs a second look at the JSON: the
-file ends with exactly `,"digest":"<32 digits>"}`, and nothing follows. A record that is rewritten in any way, were it
-only its spaces, no longer fits its digest. It finds accidents; whoever can write the file can write a digest that fits.
+file ends with exactly `,"digest":"<32 digits>"}`, and nothing follows. A record that was edited in any way, even in its
+spaces, no longer fits its digest. It finds accidents; whoever can write the file can write a digest that fits.
 
 Version 1 had no digest. A digest that is there is checked, whatever the version says.
 

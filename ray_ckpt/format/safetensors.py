@@ -39,7 +39,7 @@ __all__ = [
 SUFFIX = ".safetensors"
 
 INDEX_SUFFIX = ".safetensors.index.json"
-"""Ends the name of the index of a checkpoint of several files."""
+"""Suffix of the name of the index of a checkpoint of several files."""
 
 LENGTH_BYTES = 8
 """Size of the number that a file begins with: the length of its header."""
@@ -110,7 +110,7 @@ def parse_header(header: bytes, file: str, file_bytes: int) -> Header:
         end += chunk.length
     if end != file_bytes:
         raise FormatError(
-            f"{file} has {file_bytes} bytes, its header speaks of {end}; the file is truncated or damaged"
+            f"{file} has {file_bytes} bytes, its header describes {end}; the file is truncated or damaged"
         )
     return Header(tensors, file_bytes)
 
@@ -136,7 +136,7 @@ def combine(headers: Mapping[str, Header], index: Mapping[str, str] | None = Non
         index: says which file holds each tensor; without it the files hold what they hold.
 
     Raises:
-        FormatError: a file lacks a tensor that the index promises, or two files hold one name.
+        FormatError: a file lacks a tensor that the index lists, or two files hold one name.
     """
     tensors: dict[str, TensorEntry] = {}
     if index is None:

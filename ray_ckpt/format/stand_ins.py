@@ -23,17 +23,17 @@ DICTS = (dict, OrderedDict, defaultdict, Counter)
 """The dicts that a pickle may fill."""
 
 _MAX_KEY_ITEMS = 64
-"""Items in a tuple that is a key, and in the tuples in it."""
+"""Largest number of items in a tuple that is a key, and in the tuples in it."""
 
 _WIDEST_PLAIN_KEY = 1 << 60
-"""Integers below have hashes of their own."""
+"""Integers below this have distinct hashes."""
 
 _HARMLESS = (
     *("builtins.getattr", "builtins.range", "builtins.slice", "builtins.object", "builtins.list", "builtins.tuple"),
     *("builtins.str", "builtins.int", "builtins.float", "builtins.type", "copyreg._reconstructor"),
     *("collections.deque", "functools.partial", "datetime.", "numpy.", "torch."),
 )
-"""Names that state has although they are not spelled like a class. Those that end in a dot are of modules."""
+"""Names that occur in state although they are not spelled like a class. Those that end in a dot are modules."""
 
 
 class Name:
@@ -49,7 +49,7 @@ class Name:
 
 
 class Instance:
-    """What a pickle makes of a name, by calling it or as a new object of the class."""
+    """The object that a pickle makes by calling a name, or as a new object of a class."""
 
     __slots__ = ("args", "items", "name", "state")
 
@@ -57,9 +57,9 @@ class Instance:
         self.name = name
         self.args = args
         self.state: Any = None
-        """What the pickle sets as its state."""
+        """State that the pickle sets."""
         self.items: list[Any] = []
-        """What the pickle appends to it, or sets in it as keys and values in turn."""
+        """Values that the pickle appends, or keys and values in turn."""
 
     def __repr__(self) -> str:
         return f"<{self.name[:80]}(...)>"

@@ -54,10 +54,10 @@ __all__ = [
 ]
 
 ALIGNMENT = 64
-"""Of the elements within a container, in bytes. The writer aligns containers likewise."""
+"""Alignment of the elements within a container, in bytes. The writer aligns containers likewise."""
 
 HEAD_BYTES = 2048
-"""As many of a container's first bytes as `find_data` usually needs."""
+"""Number of a container's first bytes that `find_data` usually needs."""
 
 _LOCAL = struct.Struct("<4s5H3I2H")
 _DESCRIPTOR = struct.Struct("<4s3I")
@@ -72,12 +72,12 @@ _SIZES_FOLLOW = 0x0008
 _UINT32 = 0xFFFFFFFF
 
 DESCRIPTOR_BYTES = _DESCRIPTOR64.size
-"""Longest descriptor of a member, which stands behind its bytes."""
+"""Size of the longest descriptor of a member, which follows its bytes."""
 
 
 @dataclass(frozen=True)
 class Container:
-    """What stands before and after the elements of a tensor of one dtype and shape."""
+    """The bytes before and after the elements of a tensor of one dtype and shape."""
 
     head: bytes
     tail: bytes
@@ -95,9 +95,9 @@ class StoredTensor:
     dtype: torch.dtype
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    """In elements."""
+    """Strides in elements."""
     data_start: int
-    """Of the tensor's first element, in bytes from the start of the container."""
+    """Byte offset of the first element in the container."""
 
 
 @lru_cache

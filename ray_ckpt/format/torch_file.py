@@ -49,11 +49,11 @@ class Content:
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
-    """Plain values, by name."""
+    """Name -> plain value."""
     unknown: dict[str, str] = field(default_factory=dict)
-    """Name of the class that makes a value no plain one, by name of the value."""
+    """Name of a value that is not plain -> name of the class in it."""
     paths: dict[str, Path] = field(default_factory=dict)
-    """Keys that lead to each of the above."""
+    """Name -> keys that lead to it in the nested state dict."""
 
     @property
     def storages(self) -> set[str]:
@@ -78,7 +78,7 @@ def parse(data: bytes, file: str) -> Content:
 
 
 def to_manifest(content: Content, places: Mapping[str, tuple[int, int]], file: str, file_bytes: int) -> Manifest:
-    """Where everything in the file lies.
+    """The manifest of the file: where everything in it lies.
 
     Args:
         places: storage's key -> where its bytes begin in the file, and how many there are.
@@ -116,16 +116,16 @@ def to_manifest(content: Content, places: Mapping[str, tuple[int, int]], file: s
 
 
 class _Measure(NamedTuple):
-    """What there is to know of a value before it is walked through."""
+    """What a value would cost, and what is in it, before it is flattened."""
 
     num_entries: int
-    """Entries that it makes once it is flattened."""
+    """Number of entries after flattening."""
     num_items: int
-    """Values in it, counted wherever they appear."""
+    """Number of values in it, counted wherever they appear."""
     name_chars: int
-    """Characters that the names of its entries have below its own, all together."""
+    """Length of the names of its entries below its own, all together."""
     height: int
-    """Levels of containers in it."""
+    """Number of levels of containers in it."""
     is_branch: bool
     """Whether tensors or dicts are in it, so that it is flattened."""
     unknown: str

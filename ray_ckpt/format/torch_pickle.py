@@ -27,7 +27,7 @@ class Tensor(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    """In elements."""
+    """Strides in elements."""
     key: str
     """Name of its storage."""
     offset: int
@@ -47,7 +47,7 @@ class Content(NamedTuple):
 
 
 class _StorageType(NamedTuple):
-    """Stands for a storage class. Its dtype is None where the tensor tells what the bytes mean."""
+    """Stands for a storage class. Its dtype is None when the tensor has it instead."""
 
     dtype: torch.dtype | None
 

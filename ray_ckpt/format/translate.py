@@ -32,7 +32,7 @@ MODEL, OPTIM = "model", "optim"
 """Sections that our names begin with."""
 
 HYPERPARAMETERS = f"{OPTIM}.param_groups."
-"""What the names of hyper-parameters begin with."""
+"""Prefix of the names of hyper-parameters."""
 
 _OPTIMIZER = re.compile(r"(.+?)\.param_groups\.")
 _LIST = re.compile(r"(.+?)\.param_groups\.(\d+)\.(params|param_names)")

@@ -1,4 +1,4 @@
-"""Finishing what was cut off in a store: deletes, overwrites, saves that failed, pins of steps that are gone.
+"""Cleaning up a store after interrupted deletes, overwrites and saves, and pins of steps that are gone.
 
 run ─┬─ deletes that have begun        finished, unless the step is the highest good one by now
      ├─ files that no manifest names   removed when their attempt is old; before that `.metadata` is restored where an
@@ -45,7 +45,7 @@ class Cleaning:
         """Files that were removed, or would be: name in the store -> size in bytes."""
 
     def run(self, older_than_s: float) -> None:
-        """Do it. What is younger than `older_than_s` is left alone, 0 takes everything."""
+        """Clean up. Attempts younger than `older_than_s` are left alone; 0 takes everything."""
         by_step: dict[str, dict[str, Scanned]] = {}
         for name, scanned in self._storage.scan().items():
             directory, _, file = name.partition("/")
@@ -69,7 +69,7 @@ class Cleaning:
             self._removal.remove_files(orphans)
 
     def _horizon(self, older_than_s: float, by_step: Mapping[str, Mapping[str, Scanned]]) -> float:
-        """What was written before this, in seconds since the epoch by the storage's clock, is old.
+        """The time before which files count as old, in seconds since the epoch by the storage's clock.
 
         This host's clock may be wrong. Where the storage takes no file to tell its own, as when it is full, the
         youngest file tells a time that has passed there.
@@ -85,8 +85,8 @@ class Cleaning:
         return (max(times) if now is None else now) - older_than_s
 
     def _restore_stock_record(self, step: int, found: Mapping[str, Scanned], orphans: Mapping[str, int]) -> bool:
-        """See to it that stock DCP reads what the manifest says, before the files are gone that a `.metadata` of an
-        interrupted overwrite names. Returns whether they may go."""
+        """Restore the `.metadata` of the manifest before the files are removed that one of an interrupted overwrite
+        names. Returns whether they may be removed."""
         if MANIFEST_NAME not in found or (STOCK_RECORD_NAME in found and not orphans):
             return True
         if not self._removal.is_possible(step):

@@ -54,7 +54,7 @@ class InputFile:
 
 
 class PreparedFile:
-    """A small file that is written as far as can be before it has its name."""
+    """A small file that is written, but does not have its name yet."""
 
     def __init__(self, storage: Storage, name: str, data: bytes, temporary: str | None) -> None:
         self.name = name

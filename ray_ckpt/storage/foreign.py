@@ -42,15 +42,15 @@ _HEADER_GAP_BYTES = 16 << 10
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint that somebody else wrote."""
+    """A checkpoint that another program wrote."""
 
     kind: str
-    """For messages: what was recognized."""
+    """Kind of checkpoint, for messages."""
     storage: Storage
     """Where the manifest's files are."""
     manifest: Manifest
     notes: tuple[str, ...] = ()
-    """What of it cannot be read, and why."""
+    """Parts that cannot be read, and why."""
 
 
 def recognize(storage: Storage, *, trusted: bool = False) -> Found:

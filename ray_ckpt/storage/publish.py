@@ -121,7 +121,7 @@ def names_attempt(stock_record: bytes, attempt: str) -> bool:
 
 
 def is_ours(stock_record: bytes) -> bool:
-    """Whether ray_ckpt wrote a `.metadata`. One that cannot be read is somebody's, and not for us to judge."""
+    """Whether ray_ckpt wrote a `.metadata`. One that cannot be read counts as another program's."""
     # Here, because it loads torch, which a coordinator on a driver goes without.
     from ray_ckpt.format import dcp_metadata
 
@@ -150,8 +150,8 @@ def _committed_files(storage: Storage) -> set[str] | None:
 def _foreign_files(storage: Storage) -> set[str] | None:
     """Data files of the stock checkpoint in the target; None when there is none.
 
-    A `.metadata` of ours means nothing: it is written before the commit. One that cannot be read is somebody's, and
-    not for us to judge: it names no file.
+    A `.metadata` of ours means nothing: it is written before the commit. One that cannot be read counts as another
+    program's, and names no file.
     """
     if not storage.exists(STOCK_RECORD_NAME):
         return None

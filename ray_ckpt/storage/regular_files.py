@@ -1,4 +1,4 @@
-"""What may be opened on a local file system: files, which lie in the checkpoint's directory."""
+"""What may be opened on a local file system: regular files inside the checkpoint's directory."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _NO_FILES: Sequence[tuple[Callable[[int], bool], str]] = (
 
 
 def check_readable(top: str, name: str) -> None:
-    """Whether a name below a directory is that of a file in it, before the file is opened: a FIFO would be waited for
-    without end, and a link may lead anywhere. A file that is not there passes: whoever opens it says so.
+    """Refuse, before it is opened, a name that is not that of a file in the directory: opening a FIFO would wait
+    forever, and a link may lead anywhere. A missing file passes: opening it will fail.
 
     Args:
         top: the checkpoint's directory, which may itself be a link.

@@ -2,7 +2,7 @@
 
 remove ──> claim the step ──> manifest.json, durably ──> .metadata ──> data files ──> give the claim back
 
-Nothing else is ever removed than plain files with names of ours, in the step's own directory and through no link.
+Only plain files with names of ours are ever removed, in the step's own directory and through no link.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Removal:
         return {name: size for name, size in named.items() if self._storage.may_delete(name)}
 
     def remove(self, step: int, found: Look) -> dict[str, int] | None:
-        """Remove a step, and tell its data files; None when it is pinned. A damaged record goes alone.
+        """Remove a step, and return its data files; None when it is pinned. A damaged record goes alone.
 
         Only what this record names is removed: a save that overwrites the step at the same time keeps its files.
         """
