@@ -188,6 +188,28 @@ def test_layout_and_fingerprints_are_kept(tmp_path):
         driver.save([{"weight": weight}], [writer])
 
 
+def test_without_a_path_the_checkpoint_id_says_where(tmp_path):
+    state = {"weight": torch.arange(6.0), "step": 1}
+    writer, reader = ArrowStorageWriter(), ArrowStorageReader()
+    for directory in (tmp_path / "a", tmp_path / "b"):  # the same plug-ins, one checkpoint after the other
+        state["weight"] += 1
+        dcp.save(state, checkpoint_id=directory, storage_writer=writer)
+        found = {"weight": torch.zeros(6), "step": 0}
+        dcp.load(found, checkpoint_id=directory, storage_reader=reader)
+        assert torch.equal(found["weight"], state["weight"])
+        assert (writer.checkpoint_id, reader.checkpoint_id) == (str(directory), str(directory))
+
+
+def test_with_neither_a_path_nor_a_checkpoint_id_both_plug_ins_say_so():
+    with pytest.raises(UsageError, match=r"^where is the checkpoint to be saved\? Say ArrowStorageWriter\(path\) or"):
+        dcp.save({"weight": torch.ones(3)}, storage_writer=ArrowStorageWriter())
+    with pytest.raises(UsageError, match=r"^where is the checkpoint\? Say ArrowStorageReader\(path\) or dcp\.load"):
+        dcp.load({"weight": torch.ones(3)}, storage_reader=ArrowStorageReader())
+    for use in (lambda: ArrowStorageWriter().checkpoint_id, ArrowStorageReader().read_manifest):
+        with pytest.raises(UsageError, match="where is the checkpoint"):
+            use()
+
+
 def test_rank_local_metadata_is_refused(tmp_path):
     with pytest.raises(UsageError, match="no_dist"):
         ArrowStorageWriter(tmp_path).set_up_storage_writer(True, rank=0, use_collectives=False)

@@ -8,6 +8,7 @@ dcp.load ─┬─ every rank   read_metadata          CheckpointReader.read_man
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -47,7 +48,7 @@ class ArrowStorageReader(StorageReader):
 
     Args:
         target: a checkpoint's directory, or a file by `torch.save` or safetensors: a local path, a URI as `Storage`
-            takes it, or a `Storage`. `checkpoint_id` of `dcp.load` replaces it.
+            takes it, or a `Storage`. `checkpoint_id` of `dcp.load` replaces it; None waits for that.
         verify_checksums: check every byte that is read against the checksum recorded when it was saved. Checkpoints
             that stock DCP wrote have none.
         trusted: let the checkpoint's pickles run whatever code they name. Only for a checkpoint whose author you trust.
@@ -58,7 +59,7 @@ class ArrowStorageReader(StorageReader):
 
     def __init__(
         self,
-        target: str | os.PathLike[str] | Storage,
+        target: str | os.PathLike[str] | Storage | None = None,
         *,
         verify_checksums: bool = True,
         trusted: bool = False,
@@ -66,11 +67,24 @@ class ArrowStorageReader(StorageReader):
         extensions: ExtensionRegistry | None = None,
     ) -> None:
         super().__init__()
-        self._reader = CheckpointReader(
-            target, verify_checksums=verify_checksums, trusted=trusted, threads=threads, extensions=extensions
+        self._open = functools.partial(
+            CheckpointReader,
+            verify_checksums=verify_checksums,
+            trusted=trusted,
+            threads=threads,
+            extensions=extensions,
         )
+        self._opened = None if target is None else self._open(target)
         self._entries: Mapping[MetadataIndex, Chunk | ObjectEntry] = {}
         self._dtypes: dict[str, torch.dtype] = {}
+
+    @property
+    def _reader(self) -> CheckpointReader:
+        if self._opened is None:
+            raise UsageError(
+                "where is the checkpoint? Say ArrowStorageReader(path) or dcp.load(..., checkpoint_id=path)"
+            )
+        return self._opened
 
     @property
     def checkpoint_id(self) -> str:
@@ -83,7 +97,9 @@ class ArrowStorageReader(StorageReader):
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         if checkpoint_id:
-            self._reader.storage = self._reader.files = Storage(checkpoint_id, retry=self._reader.storage.retry)
+            retry = None if self._opened is None else self._opened.storage.retry
+            self._opened = self._open(Storage(checkpoint_id, retry=retry))
+        _ = self._reader  # DCP calls this first, on every rank: the time to say that there is none
         self._entries = {}
 
     def read_manifest(self) -> Manifest:

@@ -60,7 +60,7 @@ class ArrowStorageWriter(StorageWriter):
 
     Args:
         target: the checkpoint's directory: a local path, a URI as `Storage` takes it, or a `Storage`. `checkpoint_id`
-            of `dcp.save` replaces it.
+            of `dcp.save` replaces it; None waits for that.
         overwrite: replace a committed checkpoint at the target. It stays valid until the new one is committed; its
             data files are deleted after that. Without it, an existing checkpoint is refused before a byte is written.
         threads: number of files that a rank writes at the same time.
@@ -72,7 +72,7 @@ class ArrowStorageWriter(StorageWriter):
 
     def __init__(
         self,
-        target: str | os.PathLike[str] | Storage,
+        target: str | os.PathLike[str] | Storage | None = None,
         *,
         overwrite: bool = False,
         threads: int = 1,
@@ -83,7 +83,7 @@ class ArrowStorageWriter(StorageWriter):
         super().__init__()
         if threads < 1 or max_file_bytes < 1:
             raise UsageError(f"threads={threads} and max_file_bytes={max_file_bytes} must be at least 1")
-        self.storage = target if isinstance(target, Storage) else Storage(target)
+        self._storage = Storage(target) if isinstance(target, str | os.PathLike) else target
         self.overwrite = overwrite
         self.threads = threads
         self.max_file_bytes = max_file_bytes
@@ -91,6 +91,19 @@ class ArrowStorageWriter(StorageWriter):
         self.fingerprints = dict(fingerprints or {})
         self._attempt = ""
         self._held: list[WriteItem] = []
+
+    @property
+    def storage(self) -> Storage:
+        """The checkpoint's directory.
+
+        Raises:
+            UsageError: nobody has said where it is.
+        """
+        if self._storage is None:
+            raise UsageError(
+                "where is the checkpoint to be saved? Say ArrowStorageWriter(path) or dcp.save(..., checkpoint_id=path)"
+            )
+        return self._storage
 
     @property
     def checkpoint_id(self) -> str:
@@ -106,7 +119,8 @@ class ArrowStorageWriter(StorageWriter):
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         if checkpoint_id:
-            self.storage = Storage(checkpoint_id, retry=self.storage.retry)
+            self._storage = Storage(checkpoint_id, retry=None if self._storage is None else self._storage.retry)
+        _ = self.storage  # DCP calls this first, on every rank: the time to say that there is none
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Begin an attempt. DCP passes `rank` and `use_collectives` only to a parameter named `kwargs`.
