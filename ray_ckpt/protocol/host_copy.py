@@ -63,13 +63,16 @@ class HostCopy:
         self._lay_out(holdings, skipped)
         left_out = set(skipped)
         devices = set()
+        frozen: dict[int, object] = {}  # by identity: parameters of one group share each hyper-parameter
         values: list[Any] = []
         places, sources = [], []
         for position, value in enumerate(holdings.values):
             if position in left_out:
                 values.append(None)
             elif holdings.items[position].spec is None:
-                values.append(_frozen(value))
+                if id(value) not in frozen:
+                    frozen[id(value)] = _frozen(value)
+                values.append(frozen[id(value)])
             else:
                 source = plain(value)
                 place = self._place(position, source)

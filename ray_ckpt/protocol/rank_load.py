@@ -153,9 +153,14 @@ class RankLoad:
         saved = self._saved = self._source.saved(needed, options.only, options.key_map, kept)
         self._plans = _plans(state, saved)
         claims = {wanted: claim for plan in self._plans for wanted, claim in plan.claims.items()}
-        missing = sorted(wanted for wanted, claim in claims.items() if claim.saved not in saved)
+        missing = sorted(wanted for wanted, claim in claims.items() if claim.saved not in saved.names)
         differing, cast = _compare(claims, saved)
-        self._refuse(missing, differing, cast, [problem for plan in self._plans for problem in plan.problems], claims)
+        problems = [problem for plan in self._plans for problem in plan.problems]
+        if options.strict:
+            problems += [
+                f"{doubt} (strict=False loads it all the same)" for plan in self._plans for doubt in plan.doubts
+            ]
+        self._refuse(missing, differing, cast, problems, claims)
         taken = {claim.saved for claim in claims.values()}
         taken |= {name for plan in self._plans for name in plan.taken}
         unwanted = {name for name in self._names if name not in taken and saved.wants(name)}
@@ -317,10 +322,8 @@ def _compare(claims: Mapping[str, Claim], saved: SavedState) -> tuple[list[str],
     """Messages for what differs in shape or kind, and names that differ in dtype only."""
     differing, cast = [], []
     for wanted, claim in claims.items():
-        if claim.saved not in saved:
-            continue
         found = saved.tensors.get(claim.saved)
-        if claim.spec == found:
+        if claim.spec is found or claim.spec == found or claim.saved not in saved:
             continue
         if claim.spec is not None and found is not None and claim.spec.shape == found.shape:
             cast.append(wanted)

@@ -142,7 +142,8 @@ class RankSave:
         name = f"__{assignment.rank}_{next(self._numbers)}-{assignment.attempt}.distcp"
         self._begun.append(name)
         items, values = self._holdings.items, self._holdings.values
-        objects = ((p, _saved(values[p])) for p in positions if items[p].spec is None)
+        saved = _Saving()
+        objects = ((p, saved(values[p])) for p in positions if items[p].spec is None)
         return file_record(pack_file(self._storage, name, objects, self._tensors(positions)))
 
     def _tensors(self, positions: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
@@ -163,11 +164,25 @@ class RankSave:
         values = self._holdings.values
         hashed = hash_tensors(self._tensors(positions))
         digests = {position: digest_tensor(sums) for position, _, sums in hashed}
-        return b"".join(digests[p] if p in digests else digest_object(_saved(values[p]).checksum) for p in positions)
+        saved = _Saving()
+        return b"".join(digests[p] if p in digests else digest_object(saved(values[p]).checksum) for p in positions)
 
 
-def _saved(value: object) -> SavedObject:
-    return value if isinstance(value, SavedObject) else saved_object(value)
+class _Saving:
+    """Objects as they are saved. Parameters of one group share each hyper-parameter, so each object is encoded once.
+
+    Goes by identity, which holds as long as the objects are held elsewhere.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, SavedObject] = {}
+
+    def __call__(self, value: object) -> SavedObject:
+        saved = self._known.get(id(value))
+        if saved is None:
+            saved = value if isinstance(value, SavedObject) else saved_object(value)
+            self._known[id(value)] = saved
+        return saved
 
 
 def file_record(packed: Packed[int]) -> FileRecord:

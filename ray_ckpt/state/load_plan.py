@@ -60,6 +60,8 @@ class LoadPlan:
     """Called after the reading with wanted name -> tensor that was read. Values come from `SavedState`."""
     problems: Sequence[str] = ()
     """Reasons why the checkpoint does not fit, apart from names, shapes and dtypes."""
+    doubts: Sequence[str] = ()
+    """Reasons why it may not fit, which only a strict load refuses."""
     taken: Iterable[str] = ()
     """Further names of the checkpoint that this part accounts for, so that they are not unexpected."""
     notes: Mapping[str, str] = field(default_factory=dict)
@@ -91,10 +93,11 @@ class SavedState:
         self.layout = layout
         self._only = only
         self._key_map = key_map
-        self._sorted = sorted({*tensors, *values})
+        self.names = frozenset((*tensors, *values))
+        self._sorted = sorted(self.names)
 
     def __contains__(self, name: str) -> bool:
-        return name in self.tensors or name in self.values
+        return name in self.names
 
     def under(self, prefix: str) -> list[str]:
         """The prefix itself, when it is a name, and the names that continue it by a dot."""

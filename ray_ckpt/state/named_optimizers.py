@@ -2,6 +2,7 @@
 
     state.<parameter>.<key>                       the optimizer's state of a parameter
     param_groups.<parameter>.<hyper-parameter>    the values of the group that the parameter is in
+    kinds.<parameter>                             class name of the optimizer, and the keys of that state
 
 Nothing here takes a step: an optimizer without state saves none, and a parameter that was saved without state loses
 its own in the load. A fresh optimizer gets its state from the checkpoint: a tensor of the parameter's shape is sharded
@@ -25,7 +26,8 @@ from ray_ckpt.errors import UsageError
 from ray_ckpt.state import hyperparameters, sealing
 from ray_ckpt.state.load_plan import Claim, LoadPlan, SavedState
 from ray_ckpt.state.named_model import NamedModel, sharded_state_dicts
-from ray_ckpt.state.saved_optimizers import PARAM_GROUPS, STATE, Owner, SavedOptimizers, flatten
+from ray_ckpt.state.saved_optimizers import KINDS, PARAM_GROUPS, STATE, Owner, SavedOptimizers, flatten
+from ray_ckpt.text import listed
 
 _FRESH_ADVICE = "Load into a fresh optimizer, whose groups are split to match, or give each set its own group"
 _SCHEDULED_ADVICE = (
@@ -54,8 +56,12 @@ class NamedOptimizers:
         names = self.names()
         leaves: dict[str, Any] = {}
         for optimizer in self.optimizers:
+            kind = type(optimizer).__qualname__
+            keys: dict[str, tuple[str, ...]] = {}
             for parameter, state in self._states(optimizer, names).items():
-                for key, value in flatten(state).items():
+                flat = flatten(state)
+                keys[parameter] = (kind, *sorted(flat))
+                for key, value in flat.items():
                     leaves[f"{STATE}.{parameter}.{key}"] = _sealed(f"{STATE}.{parameter}.{key}", value)
             for number, group in enumerate(optimizer.param_groups):
                 values = {
@@ -65,6 +71,7 @@ class NamedOptimizers:
                 for member in group["params"]:
                     for name in names[member]:
                         leaves |= {f"{PARAM_GROUPS}.{name}.{key}": value for key, value in values.items()}
+                        leaves[f"{KINDS}.{name}"] = keys.get(name, (kind,))
         return leaves
 
     def names(self) -> dict[nn.Parameter, tuple[str, ...]]:
@@ -104,16 +111,22 @@ class NamedOptimizers:
         twins = _twins(names)
         claims: dict[str, Claim] = {}
         problems: list[str] = []
+        doubts: list[str] = []
         for optimizer in self.optimizers:
-            problems += self._check_groups(optimizer, names, index)
+            misfits = self._check_groups(optimizer, names, index)
+            problems += misfits
+            doubts += [] if misfits else _other_kinds(optimizer, names, index)
+            expected = _expected_keys(optimizer, names, index)
+            shared = index.hyperparameter_names(name for parameter in _members(optimizer) for name in names[parameter])
             for group in optimizer.param_groups:
+                shared_here = shared & group.keys()
                 for parameter in group["params"]:
                     live = {} if flat else flatten(optimizer.state.get(parameter, {}))
                     for name in names[parameter]:
                         owner = Owner(shown.get(name, parameter), on_device=_steps_on_device(group))
-                        claims |= index.claim_values(name)
-                        claims |= index.claim_state(name, owner, live, twins[parameter])
-        return LoadPlan(claims, partial(self._apply, names, index), problems)
+                        claims |= index.claim_values(name, shared_here)
+                        claims |= index.claim_state(name, owner, live, expected.get(name, ()), twins[parameter])
+        return LoadPlan(claims, partial(self._apply, names, index), problems, doubts)
 
     def _check_groups(
         self, optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, Sequence[str]], index: SavedOptimizers
@@ -146,13 +159,13 @@ class NamedOptimizers:
             self._fit_groups(optimizer, names, index)
             if (flat := self._model.flat) is not None:
                 members = (name for parameter in _members(optimizer) for name in names[parameter])
-                _load_flat(flat, optimizer, names, {name: index.state(name, loaded) for name in members})
+                _load_flat(flat, optimizer, names, {name: index.state(name, loaded) or {} for name in members})
                 continue
             for parameter in _members(optimizer):
                 [name] = names[parameter]
                 if state := index.state(name, loaded, twins[parameter]):
                     optimizer.state[parameter] = state
-                elif index.knows(name):
+                elif state is not None:
                     # It was saved without state.
                     optimizer.state.pop(parameter, None)
             # Each kind of optimizer completes here what another version of torch may not have saved.
@@ -197,6 +210,45 @@ def _members(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
     """All parameters of an optimizer, in the order in which its own state dict numbers them."""
     for group in optimizer.param_groups:
         yield from group["params"]
+
+
+def _other_kinds(
+    optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, Sequence[str]], index: SavedOptimizers
+) -> list[str]:
+    """What was saved by optimizers of another class."""
+    own = type(optimizer).__qualname__
+    found: dict[str, list[str]] = {}
+    for parameter in _members(optimizer):
+        for name in names[parameter]:
+            if (kind := index.kind(name)) and kind[0] != own:
+                found.setdefault(kind[0], []).append(name)
+    return [
+        f"another kind of optimizer than {own} was saved: {kind} for {listed(members, at_most=4)}"
+        for kind, members in found.items()
+    ]
+
+
+def _expected_keys(
+    optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, Sequence[str]], index: SavedOptimizers
+) -> dict[str, Sequence[str]]:
+    """Parameter name -> keys of state that the checkpoint should have: what its record says.
+
+    Without a record: torch's own optimizers keep the same keys for all parameters of equal hyper-parameters that they
+    have stepped; Adafactor also goes by the number of dims.
+    """
+    members = [name for parameter in _members(optimizer) for name in names[parameter]]
+    recorded = {name: kind[1:] for name in members if (kind := index.kind(name))}
+    if index.has_kinds or not type(optimizer).__module__.startswith("torch.optim"):
+        return dict(recorded)
+    expected: dict[str, Sequence[str]] = {}
+    for alike, _ in hyperparameters.grouped_by_values(index.hyperparameters(members)):
+        keys: dict[int, set[str]] = {}
+        by_dims = isinstance(optimizer, torch.optim.Adafactor)
+        num_dims = {name: len(index.shape(name) or ()) if by_dims else 0 for name in alike}
+        for name in alike:
+            keys.setdefault(num_dims[name], set()).update(index.keys(name))
+        expected |= {name: sorted(keys[num_dims[name]]) for name in alike if index.keys(name)}
+    return expected
 
 
 def _twins(names: Mapping[nn.Parameter, Sequence[str]]) -> dict[nn.Parameter, int]:

@@ -1,6 +1,6 @@
 """LR schedulers, with what they keep per parameter group under parameter names, so that groups may be split by a load.
 
-<scheduler>.kind                       class name
+<scheduler>.kind                       class name, and the keys of its state dict
 <scheduler>.<key>                      what is not per group
 <scheduler>.groups.<parameter>.<key>   the item of the group that the parameter is in
 <scheduler>._schedulers.<n>. ...       the schedulers within a SequentialLR or ChainedScheduler
@@ -95,7 +95,7 @@ def _named(schedulers: Schedulers) -> Iterator[tuple[str, LRScheduler]]:
 
 def _leaves(name: str, scheduler: LRScheduler, state: Mapping[str, Any], names: _Names) -> Iterator[tuple[str, Any]]:
     groups = scheduler.optimizer.param_groups
-    yield f"{name}.{_KIND}", type(scheduler).__name__
+    yield f"{name}.{_KIND}", (type(scheduler).__name__, *sorted(state))
     for key, value in state.items():
         if key == _NESTED:
             for number, (inner, inner_state) in enumerate(zip(_nested(scheduler), value, strict=True)):
@@ -116,15 +116,25 @@ def _plan(name: str, scheduler: LRScheduler, names: _Names, saved: SavedState) -
     found = saved.values.get(kind)
     if found is None:
         return claims, problems
+    found, *recorded = found if isinstance(found, (list, tuple)) else [found]
     nested = _nested(scheduler)
     keys = _keys(saved, name)
     if found != type(scheduler).__name__ or (_NESTED in keys) != bool(nested):
         return claims, [f"{name} was saved by a {found}, wanted by a {type(scheduler).__name__}"]
     for key in keys - {_KIND, _GROUPS, _NESTED}:
         claims |= claim_under(saved, f"{name}.{key}")
-    for group in scheduler.optimizer.param_groups:
-        for parameter in _parameters(group, names, saved):
-            claims |= claim_under(saved, f"{name}.{_GROUPS}.{parameter}")
+    parameters = [
+        f"{name}.{_GROUPS}.{parameter}"
+        for group in scheduler.optimizer.param_groups
+        for parameter in _parameters(group, names, saved)
+    ]
+    of_groups = {key for parameter in parameters for key in _keys(saved, parameter)}
+    for parameter in parameters:
+        claims |= claim_under(saved, parameter)
+        lost = of_groups - _keys(saved, parameter)
+        claims |= {f"{parameter}.{key}": Claim(f"{parameter}.{key}") for key in lost}
+    for key in set(recorded) - keys - of_groups:
+        claims[f"{name}.{key}"] = Claim(f"{name}.{key}")
     for number, inner in enumerate(nested):
         wanted, misfits = _plan(f"{name}.{_NESTED}.{number}", inner, names, saved)
         claims |= wanted

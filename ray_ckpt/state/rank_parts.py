@@ -23,7 +23,10 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from ray_ckpt.state import sealing
 from ray_ckpt.state.load_plan import Claim, LoadPlan, SavedState
-from ray_ckpt.state.replicated_parts import claim_under, gathered
+from ray_ckpt.state.replicated_parts import claim_under, gathered, is_whole
+
+_NUM_RANKS = "num_ranks"
+"""Name of the number of ranks that saved, so that a rank whose state is lost is missed."""
 
 RESTORED, RESEEDED, LEFT = "restored", "reseeded", "left as it was"
 
@@ -43,7 +46,8 @@ class RankPart:
         self._layout = layout
 
     def leaves(self) -> dict[str, Any]:
-        return sealing.pack(f"rank{_place()[0]}", dict(self._owner.state_dict()))
+        rank, num_ranks = _place()
+        return {_NUM_RANKS: num_ranks} | sealing.pack_state(f"rank{rank}", self._owner.state_dict())
 
     def plan(self, saved: SavedState) -> LoadPlan:
         if not saved.wants(self.section):
@@ -53,9 +57,13 @@ class RankPart:
         saved_ranks = {match[1] for name in known if (match := re.match(rf"{self.section}\.rank(\d+)", name))}
         if not saved_ranks:
             return LoadPlan({self.section: Claim(self.section)}, lambda loaded: None)
-        if len(saved_ranks) == num_ranks and saved.layout == self._layout:
+        num_saved = saved.values.get(f"{self.section}.{_NUM_RANKS}", len(saved_ranks))
+        if num_saved == num_ranks and saved.layout == self._layout:
             name = f"{self.section}.rank{rank}"
             claims = claim_under(saved, name)
+
+            if not is_whole(saved, claims):
+                return LoadPlan(claims, lambda loaded: None, taken=known, notes={self.section: LEFT})
 
             def restore(loaded: Mapping[str, torch.Tensor]) -> None:
                 self._owner.load_state_dict(sealing.unpack(name, gathered(saved, claims, loaded)))
@@ -63,9 +71,12 @@ class RankPart:
             return LoadPlan(claims, restore, taken=known, notes={self.section: RESTORED})
         if not isinstance(self._owner, Rng):
             return LoadPlan({}, lambda loaded: None, taken=known, notes={self.section: LEFT})
-        seeds = (saved.values.get(f"{self.section}.rank0.seed"), saved.values.get("counters.step"), rank)
+        seed = f"{self.section}.rank0.seed"
+        seeds = (saved.values.get(seed), saved.values.get("counters.step"), rank)
         owner = self._owner
-        return LoadPlan({}, lambda loaded: owner.reseed(*seeds), taken=known, notes={self.section: RESEEDED})
+        return LoadPlan(
+            {seed: Claim(seed)}, lambda loaded: owner.reseed(*seeds), taken=known, notes={self.section: RESEEDED}
+        )
 
 
 class Rng:

@@ -23,10 +23,22 @@ class Countable(Protocol):
 def claim_under(saved: SavedState, name: str) -> dict[str, Claim]:
     """Claim everything that was saved under a name, tensors into new CPU memory; the name itself if nothing was."""
     claims = {}
-    for flat in saved.under(name) or [name]:
+    for flat in [*saved.under(name), *_lost(saved, name)] or [name]:
         spec = saved.tensors.get(flat)
         claims[flat] = Claim(flat) if spec is None else Claim(flat, spec, partial(_on_host, spec))
     return claims
+
+
+def _lost(saved: SavedState, name: str) -> list[str]:
+    """Names that are recorded (`sealing.pack_state`) but not there."""
+    recorded = saved.values.get(f"{name}.{sealing.RECORD}") or ()
+    names = (f"{name}.{below}" if below else name for below in recorded)
+    return [flat for flat in names if flat not in saved]
+
+
+def is_whole(saved: SavedState, claims: Mapping[str, Claim]) -> bool:
+    """Whether everything that is claimed is there. An object is not given a state of which a part is lost."""
+    return all(claim.saved in saved for claim in claims.values())
 
 
 def gathered(saved: SavedState, claims: Mapping[str, Claim], loaded: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -47,7 +59,7 @@ class StatefulPart:
         self._name = f"{section}.state"
 
     def leaves(self) -> dict[str, Any]:
-        return sealing.pack("state", dict(self._owner.state_dict()))
+        return sealing.pack_state("state", self._owner.state_dict())
 
     def plan(self, saved: SavedState) -> LoadPlan:
         if not saved.wants(self.section):
@@ -55,8 +67,8 @@ class StatefulPart:
         claims = claim_under(saved, self._name)
 
         def apply(loaded: Mapping[str, torch.Tensor]) -> None:
-            if leaves := gathered(saved, claims, loaded):
-                self._owner.load_state_dict(sealing.unpack(self._name, leaves))
+            if is_whole(saved, claims):
+                self._owner.load_state_dict(sealing.unpack(self._name, gathered(saved, claims, loaded)))
 
         return LoadPlan(claims, apply)
 
@@ -101,11 +113,14 @@ class ExtraPart:
     def leaves(self) -> dict[str, Any]:
         leaves: dict[str, Any] = {}
         for name, value in self._extra.items():
-            leaves |= sealing.pack(name, dict(value.state_dict()) if isinstance(value, Stateful) else value)
+            is_object = not isinstance(value, torch.Tensor) and isinstance(value, Stateful)
+            packed = sealing.pack_state(name, value.state_dict()) if is_object else sealing.pack(name, value)
+            leaves |= packed
         return leaves
 
     def plan(self, saved: SavedState) -> LoadPlan:
         claims: dict[str, Claim] = {}
+        states: dict[str, Mapping[str, Claim]] = {}
         for name, value in self._extra.items():
             wanted = f"{self.section}.{name}"
             if not saved.wants(wanted):
@@ -114,15 +129,17 @@ class ExtraPart:
                 source = saved.name_of(wanted)
                 claims[wanted] = Claim(source, Spec.of(value), partial(torch.Tensor.detach, value))
             else:
-                claims |= claim_under(saved, wanted)
+                states[name] = claim_under(saved, wanted)
+                claims |= states[name]
 
         def apply(loaded: Mapping[str, torch.Tensor]) -> None:
-            leaves = gathered(saved, claims, loaded)
-            for name, value in self._extra.items():
-                wanted = f"{self.section}.{name}"
-                if isinstance(value, torch.Tensor) or not any(flat in leaves for flat in saved.under(wanted)):
+            for name, wanted in states.items():
+                if not is_whole(saved, wanted):
                     continue
-                state = sealing.unpack(wanted, leaves)
+                value, state = (
+                    self._extra[name],
+                    sealing.unpack(f"{self.section}.{name}", gathered(saved, wanted, loaded)),
+                )
                 if isinstance(value, Stateful):
                     value.load_state_dict(state)
                 else:

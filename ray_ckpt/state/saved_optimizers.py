@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ from ray_ckpt.format.torch_container import parse_dtype
 from ray_ckpt.state import sealing
 from ray_ckpt.state.load_plan import Claim, SavedState, Spec
 
-STATE, PARAM_GROUPS = "state", "param_groups"
+STATE, PARAM_GROUPS, KINDS = "state", "param_groups", "kinds"
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,9 @@ class SavedOptimizers:
 
     def __init__(self, saved: SavedState) -> None:
         self._saved = saved
+        self._broken: set[tuple[str, int]] = set()
+        """Parameters (and their twins) of whose state a part is lost."""
+        self._known_entries: dict[tuple[str, str], dict[str, str]] = {}
 
     def hyperparameters(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
         """Parameter name -> hyper-parameter -> value, without parameters that have none in the checkpoint."""
@@ -44,26 +48,66 @@ class SavedOptimizers:
             if entries
         }
 
+    def kind(self, name: str) -> tuple[str, ...] | None:
+        """Class name of the parameter's optimizer, and the keys of its state; None if that is not recorded."""
+        kind = self._saved.values.get(f"optim.{KINDS}.{self._saved_parameter(name)}")
+        return tuple(kind) if isinstance(kind, (list, tuple)) and kind else None
+
+    @functools.cached_property
+    def has_kinds(self) -> bool:
+        """Whether the checkpoint records kinds at all: those of other programs, and of older versions, do not."""
+        return bool(self._saved.under(f"optim.{KINDS}"))
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Shape that the parameter was saved in."""
+        spec = self._saved.tensors.get(f"model.{self._saved_parameter(name)}")
+        return None if spec is None else spec.shape
+
+    def keys(self, name: str) -> frozenset[str]:
+        """Keys of the parameter's state that are there."""
+        return frozenset(self._entries(STATE, name))
+
     def knows(self, name: str) -> bool:
         """Whether an optimizer had this parameter when it was saved."""
         return bool(self._entries(PARAM_GROUPS, name))
 
-    def claim_values(self, name: str) -> dict[str, Claim]:
+    def hyperparameter_names(self, names: Iterable[str]) -> set[str]:
+        """The hyper-parameters that some of these parameters have in the checkpoint."""
+        return {key for name in names for key in self._entries(PARAM_GROUPS, name)}
+
+    def claim_values(self, name: str, expected: Set[str] = frozenset()) -> dict[str, Claim]:
+        """Claim a parameter's saved hyper-parameters.
+
+        Args:
+            expected: those that the checkpoint should have, if it has any.
+        """
         wanted = f"optim.{PARAM_GROUPS}.{name}"
         entries = self._entries(PARAM_GROUPS, name)
         if not entries:
             return {wanted: Claim(f"optim.{PARAM_GROUPS}.{self._saved_parameter(name)}")}
-        return {f"{wanted}.{key}": Claim(flat) for key, flat in entries.items()}
+        claims = {f"{wanted}.{key}": Claim(flat) for key, flat in entries.items()}
+        for key in expected - entries.keys():
+            claims[f"{wanted}.{key}"] = Claim(f"optim.{PARAM_GROUPS}.{self._saved_parameter(name)}.{key}")
+        if self.has_kinds:
+            claims[f"optim.{KINDS}.{name}"] = Claim(f"optim.{KINDS}.{self._saved_parameter(name)}")
+        return claims
 
-    def claim_state(self, name: str, owner: Owner, live: Mapping[str, Any], twin: int = 0) -> dict[str, Claim]:
+    def claim_state(
+        self, name: str, owner: Owner, live: Mapping[str, Any], expected: Iterable[str] = (), twin: int = 0
+    ) -> dict[str, Claim]:
         """Claim a parameter's saved state: into the live tensors where there are any, else into new ones.
 
         Args:
-            live: the optimizer's state of the parameter. If the checkpoint has none of it, nothing is claimed.
+            live: the optimizer's state of the parameter. If the checkpoint has none of it, it is not claimed.
+            expected: keys that the checkpoint should have. If one is lost, the live state is left as it is, since no
+                optimizer can step with a part of it.
             twin: number of parameters of this name before this one; tied weights may be several in memory.
         """
         claims: dict[str, Claim] = {}
         entries = self._entries(STATE, name)
+        if not all(key in entries for key in expected):
+            self._broken.add((name, twin))
+            live = {}
         for key, flat in entries.items():
             wanted = _wanted(name, key, twin)
             spec, tensor = self._saved.tensors.get(flat), live.get(key)
@@ -74,14 +118,15 @@ class SavedOptimizers:
             else:
                 new = self._spec_for(name, key, spec, owner.tensor)
                 claims[wanted] = Claim(flat, new, partial(_create, key, new, owner))
-        if entries:
-            parameter = self._saved_parameter(name)
-            for key in live.keys() - entries.keys():
-                claims[_wanted(name, key, twin)] = Claim(f"optim.{STATE}.{parameter}.{key}")
+        for key in (*expected, *live) if entries else expected:
+            if key not in entries:
+                claims[_wanted(name, key, twin)] = Claim(f"optim.{STATE}.{self._saved_parameter(name)}.{key}")
         return claims
 
-    def state(self, name: str, loaded: Mapping[str, torch.Tensor], twin: int = 0) -> dict[str, Any]:
-        """The state that a parameter is to have after the load."""
+    def state(self, name: str, loaded: Mapping[str, torch.Tensor], twin: int = 0) -> dict[str, Any] | None:
+        """The state that a parameter is to have after the load; None: what it has."""
+        if (name, twin) in self._broken or not self.knows(name):
+            return None
         state: dict[str, Any] = {}
         for key, flat in self._entries(STATE, name).items():
             wanted = _wanted(name, key, twin)
@@ -97,8 +142,12 @@ class SavedOptimizers:
 
     def _entries(self, kind: str, name: str) -> dict[str, str]:
         """Key -> name in the checkpoint."""
-        prefix = f"optim.{kind}.{self._saved_parameter(name)}"
-        return {flat[len(prefix) + 1 :]: flat for flat in self._saved.under(prefix) if flat != prefix}
+        entries = self._known_entries.get((kind, name))
+        if entries is None:
+            prefix = f"optim.{kind}.{self._saved_parameter(name)}"
+            entries = {flat[len(prefix) + 1 :]: flat for flat in self._saved.under(prefix) if flat != prefix}
+            self._known_entries[kind, name] = entries
+        return entries
 
     def _saved_parameter(self, name: str) -> str:
         return self._saved.name_of(f"model.{name}").removeprefix("model.")

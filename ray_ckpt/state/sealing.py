@@ -23,6 +23,10 @@ _SEQUENCES: dict[type, str] = {list: "$list", tuple: "$tuple", set: "$set", torc
 _MAKERS: dict[str, Callable[[Any], Any]] = {tag: kind for kind, tag in (*_DICTS.items(), *_SEQUENCES.items())}
 
 
+RECORD = "$names"
+"""Last component of the entry in which `pack_state` records what it has packed."""
+
+
 def pack(name: str, value: object) -> dict[str, Any]:
     """Flat name -> tensor or sealed value. `unpack` is the inverse.
 
@@ -38,6 +42,12 @@ def pack(name: str, value: object) -> dict[str, Any]:
     return {name: sealed} | {f"{name}.${number}": tensor for number, tensor in enumerate(tensors)}
 
 
+def pack_state(name: str, state: Mapping[str, Any]) -> dict[str, Any]:
+    """As `pack`, with a record of the names below `name`, so that a load can tell what is missing."""
+    packed = pack(name, dict(state))
+    return packed | {f"{name}.{RECORD}": tuple(sorted(flat[len(name) + 1 :] for flat in packed))}
+
+
 def unpack(name: str, leaves: Mapping[str, Any]) -> Any:
     """The value that was packed under this name.
 
@@ -51,7 +61,8 @@ def unpack(name: str, leaves: Mapping[str, Any]) -> Any:
         leaf = leaves[name]
         return leaf if isinstance(leaf, torch.Tensor) else _unseal(name, leaf, leaves)
     start = len(name) + 1
-    keys = {flat[start:].partition(".")[0]: None for flat in leaves if flat.startswith(f"{name}.")}
+    below = {flat[start:].partition(".")[0]: None for flat in leaves if flat.startswith(f"{name}.")}
+    keys = [key for key in below if key != RECORD]
     if not keys:
         raise FormatError(f"nothing was saved under {name!r}")
     return {key: unpack(f"{name}.{key}", leaves) for key in keys}

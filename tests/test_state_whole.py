@@ -1,0 +1,147 @@
+"""What a checkpoint should hold for what is loaded and does not, is named: nothing is left out in silence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import ray_ckpt
+from ray_ckpt.errors import StateMismatchError
+from ray_ckpt.state.sealing import RECORD
+from ray_ckpt.state.train_state import TrainState
+from tests.support.ranks import run_ranks
+
+
+class Loader:
+    def __init__(self, position: int) -> None:
+        self.position = position
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position, "inner": {"seen": [self.position]}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.position = state["position"]
+
+
+def trained(seed: int, steps: int) -> TrainState:
+    """Two optimizers, of which one has a parameter that it never stepped."""
+    torch.manual_seed(seed)
+    model = nn.ModuleDict({"first": nn.Linear(3, 4), "second": nn.Linear(4, 2), "unused": nn.Linear(2, 2)})
+    adam = torch.optim.Adam([*model["first"].parameters(), *model["unused"].parameters()], lr=0.1, amsgrad=True)
+    momentum = torch.optim.SGD(model["second"].parameters(), lr=0.1, momentum=0.9)
+    schedulers = {
+        "a": torch.optim.lr_scheduler.StepLR(adam, 2),
+        "b": torch.optim.lr_scheduler.ExponentialLR(momentum, 0.9),
+    }
+    for _ in range(steps):
+        model["second"](model["first"](torch.rand(2, 3))).sum().backward()
+        for each in (adam, momentum, *schedulers.values()):
+            each.step()
+    return TrainState(
+        model,
+        [adam, momentum],
+        schedulers=schedulers,
+        scaler=torch.amp.GradScaler("cpu", init_scale=float(2**steps)),
+        step=steps,
+        counters={"tokens": steps},
+        rng=True,
+        dataloader=Loader(steps),
+        extra={"sampler": Loader(steps), "best": float(steps)},
+    )
+
+
+def flat(state: TrainState) -> dict[str, Any]:
+    return {
+        f"{section}.{name}": value for section, leaves in state.state_dict().items() for name, value in leaves.items()
+    }
+
+
+def save_without(state: TrainState, lost: set[str], directory: Path) -> None:
+    """Save all but these names."""
+    sections = {
+        section: {name: value for name, value in leaves.items() if f"{section}.{name}" not in lost}
+        for section, leaves in state.state_dict().items()
+    }
+    ray_ckpt.save(sections, directory)
+
+
+def test_whatever_entry_is_lost_is_named(tmp_path: Path) -> None:
+    source = trained(0, 3)
+    one = "optim.param_groups.second.weight."
+    names = [name for name in flat(source) if name.startswith(one) or "param_groups" not in name]
+    names = [name for name in names if not name.endswith((RECORD, "num_ranks"))]
+    for number, name in enumerate(names):
+        save_without(source, {name}, tmp_path / str(number))
+        target = trained(1, 0)
+        with pytest.raises(StateMismatchError) as e:
+            ray_ckpt.load(target, tmp_path / str(number))
+        assert name in str(e.value)
+        assert target.step == 0
+        if not name.startswith("optim.param_groups."):
+            assert name in ray_ckpt.load(target, tmp_path / str(number), strict=False).missing
+
+
+def test_nothing_is_missed_of_what_was_never_there(tmp_path: Path) -> None:
+    """Parameters without a step have no state, in a checkpoint of ours and in one without our records."""
+    source = trained(0, 3)
+    assert "optim.state.unused.weight.step" not in flat(source)
+    ray_ckpt.save(source, tmp_path / "ours")
+    save_without(source, {name for name in flat(source) if ".kinds." in name}, tmp_path / "bare")
+    for checkpoint in ("ours", "bare"):
+        assert ray_ckpt.load(trained(1, 0), tmp_path / checkpoint).missing == ()
+        assert ray_ckpt.load(trained(1, 2), tmp_path / checkpoint).missing == ()
+
+
+@pytest.mark.parametrize("key", ["state.first.bias.exp_avg", "state.second.weight.momentum_buffer"])
+def test_without_records_the_other_parameters_of_the_optimizer_tell(tmp_path: Path, key: str) -> None:
+    source = trained(0, 3)
+    if key.startswith("state.second"):
+        # If that were its only key, it would look like a parameter that was never stepped.
+        source.optimizers[1].state[source.model["second"].weight]["other"] = torch.zeros(4)
+    kinds = {name for name in flat(source) if ".kinds." in name}
+    save_without(source, {*kinds, f"optim.{key}"}, tmp_path / "run")
+    with pytest.raises(StateMismatchError, match=f"optim.{key}: saved not at all"):
+        ray_ckpt.load(trained(1, 0), tmp_path / "run")
+
+
+def test_all_state_of_one_parameter_is_missed(tmp_path: Path) -> None:
+    source = trained(0, 3)
+    lost = {name for name in flat(source) if name.startswith("optim.state.first.bias.")}
+    assert len(lost) == 4
+    save_without(source, lost, tmp_path / "run")
+    assert set(ray_ckpt.load(trained(1, 0), tmp_path / "run", strict=False).missing) == lost
+
+
+def lose_generators_of(rank: int, lost: int, directory: Path) -> list[str]:
+    state = TrainState(nn.Linear(2, 2), rng=True)
+    sections = state.state_dict()
+    if rank == lost:
+        sections["rng"] = {name: value for name, value in sections["rng"].items() if not name.startswith("rank")}
+    ray_ckpt.save(sections, directory)
+    report = ray_ckpt.load(state, directory, strict=False)
+    return list(report.missing)
+
+
+def test_a_rank_whose_generators_are_lost_is_named(tmp_path: Path) -> None:
+    assert run_ranks(lose_generators_of, 2, tmp_path, 1, tmp_path / "run") == [["rng.rank1"]] * 2
+
+
+def test_another_kind_of_optimizer_is_refused_unless_asked(tmp_path: Path) -> None:
+    """RAdam has all hyper-parameters and state that Adam has: only its name tells."""
+    model = nn.Linear(2, 2)
+    adam = torch.optim.Adam(model.parameters(), lr=0.1)
+    model(torch.ones(2)).sum().backward()
+    adam.step()
+    ray_ckpt.save(TrainState(model, adam), tmp_path / "run")
+    other = torch.optim.RAdam(model.parameters(), lr=0.2)
+    with pytest.raises(
+        StateMismatchError, match=r"another kind of optimizer than RAdam was saved: Adam for weight, bias"
+    ):
+        ray_ckpt.load(TrainState(model, other), tmp_path / "run")
+    assert not other.state
+    ray_ckpt.load(TrainState(model, other), tmp_path / "run", strict=False)
+    assert torch.equal(other.state[model.weight]["exp_avg"], adam.state[model.weight]["exp_avg"])
