@@ -104,7 +104,7 @@ def test_without_records_the_other_parameters_of_the_optimizer_tell(tmp_path: Pa
         source.optimizers[1].state[source.model["second"].weight]["other"] = torch.zeros(4)
     kinds = {name for name in flat(source) if ".kinds." in name}
     save_without(source, {*kinds, f"optim.{key}"}, tmp_path / "run")
-    with pytest.raises(StateMismatchError, match=f"optim.{key}: saved not at all"):
+    with pytest.raises(StateMismatchError, match=rf"optim\.{key}: not saved"):
         ray_ckpt.load(trained(1, 0), tmp_path / "run")
 
 
