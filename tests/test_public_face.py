@@ -37,12 +37,12 @@ def state_of(ctx: WorkerContext) -> TrainState:
 def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     state = TrainState(model, optimizer, step=0, layout=Layout.parse("fsdp2x2"), rng=True)
     store = CheckpointStore(Storage("s3://bucket/run", retry=RetryPolicy(attempts=3)))
-    report: SaveReport = save(state, store, step=1)
+    report: SaveReport = save(state, store, 1)
     handle: SaveHandle = save(state, store, step=2, blocking=False)
     print(report.total_bytes, handle.done(), handle.result(timeout_s=60.0).uri)
     resumed: LoadReport | None = resume(state, store)
     print(0 if resumed is None else resumed.step)
-    loaded: LoadReport = load(state, store, strict=False, only=("model",))
+    loaded: LoadReport = load(state, store, strict=False, only=("model",), fallback=True)
     checked: VerifyReport = verify(store, 1)
     damages: tuple[Damage, ...] = checked.damages
     policy: Policy = keep_last(3) | keep_every(1000) | keep([0])

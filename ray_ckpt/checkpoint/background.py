@@ -1,8 +1,8 @@
 """Saves beside training: one at a time per process, in a thread, with a group of their own.
 
 save(blocking=False) ── Saver.start ── thread: write, check, publish ──> SaveHandle.result
-next save            ── Saver.settle: wait for it, and raise its failure if nobody has seen that yet
-end of the process   ── Python waits for the thread; a failure that nobody saw is told, and the exit code is 1
+next save            ── Saver.settle: wait for it, and raise its failure unless `result` has done so
+end of the process   ── Python waits for the thread; a failure that was not raised is printed, and the exit code is 1
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Saver:
         self._meet(None)
 
     def meet(self) -> None:
-        """Forget what was agreed with other ranks when they are others now than at the save before."""
+        """Forget what was agreed with other ranks if the process group is another one than at the previous save."""
         group = dist.group.WORLD if dist.is_initialized() else None
         if group is not self._trainers_group():
             self._meet(group)
@@ -67,7 +67,7 @@ class Saver:
         """Wait for the save in flight.
 
         Raises:
-            CheckpointError: it failed, and nobody on this rank has seen that yet.
+            CheckpointError: it failed, and no call on this rank has raised that yet.
             SavePendingError: it has not ended by the deadline.
         """
         handle = self._pending

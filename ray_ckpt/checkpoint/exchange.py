@@ -20,8 +20,8 @@ T = TypeVar("T")
 class Exchange:
     """Values between the coordinator and all ranks, and failures with them.
 
-    What a rank's function raises travels as well: a round in which anybody failed raises on every rank, with every
-    failure named, so nobody waits for somebody who has given up. All ranks make the same calls.
+    Failures travel like values: if a function fails on any rank, the round raises on every rank and names every
+    failure, so no rank waits for one that has given up. All ranks make the same calls.
 
     Args:
         operation: for the messages: "{operation} failed on rank 2: ...".
@@ -50,7 +50,7 @@ class Exchange:
         return [outcome.value for outcome in outcomes]  # type: ignore[misc]
 
     def scatter(self, of_coordinator: Callable[[], Sequence[T]]) -> T:
-        """Call `of_coordinator` there, unless a rank has failed, and give every rank its own of the values.
+        """Call `of_coordinator` on the coordinator, unless a rank has failed, and give each rank its own value.
 
         Raises:
             RayCkptError: a rank failed in the `gather` before, or the coordinator did just now.
@@ -62,7 +62,7 @@ class Exchange:
         return self._carrier.scatter(shares).get()  # type: ignore[no-any-return]
 
     def broadcast(self, of_coordinator: Callable[[], T]) -> T:
-        """Call `of_coordinator` there, unless a rank has failed, and give every rank its value.
+        """Call `of_coordinator` on the coordinator, unless a rank has failed, and give its value to every rank.
 
         Raises:
             RayCkptError: a rank failed in the `gather` before, or the coordinator did just now.
@@ -75,7 +75,7 @@ class Exchange:
         failures = self._failures
         if not failures:
             outcome = Outcome.of(of_coordinator)
-            # What is wrong with the checkpoint is wrong for all; what its storage does is the coordinator's experience.
+            # A fault of the checkpoint is the same for all ranks; an error of the storage is the coordinator's alone.
             is_everybodys = isinstance(outcome.failure, RayCkptError) and not isinstance(outcome.failure, StorageError)
             if outcome.failure is None or is_everybodys:
                 return outcome

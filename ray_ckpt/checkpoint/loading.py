@@ -4,7 +4,7 @@ coordinator    where the checkpoint is ── broadcast ──>
 every rank     open        and where that may be somebody else's: names ── gather ──> join ── broadcast ──> adapt
 every rank     offer ── gather ──> coordinator: agree ── broadcast ──> check -> read -> finish -> LoadReport
 
-The manifest tells every rank where its bytes are: nobody has to be asked while they are read.
+The manifest tells every rank where its bytes are, so ranks need not talk while they read.
 """
 
 from __future__ import annotations
@@ -62,26 +62,28 @@ def load(
             `TrainState` also what others wrote: stock DCP (also where the optimizer's state is keyed by index, or its
             groups are), accelerate's and Lightning's FSDP directories, a file by `torch.save` or safetensors, or a
             directory of the latter. Their names are translated.
-        step: of the store; None for the checkpoint at `target` itself, or else the latest committed step.
+        step: number of the step in the store; None loads the checkpoint at `target` itself, or else the latest
+            committed step of the store there.
         strict: refuse a checkpoint that lacks something wanted, or holds something that no rank wants. Otherwise both
             are named in the report, and what is missing stays as it is.
-        cast: convert what was saved in another dtype. Otherwise that is refused.
-        only: what to load, by the beginning of its name, in whole components: `("model",)`, `("model.layers.0",)`,
-            `("model", "optim")`. Below `model`, `ema` and `extra` a part can be named, of other sections the whole.
+        cast: convert tensors that were saved in another dtype. Otherwise they are refused.
+        only: prefixes of the names to load, in whole components: `("model",)`, `("model.layers.0",)`,
+            `("model", "optim")`. Below `model`, `ema` and `extra` a part can be named, other sections only as a whole.
         key_map: wanted name -> saved name, as a mapping or a function. A parameter is renamed under `model.`, and its
             optimizer state follows.
-        hyperparameters: whether the optimizers take what was saved, or keep their own, as they must where several
-            pipeline stages saved their groups under one name and only one survived; see `LoadReport.lost`.
-        fallback: where no step is named and the latest of the store is damaged, as far as its record and the sizes of
-            its files tell, load the highest step that is good, and log a WARNING. Otherwise that is refused.
-        timeout_s: how long to wait in all for other ranks. It does not bound what this rank itself does, as reading.
-            By default as long as the process group's collectives wait.
+        hyperparameters: whether the optimizers take the saved hyper-parameters or keep their own. They have to keep
+            their own when several pipeline stages saved theirs under one name, of which one survived; see
+            `LoadReport.lost`.
+        fallback: when no step is named and the latest one is damaged, as its record and the sizes of its files show,
+            load the highest good step and log a WARNING. Otherwise a damaged latest step is refused.
+        timeout_s: time limit for waiting for other ranks; by default the process group's own. It does not limit this
+            rank's own work, such as reading.
 
     Raises:
         CheckpointNotFoundError: there is no committed checkpoint, or not that step.
         FormatError: the latest step is damaged; names path, reason and the highest good step.
         StateMismatchError: names, shapes, dtypes or hyper-parameters do not fit; nothing was changed.
-        CheckpointError: a rank failed, or did not come within `timeout_s`; names each of them, on every rank.
+        CheckpointError: ranks failed, or did not arrive within `timeout_s`; every rank learns which.
     """
     if isinstance(only, str):
         raise UsageError(f"only={only!r} is one text: give a sequence of them, as in only=({only!r},)")
@@ -118,7 +120,7 @@ def resume(state: State, store: Target, *, fallback: bool = False, timeout_s: fl
     Raises:
         FormatError: the latest step is damaged; names path, reason and the highest good step.
         StateMismatchError: names, shapes, dtypes or hyper-parameters do not fit; nothing was changed.
-        CheckpointError: a rank failed, or did not come within `timeout_s`; names each of them, on every rank.
+        CheckpointError: ranks failed, or did not arrive within `timeout_s`; every rank learns which.
     """
     ranks = TrainersExchange("resume", timeout_s)
 

@@ -124,23 +124,23 @@ def save(
         state: a `TrainState`, anything else with a `state_dict`, or a state dict: nested dicts and lists of tensors
             (plain, DTensor, ShardedTensor) and other objects. Ranks may hold different things; what several hold under
             one name is saved once.
-        target: the checkpoint's directory (a local path, a URI as `Storage` takes it, or a `Storage`), or with `step`
-            the store that it is a step of (the same, or a `CheckpointStore`).
+        target: the checkpoint's directory: a local path, a URI as `Storage` takes it, or a `Storage`. With `step` the
+            store to save into: the same, or a `CheckpointStore`.
+        step: number of the step in the store, from 0.
         layout: how the state lies across ranks, for the manifest; by default what the `TrainState` says.
         overwrite: replace a committed checkpoint; it stays valid until the new one is committed.
-        if_busy: whether a save waits for one that is still being written on some rank, or is skipped: a warning, and
-            None instead of a report or a handle.
-        timeout_s: how long to wait in all for other ranks, and for the save before this one, from the call to the
-            commit. It does not bound what this rank itself does, as writing. By default as long as the process group's
-            collectives wait.
+        if_busy: whether to wait while the previous save is still being written on some rank, or to skip this save: then
+            there is a warning, and None instead of a report or a handle.
+        timeout_s: time limit, from the call to the commit, for waiting for other ranks and for the previous save; by
+            default the process group's own. It does not limit this rank's own work, such as writing.
 
     Raises:
         CheckpointExistsError: `target` holds a committed checkpoint already and `overwrite` was not given.
         CommitError: the ranks' parts do not fit together, or ranks hold different things under one name.
-        CheckpointError: a rank failed; names each of them, on every rank. Nothing was committed. Or ranks did not come
-            within `timeout_s`; names them. Or the save in the background before this one failed and some rank has not
-            seen that yet; this one was not begun.
-        SavePendingError: alone, the save before this one has not ended within `timeout_s`.
+        CheckpointError: ranks failed, or did not arrive within `timeout_s`; every rank learns which. Nothing was
+            committed. Or the previous save in the background failed and some rank has not seen that yet; then this one
+            was not begun.
+        SavePendingError: in a single process, the previous save has not ended within `timeout_s`.
     """
     if if_busy not in ("wait", "skip"):
         raise UsageError(f"if_busy={if_busy!r} is neither 'wait' nor 'skip'")

@@ -14,7 +14,7 @@ from ray_ckpt.storage.resolve import Target, committed_at
 def verify(target: Target, step: int | None = None, *, timeout_s: float | None = None) -> VerifyReport:
     """Read every byte of a committed checkpoint and compare it with what was recorded when it was saved.
 
-    Elements and objects have checksums; what else our files hold (the containers around the elements, `.metadata`)
+    Elements and objects have checksums; everything else in our files (the containers around the elements, `.metadata`)
     follows from the manifest and is compared as well. Needs a few MiB of memory, whatever the checkpoint's size. On a
     process group all ranks call it and share the files; each gets the whole report.
 
@@ -30,19 +30,20 @@ def verify(target: Target, step: int | None = None, *, timeout_s: float | None =
 
     Args:
         target: the checkpoint's directory, or a store: a local path, a URI, a `Storage` or a `CheckpointStore`.
-        step: of the store; None for the checkpoint at `target` itself, or else the latest committed step.
-        timeout_s: how long to wait in all for other ranks. It does not bound what this rank itself does, as reading.
-            By default as long as the process group's collectives wait.
+        step: number of the step in the store; None verifies the checkpoint at `target` itself, or else the latest
+            committed step of the store there.
+        timeout_s: time limit for waiting for other ranks; by default the process group's own. It does not limit this
+            rank's own work, such as reading.
 
     Returns:
-        What was read, and all that is damaged or missing, by name. A checkpoint that stock DCP wrote has no checksums:
-        its report has no damages then, but is not `verified` either.
+        What was read, and everything that is damaged or missing, by name. A checkpoint that stock DCP wrote has no
+        checksums: its report may have no damages, but is not `verified`.
 
     Raises:
         CheckpointNotFoundError: there is no committed checkpoint.
         FormatError, UnsafeCheckpointError: its manifest is damaged, or not safe to read.
         StorageError: the storage does not answer.
-        CheckpointError: some ranks failed, others not, or did not come within `timeout_s`; names each, on every rank.
+        CheckpointError: ranks failed, or did not arrive within `timeout_s`; every rank learns which.
     """
     ranks = TrainersExchange("verify", timeout_s)
     found = ranks.broadcast(lambda: committed_at(target, step))

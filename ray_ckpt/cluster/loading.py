@@ -66,10 +66,11 @@ def load(
         state_of: as for `save`; a state dict is filled in place, so return the one that the worker uses.
         target: the checkpoint's directory as every worker's node and the driver know it, or a store; or what others
             wrote, as for `ray_ckpt.load`.
-        step: of the store; None for the checkpoint at `target` itself, or else the latest committed step.
+        step: number of the step in the store; None loads the checkpoint at `target` itself, or else the latest
+            committed step of the store there.
         strict, cast, only, key_map, hyperparameters, fallback: as for `ray_ckpt.load`; a function as `key_map` must be
             one that pickles.
-        timeout_s: for the whole load; by default the group's `call_timeout_s`.
+        timeout_s: time limit of the whole load; by default the group's `call_timeout_s`.
 
     Returns:
         One `LoadReport` per worker, in rank order.

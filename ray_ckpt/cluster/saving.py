@@ -70,10 +70,10 @@ def save(
 ) -> SaveReport | SaveHandle:
     """Save what the workers hold as one checkpoint at `target`. The group stays open, whatever happens.
 
-    A group has one save in flight at a time; another one waits for it. With `blocking=False` the call returns as soon
-    as every worker has copied its part into host memory of its own (as much as it writes; used again by the next save):
-    what later calls on the workers change is not in the checkpoint. Writing and committing go on in a thread of the
-    driver, and on the workers beside their other calls. Closing the group waits for it.
+    A group has one save in flight at a time; the next one waits for it. With `blocking=False` the call returns once
+    every worker has copied its part into host memory, which the next save uses again: what later calls on the workers
+    change is not in the checkpoint. A thread of the driver, and the workers beside their other calls, write and commit.
+    Closing the group waits for it.
 
     Example:
         >>> import torch
@@ -89,12 +89,14 @@ def save(
         state_of: a top-level function that returns a worker's state, given its `WorkerContext`: a `TrainState`,
             anything else with a `state_dict`, or a state dict. By name (`"package.module:function"`) the driver need
             not load its module.
-        target: the checkpoint's directory as every worker's node knows it (a path, a URI, or a `Storage`), or with
-            `step` the store that it is a step of (the same, or a `CheckpointStore`).
+        target: the checkpoint's directory as every worker's node knows it: a path, a URI, or a `Storage`. With `step`
+            the store to save into: the same, or a `CheckpointStore`.
+        step: number of the step in the store, from 0.
+        overwrite: replace a committed checkpoint; it stays valid until the new one is committed.
         layout: how the state lies across the workers, for the manifest; by default what rank 0's `TrainState` says.
-        retries: how often a worker whose write failed writes once more, by itself.
-        blocking: whether to wait for the commit. If not, ask the handle, or the next `save`, how it went.
-        timeout_s: for the whole save; by default the group's `call_timeout_s`.
+        retries: how often a worker whose write failed writes again, without the others.
+        blocking: whether to wait for the commit. Otherwise the handle, or else the next `save`, reports a failure.
+        timeout_s: time limit of the whole save; by default the group's `call_timeout_s`.
 
     Raises:
         CheckpointExistsError: `target` holds a committed checkpoint already and `overwrite` was not given.
@@ -102,8 +104,8 @@ def save(
             does not see at `target` what the workers have written.
         WorkerError: workers failed or died; names each. Nothing was committed.
         GroupTimeoutError: workers did not answer in time; names each. Nothing was committed.
-        CheckpointError: the save before this one, with `blocking=False`, failed, and nobody has seen that yet; this one
-            was not begun.
+        CheckpointError: the previous save, with `blocking=False`, failed, and no call has raised that yet; this one was
+            not begun.
         SavePendingError: the save before this one has not ended within `timeout_s`; this one was not begun.
     """
     deadline = time.monotonic() + (group.call_timeout_s if timeout_s is None else timeout_s)

@@ -29,8 +29,9 @@ def verify(
 
     Args:
         target: the checkpoint's directory as every worker's node and the driver know it, or a store.
-        step: of the store; None for the checkpoint at `target` itself, or else the latest committed step.
-        timeout_s: by default the group's `call_timeout_s`.
+        step: number of the step in the store; None verifies the checkpoint at `target` itself, or else the latest
+            committed step of the store there.
+        timeout_s: time limit; by default the group's `call_timeout_s`.
 
     Raises:
         CheckpointNotFoundError: there is no committed checkpoint, or not that step.
