@@ -294,7 +294,7 @@ def find_data(head: bytes | memoryview, length: int) -> StoredTensor | None:
     """Read the first bytes of a container of `length` bytes.
 
     Raises:
-        FormatError: its description of the tensor differs from its CRC-32.
+        FormatError: its description of the tensor differs from its CRC-32, or a member's header is damaged.
 
     Returns:
         What it holds; None when `head` ends too early, or when this is not a container of one plain tensor: then only
@@ -356,6 +356,8 @@ def _members(data: bytes) -> Iterator[_Member]:
         start = name_start + name_length + extra_length
         if start > len(data):
             return
+        if not _are_fields(data[name_start + name_length : start]):
+            raise FormatError("the local header of a member is damaged: its extra fields do not fill their place")
         name = data[name_start : name_start + name_length].decode("utf-8", "replace")
         if not flags & _SIZES_FOLLOW:
             position = start + size
@@ -369,6 +371,15 @@ def _members(data: bytes) -> Iterator[_Member]:
             return
         yield _Member(name, start, end, int.from_bytes(data[end + 4 : end + 8], "little"))
         position = end + _DESCRIPTOR.size
+
+
+def _are_fields(extra: bytes) -> bool:
+    """Whether extra fields (id, length, content) follow each other up to the end. A damaged length of theirs, or of the
+    name before them, would move the elements behind them by some bytes."""
+    position = 0
+    while position + 4 <= len(extra):
+        position += 4 + int.from_bytes(extra[position + 2 : position + 4], "little")
+    return position == len(extra)
 
 
 def descriptor_crc(data: bytes, num_bytes: int) -> int:

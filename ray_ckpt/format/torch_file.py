@@ -33,7 +33,7 @@ from ray_ckpt.format.torch_container import dtype_name
 from ray_ckpt.format.torch_pickle import Tensor
 from ray_ckpt.text import quoted
 
-__all__ = ["Content", "parse", "to_manifest"]
+__all__ = ["Content", "Place", "parse", "to_manifest"]
 
 _ADVICE = (
     "save the state dicts alone (tensors, numbers, texts, lists, dicts), or convert the file with torch.load(..., "
@@ -77,11 +77,21 @@ def parse(data: bytes, file: str) -> Content:
     return _Flattener(file).flatten(root)
 
 
-def to_manifest(content: Content, places: Mapping[str, tuple[int, int]], file: str, file_bytes: int) -> Manifest:
+class Place(NamedTuple):
+    """Where the bytes of a storage lie."""
+
+    start: int
+    """Byte offset in the file."""
+    num_bytes: int
+    crc: int
+    """CRC-32 of the bytes; 0 where whoever wrote the file left it out."""
+
+
+def to_manifest(content: Content, places: Mapping[str, Place], file: str, file_bytes: int) -> Manifest:
     """The manifest of the file: where everything in it lies.
 
     Args:
-        places: storage's key -> where its bytes begin in the file, and how many there are.
+        places: storage's key -> where its bytes lie.
 
     Raises:
         FormatError: a tensor reaches outside its storage.
@@ -90,7 +100,7 @@ def to_manifest(content: Content, places: Mapping[str, tuple[int, int]], file: s
     for name, tensor in content.tensors.items():
         if tensor.key not in places:
             raise FormatError(f"{file} lacks the storage {quoted(tensor.key)}, which {quoted(name)} lies in")
-        start, num_bytes = places[tensor.key]
+        start, num_bytes, crc = places[tensor.key]
         num_elements = span(tensor.shape, tensor.strides) if 0 not in tensor.shape else 0
         first = tensor.offset * tensor.dtype.itemsize
         if first + num_elements * tensor.dtype.itemsize > num_bytes:
@@ -99,6 +109,8 @@ def to_manifest(content: Content, places: Mapping[str, tuple[int, int]], file: s
                 f"{tensor.offset} reaches outside its storage, which has {num_bytes} bytes"
             )
         chunk = Chunk(Box.whole(tensor.shape), file, start, num_bytes, data_start=start + first, strides=tensor.strides)
+        if num_elements * tensor.dtype.itemsize == num_bytes:
+            chunk = chunk._replace(crc=crc)
         tensors[name] = TensorEntry(dtype_name(tensor.dtype), tensor.shape, (chunk,), content.paths[name])
     objects = {
         name: ObjectEntry(file, 0, 0, inline=Inline(value), path=content.paths[name])

@@ -48,6 +48,7 @@ def inspect(data: bytes, what: str) -> Inspected:
         if member is None or num_bytes > member.num_bytes:
             found = "none" if member is None else str(member.num_bytes)
             raise FormatError(f"{what} speaks of {num_bytes} bytes in its storage {quoted(key)}, which has {found}")
+        _member(data, member, what)
     is_plain = not find_unknown(content.root, what) and not content.storages and not content.has_lost_attributes
     return Inspected(is_plain, content.root if is_plain else None)
 
@@ -55,4 +56,6 @@ def inspect(data: bytes, what: str) -> Inspected:
 def _member(data: bytes, member: zip_directory.Member, what: str) -> bytes:
     header = data[member.header_start : member.header_start + zip_directory.LOCAL_HEADER_BYTES]
     start = zip_directory.data_start(header, member.header_start, what)
-    return data[start : start + member.num_bytes]
+    content = data[start : start + member.num_bytes]
+    zip_directory.check_crc(content, member, what)
+    return content

@@ -2,12 +2,14 @@
 
     central directory ── read_members ──> Member: where its local header begins, and how many bytes it has
     local header      ── data_start   ──> where its bytes begin
+    its bytes         ── check_crc    ──> an error where they are not those that were written
 
 Source of the format: PKWARE APPNOTE 6.3, and PyTorch's `caffe2/serialize/inline_container.cc`.
 """
 
 from __future__ import annotations
 
+import binascii
 import io
 import struct
 import zipfile
@@ -18,7 +20,7 @@ from ray_ckpt.errors import FormatError, RayCkptError
 from ray_ckpt.format import limits
 from ray_ckpt.text import quoted
 
-__all__ = ["LOCAL_HEADER_BYTES", "MAGIC", "Member", "data_start", "read_members"]
+__all__ = ["LOCAL_HEADER_BYTES", "MAGIC", "Member", "check_crc", "data_start", "read_members"]
 
 MAGIC = b"PK\3\4"
 """First bytes of a zip archive."""
@@ -98,6 +100,16 @@ def data_start(header: bytes, header_start: int, file: str) -> int:
     if magic != MAGIC:
         raise FormatError(f"{file} has no member at byte {header_start}, where its directory says that one begins")
     return header_start + LOCAL_HEADER_BYTES + int(name_length) + int(extra_length)
+
+
+def check_crc(data: bytes | memoryview, member: Member, what: str) -> None:
+    """Whether a member's bytes are those that were written, as far as its CRC-32 tells.
+
+    Raises:
+        FormatError: they are not.
+    """
+    if member.crc and (found := binascii.crc32(data)) != member.crc:
+        raise FormatError(f"{what} is damaged: its CRC-32 is {found:08x}, saved with {member.crc:08x}")
 
 
 class _Window(io.RawIOBase):

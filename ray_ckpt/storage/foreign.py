@@ -239,11 +239,13 @@ def _torch_file(storage: Storage, name: str, num_bytes: int) -> Manifest:
 
 def _member(file: InputFile, member: zip_directory.Member) -> bytes:
     header = _read(file, member.header_start, zip_directory.LOCAL_HEADER_BYTES)
-    return _read(file, zip_directory.data_start(header, member.header_start, file.name), member.num_bytes)
+    data = _read(file, zip_directory.data_start(header, member.header_start, file.name), member.num_bytes)
+    zip_directory.check_crc(data, member, file.name)
+    return data
 
 
-def _places(storage: Storage, file: str, members: Mapping[str, zip_directory.Member]) -> dict[str, tuple[int, int]]:
-    """Where the bytes of these members begin, and how many there are. Their local headers are read, many at a time."""
+def _places(storage: Storage, file: str, members: Mapping[str, zip_directory.Member]) -> dict[str, torch_file.Place]:
+    """Where the bytes of these members lie. Their local headers are read, many at a time."""
     size = zip_directory.LOCAL_HEADER_BYTES
     headers = {key: torch.empty(size, dtype=torch.uint8) for key in members}
     pieces = [
@@ -252,9 +254,10 @@ def _places(storage: Storage, file: str, members: Mapping[str, zip_directory.Mem
     ]
     fetch(storage, pieces, _header_tuning(storage))
     return {
-        key: (
+        key: torch_file.Place(
             zip_directory.data_start(headers[key].numpy().tobytes(), member.header_start, file),
             member.num_bytes,
+            member.crc,
         )
         for key, member in members.items()
     }
