@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException
 
 import ray_ckpt
 from ray_ckpt.errors import RayCkptError
@@ -120,7 +121,7 @@ def _attempt(subject: Subject, tally: Tally, what: str) -> None:
     except TimeoutError:
         tally.hangs += 1
         ends_well = False
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         tally.foreign += 1
         ends_well, what = False, f"{what}: {type(error).__name__}: {error}"
     if _peak_bytes() - before > MEMORY_BYTES:
