@@ -22,7 +22,7 @@ import struct
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ray_ckpt.errors import FormatError, UnsafeCheckpointError
+from ray_ckpt.errors import FormatError, RayCkptError, UnsafeCheckpointError
 from ray_ckpt.format import limits
 from ray_ckpt.format.stand_ins import CALLS, DICTS, Instance, KeyGuard, Name, is_harmless
 from ray_ckpt.text import quoted
@@ -79,7 +79,7 @@ class Unpickler:
         """
         try:
             return self._run()
-        except (FormatError, UnsafeCheckpointError):
+        except RayCkptError:
             raise
         except Exception as error:  # a damaged pickle raises nearly anything
             raise FormatError(f"{self._what} cannot be read: {type(error).__name__}: {str(error)[:200]}") from error

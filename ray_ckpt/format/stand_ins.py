@@ -192,7 +192,14 @@ def _bytes(guard: KeyGuard, text: str = "", encoding: str = "latin1") -> bytes:
     return text.encode("latin1")
 
 
-def _byte_array(guard: KeyGuard, content: Any = b"", *_: Any) -> bytearray:
+def _empty_bytes(guard: KeyGuard) -> bytes:
+    return b""
+
+
+def _byte_array(guard: KeyGuard, content: Any = b"", encoding: str = "latin-1") -> bytearray:
+    """Of bytes, or of a text as protocol 2 has it; a number would be as many zeros."""
+    if type(content) is str and encoding == "latin-1":
+        content = content.encode("latin-1")
     if type(content) is not bytes:
         raise ValueError(f"a bytearray of {quoted(content)}")
     return bytearray(content)
@@ -213,6 +220,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "builtins.dict": _dict,
     "builtins.set": _set,
     "builtins.frozenset": _frozen_set,
+    "builtins.bytes": _empty_bytes,
     "builtins.bytearray": _byte_array,
     "builtins.complex": _complex,
     "_codecs.encode": _bytes,

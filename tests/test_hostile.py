@@ -1,0 +1,71 @@
+"""Checkpoints that mean harm, each read in a process of its own: one error of ours, in seconds, in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import hostile
+from tests.support.isolated import Outcome, Readers
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
+
+MAX_SECONDS, MAX_HELD_BYTES = 5.0, 512 << 20
+BATCH = 20
+
+
+@pytest.fixture(scope="module")
+def readers() -> Iterator[Readers]:
+    with Readers() as readers:
+        yield readers
+
+
+def wrong(outcome: Outcome) -> bool:
+    """Whether a read ended otherwise than it may, whatever the bytes."""
+    return not (
+        outcome.is_ours
+        and outcome.seconds < MAX_SECONDS
+        and outcome.held_bytes < MAX_HELD_BYTES
+        and len(outcome.message) < 2000
+        and outcome.message.isprintable()
+    )
+
+
+def test_each_known_kind_ends_in_an_error_of_ours(readers: Readers, tmp_path: Path) -> None:
+    tasks = []
+    for number, write in enumerate(hostile.KNOWN.values()):
+        (tmp_path / str(number) / "step-1").mkdir(parents=True)
+        tasks.append(("load", write(tmp_path / str(number) / "step-1")))
+    outcomes = dict(zip(hostile.KNOWN, readers.read(tasks), strict=True))
+    assert {name: outcome for name, outcome in outcomes.items() if wrong(outcome)} == {}
+    assert {name for name, outcome in outcomes.items() if outcome.kind == "loaded"} == hostile.HARMLESS
+
+
+@pytest.mark.parametrize("verb", ["verify", "save", "clean"])
+def test_other_verbs_read_records_as_carefully(readers: Readers, tmp_path: Path, verb: str) -> None:
+    tasks = []
+    for name in (
+        "memo index",
+        "deep key",
+        "wide key",
+        "FIFO as a record",
+        "sparse record",
+        "deep record",
+        "diagonal chunks",
+    ):
+        (tmp_path / name / "step-1").mkdir(parents=True)
+        tasks.append((verb, hostile.KNOWN[name](tmp_path / name / "step-1")))
+    outcomes = dict(zip(tasks, readers.read(tasks), strict=True))
+    assert {task: outcome for task, outcome in outcomes.items() if wrong(outcome)} == {}
+
+
+@pytest.mark.parametrize("kind", hostile.KINDS)
+@pytest.mark.parametrize("count", [10, pytest.param(400, marks=pytest.mark.slow)])
+def test_made_up_checkpoints(readers: Readers, tmp_path: Path, kind: str, count: int) -> None:
+    for first in range(0, count, BATCH):
+        numbers = range(first, min(first + BATCH, count))
+        tasks = [("load", hostile.make(kind, number, tmp_path / str(number))) for number in numbers]
+        outcomes = dict(zip(numbers, readers.read(tasks), strict=True))
+        assert {number: outcome for number, outcome in outcomes.items() if wrong(outcome)} == {}
