@@ -9,7 +9,6 @@
 """
 
 from ray_ckpt.recipes.command import main
-from ray_ckpt.recipes.pipeline_to_fsdp.command import pipeline_to_fsdp
 
 if __name__ == "__main__":
-    main(pipeline_to_fsdp)
+    main("ray_ckpt.recipes.pipeline_to_fsdp.command:pipeline_to_fsdp")

@@ -10,7 +10,6 @@ The source may be all that ray_ckpt loads: stock DCP, accelerate's or Lightning'
 """
 
 from ray_ckpt.recipes.command import main
-from ray_ckpt.recipes.reshard.command import reshard
 
 if __name__ == "__main__":
-    main(reshard)
+    main("ray_ckpt.recipes.reshard.command:reshard")

@@ -8,7 +8,6 @@ Started again with the same storage, it goes on from the latest committed step. 
 """
 
 from ray_ckpt.recipes.command import main
-from ray_ckpt.recipes.train_elastic.command import train_elastic
 
 if __name__ == "__main__":
-    main(train_elastic)
+    main("ray_ckpt.recipes.train_elastic.command:train_elastic")

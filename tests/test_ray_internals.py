@@ -87,6 +87,14 @@ def test_free_resources_come_node_by_node() -> None:
     assert 0 < free["CPU"] <= ray.cluster_resources()["CPU"]
 
 
+@pytest.mark.usefixtures("local_ray")
+def test_a_task_knows_what_it_holds_and_a_driver_holds_nothing() -> None:
+    """`worker.global_worker.mode` tells the two apart."""
+    assert ray_internals.held_resources() == {}
+    held = ray.remote(num_cpus=0.5)(ray_internals.held_resources).remote()
+    assert ray.get(held, timeout=60) == {"CPU": 0.5}
+
+
 def test_what_daemons_say_can_be_kept_away(monkeypatch: pytest.MonkeyPatch) -> None:
     """`stdout_deduplicator.skip_re` decides, line by line, what of the daemons' output reaches the driver's."""
     batch = {"ip": "127.0.0.1", "pid": "raylet", "lines": ["(raylet) A worker died or was killed"]}

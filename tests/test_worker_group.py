@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 
@@ -13,9 +17,9 @@ import ray
 from ray.util import placement_group_table
 
 from ray_ckpt.cluster.group import WorkerGroup
-from ray_ckpt.cluster.worker import WorkerInfo
+from ray_ckpt.cluster.worker import WorkerInfo, attempt
 from ray_ckpt.errors import DIED, GroupError, GroupTimeoutError, PlacementError, UsageError, WorkerError
-from tests.support import rank_functions
+from tests.support import rank_functions, task_functions
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -152,6 +156,60 @@ def test_a_failing_rendezvous_leaves_nothing() -> None:
     with pytest.raises(WorkerError, match="rank"):
         WorkerGroup(2, backend="no-such-backend", start_timeout_s=60)
     assert_nothing_is_left([])
+
+
+def kill_a_starting_worker() -> None:
+    """SIGKILL the first worker process that shows up before the group is formed."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::Worker"):
+                    process.kill()
+                    return
+        time.sleep(0.005)
+
+
+def test_a_worker_that_dies_while_the_group_starts_is_named_in_one_line() -> None:
+    killer = threading.Thread(target=kill_a_starting_worker)
+    killer.start()
+    with pytest.raises(WorkerError) as caught:
+        WorkerGroup(2, cpus_per_worker=0.5, start_timeout_s=60)
+    killer.join()
+    [failure] = caught.value.failures
+    assert failure.error_type == DIED
+    place = re.escape(f"{socket.gethostname()} ({ray.util.get_node_ip_address()})")
+    told = rf"rank [01] on {place}: died: process \d+ is gone without a word: killed by a signal, as by the kernel when"
+    assert re.match(told, str(caught.value))
+    assert "\n" not in str(caught.value)
+    assert_nothing_is_left([])
+
+
+def test_a_group_inside_a_task_leaves_the_task_its_own_cpus() -> None:
+    """Of four CPUs the task holds three: two workers share the fourth."""
+    form = ray.remote(num_cpus=3)(task_functions.form_group)
+    assert ray.get(form.remote(2), timeout=90) == [0.5, ["rank 0", "rank 1"]]
+    assert_nothing_is_left([])
+
+
+class Unspeakable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+def test_whatever_is_raised_comes_back_as_a_short_text() -> None:
+    def raise_(error: BaseException) -> None:
+        raise error
+
+    long = attempt(3, raise_, ValueError("x" * (1 << 20))).failure
+    assert long is not None
+    assert (long.rank, long.error_type) == (3, "ValueError")
+    assert re.fullmatch(r"x{5000} \.\.\. 1038576 more \.\.\. x{5000}", long.message)
+    assert len(long.traceback) < 11_000
+    silent = attempt(0, raise_, Unspeakable()).failure
+    assert silent is not None
+    assert silent.message == "its message cannot be had: RuntimeError"
+    assert "raise_" in silent.traceback
 
 
 def test_wrong_use_is_said_before_anything_is_placed() -> None:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -93,10 +95,14 @@ def _local_ray(num_cpus: int, options: dict[str, Any]) -> Iterator[None]:
 
 
 def _init(address: str, options: dict[str, Any]) -> None:
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, **options)
-    except (RayError, ConnectionError, RuntimeError, ValueError) as error:
-        raise UsageError(f"cannot join the Ray cluster at {address}: {_first_line(error)}") from error
+    except (RayError, OSError, RuntimeError, ValueError) as error:
+        doing = "start a local Ray" if address == "local" else f"join the Ray cluster at {address}"
+        raise UsageError(f"cannot {doing}: {_first_line(error)}") from error
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)  # Ray has put its own in its place
 
 
 def _first_line(error: Exception) -> str:

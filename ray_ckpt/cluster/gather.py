@@ -16,7 +16,7 @@ from enum import IntEnum
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayError
 
 from ray_ckpt.cluster.worker import Outcome, WorkerInfo
 from ray_ckpt.errors import DIED, SILENT, GroupTimeoutError, RankFailure, WorkerError
@@ -136,16 +136,32 @@ def _take(
 
 def _from_ray(error: RayError, rank: int, worker: WorkerInfo) -> RankFailure:
     """What Ray knows of a call that returned nothing, in one line of Ray's many."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not isinstance(error, RayActorError):
-        return RankFailure(rank, worker.node, type(error).__name__, lines[-1] if lines else "")
-    message = f"process {worker.pid} is gone"
+    if isinstance(error, (RayActorError, OutOfMemoryError)):
+        return RankFailure(rank, worker.node, DIED, _describe_death(error, worker.pid))
+    return RankFailure(rank, worker.node, type(error).__name__, _lines(error)[-1])
+
+
+def _describe_death(error: RayError, pid: int) -> str:
+    lines = _lines(error)
+    known = [line.removeprefix("pid: ") for line in lines if line.startswith("pid: ")]
+    process = f"process {pid or (known[0] if known else 'of unknown number')}"
+    if isinstance(error, OutOfMemoryError):
+        return f"{process} was killed by Ray, as its node ran out of memory: use fewer workers per node"
     if isinstance(error, ActorUnavailableError):
-        message = f"process {worker.pid} or its node cannot be reached any more"
-    elif details := [line for line in lines if "exit detail" in line.lower()]:
-        # Ray appends a list of common causes, the same for every death.
-        message += ": " + details[0].partition("detail:")[2].partition("Some common causes")[0].strip(" .")
-    return RankFailure(rank, worker.node, DIED, message)
+        return f"{process} or its node cannot be reached any more"
+    # Ray appends a list of common causes, the same for every death.
+    details = [line.partition("detail:")[2].partition("Some common causes")[0] for line in lines if "detail:" in line]
+    if any("connection error code 2" in detail for detail in details):
+        return (
+            f"{process} is gone without a word: killed by a signal, as by the kernel when memory runs out (see `dmesg` "
+            "on its node), or crashed"
+        )
+    return f"{process} is gone: {(details or lines)[-1].strip(' .')}"
+
+
+def _lines(error: RayError) -> list[str]:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines or [type(error).__name__]
 
 
 def _in_order_of_blame(

@@ -35,9 +35,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ray_ckpt.cluster.connect import connect
 from ray_ckpt.cluster.gather import gather
+from ray_ckpt.cluster.ray_internals import held_resources
 from ray_ckpt.cluster.resources import choose_demand, describe, describe_nodes, explain_shortage
 from ray_ckpt.cluster.worker import BESIDE, Rendezvous, Worker, WorkerInfo
-from ray_ckpt.errors import GroupError, PlacementError, UsageError
+from ray_ckpt.errors import GroupError, GroupTimeoutError, PlacementError, UsageError
 
 LEAVE_TIMEOUT_S = 5.0
 """How long the workers may take to leave the process group before they are killed."""
@@ -123,7 +124,7 @@ class WorkerGroup:
             self._start_actors(num_workers, deadline)
             self._enlist(collective_timeout_s if process_group else None, deadline)
         except BaseException:
-            self._tear_down()
+            self._give_up()
             raise
 
     def __enter__(self) -> WorkerGroup:
@@ -266,14 +267,13 @@ class WorkerGroup:
             for i in range(num_workers)
         ]
         self._actors = actors
-        refs = [actor.describe.remote() for actor in actors]
-        _, pending = ray.wait(refs, num_returns=len(refs), timeout=max(1.0, deadline - time.monotonic()))
-        if pending:
-            raise GroupError(f"{len(pending)} of {num_workers} workers did not start within the start timeout")
+        # Until they have told on which devices they are, workers are numbered by their bundles.
+        self.workers = _placed_workers(self._placement)
+        refs = [actor.describe.remote(place) for place, actor in enumerate(actors)]
         try:
-            infos: list[WorkerInfo] = ray.get(refs)
-        except RayError as error:
-            raise GroupError(f"a worker could not start: {error}") from error
+            infos: list[WorkerInfo] = self._gather(refs, max(1.0, deadline - time.monotonic()))
+        except GroupTimeoutError as error:
+            raise GroupTimeoutError(f"not all workers have started: {error}") from error
         order = sorted(range(num_workers), key=lambda i: (infos[i].position, i))
         self._actors = [actors[i] for i in order]
         self.workers = tuple(infos[i] for i in order)
@@ -291,37 +291,63 @@ class WorkerGroup:
                 [actor.enlist.remote(rank, self.num_workers, local) for rank, (actor, local) in placed], timeout_s
             )
             return
-        ref = self._actors[0].serve_store.remote(self.num_workers, collective_timeout_s)
+        one_node = len({worker.node_id for worker in self.workers}) == 1
+        ref = self._actors[0].serve_store.remote(self.num_workers, collective_timeout_s, one_node)
         [(host, port)] = self._gather([ref], timeout_s)
-        rendezvous = Rendezvous(host, port, self.num_workers, self.demand.backend, collective_timeout_s)
+        rendezvous = Rendezvous(host, port, self.num_workers, self.demand.backend, one_node, collective_timeout_s)
         self._gather([actor.join.remote(rendezvous, rank, local) for rank, (actor, local) in placed], timeout_s)
 
     def _gather(self, refs: list[Any], timeout_s: float) -> list[Any]:
         try:
             return list(gather(dict(enumerate(refs)), self.workers, timeout_s).values())
         except BaseException:
-            self._tear_down(refs)
+            self._give_up(refs)
             raise
 
+    def _give_up(self, unread: Sequence[Any] = ()) -> None:
+        """Tear down after an error, which says more than that Ray does not confirm the end."""
+        with contextlib.suppress(GroupError):
+            self._tear_down(unread)
+
     def _tear_down(self, unread: Sequence[Any] = ()) -> None:
-        for actor in self._actors:
-            ray.kill(actor)
-        self._actors = []
-        _drop_results(unread)
-        if self._background is not None:
-            # Before Ray is gone: a call to it would start another one.
-            with contextlib.suppress(TimeoutError):
-                self._background(LEAVE_TIMEOUT_S)
-            self._background = None
-        if self._placement is not None:
-            remove_placement_group(self._placement)
-            _wait_until_removed(self._placement)
-            self._placement = None
-        self._resources.close()
+        with self._resources:  # whose end is Ray's, if it is ours
+            for actor in self._actors:
+                ray.kill(actor)
+            self._actors = []
+            _drop_results(unread)
+            if self._background is not None:
+                # Before Ray is gone: a call to it would start another one.
+                with contextlib.suppress(TimeoutError):
+                    self._background(LEAVE_TIMEOUT_S)
+                self._background = None
+            if self._placement is not None:
+                placement, self._placement = self._placement, None
+                remove_placement_group(placement)
+                _wait_until_removed(placement)
+
+
+def _placed_workers(placement: PlacementGroup) -> tuple[WorkerInfo, ...]:
+    """What is known of the workers before they have started: each one's node."""
+    nodes = {node["NodeID"]: node for node in ray.nodes()}
+    infos = []
+    for _, node_id in sorted(placement_group_table(placement)["bundles_to_node_id"].items()):
+        node = nodes.get(node_id, {})
+        address = node.get("NodeManagerAddress", "unknown address")
+        infos.append(WorkerInfo(node_id, address, node.get("NodeManagerHostname", "a lost node"), 0, ()))
+    return tuple(infos)
 
 
 def _live_nodes() -> list[dict[str, float]]:
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    """The resources of each node, without those that this very process holds, as a task or an actor of Ray."""
+    own_node, held = ray.get_runtime_context().get_node_id(), held_resources()
+    return [
+        {
+            name: amount - held.get(name, 0) if node["NodeID"] == own_node else amount
+            for name, amount in node["Resources"].items()
+        }
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
 
 
 def _drop_results(refs: Sequence[Any]) -> None:

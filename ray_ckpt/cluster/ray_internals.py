@@ -3,6 +3,7 @@
 find_recorded_address    `ray start` notes where its cluster is; `ray.init()` looks there in the same way
 check_alive              one call that a cluster's control service answers at once
 free_resources           per node, where Ray's public interface has only the sum
+held_resources           Ray's public interface refuses to answer a driver
 without_daemon_messages  Ray's daemons write paragraphs to the driver's standard output
 end_monitor              a local Ray's shutdown waits a second for a process that does nothing
 reread_authentication    Ray reads mode and token once per process
@@ -62,6 +63,14 @@ def check_alive(address: str, timeout_s: float) -> bool:
 def free_resources() -> list[Mapping[str, float]]:
     """What is free on each node that is up. Ray learns of changes with a delay of about a second."""
     return list(available_resources_per_node().values())
+
+
+def held_resources() -> Mapping[str, float]:
+    """What this very process holds of its node, as a task or an actor of Ray. Nothing, if it is a driver."""
+    if ray._private.worker.global_worker.mode != ray.WORKER_MODE:
+        return {}
+    held: Mapping[str, float] = ray.get_runtime_context().get_assigned_resources()
+    return held
 
 
 @contextmanager

@@ -28,6 +28,7 @@ class WorkerInfo:
     node_ip: str
     hostname: str
     pid: int
+    """0 as long as the worker has not said it."""
     gpu_ids: tuple[str, ...]
 
     @property
@@ -49,6 +50,8 @@ class Rendezvous:
     port: int
     world_size: int
     backend: str
+    one_node: bool
+    """Whether all ranks are on one node: then nothing listens where other hosts could reach it."""
     timeout_s: float
     """Timeout of the rendezvous and of every collective after it."""
 
@@ -88,6 +91,9 @@ class Outcome:
     failure: RankFailure | None = None
 
 
+LONGEST_TEXT = 10_000
+"""Characters of a message or a traceback that a worker sends."""
+
 BESIDE = "beside"
 """Ray's concurrency group for calls that run beside the others, on a second thread of the worker's process."""
 
@@ -99,7 +105,11 @@ class Worker:
         self._store: Any = None
         self._context: WorkerContext | None = None
 
-    def describe(self) -> WorkerInfo:
+    def describe(self, place: int) -> Outcome:
+        """Where this worker, number `place` of the group until ranks are given, runs: a `WorkerInfo`."""
+        return attempt(place, self._describe)
+
+    def _describe(self) -> WorkerInfo:
         # The slow part of joining the process group: here all ranks do it at the same time.
         load_module("ray_ckpt.parallel.group")
         runtime = ray.get_runtime_context()
@@ -111,15 +121,15 @@ class Worker:
             gpu_ids=_gpu_ids(),
         )
 
-    def serve_store(self, world_size: int, timeout_s: float) -> Outcome:
+    def serve_store(self, world_size: int, timeout_s: float, one_node: bool) -> Outcome:
         """Open the group's store in this process; the value is its host and port."""
-        return attempt(0, self._serve_store, world_size, timeout_s)
+        return attempt(0, self._serve_store, world_size, timeout_s, one_node)
 
-    def _serve_store(self, world_size: int, timeout_s: float) -> tuple[str, int]:
+    def _serve_store(self, world_size: int, timeout_s: float, one_node: bool) -> tuple[str, int]:
         # torch is imported here rather than above, so that the driver, which also loads this module, goes without it.
         from ray_ckpt.parallel.group import serve_store
 
-        host = ray.util.get_node_ip_address()
+        host = _own_address(one_node)
         self._store = serve_store(host, world_size, timeout_s)
         return host, self._store.port
 
@@ -151,7 +161,7 @@ class Worker:
             world_size=rendezvous.world_size,
             backend=rendezvous.backend,
             device=device,
-            host=ray.util.get_node_ip_address(),
+            host=_own_address(rendezvous.one_node),
             timeout_s=rendezvous.timeout_s,
         )
 
@@ -174,6 +184,11 @@ def load_module(name: str) -> None:
     them for garbage on the way takes a fifth of the time."""
     with collector_paused():
         importlib.import_module(name)
+
+
+def _own_address(one_node: bool) -> str:
+    """Where this worker listens for its peers."""
+    return "127.0.0.1" if one_node else ray.util.get_node_ip_address()
 
 
 def _node_name(hostname: str, address: str) -> str:
@@ -202,4 +217,24 @@ def attempt(rank: int, fn: Callable[..., Any], *args: Any) -> Outcome:
         kind = type(error)
         name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
         node = _node_name(socket.gethostname(), ray.util.get_node_ip_address())
-        return Outcome(failure=RankFailure(rank, node, name, str(error), traceback.format_exc()))
+        return Outcome(failure=RankFailure(rank, node, name, _shortened(_text_of(error)), _shortened(_trace_of(error))))
+
+
+def _text_of(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as failure:
+        return f"its message cannot be had: {type(failure).__name__}"
+
+
+def _trace_of(error: BaseException) -> str:
+    try:
+        return "".join(traceback.format_exception(error))
+    except Exception:
+        return "".join(traceback.format_tb(error.__traceback__))
+
+
+def _shortened(text: str) -> str:
+    """Without its middle, where that is long: a person reads it, and every rank may send one."""
+    half = LONGEST_TEXT // 2
+    return text if len(text) <= LONGEST_TEXT else f"{text[:half]} ... {len(text) - 2 * half} more ... {text[-half:]}"

@@ -8,6 +8,7 @@ every rank:   leave()                         barrier, then destroy: nobody leav
 from __future__ import annotations
 
 import os
+import socket
 from datetime import timedelta
 
 import psutil
@@ -18,12 +19,25 @@ import torch.distributed as dist
 def serve_store(host: str, world_size: int, timeout_s: float) -> dist.TCPStore:
     """Open the group's store on a free port of this process. Keep the object for the life of the group.
 
+    Args:
+        host: the address of this host to listen on. Whoever reaches it can write to the store, which asks for nothing.
+
     Raises:
-        torch.distributed.DistNetworkError: the host's address cannot be bound.
+        OSError: the address cannot be bound.
     """
-    # Waiting for the workers here would block the only thread that can tell them the port.
+    # Left alone, the store listens on all of the host's interfaces.
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.create_server((host, 0), family=family, backlog=max(128, world_size))
+    port = listener.getsockname()[1]
     return dist.TCPStore(
-        host, 0, world_size, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False
+        host,
+        port,
+        world_size,
+        is_master=True,
+        timeout=timedelta(seconds=timeout_s),
+        # Waiting for the workers here would block the only thread that can tell them the port.
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
     )
 
 
@@ -44,7 +58,7 @@ def join(
         store_host: where rank 0 serves the store.
         backend: as for `init_process_group`: `gloo`, `nccl` or `cpu:gloo,cuda:nccl`.
         device: where this rank's tensors live; a CUDA device becomes the current one.
-        host: this host's address as the other hosts know it.
+        host: this host's address as the other ranks know it; gloo listens there.
         timeout_s: for the rendezvous and for every collective after it.
 
     Raises:

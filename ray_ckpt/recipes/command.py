@@ -6,39 +6,98 @@
 
 from __future__ import annotations
 
+import pkgutil
 import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
-import click
-
-from ray_ckpt.errors import RayCkptError, UsageError, WorkerError
-
-
-def main(command: click.Command) -> None:
-    """Run the command and leave the process with its exit code. Failures are one line on standard error."""
-    sys.exit(_run(command))
+INSIST_S = 1.0
+"""How long after a signal it is raised again, if nothing has come of it."""
 
 
-def _run(command: click.Command) -> int:
+def main(command: str) -> None:
+    """Run the command and leave the process with its exit code. Failures are one line on standard error.
+
+    Args:
+        command: `"package.module:name"` of a click command, which is imported here, after signals have a handler.
+    """
+    with _Signals().raised():
+        code = _run(command)
+    sys.exit(code)
+
+
+def _run(command: str) -> int:
     try:
-        return int(command.main(standalone_mode=False) or 0)
-    except click.ClickException as error:
-        return _fail(error.format_message(), code=2)
-    except UsageError as error:
-        return _fail(str(error), code=2)
-    except WorkerError as error:
-        print(error.tracebacks(), file=sys.stderr)
-        return _fail(str(error), code=1)
-    except RayCkptError as error:
-        return _fail(str(error), code=1)
-    except click.Abort:
-        # What click makes of KeyboardInterrupt.
+        import click
+
+        from ray_ckpt.errors import RayCkptError, UsageError, WorkerError
+
+        try:
+            return int(pkgutil.resolve_name(command).main(standalone_mode=False) or 0)
+        except click.ClickException as error:
+            return _fail(error.format_message(), code=2)
+        except UsageError as error:
+            return _fail(str(error), code=2)
+        except WorkerError as error:
+            print(error.tracebacks(), file=sys.stderr)
+            return _fail(str(error), code=1)
+        except RayCkptError as error:
+            return _fail(str(error), code=1)
+        except click.Abort:
+            # What click makes of KeyboardInterrupt.
+            return _fail("interrupted", code=128 + signal.SIGINT)
+    except KeyboardInterrupt:
         return _fail("interrupted", code=128 + signal.SIGINT)
     except SystemExit as error:
         if error.code in (signal.SIGTERM, 1):
-            # What Ray's own handler raises, and what a wait of Ray's makes of that. Nothing else here leaves so.
+            # What our handler and Ray's own raise, and what a wait of Ray's makes of that. Nothing else here leaves so.
             return _fail("terminated", code=128 + signal.SIGTERM)
         raise
+
+
+class _Signals:
+    """Raises SIGINT as KeyboardInterrupt and SIGTERM as SystemExit; once the job has ended, both are ignored.
+
+    What a signal raises is lost where Python cannot raise, as in a destructor, or in a callback from C. So it is raised
+    again, until an exception is on its way.
+    """
+
+    def __init__(self) -> None:
+        self._ended = threading.Event()
+        self._insisting = False
+
+    @contextmanager
+    def raised(self) -> Iterator[None]:
+        """Take the signals from here on. A SIGINT that is ignored, as in a shell's background, stays so."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._handle)
+        hook = sys.unraisablehook
+        sys.unraisablehook = lambda lost: hook(lost) if lost.exc_type not in (KeyboardInterrupt, SystemExit) else None
+        try:
+            yield
+        finally:
+            self._ended.set()
+            sys.unraisablehook = hook
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._ended.is_set():
+            return
+        if not self._insisting:
+            threading.Thread(target=self._insist, args=(number,), daemon=True).start()
+        elif sys.exc_info()[0] is not None:
+            return  # it is on its way, and what is cleaned up meanwhile is not to be interrupted
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(number)
+
+    def _insist(self, number: int) -> None:
+        main_thread = threading.main_thread().ident
+        assert main_thread is not None, "it has started"
+        while not self._ended.wait(INSIST_S):
+            self._insisting = True
+            signal.pthread_kill(main_thread, number)
 
 
 def _fail(message: str, code: int) -> int:

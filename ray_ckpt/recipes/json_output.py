@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,13 @@ def check_json_path(path: str | None) -> None:
     """
     if path not in (None, "-") and not Path(str(path)).absolute().parent.is_dir():
         raise click.UsageError(f"--json {path}: there is no such directory to write it to")
+
+
+@contextlib.contextmanager
+def json_alone(path: str | None) -> Iterator[None]:
+    """Within the block, what anybody prints (a user's model, too) goes to standard error if the JSON goes to `-`."""
+    with contextlib.redirect_stdout(sys.stderr) if path == "-" else contextlib.nullcontext():
+        yield
 
 
 def write_json(report: dict[str, Any], path: str) -> None:

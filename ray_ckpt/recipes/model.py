@@ -16,6 +16,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -68,7 +69,19 @@ def build(workload: Workload) -> nn.Module:
     """
     if workload.model is None:
         return build_on_meta(lambda: PipelineModel(workload.dim, workload.layers))
-    model = build_on_meta(import_factory(workload.model))
+    factory = import_factory(workload.model)
+
+    def make() -> nn.Module:
+        try:
+            return factory()
+        except Exception as error:
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            raise UsageError(
+                f"the model factory {workload.model!r} raised {type(error).__name__}: {error} "
+                f"({at.filename}:{at.lineno})"
+            ) from error
+
+    model = build_on_meta(make)
     if not callable(getattr(model, "sample_batch", None)):
         raise UsageError(
             f"{type(model).__name__} has no sample_batch(batch_size, generator) -> (inputs, targets): "
@@ -100,8 +113,10 @@ def import_factory(spec: str) -> Callable[[], nn.Module]:
         UsageError: there is no such module or attribute, or importing it fails.
     """
     module_name, _, attribute = spec.partition(":")
-    if not module_name or not attribute:
-        raise UsageError(f"--model must look like pkg.module:factory, not {spec!r}")
+    if not module_name or not attribute or "/" in module_name or module_name.endswith(".py"):
+        raise UsageError(
+            f"--model must look like pkg.module:factory, not {spec!r}; a file model.py in this directory is `model`"
+        )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:

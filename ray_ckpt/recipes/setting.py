@@ -7,7 +7,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 from ray_ckpt.cluster.connect import connect
 from ray_ckpt.cluster.group import PlacementWait, WorkerGroup
@@ -64,7 +63,10 @@ def storage_of(storage: str | None) -> Iterator[str]:
     if storage is not None:
         yield Storage(storage).uri  # absolute, as a relative path would mean another directory on every worker
         return
-    directory = str(Path(tempfile.gettempdir()) / f"ray-ckpt-{secrets.token_hex(6)}")
+    try:
+        directory = tempfile.mkdtemp(prefix="ray-ckpt-")  # of mode 0700: others have no business in it
+    except OSError as error:
+        raise UsageError(f"cannot make a temporary directory: {error}; give --storage, or set TMPDIR") from error
     try:
         yield directory
     finally:

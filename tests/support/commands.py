@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 import click
@@ -18,9 +19,13 @@ def assert_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """It ends with exit code 2, and one line on standard error that holds the message."""
+    assert command.callback is not None
     monkeypatch.setattr(sys, "argv", ["job.py", *arguments])
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.raises(SystemExit) as ended:
-        main(command)
+        main(f"{command.callback.__module__}:{command.callback.__name__}")
+    for number, handler in before.items():
+        signal.signal(number, handler)
     assert ended.value.code == 2
     assert_one_line(capsys.readouterr().err, message)
 

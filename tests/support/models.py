@@ -171,3 +171,7 @@ class Headed(PipelineModel):
     def __init__(self) -> None:
         super().__init__(dim=8, layers=2)
         self.temperature = nn.Parameter(torch.ones(1))
+
+
+def raising() -> nn.Module:
+    raise KeyError("no such setting")

@@ -7,6 +7,9 @@ import signal
 import threading
 from pathlib import Path
 
+from ray_ckpt.cluster.group import WorkerGroup
+from ray_ckpt.cluster.worker import WorkerContext
+
 
 def square(number: int) -> int:
     return number * number
@@ -38,3 +41,13 @@ def die_once(directory: str) -> str:
 def hang(directory: str) -> None:
     Path(directory, str(os.getpid())).write_text("")
     threading.Event().wait()
+
+
+def form_group(num_workers: int) -> list[object]:
+    """The CPUs of each worker, and what the workers say."""
+    with WorkerGroup(num_workers, process_group=False, start_timeout_s=60) as group:
+        return [group.demand.cpus, group.run(name)]
+
+
+def name(ctx: WorkerContext) -> str:
+    return f"rank {ctx.rank}"

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ray_ckpt.recipes.json_output import check_json_path, write_json
+from ray_ckpt.recipes.json_output import check_json_path, json_alone, write_json
 
 
 @click.command(context_settings={"show_default": True})
@@ -47,15 +47,16 @@ def pipeline_to_fsdp(
     check_json_path(json_path)
     if target is not None and kind is not None:
         raise click.UsageError(f"--target {kind} is short for --to {kind}x{workers}: give one of the two")
-    console = Console(stderr=json_path == "-")
     asked = job.Options(
         source=Layout.parse(source or f"pp{workers}"),
         target=Layout.parse(target or f"{kind or 'fsdp2'}x{workers}"),
         **options,
     )
-    check_layouts(asked.workload, (asked.source, asked.target))
-    report = job.run(asked, Screen(console))
-    report.show(console)
+    with json_alone(json_path):
+        console = Console()
+        check_layouts(asked.workload, (asked.source, asked.target))
+        report = job.run(asked, Screen(console))
+        report.show(console)
     if json_path is not None:
         write_json(report.to_json(), json_path)
     return 0 if report.verified else 1

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ray_ckpt.recipes.json_output import check_json_path, write_json
+from ray_ckpt.recipes.json_output import check_json_path, json_alone, write_json
 
 
 @click.command(context_settings={"show_default": True})
@@ -49,11 +49,12 @@ def train_elastic(json_path: str | None, layouts: str, **options: Any) -> int:
     from ray_ckpt.recipes.train_elastic import job
 
     check_json_path(json_path)
-    console = Console(stderr=json_path == "-")
     asked = job.Options(layouts=tuple(Layout.parse(text.strip()) for text in layouts.split(",")), **options)
-    job.check(asked)
-    report = job.run(asked, Screen(console))
-    report.show(console)
+    with json_alone(json_path):
+        console = Console()
+        job.check(asked)
+        report = job.run(asked, Screen(console))
+        report.show(console)
     if json_path is not None:
         write_json(report.to_json(), json_path)
     return 128 + signal.SIGTERM if report.stopped else 0

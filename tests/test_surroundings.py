@@ -1,0 +1,90 @@
+"""Jobs in poor surroundings: each ends right, or in one line that says what to do, and leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+import pytest
+
+from ray_ckpt.errors import UsageError
+from ray_ckpt.recipes.json_output import json_alone, write_json
+from ray_ckpt.recipes.pipeline_to_fsdp.command import pipeline_to_fsdp
+from ray_ckpt.recipes.setting import storage_of
+from tests.conftest import REPOSITORY
+from tests.support.commands import assert_refused
+
+SWALLOWED = """
+import os, signal, sys
+import click
+import ray_ckpt.recipes.command
+
+number = int(sys.argv.pop())
+
+class Deaf:
+    def __del__(self):
+        os.kill(os.getpid(), number)  # Python cannot raise here
+
+@click.command()
+def endless():
+    Deaf()
+    while True:
+        signal.pause()
+
+ray_ckpt.recipes.command.main("__main__:endless")
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "line"),
+    [(signal.SIGINT, 130, "error: interrupted"), (signal.SIGTERM, 143, "error: terminated")],
+)
+def test_a_signal_is_not_lost_where_python_cannot_raise(number: signal.Signals, code: int, line: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SWALLOWED, str(int(number))], cwd=REPOSITORY, capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == code
+    assert done.stderr.strip() == line
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        ("raising", "the model factory 'tests.support.models:raising' raised KeyError: 'no such setting' ("),
+        ("tests/support/models.py:raising", "must look like pkg.module:factory"),
+    ],
+)
+def test_a_factory_that_fails_is_named(
+    factory: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = factory if ":" in factory else f"tests.support.models:{factory}"
+    assert_refused(pipeline_to_fsdp, ["--model", spec], message, monkeypatch, capsys)
+
+
+def test_what_others_print_does_not_mix_with_the_json(capsys: pytest.CaptureFixture[str]) -> None:
+    with json_alone("-"):
+        print("a factory's own words")
+        click.echo("and others")
+    write_json({"verified": True}, "-")
+    with json_alone("out.json"):
+        print("to the screen")
+    shown = capsys.readouterr()
+    assert shown.err == "a factory's own words\nand others\n"
+    assert json.loads(shown.out.removesuffix("to the screen\n")) == {"verified": True}
+
+
+def test_the_temporary_directory_is_nobody_elses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with storage_of(None) as directory:
+        assert os.stat(directory).st_mode & 0o777 == 0o700
+        assert Path(directory).parent == tmp_path
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(tempfile, "tempdir", "/proc/self/nothing")
+    with pytest.raises(UsageError, match=r"cannot make a temporary directory: .*; give --storage, or set TMPDIR"):
+        storage_of(None).__enter__()
