@@ -22,6 +22,7 @@ import psutil
 import pytest
 import torch
 
+from ray_ckpt.format.manifest import MANIFEST_NAME
 from ray_ckpt.parallel.layout import Layout
 from ray_ckpt.parallel.materialize import materialize
 from ray_ckpt.parallel.stages import parts_of
@@ -168,6 +169,25 @@ def test_a_signal_saves_and_a_second_job_goes_on_from_there(head: Head, tmp_path
     assert second.wait(90) == 0, second.stdout + second.stderr
     assert f"start: single from step {stopped['final_step']}" in second.stdout
     assert report_of(storage)["losses"] == pytest.approx(reference("pp2"), rel=1e-4)
+
+
+@pytest.mark.jobs
+def test_it_goes_on_from_the_newest_good_step_and_replaces_the_damaged_one(head: Head, tmp_path: Path) -> None:
+    storage = tmp_path / "run"
+    first = start_job(head, "single", storage, "--keep-last", "2")
+    assert first.wait(90) == 0, first.stdout + first.stderr
+    wait_until_free(30)
+    record = storage / f"step-{STEPS}" / MANIFEST_NAME
+    record.write_bytes(record.read_bytes()[:-9])
+    second = start_job(head, "single", storage)
+    assert second.wait(90) == 0, second.stdout + second.stderr
+    assert f"step {STEPS} is damaged: " in second.stdout
+    assert f"start: single from step {STEPS - SAVE_EVERY}" in second.stdout
+    report = report_of(storage)
+    assert list(report["damaged"]) == [str(STEPS)]
+    assert str(record) in report["damaged"][str(STEPS)]
+    assert report["losses"] == pytest.approx(reference("single"), rel=1e-4)
+    assert CheckpointStore(storage).damage(STEPS) == ""
 
 
 @pytest.mark.slow

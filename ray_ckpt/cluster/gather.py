@@ -112,7 +112,10 @@ def gather(
         raise WorkerError(_in_order_of_blame(answers, silent, workers))
     if silent:
         names = ", ".join(f"rank {rank} on {workers[rank].node}" for rank in silent)
-        raise GroupTimeoutError(f"no answer within {timeout_s:g} s from {names}")
+        raise GroupTimeoutError(
+            f"no answer within {timeout_s:g} s from {names}: busy, stopped or stuck; `ray stack` there shows where, and "
+            "a longer timeout waits for it"
+        )
     return {rank: answers.values[rank] for rank in refs}
 
 

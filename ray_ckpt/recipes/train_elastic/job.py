@@ -114,6 +114,8 @@ class Progress:
     losses: list[float] = field(default_factory=list)
     layouts_used: list[str] = field(default_factory=list)
     restarts: list[Restart] = field(default_factory=list)
+    damaged: dict[int, str] = field(default_factory=dict)
+    """Damaged steps that were passed over at a start: path and reason."""
     _last: _Failure | None = None
     _open: _Failure | None = None
     """The last failure, until training is back where it had been."""
@@ -191,12 +193,13 @@ def run(options: Options, screen: Screen) -> ElasticReport:
         job = Run(options, screen, uri, CheckpointStore(uri), stopper)
         train_all(job)
         return ElasticReport(
-            final_step=job.store.latest() or 0,
+            final_step=job.store.latest(fallback=True) or 0,
             steps=options.steps,
             stopped=stopper.asked,
             restarts=job.progress.restarts,
             layouts_used=job.progress.layouts_used,
             losses=job.progress.losses,
+            damaged=job.progress.damaged,
             storage=Storage(uri).address,
             phases=dict(screen.seconds),
         )
@@ -274,11 +277,19 @@ def _form(options: Options, layout: Layout, line: Line, choose: Callable[[], Lay
 
 
 def start(job: Run, group: WorkerGroup, layout: Layout) -> None:
-    """Begin, or go on from the latest committed step."""
+    """Begin, or go on from the latest committed step that is not damaged.
+
+    Raises:
+        FormatError: all committed steps are damaged.
+    """
     progress = job.progress
     if not progress.layouts_used[1:]:
         check_storage(group, job.uri, overwrite=True)
-    latest = job.store.latest()
+    latest = job.store.latest(fallback=True)
+    passed_over = {step: job.store.damage(step) for step in job.store.steps() if latest is not None and step > latest}
+    progress.damaged |= passed_over
+    for step, reason in passed_over.items():
+        job.screen.console.print(f"step {step} is damaged: {reason}", highlight=False, markup=False, soft_wrap=True)
     with job.screen.phase("start", "from the beginning" if latest is None else f"from step {latest}") as line:
         group.run(f"{RANKS}:start", job.options.workload, layout, latest is None)
         if latest is not None:
@@ -297,13 +308,13 @@ def train(job: Run, group: WorkerGroup, layout: Layout) -> None:
             line.update(f"step {progress.step} of {options.steps}, loss {progress.losses[-1]:.4f}")
             if progress.step % options.save_every == 0:
                 saved = progress.step
-                group.run(f"{RANKS}:begin_save", job.uri, saved)
+                group.run(f"{RANKS}:begin_save", job.uri, saved, saved in progress.damaged)
                 job.store.prune(keep_last(options.keep_last))
                 line.note(f"step {saved} of {options.steps}, loss {progress.losses[-1]:.4f}, saving")
                 if options.grow and _room_for_better(options, layout):
                     break
         if saved < progress.step:
-            group.run(f"{RANKS}:begin_save", job.uri, progress.step)
+            group.run(f"{RANKS}:begin_save", job.uri, progress.step, progress.step in progress.damaged)
         group.run(f"{RANKS}:finish_save", stopper.left_s if stopper.asked else options.timeout_s)
         job.store.prune(keep_last(options.keep_last))
         line.result = f"step {progress.step} of {options.steps} committed"

@@ -55,9 +55,13 @@ def train_step(ctx: WorkerContext, workload: Workload, step: int) -> float:
     return loss
 
 
-def begin_save(ctx: WorkerContext, store: str, step: int) -> None:
-    """Save this step beside the training that goes on. Raises what became of the save before, if that failed."""
-    ctx.objects["save"] = save(state_of(ctx), store, step=step, blocking=False)
+def begin_save(ctx: WorkerContext, store: str, step: int, overwrite: bool) -> None:
+    """Save this step beside the training that goes on. Raises the failure of the save before, if it failed.
+
+    Args:
+        overwrite: replace the step, which is there and damaged.
+    """
+    ctx.objects["save"] = save(state_of(ctx), store, step=step, blocking=False, overwrite=overwrite)
 
 
 def finish_save(ctx: WorkerContext, timeout_s: float) -> None:

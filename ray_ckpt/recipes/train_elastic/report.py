@@ -38,6 +38,8 @@ class ElasticReport:
     """The layout of each worker group, in order."""
     losses: list[float]
     """The loss of each step."""
+    damaged: dict[int, str]
+    """Damaged steps that were passed over at a start: path and reason."""
     storage: str
     phases: dict[str, float]
     """Phase name -> seconds, of the last time that it ran."""
