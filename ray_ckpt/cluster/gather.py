@@ -113,8 +113,8 @@ def gather(
     if silent:
         names = ", ".join(f"rank {rank} on {workers[rank].node}" for rank in silent)
         raise GroupTimeoutError(
-            f"no answer within {timeout_s:g} s from {names}: busy, stopped or stuck; `ray stack` there shows where, and "
-            "a longer timeout waits for it"
+            f"no answer within {timeout_s:g} s from {names}: busy, stopped or stuck (`ray stack` there shows where); "
+            "a longer timeout waits longer"
         )
     return {rank: answers.values[rank] for rank in refs}
 
