@@ -72,7 +72,8 @@ class _Signals:
     @contextmanager
     def raised(self) -> Iterator[None]:
         """Take the signals from here on. A SIGINT that is ignored, as in a shell's background, stays so."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        numbers = signal.SIGINT, signal.SIGTERM
+        for number in numbers:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._handle)
         hook = sys.unraisablehook
@@ -81,11 +82,11 @@ class _Signals:
             yield
         finally:
             self._ended.set()
+            for number in numbers:
+                signal.signal(number, signal.SIG_IGN)  # which Python, unlike a handler, leaves in place as it ends
             sys.unraisablehook = hook
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._ended.is_set():
-            return
         if not self._insisting:
             threading.Thread(target=self._insist, args=(number,), daemon=True).start()
         elif sys.exc_info()[0] is not None:
