@@ -18,6 +18,7 @@ from torch.distributed.checkpoint._extension import ZStandard
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+from torch.testing._internal.two_tensor import TwoTensor
 
 import ray_ckpt
 from ray_ckpt.format import torch_internals
@@ -141,6 +142,13 @@ def test_a_dtensors_shard_and_its_place(one_rank: None) -> None:
     assert local.data_ptr() == whole.data_ptr()
     assert torch_internals.local_tensor(whole) is whole
     assert torch_internals.locate_shard(sharded) == ((3, 2), (0, 0))
+    assert torch_internals.StridedShard(0, split_factor=2).split_factor == 2
+
+
+def test_a_tensor_that_is_made_of_others_is_known() -> None:
+    """`torch.utils._python_dispatch.is_traceable_wrapper_subclass`."""
+    assert torch_internals.is_wrapper(TwoTensor(torch.ones(2), torch.ones(2)))
+    assert not torch_internals.is_wrapper(nn.Parameter(torch.ones(2)))
 
 
 def test_wrappers_leave_no_trace_in_names() -> None:

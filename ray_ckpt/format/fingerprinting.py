@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.fingerprint import WORD_MASK, Fingerprint
-from ray_ckpt.format.torch_internals import locate_shard
+from ray_ckpt.format.shards import local_boxes
+from ray_ckpt.format.torch_internals import is_wrapper
 
 CHUNK_WORDS = 1 << 18
 """Words mixed at once: 2 MiB per temporary, so that the temporaries stay in the cache."""
@@ -41,25 +42,24 @@ def fingerprint(tensor: torch.Tensor) -> Fingerprint:
     Raises:
         ValueError: the tensor has no bits of its own: it is on the meta device, or a DTensor with partial sums.
     """
-    box, local = _local_part(tensor.detach())
-    if local.is_meta:
-        raise ValueError("a tensor on the meta device has no bits to fingerprint")
-    total = sum(_sum_part(part, part_box, tensor.shape) for part, part_box in _contiguous_parts(local, box))
-    return Fingerprint(
-        dtype=str(tensor.dtype).removeprefix("torch."),
-        shape=tuple(tensor.shape),
-        parts={box: total & WORD_MASK} if box.num_elements or not tensor.numel() else {},
-    )
+    parts: dict[Box, int] = {}
+    for box, local in _local_parts(tensor.detach()):
+        if local.is_meta:
+            raise ValueError("a tensor on the meta device has no bits to fingerprint")
+        if is_wrapper(local):
+            raise ValueError(f"a {type(local).__name__} has no bits of its own: fingerprint the tensors it is made of")
+        total = sum(_sum_part(part, part_box, tensor.shape) for part, part_box in _contiguous_parts(local, box))
+        parts[box] = total & WORD_MASK
+    return Fingerprint(dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape), parts=parts)
 
 
-def _local_part(tensor: torch.Tensor) -> tuple[Box, torch.Tensor]:
+def _local_parts(tensor: torch.Tensor) -> list[tuple[Box, torch.Tensor]]:
     if not isinstance(tensor, DTensor):
-        return Box.whole(tensor.shape), tensor
+        return [(Box.whole(tensor.shape), tensor)]
     if any(placement.is_partial() for placement in tensor.placements):
         raise ValueError(f"a DTensor with partial sums has no bits to fingerprint: {tensor.placements}")
-    _, offsets = locate_shard(tensor)
     local = tensor.to_local()
-    return Box(offsets, tuple(local.shape)), local
+    return [(part.box, part.of(local)) for part in local_boxes(tensor)]
 
 
 def _contiguous_parts(tensor: torch.Tensor, box: Box) -> Iterator[tuple[torch.Tensor, Box]]:

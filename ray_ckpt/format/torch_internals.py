@@ -2,8 +2,8 @@
 
 DCP      StorageInfo, ExtensionRegistry, StreamTransformExtension, ShardedTensor, create_write_items,
          flatten_state_dict, set_element, names_of
-DTensor  local_tensor, locate_shard
-tensors  STORAGE_TYPES, TENSOR_CLASSES, rebuild_tensor_v2, rebuild_tensor_v3, narrow, copy_each
+DTensor  local_tensor, locate_shard, StridedShard
+tensors  is_wrapper, STORAGE_TYPES, TENSOR_CLASSES, rebuild_tensor_v2, rebuild_tensor_v3, narrow, copy_each
 modules  replace_tensors, with_own_tensors
 """
 
@@ -27,6 +27,8 @@ from torch.distributed.checkpoint.planner_helpers import _create_write_items as 
 from torch.distributed.checkpoint.state_dict import _get_fqns
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_wrapper
 
 __all__ = [
     "STORAGE_TYPES",
@@ -35,9 +37,11 @@ __all__ = [
     "ShardedTensor",
     "StorageInfo",
     "StreamTransformExtension",
+    "StridedShard",
     "copy_each",
     "create_write_items",
     "flatten_state_dict",
+    "is_wrapper",
     "local_tensor",
     "locate_shard",
     "names_of",
@@ -62,7 +66,7 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def locate_shard(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Sizes and offsets of this rank's shard in the global tensor, in elements."""
+    """Sizes and offsets of this rank's shard in the global tensor, in elements; not of a strided shard."""
     sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tuple(sizes), tuple(offsets)
 

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ray_ckpt.format.torch_internals import locate_shard, replace_tensors, with_own_tensors
+from ray_ckpt.format.shards import local_boxes
+from ray_ckpt.format.torch_internals import local_tensor, replace_tensors, with_own_tensors
 
 
 def materialize(whole: nn.Module, device: torch.device, seed: int) -> None:
@@ -121,10 +122,11 @@ def _copy_shard(parameter: nn.Parameter, whole: torch.Tensor) -> None:
     if not isinstance(parameter, DTensor):
         parameter.copy_(whole)
         return
-    sizes, offsets = locate_shard(parameter)
-    for dim, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
-        whole = whole.narrow(dim, min(offset, whole.shape[dim]), size)
-    parameter.to_local().copy_(whole)
+    for part in local_boxes(parameter):
+        values = whole
+        for dim, (offset, size) in enumerate(zip(part.box.offsets, part.box.sizes, strict=True)):
+            values = values.narrow(dim, offset, size)
+        part.of(local_tensor(parameter)).copy_(values)
 
 
 def _device_of(module: nn.Module) -> torch.device:

@@ -16,13 +16,14 @@ from torch.distributed.checkpoint.utils import find_state_dict_object
 from torch.distributed.tensor import DTensor
 
 from ray_ckpt.errors import UsageError
+from ray_ckpt.format.shards import LocalBox, local_boxes
 from ray_ckpt.format.torch_container import dtype_name
 from ray_ckpt.format.torch_internals import (
     ShardedTensor,
     create_write_items,
     flatten_state_dict,
+    is_wrapper,
     local_tensor,
-    locate_shard,
 )
 from ray_ckpt.protocol.messages import Item, TensorSpec
 
@@ -63,7 +64,8 @@ class _Holder:
     """Makes specs once per distinct shape, mesh and placement: locating a DTensor's shard takes 0.1 ms."""
 
     def __init__(self) -> None:
-        self._specs: dict[object, TensorSpec | None] = {}
+        self._specs: dict[object, TensorSpec] = {}
+        self._shards: dict[object, list[tuple[TensorSpec, LocalBox]]] = {}
 
     def hold(self, values: Mapping[str, Any], paths: Mapping[str, Any]) -> Holdings:
         items, held = [], []
@@ -77,14 +79,16 @@ class _Holder:
     def _parts(self, name: str, value: Any) -> list[tuple[TensorSpec | None, Any]]:
         """The parts of one entry that this rank holds: usually one, none of a shard that is empty."""
         if isinstance(value, DTensor):
-            spec = self._dtensor_spec(name, value)
-            return [] if spec is None else [(spec, local_tensor(value))]
+            local = local_tensor(value)
+            _refuse_wrapper(name, local)
+            return [(spec, part.of(local)) for spec, part in self._shard(name, value)]
         if isinstance(value, ShardedTensor) or hasattr(value, "__create_write_items__"):
             return [
                 (self._planned_spec(item), find_state_dict_object({name: value}, item.index))
                 for item in create_write_items(name, value)
             ]
         if isinstance(value, torch.Tensor):
+            _refuse_wrapper(name, value)
             return [(self._plain_spec(value), value)]
         return [(None, value)]
 
@@ -96,11 +100,11 @@ class _Holder:
             spec = self._specs[key] = TensorSpec(dtype_name(tensor.dtype), shape, (0,) * len(shape), shape)
         return spec
 
-    def _dtensor_spec(self, name: str, tensor: DTensor) -> TensorSpec | None:
+    def _shard(self, name: str, tensor: DTensor) -> list[tuple[TensorSpec, LocalBox]]:
         key = tensor.dtype, tensor.shape, tensor.device_mesh, tensor.placements
-        if key not in self._specs:
-            self._specs[key] = _shard_spec(name, tensor)
-        return self._specs[key]
+        if key not in self._shards:
+            self._shards[key] = _shard_specs(name, tensor)
+        return self._shards[key]
 
     def _planned_spec(self, item: WriteItem) -> TensorSpec:
         data = item.tensor_data
@@ -109,13 +113,27 @@ class _Holder:
         return TensorSpec(dtype_name(data.properties.dtype), tuple(data.size), tuple(chunk.offsets), tuple(chunk.sizes))
 
 
-def _shard_spec(name: str, tensor: DTensor) -> TensorSpec | None:
-    """Where this rank's shard lies, or None when it has no element of the tensor."""
+def _shard_specs(name: str, tensor: DTensor) -> list[tuple[TensorSpec, LocalBox]]:
+    """The parts of the tensor that this rank holds."""
     if any(placement.is_partial() for placement in tensor.placements):
         raise UsageError(f"{name!r} is a pending sum over ranks ({tensor.placements}): redistribute it before the save")
-    if tensor.device_mesh.get_coordinate() is None:
-        return None
-    sizes, offsets = locate_shard(tensor)
-    if 0 in sizes and 0 not in tensor.shape:
-        return None
-    return TensorSpec(dtype_name(tensor.dtype), tuple(tensor.shape), offsets, sizes)
+    try:
+        parts = local_boxes(tensor)
+    except UsageError as error:
+        raise UsageError(f"{name!r}: {error}") from None
+    dtype, shape = dtype_name(tensor.dtype), tuple(tensor.shape)
+    return [(TensorSpec(dtype, shape, part.box.offsets, part.box.sizes), part) for part in parts]
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def _refuse_wrapper(name: str, tensor: torch.Tensor) -> None:
+    """Refuse a tensor that is made of other tensors: it has no memory, and what makes it whole is not in its state."""
+    if type(tensor) not in _PLAIN and is_wrapper(tensor):
+        kind = type(tensor)
+        inner = ", ".join(kind.__tensor_flatten__(tensor)[0])
+        raise UsageError(
+            f"{name!r} is a {kind.__module__}.{kind.__qualname__}, which has no elements of its own but those of its "
+            f"{inner}: give these names of their own in the state, or convert it to a plain tensor"
+        )

@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 
 from ray_ckpt.errors import UsageError
+from ray_ckpt.format.torch_internals import is_wrapper
 
 PIECE_BYTES = 1 << 20
 """Size of a view of CPU memory: what is hashed just before it is written is still in the cache."""
@@ -53,6 +54,10 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
     """
     if tensor.requires_grad:
         tensor = tensor.detach()
+    if type(tensor) is not torch.Tensor and is_wrapper(tensor):
+        raise UsageError(
+            f"cannot save a {type(tensor).__name__}: it has no elements of its own; save the tensors that it is made of"
+        )
     if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
         raise UsageError(
             f"cannot save a tensor on {tensor.device} with layout {tensor.layout}: it has no plain elements; "
@@ -66,7 +71,12 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 
     Made from its address: going through numpy takes five times as long, which matters for thousands of small tensors.
     """
-    memory = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
+    address = tensor.data_ptr()
+    if not address and tensor.nbytes:
+        raise UsageError(
+            f"a {type(tensor).__name__} of {tensor.nbytes} bytes has no memory: it is made of other tensors"
+        )
+    memory = (ctypes.c_ubyte * tensor.nbytes).from_address(address)
     memory.tensor = tensor  # type: ignore[attr-defined]
     return memoryview(memory).cast("B")
 

@@ -1,0 +1,144 @@
+"""Where a DTensor's local elements lie: compared with torch's own splitting, saved, and read back elsewhere."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.testing._internal.two_tensor import TwoTensor
+
+import ray_ckpt
+from ray_ckpt import TrainState
+from ray_ckpt.errors import UsageError
+from ray_ckpt.format.fingerprint import Fingerprint
+from ray_ckpt.format.fingerprinting import fingerprint
+from ray_ckpt.format.shards import local_boxes
+from ray_ckpt.format.torch_internals import StridedShard
+from tests.support.ranks import run_ranks
+
+SHAPES = ((8,), (7,), (1,), (0,), (5, 3), (4, 6), (13, 2))
+PLACEMENTS: tuple[Placement, ...] = (
+    Replicate(),
+    Shard(0),
+    Shard(1),
+    StridedShard(0, split_factor=2),
+    StridedShard(0, split_factor=3),
+    StridedShard(1, split_factor=2),
+)
+
+
+def laid_out(whole: torch.Tensor, mesh: Any, placements: tuple[Placement, ...]) -> DTensor:
+    """Split by each placement's own means, one mesh axis after the other, as torch does."""
+    local = whole
+    for axis, placement in enumerate(placements):
+        if not isinstance(placement, Replicate):
+            parts, _ = placement._split_tensor(local, mesh.size(axis), with_padding=False, contiguous=True)
+            local = parts[mesh.get_local_rank(axis)]
+    return DTensor.from_local(
+        local.clone(), mesh, placements, shape=whole.shape, stride=whole.stride(), run_check=False
+    )
+
+
+def cases() -> list[tuple[tuple[int, ...], tuple[Placement, ...]]]:
+    pairs = itertools.product(PLACEMENTS, repeat=2)
+    return [
+        (shape, placements)
+        for placements in pairs
+        for shape in SHAPES
+        if all(getattr(placement, "dim", 0) < len(shape) for placement in placements)
+    ]
+
+
+def compare_boxes(rank: int, directory: Path) -> int:
+    mesh = init_device_mesh("cpu", (2, 2))
+    state, wholes = {}, {}
+    for number, (shape, placements) in enumerate(cases()):
+        whole = torch.arange(torch.Size(shape).numel()).reshape(shape) + 1
+        tensor = laid_out(whole, mesh, placements)
+        local = tensor._local_tensor
+        seen = torch.zeros_like(local)
+        for part in local_boxes(tensor):
+            ends = (slice(o, o + s) for o, s in zip(part.box.offsets, part.box.sizes, strict=True))
+            assert torch.equal(part.of(local), whole[tuple(ends)]), (shape, placements)
+            part.of(seen).add_(1)
+        assert bool((seen == 1).all()), (shape, placements)
+        state[str(number)], wholes[str(number)] = tensor, whole
+    ray_ckpt.save(state, directory / "strided")
+    read = {name: torch.zeros_like(whole) for name, whole in wholes.items()}
+    ray_ckpt.load(read, directory / "strided")
+    assert all(torch.equal(read[name], whole) for name, whole in wholes.items())
+    locals_before = {name: tensor._local_tensor.clone() for name, tensor in state.items()}
+    for tensor in state.values():
+        tensor._local_tensor.zero_()
+    ray_ckpt.load(state, directory / "strided")
+    assert all(torch.equal(tensor._local_tensor, locals_before[name]) for name, tensor in state.items())
+    return len(state)
+
+
+def test_a_local_shard_is_a_list_of_boxes(tmp_path: Path) -> None:
+    """All pairs of placements on a mesh of two axes, uneven and empty shapes too: saved, loaded whole, loaded back."""
+    assert min(run_ranks(compare_boxes, 4, tmp_path, tmp_path)) > 100
+
+
+def strided_fingerprint(rank: int) -> Fingerprint:
+    mesh = init_device_mesh("cpu", (2,))
+    return fingerprint(laid_out(torch.arange(8), mesh, (StridedShard(0, split_factor=2),)))
+
+
+def test_a_strided_shard_has_the_fingerprint_of_what_it_holds(tmp_path: Path) -> None:
+    parts = run_ranks(strided_fingerprint, 2, tmp_path)
+    assert [sorted(box.offsets[0] for box in part.parts) for part in parts] == [[0, 4], [2, 6]]
+    assert sum(sum(part.parts.values()) for part in parts) % 2**64 == sum(fingerprint(torch.arange(8)).parts.values())
+
+
+def refused(rank: int, directory: Path) -> list[str]:
+    mesh = init_device_mesh("cpu", (2,))
+    messages = []
+    inner = TwoTensor(torch.ones(2, 3), torch.ones(2, 3))
+    wrong: dict[str, Any] = {
+        "partial": DTensor.from_local(torch.ones(3), mesh, [Partial()], run_check=False),
+        "short": DTensor.from_local(torch.ones(1), mesh, [Shard(0)], run_check=False, shape=(8,), stride=(1,)),
+        "wrapper": DTensor.from_local(inner, mesh, [Shard(0)], run_check=False),
+    }
+    for name, tensor in wrong.items():
+        with pytest.raises(UsageError) as e:
+            ray_ckpt.save({name: tensor}, directory / name)
+        messages.append(str(e.value))
+    return messages
+
+
+def test_what_is_no_shard_is_refused_by_name(tmp_path: Path) -> None:
+    partial, short, wrapper = run_ranks(refused, 2, tmp_path, tmp_path)[0]
+    assert "'partial' is a pending sum" in partial
+    assert "'short': a DTensor of shape [8]" in short
+    assert "local shard of shape [1] where the placements imply [4]" in short
+    assert "'wrapper' is a torch.testing._internal.two_tensor.TwoTensor" in wrapper
+
+
+def test_a_tensor_that_is_made_of_others_is_refused_in_both_directions(tmp_path: Path) -> None:
+    """It has no memory of its own: its address is null."""
+    plain = TrainState(nn.Linear(4, 4))
+    ray_ckpt.save(plain, tmp_path / "plain")
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer.state[model.weight]["momentum_buffer"] = TwoTensor(torch.ones(4, 4), torch.ones(4, 4))
+    with pytest.raises(
+        UsageError, match=r"'optim\.state\.weight\.momentum_buffer' is a torch\.\S*TwoTensor.* its a, b:"
+    ):
+        ray_ckpt.save(TrainState(model, optimizer), tmp_path / "optim")
+    model.weight = nn.Parameter(TwoTensor(torch.ones(4, 4), torch.ones(4, 4)))
+    for blocking in (True, False):
+        with pytest.raises(UsageError, match=r"'model\.weight' is a"):
+            ray_ckpt.save(TrainState(model), tmp_path / "run", blocking=blocking)
+    before = model.bias.detach().clone()
+    with pytest.raises(UsageError, match=r"'model\.weight' is a"):
+        ray_ckpt.load(TrainState(model), tmp_path / "plain")
+    assert torch.equal(model.bias, before)
+    with pytest.raises(ValueError, match="a TwoTensor has no bits of its own"):
+        fingerprint(model.weight)
