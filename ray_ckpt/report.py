@@ -155,7 +155,7 @@ class VerifyReport:
     damages: tuple[Damage, ...]
     """Every damaged range, sorted by file and position."""
     unchecked: tuple[str, ...]
-    """Names that were read but have no checksum to compare with, as in a checkpoint that stock DCP wrote."""
+    """Names that were read but have no checksum of ours, as in a checkpoint that another program wrote."""
     notes: tuple[str, ...] = ()
     """Remarks on the check, such as that a record of format version 1 has no digest of itself."""
     step: int | None = None
@@ -180,7 +180,7 @@ class VerifyReport:
         if self.damages:
             return f"DAMAGED: {len(self.damaged)} of {asked}: " + "; ".join(map(str, self.damages)) + notes
         if self.unchecked:
-            return f"read, but not verified: {asked}; {len(self.unchecked)} of them have no checksum" + notes
+            return f"read, but not verified: {asked}; {len(self.unchecked)} of them have no checksum of ours" + notes
         return f"verified: {asked}" + notes
 
     @staticmethod

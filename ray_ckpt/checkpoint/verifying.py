@@ -6,8 +6,7 @@ from dataclasses import replace
 
 from ray_ckpt.checkpoint.exchange import TrainersExchange
 from ray_ckpt.report import VerifyReport
-from ray_ckpt.storage.audit import audit
-from ray_ckpt.storage.checkpoint_reader import CheckpointReader
+from ray_ckpt.storage.audit import verify_share
 from ray_ckpt.storage.resolve import Target, committed_at
 
 
@@ -29,28 +28,26 @@ def verify(target: Target, step: int | None = None, *, timeout_s: float | None =
         verified: 1 tensors and 0 objects in 1 files of ...
 
     Args:
-        target: the checkpoint's directory, or a store: a local path, a URI, a `Storage` or a `CheckpointStore`.
+        target: the checkpoint's directory, a file by `torch.save` or safetensors, or a store: a local path, a URI, a
+            `Storage` or a `CheckpointStore`.
         step: number of the step in the store; None verifies the checkpoint at `target` itself, or else the latest
             committed step of the store there.
         timeout_s: time limit for waiting for other ranks; by default the process group's own. It does not limit this
             rank's own work, such as reading.
 
     Returns:
-        What was read, and everything that is damaged or missing, by name. A checkpoint that stock DCP wrote has no
-        checksums: its report may have no damages, but is not `verified`.
+        What was read, and everything that is damaged or missing, by name. What other programs wrote carries at most
+        the CRC-32 of zip archives, which are compared, but nothing covers its names and shapes: its report may have no
+        damages, but is not `verified`.
 
     Raises:
         CheckpointNotFoundError: there is no committed checkpoint.
-        FormatError, UnsafeCheckpointError: its manifest is damaged, or not safe to read.
+        FormatError, UnsafeCheckpointError: its manifest or header is damaged, or not safe to read.
         StorageError: the storage does not answer.
         CheckpointError: ranks failed, or did not arrive within `timeout_s`; every rank learns which.
     """
     ranks = TrainersExchange("verify", timeout_s)
     found = ranks.broadcast(lambda: committed_at(target, step))
 
-    def check() -> VerifyReport:
-        manifest = CheckpointReader(found.storage).read_manifest()
-        return audit(found.storage, manifest, rank=ranks.rank, num_ranks=ranks.num_ranks)
-
-    shares = ranks.gather(check)
+    shares = ranks.gather(lambda: verify_share(found.storage, rank=ranks.rank, num_ranks=ranks.num_ranks))
     return replace(ranks.broadcast(lambda: VerifyReport.merge(shares)), step=found.step)

@@ -143,10 +143,9 @@ def forget_load(ctx: WorkerContext, attempt: str) -> None:
 
 def verify(ctx: WorkerContext, storage: Storage, num_ranks: int) -> VerifyReport:
     """Check this rank's share of a checkpoint."""
-    from ray_ckpt.storage.audit import audit
-    from ray_ckpt.storage.checkpoint_reader import CheckpointReader
+    from ray_ckpt.storage.audit import verify_share
 
-    return audit(storage, CheckpointReader(storage).read_manifest(), rank=ctx.rank, num_ranks=num_ranks)
+    return verify_share(storage, rank=ctx.rank, num_ranks=num_ranks)
 
 
 def _saves(ctx: WorkerContext) -> dict[str, RankSave]:

@@ -4,6 +4,7 @@
              ── stretches ──> pieces of work; ranks share them, and on each rank threads
     audit ─┬─ files       as many bytes as recorded? one listing
            ├─ stretches   read once, piece by piece, hashed on the way
+           ├─ archives    of other programs: their own CRC-32 (archives.py)
            ├─ values      those that stand in the manifest are those in the files
            └─ .metadata   tells stock DCP the same
 
@@ -17,7 +18,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import xxhash
 
@@ -29,6 +30,8 @@ from ray_ckpt.format.record import digest
 from ray_ckpt.format.torch_container import container, parse_dtype
 from ray_ckpt.format.torch_internals import ExtensionRegistry
 from ray_ckpt.report import Damage, VerifyReport
+from ray_ckpt.storage.archives import Archive, archives, check_archive
+from ray_ckpt.storage.checkpoint_reader import CheckpointReader
 from ray_ckpt.storage.files import InputFile, Storage
 from ray_ckpt.storage.objects import Decoder, fetch_containers
 from ray_ckpt.storage.publish import STOCK_RECORD_NAME
@@ -44,6 +47,8 @@ _NO_DIGEST = (
     f"{MANIFEST_NAME} has no digest of itself, as those of format version 1: its names and values were compared with "
     f"{STOCK_RECORD_NAME} and the data files alone"
 )
+
+_CRC_ALONE = "what its zip archives hold was compared with the CRC-32 there, where the writer left one"
 
 _ELEMENTS, _CONTAINER, _PADDING = "elements", "container around the elements", "padding between entries"
 
@@ -68,9 +73,27 @@ class _Stretch:
     file: str
     parts: Sequence[_Part]
 
+    @property
+    def num_bytes(self) -> int:
+        return self.parts[-1].end - self.parts[0].start
+
+
+def verify_share(storage: Storage, *, rank: int = 0, num_ranks: int = 1) -> VerifyReport:
+    """Read and check one rank's share of whatever checkpoint is there; `VerifyReport.merge` joins the shares.
+
+    Raises:
+        CheckpointNotFoundError: there is no committed checkpoint, or it was deleted meanwhile.
+        FormatError, UnsafeCheckpointError: its record or header is damaged, or not safe to read.
+        StorageError: the storage does not answer.
+    """
+    reader = CheckpointReader(storage)
+    manifest = reader.read_manifest()
+    report = audit(reader.files, manifest, rank=rank, num_ranks=num_ranks)
+    return replace(report, uri=reader.address, notes=(*report.notes, *reader.notes))
+
 
 def audit(storage: Storage, manifest: Manifest, *, rank: int = 0, num_ranks: int = 1) -> VerifyReport:
-    """Check one rank's share of a checkpoint; `VerifyReport.merge` joins the shares.
+    """Check one rank's share of the files that a manifest describes; `VerifyReport.merge` joins the shares.
 
     Holds one buffer of `PIECE_BYTES` per thread, and a few records per entry of the manifest.
 
@@ -79,14 +102,20 @@ def audit(storage: Storage, manifest: Manifest, *, rank: int = 0, num_ranks: int
         StorageError: the storage does not answer.
     """
     started = time.monotonic()
-    sizes, parts = storage.list(), _parts(manifest)
+    sizes, parts = storage.sizes(manifest.files), _parts(manifest)
+    zipped = [] if manifest.attempt else archives(storage, manifest, sizes)
+    in_archives = {archive.file for archive in zipped}
     stretches = [
-        stretch for file, of_file in parts.items() for stretch in _stretches(file, of_file, sizes.get(file, 0))
+        stretch
+        for file, of_file in parts.items()
+        if file not in in_archives
+        for stretch in _stretches(file, of_file, sizes.get(file, 0))
     ]
-    mine = stretches[rank::num_ranks]
+    work: list[_Stretch | Archive] = [*stretches, *zipped]
+    mine = work[rank::num_ranks]
     tuning = tuning_for(storage)
     with ThreadPoolExecutor(tuning.threads, thread_name_prefix="ray_ckpt-verify") as pool:
-        damages = [damage for found in pool.map(lambda stretch: _check(storage, stretch), mine) for damage in found]
+        damages = [damage for found in pool.map(lambda part: _check(storage, part), mine) for damage in found]
     if rank == 0:
         for file, of_file in parts.items():
             damages += _misfits(manifest, file, of_file, sizes.get(file))
@@ -101,11 +130,11 @@ def audit(storage: Storage, manifest: Manifest, *, rank: int = 0, num_ranks: int
         num_files=len(manifest.files),
         num_tensors=len(manifest.tensors),
         num_objects=len(manifest.objects),
-        total_bytes=sum(stretch.parts[-1].end - stretch.parts[0].start for stretch in mine),
+        total_bytes=sum(part.num_bytes for part in mine),
         seconds=time.monotonic() - started,
         damages=tuple(damages),
         unchecked=tuple(sorted(unchecked)),
-        notes=() if manifest.has_digest else (_NO_DIGEST,),
+        notes=(*(() if manifest.has_digest else (_NO_DIGEST,)), *((_CRC_ALONE,) if zipped else ())),
     )
 
 
@@ -198,7 +227,11 @@ def _position(part: _Part) -> tuple[int, int]:
 # ------------------------------------------------------------------------------------------------------ reading it
 
 
-def _check(storage: Storage, stretch: _Stretch) -> list[Damage]:
+def _check(storage: Storage, part: _Stretch | Archive) -> list[Damage]:
+    return check_archive(storage, part) if isinstance(part, Archive) else _check_stretch(storage, part)
+
+
+def _check_stretch(storage: Storage, stretch: _Stretch) -> list[Damage]:
     damages: list[Damage] = []
     read: set[_Part] = set()
     try:

@@ -1,0 +1,146 @@
+"""Other programs' zip archives, read whole and compared with the CRC-32 of each member.
+
+    archives(storage, manifest) ─┬─ a stock DCP directory: one archive per container, however many a file has
+                                 └─ a file by torch.save: the file
+    check_archive ─┬─ the directory: every member where it says, none over another
+                   ├─ members: piece by piece, against their CRC-32
+                   └─ tensors of DCP: dtype and shape inside are those of `.metadata`
+
+A CRC-32 of 0 means that the writer left it out. A safetensors file has no checksum at all.
+"""
+
+from __future__ import annotations
+
+import binascii
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from ray_ckpt.errors import CheckpointError, StorageError
+from ray_ckpt.format import zip_directory
+from ray_ckpt.format.manifest import Manifest
+from ray_ckpt.format.torch_container import parse_dtype
+from ray_ckpt.report import Damage
+from ray_ckpt.storage.chunk_sources import SavedChunk, locate
+from ray_ckpt.storage.files import InputFile, Storage
+from ray_ckpt.storage.ranged_reads import tuning_for
+
+__all__ = ["Archive", "archives", "check_archive"]
+
+_PIECE_BYTES = 1 << 20
+"""Size of a read: what has just been read is still in the cache when it is hashed."""
+
+
+@dataclass(frozen=True)
+class Archive:
+    """Bytes `[start, end)` of a file that are one zip archive."""
+
+    file: str
+    start: int
+    end: int
+    names: tuple[str, ...]
+    """Names of what is in it, when it is the container of one tensor or object."""
+    places: Mapping[int, tuple[str, ...]]
+    """Names of tensors by the byte offset in `file` of the member that holds them, when the archive has many."""
+    chunk: SavedChunk | None = None
+    """The chunk that `.metadata` describes, when it is the container of one."""
+
+    @property
+    def num_bytes(self) -> int:
+        return self.end - self.start
+
+
+def archives(storage: Storage, manifest: Manifest, sizes: Mapping[str, int]) -> list[Archive]:
+    """The archives in the files of another program's checkpoint, as far as these files reach.
+
+    Args:
+        sizes: bytes of the files that are there.
+    """
+    found: dict[tuple[str, int, int], Archive] = {}
+    files: dict[str, dict[int, tuple[str, ...]]] = {file: {} for file in manifest.files}
+    for name, tensor in manifest.tensors.items():
+        for chunk in tensor.chunks:
+            if chunk.data_start is not None:
+                places = files[chunk.file]
+                places[chunk.start] = (*places.get(chunk.start, ()), name)
+            elif not chunk.transforms:
+                key = (chunk.file, chunk.start, chunk.start + chunk.length)
+                found[key] = Archive(*key, (name,), {}, SavedChunk(name, parse_dtype(tensor.dtype), chunk))
+    for name, entry in manifest.objects.items():
+        key = (entry.file, entry.start, entry.start + entry.length)
+        if entry.length and not entry.transforms:
+            found[key] = Archive(*key, (*(found[key].names if key in found else ()), name), {})
+    containers = {archive.file for archive in found.values()}
+    whole = {file: places for file, places in files.items() if file not in containers and file in sizes}
+    for file, places in whole.items():
+        if _begins_as_archive(storage, file, sizes[file]):
+            found[file, 0, sizes[file]] = Archive(file, 0, sizes[file], (), places)
+    return [archive for archive in found.values() if archive.end <= sizes.get(archive.file, 0)]
+
+
+def _begins_as_archive(storage: Storage, file: str, num_bytes: int) -> bool:
+    magic = zip_directory.MAGIC
+    if num_bytes < len(magic):
+        return False
+    with storage.open_input(file) as opened:
+        return _read(opened, 0, len(magic)) == magic
+
+
+def check_archive(storage: Storage, archive: Archive) -> list[Damage]:
+    """Whatever in an archive is not what was written.
+
+    Raises:
+        StorageError: the storage does not answer.
+    """
+    try:
+        with storage.open_input(archive.file) as file:
+            damages = list(_check_members(file, archive))
+        if archive.chunk is not None and not damages:
+            locate(storage, {0: archive.chunk}, tuning_for(storage), verify=False)
+    except (StorageError, CheckpointError) as error:
+        if isinstance(error, StorageError) and error.transient:
+            raise
+        problem = f"cannot be read: {error.cause}" if isinstance(error, StorageError) else str(error)
+        return list(_damages(archive, archive.start, archive.end, archive.names, problem))
+    return damages
+
+
+def _check_members(file: InputFile, archive: Archive) -> Iterator[Damage]:
+    members = zip_directory.read_members(
+        lambda offset, length: _read(file, archive.start + offset, length), archive.num_bytes, archive.file
+    )
+    memory = memoryview(bytearray(min(_PIECE_BYTES, archive.num_bytes)))
+    for name, member in members.items():
+        header = _read(file, archive.start + member.header_start, zip_directory.LOCAL_HEADER_BYTES)
+        start = archive.start + zip_directory.data_start(header, member.header_start, archive.file)
+        if start + member.num_bytes > archive.end:
+            raise _outside(archive, name)
+        found = _crc(file, start, member.num_bytes, memory)
+        if member.crc and found != member.crc:
+            problem = f"{name} differs: CRC-32 {found:08x}, saved with {member.crc:08x}"
+            names = archive.names or archive.places.get(start, ())
+            yield from _damages(archive, start, start + member.num_bytes, names, problem)
+
+
+def _crc(file: InputFile, start: int, num_bytes: int, memory: memoryview) -> int:
+    crc = 0
+    for at in range(start, start + num_bytes, len(memory)):
+        piece = memory[: min(len(memory), start + num_bytes - at)]
+        file.read_into(at, piece)
+        crc = binascii.crc32(piece, crc)
+    return crc
+
+
+def _outside(archive: Archive, member: str) -> CheckpointError:
+    return CheckpointError(f"{archive.file}: {member} reaches behind the archive that it is in")
+
+
+def _damages(archive: Archive, start: int, end: int, names: tuple[str, ...], problem: str) -> Iterator[Damage]:
+    for name in names or ("",):
+        yield Damage(archive.file, start, end, name, problem)
+
+
+def _read(file: InputFile, offset: int, length: int) -> bytes:
+    data = bytearray(length)
+    if length:
+        file.read_into(offset, memoryview(data))
+    return bytes(data)
