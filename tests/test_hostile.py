@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+import ray_ckpt
+from ray_ckpt.errors import RayCkptError
 from tests.support import hostile
 from tests.support.isolated import Outcome, Readers
 
@@ -59,6 +63,29 @@ def test_other_verbs_read_records_as_carefully(readers: Readers, tmp_path: Path,
         tasks.append((verb, hostile.KNOWN[name](tmp_path / name / "step-1")))
     outcomes = dict(zip(tasks, readers.read(tasks), strict=True))
     assert {task: outcome for task, outcome in outcomes.items() if wrong(outcome)} == {}
+
+
+def test_a_record_may_claim_any_length_of_a_file(tmp_path: Path) -> None:
+    """`verify` compares what lies between the entries with zeros, as many as there are bytes."""
+
+    def claim(record: dict[str, Any]) -> None:
+        record["files"] = dict.fromkeys(record["files"], 1 << 60)
+
+    report = ray_ckpt.verify(hostile.rewritten(claim)(tmp_path))
+    assert any("saved with 1152921504606846976" in damage.problem for damage in report.damages)
+
+
+@pytest.mark.parametrize("name", ["\ud800", "x" * 5000, "\x1b[2J"])
+def test_a_record_may_name_files_that_no_file_system_has(tmp_path: Path, name: str) -> None:
+    def rename(record: dict[str, Any]) -> None:
+        record["files"] = dict.fromkeys([name], sum(record["files"].values()))
+        for entry in (*record["tensors"]["model.w"]["chunks"], *record["objects"].values()):
+            entry["file"] = name
+
+    state = {"model": {"w": torch.zeros(2, 3)}, "lr": 0.0}
+    with pytest.raises(RayCkptError) as raised:
+        ray_ckpt.load(state, hostile.rewritten(rename)(tmp_path))
+    assert str(raised.value).isprintable()
 
 
 @pytest.mark.parametrize("kind", hostile.KINDS)

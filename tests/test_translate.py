@@ -144,3 +144,16 @@ def test_members_that_are_not_a_list_of_indices_are_refused(members: Any) -> Non
     saved = indexed(["a.weight"], [[0]], {"a.weight": (3, 2)})
     with pytest.raises(FormatError):
         translated(saved, {"optim.param_groups.0.params": members}, TWO)
+
+
+@pytest.mark.parametrize("number", ["first", "9" * 5000, "\u0663", ""])
+def test_groups_of_others_may_be_called_anything(number: str) -> None:
+    shapes = {"a.weight": (3, 2), "b.weight": (3, 2)}
+    saved = indexed(list(shapes), [[0, 1]], shapes)
+    objects = {
+        **saved.objects,
+        **{f"optim.param_groups.{number}.{key}": ObjectEntry("f", 0, 1) for key in ("lr", "params")},
+    }
+    odd = Manifest(saved.tensors, objects, saved.files)
+    found = translate(odd, {"optim.param_groups.0.params": [0, 1]}, Names(list(shapes), [list(shapes)]))
+    assert "optim.param_groups.a.weight.lr" in found.manifest.objects

@@ -35,7 +35,8 @@ HYPERPARAMETERS = f"{OPTIM}.param_groups."
 """Prefix of the names of hyper-parameters."""
 
 _OPTIMIZER = re.compile(r"(.+?)\.param_groups\.")
-_LIST = re.compile(r"(.+?)\.param_groups\.(\d+)\.(params|param_names)")
+_LIST = re.compile(r"(.+?)\.param_groups\.([0-9]{1,9})\.(params|param_names)")
+_NUMBER = re.compile(r"[0-9]{1,9}")
 _MEMBERS = (".params", ".param_names")
 
 _LIKE_THE_PARAMETER = (
@@ -356,7 +357,7 @@ class _Renamed:
             else:
                 number, _, key = rest.partition(".")
                 kept = keep_hyperparameters and f".{key}" not in _MEMBERS
-                members = groups.get(int(number), {}).values() if kept else ()
+                members = groups.get(int(number), {}).values() if kept and _NUMBER.fullmatch(number) else ()
                 self._put(old, *(f"{OPTIM}.param_groups.{name}.{key}" for name in members))
 
     def rename_model(self, manifest: Manifest, prefix: str) -> None:

@@ -33,7 +33,7 @@ def check_readable(top: str, name: str) -> None:
     path = os.path.join(top, name)
     try:
         mode = os.stat(path).st_mode
-    except OSError:
+    except (OSError, ValueError):  # not there, or no name at all
         return
     if not stat.S_ISREG(mode):
         kind = next((kind for is_kind, kind in _NO_FILES if is_kind(mode)), "of an unknown kind")

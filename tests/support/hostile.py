@@ -116,7 +116,7 @@ def _safetensors(header: bytes, data: bytes = b"") -> Writer:
     return _file(struct.pack("<Q", len(header)) + header + data, "x.safetensors")
 
 
-def _manifest(change: Callable[[dict[str, Any]], object]) -> Writer:
+def rewritten(change: Callable[[dict[str, Any]], object]) -> Writer:
     """A checkpoint of ours, whose record somebody has rewritten as one of version 1, which has no digest."""
 
     def write(directory: Path) -> Path:
@@ -239,21 +239,21 @@ KNOWN: dict[str, Writer] = {
     ),
     "zstd": _zstd_bomb,
     "diagonal chunks": _metadata(_tensor(_diagonal(3000), (6000, 6000))),
-    "diagonal chunks of ours": _manifest(_diagonal_manifest),
+    "diagonal chunks of ours": rewritten(_diagonal_manifest),
     "many dims": _metadata(_tensor([((0,) * 5000, (1 << 62,) * 5000)], (1 << 62,) * 5000)),
     "many elements": _metadata(_tensor([((0, 0), (1 << 40, 1 << 40))], (1 << 40, 1 << 40))),
-    "many dims of ours": _manifest(lambda record: record["tensors"]["model.w"].update(shape=[1 << 62] * 100_000)),
-    "deep record": _manifest(lambda record: b'{"x":' + b"[" * 1_000_000),
-    "deep value of ours": _manifest(
+    "many dims of ours": rewritten(lambda record: record["tensors"]["model.w"].update(shape=[1 << 62] * 100_000)),
+    "deep record": rewritten(lambda record: b'{"x":' + b"[" * 1_000_000),
+    "deep value of ours": rewritten(
         lambda record: record["objects"]["lr"].update(value=json.loads("[" * 900 + "]" * 900))
     ),
-    "long number": _manifest(lambda record: b'{"version":' + b"9" * 1_000_000 + b"}"),
-    "late duplicate": _manifest(
+    "long number": rewritten(lambda record: b'{"version":' + b"9" * 1_000_000 + b"}"),
+    "late duplicate": rewritten(
         lambda record: b"{" + b",".join(b'"%d":1' % n for n in range(200_000)) + b',"199999":2}'
     ),
-    "long dtype": _manifest(lambda record: record["tensors"]["model.w"].update(dtype="float" + "9" * 100_000)),
-    "odd name": _manifest(lambda record: record["tensors"].update({"\x1b[2J\n" + "n" * 100_000: {}})),
-    "odd file": _manifest(lambda record: record["files"].update({"\x1b[2J\n/../" + "n" * 100_000: 1})),
+    "long dtype": rewritten(lambda record: record["tensors"]["model.w"].update(dtype="float" + "9" * 100_000)),
+    "odd name": rewritten(lambda record: record["tensors"].update({"\x1b[2J\n" + "n" * 100_000: {}})),
+    "odd file": rewritten(lambda record: record["files"].update({"\x1b[2J\n/../" + "n" * 100_000: 1})),
     "sparse record": _sparse,
     "directory of 4 GiB": _file(b"PK\3\4" + bytes(300) + _END),
     "members of one name": _twice,
@@ -435,7 +435,7 @@ def _damaged_file(rng: random.Random, directory: Path) -> Path:
 
 
 def _mutated_manifest(rng: random.Random, directory: Path) -> Path:
-    return _manifest(lambda record: _mutated(rng, record))(directory)
+    return rewritten(lambda record: _mutated(rng, record))(directory)
 
 
 def _mutated_header(rng: random.Random, directory: Path) -> Path:

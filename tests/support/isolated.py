@@ -58,8 +58,8 @@ class Readers:
         """Read checkpoints, in one fork as long as it lives.
 
         Args:
-            tasks: verb and path. `load` reads the manifest, an element of every chunk and every object; the others are
-                `verify`, `save` over what is there, and `clean` of the store above.
+            tasks: verb and path. `load` reads the manifest, an element of every chunk and every object; `fill` loads a
+                state dict; the others are `verify`, `save` over what is there, and `clean` of the store above.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -194,6 +194,21 @@ def _load(path: str) -> None:
     reader.read_values(manifest.objects)
 
 
+def _fill(path: str) -> None:
+    import torch
+
+    import ray_ckpt
+
+    state = {
+        "w": torch.zeros(3, 4),
+        "n": {"b": torch.zeros(5)},
+        "o": None,
+        "model": {"w": torch.zeros(2, 3)},
+        "lr": 0.0,
+    }
+    ray_ckpt.load(state, path, strict=False)
+
+
 def _verify(path: str) -> None:
     import ray_ckpt
 
@@ -212,7 +227,13 @@ def _clean(path: str) -> None:
     CheckpointStore(os.path.dirname(path)).clean(older_than_s=0)
 
 
-_VERBS: dict[str, Callable[[str], None]] = {"load": _load, "verify": _verify, "save": _save, "clean": _clean}
+_VERBS: dict[str, Callable[[str], None]] = {
+    "load": _load,
+    "fill": _fill,
+    "verify": _verify,
+    "save": _save,
+    "clean": _clean,
+}
 
 
 if __name__ == "__main__":
