@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import re
 import time
 from pathlib import Path
@@ -18,8 +19,9 @@ from ray_ckpt.format.manifest import MANIFEST_NAME, Manifest
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.retention import Policy, keep, keep_every, keep_last
 from ray_ckpt.storage.store import CheckpointStore
+from tests.support.s3 import run_s3
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is", "ignore:Detected an existing checkpoint")
 
 STRAY = "step-99999999999999999999999"
 
@@ -283,23 +285,105 @@ def test_of_two_writers_one_wins(tmp_path):
         assert not list(directory.glob("*.tmp"))
 
 
-def test_a_lost_race_is_seen_where_nothing_decides_it():
-    """A memory file system has no exclusive rename; as on object stores, what was committed is read back."""
-    place = Storage("memory://raced/step-1")
+@pytest.fixture(scope="module")
+def s3():
+    with run_s3() as server:
+        yield server
+
+
+class Replaced(Storage):
+    """Where no kernel decides who is first: another record takes the place of ours right after the commit."""
+
+    def perform(self, operation, name, action):
+        result = super().perform(operation, name, action)
+        if name == MANIFEST_NAME and operation == ("rename" if "memory" in self.uri else "finish"):
+            Storage(self.uri).write_atomic(MANIFEST_NAME, self.record)
+        return result
+
+
+@pytest.mark.parametrize("kind", ["memory", "s3"])
+def test_a_lost_race_is_seen_where_nothing_decides_it(request, kind):
+    uri = "memory://raced/step-1" if kind == "memory" else request.getfixturevalue("s3").uri("raced/step-1")
+    place = Storage(uri)
     ray_ckpt.save({"step": 5}, place)
-    theirs = place.read_bytes(MANIFEST_NAME)
+    raced = Replaced(uri)
+    raced.record = place.read_bytes(MANIFEST_NAME)
     place.delete(MANIFEST_NAME)
-    looks = []
-
-    class Late(Storage):
-        def perform(self, operation, name, action):
-            result = super().perform(operation, name, action)
-            if operation == "rename" and name == MANIFEST_NAME:
-                looks.append(name)
-                place.write_atomic(MANIFEST_NAME, theirs)
-            return result
-
     with pytest.raises(ray_ckpt.CheckpointExistsError):
-        ray_ckpt.save({"step": 6}, Late("memory://raced/step-1"))
-    assert looks == [MANIFEST_NAME]
-    assert Manifest.from_json(place.read_bytes(MANIFEST_NAME)).attempt.encode() in place.read_bytes(".metadata")
+        ray_ckpt.save({"step": 6}, raced)
+    assert Manifest.from_json(raced.record).attempt.encode() in place.read_bytes(".metadata")
+    state = {"step": 0}
+    ray_ckpt.load(state, place)
+    assert state == {"step": 5}
+
+
+# --------------------------------------------------------------------------------------------- what was interrupted
+
+
+class Crash(BaseException):
+    """The end of a process: nothing tidies up after it."""
+
+
+def _crash():
+    raise Crash
+
+
+def test_an_overwrite_cut_off_between_its_renames_is_mended(store, tmp_path):
+    step = tmp_path / "run" / "step-2"
+    with pytest.raises(Crash):
+        ray_ckpt.save(
+            {"weight": torch.arange(30.0) * 9, "step": 9}, Raced(step, "rename", ".metadata", _crash), overwrite=True
+        )
+    assert _reads(step) == (9, 2)
+    store.clean()
+    assert _reads(step) == (9, 2)  # too young to be touched
+    store.clean(older_than_s=0)
+    assert _reads(step) == (9, 9)
+    assert ray_ckpt.verify(step).verified
+
+
+def test_a_stock_record_of_files_that_clean_removes_is_restored(store, tmp_path):
+    """Whoever left it there, and also when it is missing altogether."""
+    step = tmp_path / "run" / "step-2"
+    ray_ckpt.save({"weight": torch.arange(30.0) * 9, "step": 9}, tmp_path / "other")
+    for path in (tmp_path / "other").iterdir():
+        if path.name != MANIFEST_NAME:
+            (step / path.name).write_bytes(path.read_bytes())
+    assert _reads(step) == (2, 9)
+    store.clean(older_than_s=0, dry_run=True)
+    assert _reads(step) == (2, 9)
+    store.clean(older_than_s=0)
+    assert _reads(step) == (2, 2)
+    (step / ".metadata").unlink()
+    store.clean()
+    assert _reads(step) == (2, 2)
+
+
+def test_a_stock_record_of_somebody_else_is_not_replaced(store, tmp_path):
+    step = tmp_path / "run" / "step-2"
+    dcp.save({"weight": torch.arange(30.0) * 9, "step": 9}, checkpoint_id=step, no_dist=True)
+    store.clean(older_than_s=0)
+    assert _reads(step) == (2, 9)
+
+
+def _reads(directory):
+    """The versions that ours and stock DCP read there."""
+    found = []
+    for load in (ray_ckpt.load, lambda state, target: dcp.load(state, checkpoint_id=target, no_dist=True)):
+        state = {"weight": torch.zeros(30), "step": -1}
+        load(state, directory)
+        assert torch.equal(state["weight"], torch.arange(30.0) * state["step"])
+        found.append(state["step"])
+    return tuple(found)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo], ids=["directory", "fifo"])
+def test_a_record_that_is_no_file_is_damage(store, tmp_path, make):
+    step = tmp_path / "run" / "step-3"
+    (step / MANIFEST_NAME).unlink()
+    make(step / MANIFEST_NAME)
+    with pytest.raises(FormatError, match=r"step 3 .* is damaged: .*step-3/manifest\.json.*step 2 is good"):
+        store.latest()
+    assert store.latest(fallback=True) == 2
+    assert store.prune(keep_last(1)).kept == (2,)
+    assert store.clean(older_than_s=0).files == ()

@@ -63,7 +63,7 @@ def _problems(shim, prepared, scenario, action, stride=1):
     before = 1 if scenario else None
     step = prepared(scenario, "counted")
     total = shim.run("save", step).calls
-    assert total > 15
+    assert total > 10
     found = {}
     for at in range(1, total + 1, stride):
         step = prepared(scenario, f"{action}-{at}")

@@ -12,7 +12,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping
 
-from ray_ckpt.errors import StorageError
+from ray_ckpt.errors import CheckpointError, StorageError
 from ray_ckpt.format.manifest import MANIFEST_NAME
 from ray_ckpt.storage.files import Scanned, Storage
 from ray_ckpt.storage.pins import Pins, Wishes
@@ -151,7 +151,10 @@ class Cleaning:
     def _is_our_stock_record(self, step: int, candidates: set[str]) -> bool:
         if STOCK_RECORD_NAME not in candidates:
             return False
-        data = read_if_there(self._steps.location(step), STOCK_RECORD_NAME)
+        try:
+            data = read_if_there(self._steps.location(step), STOCK_RECORD_NAME)
+        except CheckpointError:
+            return False  # no file, or none that a save writes
         return data is not None and is_ours(data)
 
 

@@ -102,8 +102,9 @@ class PreparedFile:
                 self._storage.delete(self._temporary)
 
     def _write_as(self, name: str) -> None:
-        with self._storage.create(name) as file:
-            file.write(self._data)
+        file = self._storage.create(name)
+        file.write(self._data)
+        file.close(with_name=self._temporary is None)  # a temporary name need not last
 
     def _rename(self, temporary: str, *, replace: bool) -> None:
         storage = self._storage
@@ -149,11 +150,17 @@ class OutputFile:
         """Append. The memory may be reused as soon as the call returns."""
         self._storage.perform("write", self.name, lambda: self._native.write(data))
 
-    def close(self) -> None:
-        """Finish the file and make it durable: fsync of the file and of its directory where there are such things."""
+    def close(self, *, with_name: bool = True) -> None:
+        """Finish the file and make it durable: fsync of the file and of its directory where there are such things.
+
+        Args:
+            with_name: False leaves out the directory.
+        """
         self._storage.perform("finish", self.name, self._native.close)
         if self._storage.has_local_files:
-            self._storage.perform("sync", self.name, lambda: sync_file(self._storage.path(self.name)))
+            self._storage.perform(
+                "sync", self.name, lambda: sync_file(self._storage.path(self.name), with_name=with_name)
+            )
 
     def __enter__(self) -> OutputFile:
         return self

@@ -30,14 +30,15 @@ _UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.E
 """Errors of a file system that does not support an operation."""
 
 
-def sync_file(path: str) -> None:
-    """fsync a finished file and its directory: fsync of any descriptor flushes all of the file's pages."""
+def sync_file(path: str, *, with_name: bool) -> None:
+    """fsync a finished file, and its directory for the name. Any descriptor flushes all of the file's pages."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    sync_directory(os.path.dirname(path))
+    if with_name:
+        sync_directory(os.path.dirname(path))
 
 
 def sync_directory(path: str) -> None:

@@ -106,7 +106,10 @@ def restore_stock_record(storage: Storage) -> bool:
         manifest = Manifest.from_json(record)
     except CheckpointError:
         return False
-    stock = read_if_there(storage, STOCK_RECORD_NAME)
+    try:
+        stock = read_if_there(storage, STOCK_RECORD_NAME)
+    except CheckpointError:
+        return False  # somebody's
     if not manifest.attempt or (stock is not None and (names_attempt(stock, manifest.attempt) or not is_ours(stock))):
         return False
     from ray_ckpt.format import dcp_metadata

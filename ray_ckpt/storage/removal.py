@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
+from ray_ckpt.errors import CheckpointError
 from ray_ckpt.format.manifest import MANIFEST_NAME
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.pins import Pins
@@ -49,12 +50,18 @@ class Removal:
             if not is_free:
                 return None
             self._storage.delete(f"{directory}/{MANIFEST_NAME}", durable=True)
-            stock_record = read_if_there(self._storage, f"{directory}/{STOCK_RECORD_NAME}")
-            if stock_record is not None and names_attempt(stock_record, found.attempt):
+            if self._has_stock_record(directory, found.attempt):
                 self._storage.delete(f"{directory}/{STOCK_RECORD_NAME}")
             self.remove_files(files)
             self._storage.delete_empty_directory(directory)
         return files
+
+    def _has_stock_record(self, directory: str, attempt: str) -> bool:
+        try:
+            data = read_if_there(self._storage, f"{directory}/{STOCK_RECORD_NAME}")
+        except CheckpointError:
+            return False  # no file, or none that a save writes
+        return data is not None and names_attempt(data, attempt)
 
     def remove_files(self, names: Iterable[str]) -> None:
         """Remove files by their names in the store."""

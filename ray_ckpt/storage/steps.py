@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ray_ckpt.errors import CheckpointError, CheckpointNotFoundError, FormatError, UsageError
+from ray_ckpt.errors import CheckpointError, CheckpointNotFoundError, FormatError, StorageError, UsageError
 from ray_ckpt.format.manifest import MANIFEST_NAME
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.publish import DATA_FILE
@@ -81,12 +81,14 @@ class Steps:
             None when the step is not committed.
         """
         directory = self.location(step)
-        data = read_if_there(directory, MANIFEST_NAME)
-        if data is None:
-            return None
         try:
+            data = read_if_there(directory, MANIFEST_NAME)
+            if data is None:
+                return None
             manifest = parse_and_keep(data, f"{directory.address}/{MANIFEST_NAME}")
-        except CheckpointError as error:
+        except (CheckpointError, StorageError) as error:
+            if isinstance(error, StorageError) and error.transient:
+                raise
             return Look("", {}, str(error))
         ours = {name: size for name, size in manifest.files.items() if DATA_FILE.fullmatch(name)}
         damage = _compare(directory, manifest.files)

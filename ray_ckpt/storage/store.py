@@ -60,7 +60,8 @@ class CheckpointStore:
       files that `clean` removes.
     - Once `pin` has returned, no `prune` and no `delete` of any process removes the step. A `pin` that meets a delete
       which has already begun raises.
-    - `prune` never removes the highest step that its listing shows. `delete` does what it is told, to that one too.
+    - `prune` never removes the highest good step that its listing shows. `delete` does what it is told, to that one
+      too.
     - A delete and an overwriting save of one step at a time leave either none, or the new one with all its data. In the
       latter case the `.metadata` for stock DCP may be missing if the two write it within the same moment.
     - A reader whose step is deleted meanwhile fails. Within `reading`, the error says that this is why.
