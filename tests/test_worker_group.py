@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -116,6 +118,17 @@ def test_a_call_that_outlasts_its_timeout_names_who_is_silent(group: WorkerGroup
     assert time.monotonic() - start < 5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("group", [2], indirect=True)
+def test_a_stopped_process_is_told_from_those_that_wait_for_it(group: WorkerGroup) -> None:
+    os.kill(group.workers[1].pid, signal.SIGSTOP)
+    with pytest.raises(GroupTimeoutError) as caught:
+        group.run(rank_functions.describe, timeout_s=1.0)
+    assert "no answer within 1 s from rank 0 on " in str(caught.value)
+    stopped = rf"; rank 1 \(process {group.workers[1].pid}\) responds to nothing: stopped, or stuck; `ray stack`"
+    assert re.search(stopped, str(caught.value))
+
+
 def test_a_group_may_be_closed_twice_and_formed_anew_with_another_size() -> None:
     first = WorkerGroup(1, start_timeout_s=60)
     pids = [worker.pid for worker in first.workers]
@@ -185,6 +198,7 @@ def test_a_worker_that_dies_while_the_group_starts_is_named_in_one_line() -> Non
     assert_nothing_is_left([])
 
 
+@pytest.mark.slow
 def test_a_group_inside_a_task_leaves_the_task_its_own_cpus() -> None:
     """Of four CPUs the task holds three: two workers share the fourth."""
     form = ray.remote(num_cpus=3)(task_functions.form_group)

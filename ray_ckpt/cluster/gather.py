@@ -79,6 +79,7 @@ def gather(
     workers: Sequence[WorkerInfo],
     timeout_s: float,
     again: Callable[[int], Any | None] = lambda rank: None,
+    find_stopped: Callable[[Sequence[int]], Sequence[int]] = lambda ranks: (),
 ) -> dict[int, Any]:
     """The values of one call, by rank.
 
@@ -88,6 +89,8 @@ def gather(
         timeout_s: for the whole call.
         again: called with a rank that raised an error of its own; calls it once more and returns the new reference, or
             None to let the failure stand.
+        find_stopped: called with ranks that did not answer in time, while no rank failed; returns those whose process
+            does not respond to anything, and for which the others may have waited.
 
     Raises:
         WorkerError: one or more ranks failed; `failures` has the causes first and names every rank that failed.
@@ -112,9 +115,11 @@ def gather(
         raise WorkerError(_in_order_of_blame(answers, silent, workers))
     if silent:
         names = ", ".join(f"rank {rank} on {workers[rank].node}" for rank in silent)
+        stopped = ", ".join(f"rank {rank} (process {workers[rank].pid})" for rank in find_stopped(silent))
+        told = f"; {stopped} responds to nothing: stopped, or stuck" if stopped else ""
         raise GroupTimeoutError(
-            f"no answer within {timeout_s:g} s from {names}: busy, stopped or stuck (`ray stack` there shows where); "
-            "a longer timeout waits longer"
+            f"no answer within {timeout_s:g} s from {names}{told}; `ray stack` there shows where it is, and a longer "
+            "timeout waits longer"
         )
     return {rank: answers.values[rank] for rank in refs}
 

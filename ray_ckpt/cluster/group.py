@@ -37,7 +37,7 @@ from ray_ckpt.cluster.connect import connect
 from ray_ckpt.cluster.gather import gather
 from ray_ckpt.cluster.ray_internals import held_resources
 from ray_ckpt.cluster.resources import choose_demand, describe, describe_nodes, explain_shortage
-from ray_ckpt.cluster.worker import BESIDE, Rendezvous, Worker, WorkerInfo
+from ray_ckpt.cluster.worker import BESIDE, PING, Rendezvous, Worker, WorkerInfo
 from ray_ckpt.errors import GroupError, GroupTimeoutError, PlacementError, UsageError
 
 LEAVE_TIMEOUT_S = 5.0
@@ -45,6 +45,10 @@ LEAVE_TIMEOUT_S = 5.0
 
 REMOVAL_TIMEOUT_S = 10.0
 """How long to wait for Ray to confirm that a removed placement group is gone."""
+
+
+PING_TIMEOUT_S = 2.0
+"""How long a worker that did not answer in time may take to show that its process runs."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,8 @@ class WorkerGroup:
         self._resources = contextlib.ExitStack()
         self._placement: PlacementGroup | None = None
         self._actors: list[Any] = []
+        self._unread: list[Any] = []
+        """Results that nobody waits for any more."""
         self._background: Callable[[float | None], None] | None = None
         self.workers: tuple[WorkerInfo, ...] = ()
         try:
@@ -201,7 +207,7 @@ class WorkerGroup:
             tries[rank] += 1
             return start(rank) if tries[rank] <= retries else None
 
-        return gather({rank: start(rank) for rank in args_of}, self.workers, timeout_s, again)
+        return gather({rank: start(rank) for rank in args_of}, self.workers, timeout_s, again, self._find_stopped)
 
     def wait_for(self, wait: Callable[[float | None], None]) -> None:
         """Let `close` wait for something that goes on beside the calls, on a thread of this process.
@@ -256,7 +262,11 @@ class WorkerGroup:
     def _start_actors(self, num_workers: int, deadline: float) -> None:
         assert self._placement is not None
         # As a mapping, because the types that Ray ships leave `concurrency_groups` out.
-        settings: dict[str, Any] = {"max_restarts": 0, "max_task_retries": 0, "concurrency_groups": {BESIDE: 1}}
+        settings: dict[str, Any] = {
+            "max_restarts": 0,
+            "max_task_retries": 0,
+            "concurrency_groups": {BESIDE: 1, PING: 1},
+        }
         actor_class: Any = ray.remote(**settings)(Worker)
         actors = [
             actor_class.options(
@@ -299,10 +309,22 @@ class WorkerGroup:
 
     def _gather(self, refs: list[Any], timeout_s: float) -> list[Any]:
         try:
-            return list(gather(dict(enumerate(refs)), self.workers, timeout_s).values())
+            by_rank = dict(enumerate(refs))
+            return list(gather(by_rank, self.workers, timeout_s, find_stopped=self._find_stopped).values())
         except BaseException:
             self._give_up(refs)
             raise
+
+    def _find_stopped(self, ranks: Sequence[int]) -> list[int]:
+        """The ranks whose process does not respond, on any thread, as when it was sent SIGSTOP."""
+        started = [rank for rank in ranks if self.workers[rank].pid]
+        pings = {self._actors[rank].ping.options(concurrency_group=PING).remote(): rank for rank in started}
+        if not pings:
+            return []
+        responded, silent = ray.wait(list(pings), num_returns=len(pings), timeout=PING_TIMEOUT_S)
+        _drop_results(responded)
+        self._unread += silent
+        return sorted(pings[ping] for ping in silent)
 
     def _give_up(self, unread: Sequence[Any] = ()) -> None:
         """Tear down after an error, which says more than that Ray does not confirm the end."""
@@ -314,7 +336,7 @@ class WorkerGroup:
             for actor in self._actors:
                 ray.kill(actor)
             self._actors = []
-            _drop_results(unread)
+            _drop_results([*unread, *self._unread])
             if self._background is not None:
                 # Before Ray is gone: a call to it would start another one.
                 with contextlib.suppress(TimeoutError):

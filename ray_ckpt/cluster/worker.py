@@ -97,6 +97,9 @@ LONGEST_TEXT = 10_000
 BESIDE = "beside"
 """Ray's concurrency group for calls that run beside the others, on a second thread of the worker's process."""
 
+PING = "ping"
+"""Ray's concurrency group for calls that only ask whether the process runs, on a third thread."""
+
 
 class Worker:
     """The actor of one rank. Calls run one at a time and always on the same thread, those `BESIDE` on another."""
@@ -172,6 +175,9 @@ class Worker:
 
     def _call(self, fn: Callable[..., Any] | str, args: tuple[Any, ...]) -> Any:
         return resolve(fn)(self._context, *args)
+
+    def ping(self) -> None:
+        """Show that the process runs."""
 
     def leave(self) -> None:
         from ray_ckpt.parallel.group import leave
