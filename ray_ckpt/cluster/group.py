@@ -277,7 +277,7 @@ class WorkerGroup:
             for i in range(num_workers)
         ]
         self._actors = actors
-        # Until they have told on which devices they are, workers are numbered by their bundles.
+        # Workers are numbered by their bundles until they have told on which devices they are.
         self.workers = _placed_workers(self._placement)
         refs = [actor.describe.remote(place) for place, actor in enumerate(actors)]
         try:
@@ -317,8 +317,9 @@ class WorkerGroup:
 
     def _find_stopped(self, ranks: Sequence[int]) -> list[int]:
         """The ranks whose process does not respond, on any thread, as when it was sent SIGSTOP."""
-        started = [rank for rank in ranks if self.workers[rank].pid]
-        pings = {self._actors[rank].ping.options(concurrency_group=PING).remote(): rank for rank in started}
+        actors = self._actors  # none, if the group has been closed meanwhile
+        started = [rank for rank in ranks if actors and self.workers[rank].pid]
+        pings = {actors[rank].ping.options(concurrency_group=PING).remote(): rank for rank in started}
         if not pings:
             return []
         responded, silent = ray.wait(list(pings), num_returns=len(pings), timeout=PING_TIMEOUT_S)
