@@ -157,14 +157,22 @@ def _describe_death(error: RayError, pid: int) -> str:
         return f"{process} was killed by Ray, as its node ran out of memory: use fewer workers per node"
     if isinstance(error, ActorUnavailableError):
         return f"{process} or its node cannot be reached any more"
-    # Ray appends a list of common causes, the same for every death.
-    details = [line.partition("detail:")[2].partition("Some common causes")[0] for line in lines if "detail:" in line]
-    if any("connection error code 2" in detail for detail in details):
+    reason = _reason(lines)
+    if "connection error code 2" in reason:  # all that Ray knows when the process has not said that it ends
         return (
             f"{process} is gone without a word: killed by a signal, as by the kernel when memory runs out (see `dmesg` "
             "on its node), or crashed"
         )
-    return f"{process} is gone: {(details or lines)[-1].strip(' .')}"
+    return f"{process} is gone: {reason}"
+
+
+def _reason(lines: Sequence[str]) -> str:
+    """What Ray says of a death, without its list of common causes, which is the same for every death."""
+    for mark in ("detail:", "because its "):
+        for line in lines:
+            if mark in line:
+                return line.partition(mark)[2].partition("Some common causes")[0].strip(" .")
+    return lines[-1]  # of an error in the actor's own code
 
 
 def _lines(error: RayError) -> list[str]:
