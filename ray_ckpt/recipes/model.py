@@ -7,8 +7,9 @@ run in order (see `ray_ckpt.parallel.stages`) and that has
     loss(outputs, targets) -> scalar                           optional: a mean over the batch; default mse_loss
     tp_plan() -> {module name: ParallelStyle}                  for layouts with tp: how it splits its modules
 
-Its forward must be deterministic and treat samples alone (no dropout, no batch norm), or the micro-batches of a
-pipeline and one whole batch would not give the same loss.
+It runs in evaluation mode, so dropout is off and batch norm takes its running statistics. What else its forward and its
+loss do must be deterministic, and must treat samples alone, or the micro-batches of a pipeline and one whole batch
+would not give the same loss.
 """
 
 from __future__ import annotations
@@ -62,13 +63,13 @@ class PipelineModel(nn.Module):
 
 
 def build(workload: Workload) -> nn.Module:
-    """The whole model on the meta device.
+    """The whole model on the meta device, in evaluation mode.
 
     Raises:
         UsageError: the factory cannot be imported, or what it returns does not keep the contract.
     """
     if workload.model is None:
-        return build_on_meta(lambda: PipelineModel(workload.dim, workload.layers))
+        return build_on_meta(lambda: PipelineModel(workload.dim, workload.layers)).eval()
     factory = import_factory(workload.model)
 
     def make() -> nn.Module:
@@ -87,7 +88,7 @@ def build(workload: Workload) -> nn.Module:
             f"{type(model).__name__} has no sample_batch(batch_size, generator) -> (inputs, targets): "
             "the job does not know what to train it on"
         )
-    return model
+    return model.eval()
 
 
 def batch(workload: Workload, model: Any, step: int) -> tuple[torch.Tensor, torch.Tensor]:

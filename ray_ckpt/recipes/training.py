@@ -123,7 +123,8 @@ class Trainer:
     def _mean(self, loss: torch.Tensor | None) -> float:
         """Over all ranks that have a loss: those of the last stage, of which each part of the batch has as many."""
         device = next(self.parallel.chunks[0].parameters()).device
-        total = torch.zeros((), device=device) if loss is None else loss.detach().clone()
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        total = zero if loss is None else loss.detach().to(torch.float64)
         dist.all_reduce(total)
         return float(total) * self._layout.pp / self._layout.world_size
 

@@ -98,7 +98,8 @@ class DyingLinear(nn.Linear):
         return super().forward(hidden)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._reached("save")
+        if self.weight.dtype != torch.float64:  # what the job looks at in double precision is a copy
+            self._reached("save")
         super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -110,6 +111,37 @@ class DyingLinear(nn.Linear):
         if moment == self.moment and dist.get_rank() == DOOMED_RANK and not marker.exists():
             marker.write_text(str(time.time()))
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Regularized(nn.Sequential):
+    """Has dropout and batch norm, which a step in training mode would make another one every time."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(6, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Dropout(0.5), nn.Linear(24, 3))
+
+    def sample_batch(self, batch_size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs = torch.randn(batch_size, 6, generator=generator)
+        return inputs, inputs[:, :3] * 2
+
+
+class SinglePrecision(PipelineModel):
+    """Cannot compute in double precision."""
+
+    def __init__(self) -> None:
+        super().__init__(dim=24, layers=2)
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return outputs.matmul(torch.ones(24, 1, dtype=torch.float32)).sub(targets[:, :1]).square().mean()
+
+
+class Contrastive(PipelineModel):
+    """Compares the samples of a part of a batch with one another, so that its loss depends on the parts."""
+
+    def __init__(self) -> None:
+        super().__init__(dim=24, layers=2)
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(outputs @ targets.T, torch.arange(len(outputs)))
 
 
 class DyingModel(PipelineModel):

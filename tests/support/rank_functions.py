@@ -89,3 +89,11 @@ def move_into_own_directory(ctx: WorkerContext, parent: str) -> None:
     own = os.path.join(parent, str(ctx.rank))
     os.makedirs(own)
     os.chdir(own)
+
+
+def zero_one_average(ctx: WorkerContext) -> None:
+    """Set one element of the main job's live optimizer state to zero, on rank 0."""
+    if ctx.rank == 0:
+        state = ctx.objects["trainer"].optimizer.state
+        average = next(iter(state.values()))["exp_avg"].to_local()
+        average[tuple(average.nonzero()[0].tolist())] = 0.0

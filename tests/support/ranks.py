@@ -31,6 +31,7 @@ _PRELOAD = [
     "transformers.models.mixtral.modeling_mixtral",
     "ray_ckpt.storage.checkpoint_reader",
     "ray_ckpt.dcp.writer",
+    "ray_ckpt.recipes.pipeline_to_fsdp.ranks",
 ]
 _GRACE_S = 0.5
 """How long after the first failure others may still report theirs: the first one heard is often a victim."""

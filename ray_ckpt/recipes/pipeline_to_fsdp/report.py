@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ray_ckpt.format.snapshot import Mismatch
 from ray_ckpt.parallel.layout import Layout
+from ray_ckpt.recipes.pipeline_to_fsdp.continuation import Closeness, Continuation
 from ray_ckpt.recipes.screen import format_bytes
 
 SHOWN_MISMATCHES = 40
@@ -19,13 +21,16 @@ SHOWN_MISMATCHES = 40
 
 @dataclass(frozen=True)
 class JobReport:
-    """The fields of the JSON object."""
+    """What the job proved. `to_json` gives the fields of the JSON object."""
 
-    verified: bool
-    """Everything arrived bit for bit, and training went on as if nothing had happened."""
+    bits_verified: bool
+    """Every tensor and every value arrived, bit for bit."""
+    continuation: Continuation | None
+    """How training went on after the load; None: not tried, as other bits arrived."""
     workers: int
-    """Process-group backend of the first group."""
+    """Number of workers in the first group."""
     backend: str
+    """Process-group backend of the first group."""
     source: str
     """Layout that was trained and saved; `from` in the JSON."""
     target: str
@@ -35,15 +40,36 @@ class JobReport:
     tensors_compared: int
     objects_compared: int
     mismatches: list[Mismatch]
+    """Of the bits and of the continuation."""
     losses: dict[str, list[float]]
     """`pipeline` (in the first layout) and `resumed` (in the second): one number per step; `reference`: the
     uninterrupted run's, one per step of both."""
     phases: dict[str, float]
     """Phase name -> seconds."""
 
+    @property
+    def continuation_verified(self) -> bool:
+        """Training went on as it would have without a save and a load."""
+        return self.continuation is not None and not self.continuation.mismatches
+
+    @property
+    def verified(self) -> bool:
+        """Both proofs hold."""
+        return self.bits_verified and self.continuation_verified
+
     def to_json(self) -> dict[str, Any]:
         fields = dataclasses.asdict(self)
-        return {"from": fields.pop("source"), "to": self.target, **fields, "target": Layout.parse(self.target).dp}
+        if self.continuation is not None:
+            del fields["continuation"]["mismatches"]  # they are among the job's
+        return {
+            "verified": self.verified,
+            "bits_verified": fields.pop("bits_verified"),
+            "continuation_verified": self.continuation_verified,
+            "from": fields.pop("source"),
+            "to": self.target,
+            **fields,
+            "target": Layout.parse(self.target).dp,
+        }
 
     def show(self, console: Console) -> None:
         """Print the phases with their rates, then the verdict."""
@@ -61,27 +87,34 @@ class JobReport:
         console.print(table)
         if self.mismatches:
             console.print(_mismatch_table(self.mismatches))
-        if self.losses["resumed"]:
-            pipeline, resumed = self.losses["pipeline"], self.losses["resumed"]
-            console.print(
-                f"loss {pipeline[0]:.4f} -> {pipeline[-1]:.4f} as {self.source}, {resumed[0]:.4f} -> {resumed[-1]:.4f} "
-                f"as {self.target}; largest relative difference to the uninterrupted run {self.loss_difference:.1e}",
-                highlight=False,
-                soft_wrap=True,
-            )
-        verdict = "[bold green]verified[/]" if self.verified else "[bold red]NOT VERIFIED[/]"
-        console.print(
-            f"{verdict}: {self.tensors_compared} tensors and {self.objects_compared} objects compared bit for bit, "
-            f"{len(self.mismatches)} mismatches",
-            highlight=False,
-            soft_wrap=True,
+        for verified, text in (
+            (self.bits_verified, self._describe_bits()),
+            (self.continuation_verified, f"continuation: {self._describe_continuation()}"),
+        ):
+            verdict = "[bold green]verified[/]" if verified else "[bold red]NOT VERIFIED[/]"
+            console.print(f"{verdict}: {escape(text)}", highlight=False, soft_wrap=True)
+
+    def _describe_bits(self) -> str:
+        count = len(self.mismatches) - (len(self.continuation.mismatches) if self.continuation else 0)
+        return (
+            f"{self.tensors_compared} tensors and {self.objects_compared} objects compared bit for bit, "
+            f"{count} mismatches"
         )
 
-    @property
-    def loss_difference(self) -> float:
-        """The largest relative difference of a step's loss to the uninterrupted run's."""
-        found = self.losses["pipeline"] + self.losses["resumed"]
-        return max(abs(a - b) / abs(b) for a, b in zip(found, self.losses["reference"], strict=True))
+    def _describe_continuation(self) -> str:
+        if self.continuation is None:
+            return "not tried, as other bits arrived than were saved"
+        found, num_steps = self.continuation, len(self.losses["reference"])
+        parts = []
+        if found.step is not None:
+            parts.append(f"the next step differs by {_describe(found.step)}")
+        if found.losses is not None:
+            parts.append(f"the losses of {num_steps} steps by {_describe(found.losses)}")
+        return "; ".join([", ".join(parts), found.note] if found.note else [", ".join(parts)])
+
+
+def _describe(closeness: Closeness) -> str:
+    return f"{closeness.difference:.1e} (allowed: {closeness.allowed:.1e})"
 
 
 def _mismatch_table(mismatches: list[Mismatch]) -> Table:
