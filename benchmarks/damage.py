@@ -1,9 +1,11 @@
-"""Flip single bits of checkpoints and see what becomes of it: found, harmless, or silently wrong.
+"""Flip single bits of checkpoints and see what becomes of it: found, harmless, or silently wrong. Then read checkpoints
+that mean harm: every known kind, and made-up ones.
 
-    python benchmarks/damage.py                 3 000 flips of every kind of file, about five minutes
-    python benchmarks/damage.py --count 300 --seed 7
+    python benchmarks/damage.py         3 000 flips of every kind of file, 1 000 made-up checkpoints of every kind
+    python benchmarks/damage.py --count 300 --hostile 100 --seed 7
 
-Every flip is one load (for `.metadata` one `verify`, and a load by stock DCP where that finds nothing) in this process.
+Every flip is one load (for `.metadata` one `verify`, and a load by stock DCP where that finds nothing) in this process;
+every hostile checkpoint is one load in a process of its own, or of a few.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import resource
 import signal
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +29,8 @@ from torch.distributed.checkpoint import CheckpointException
 import ray_ckpt
 from ray_ckpt.errors import RayCkptError
 from ray_ckpt.format.manifest import MANIFEST_NAME
+from tests.support import hostile
+from tests.support.isolated import Outcome, Readers
 
 DEADLINE_S = 5.0
 MEMORY_BYTES = 512 << 20
@@ -205,10 +209,53 @@ def subjects(root: Path) -> list[Subject]:
     ]
 
 
+# -------------------------------------------------------------------------------------------------------- hostile
+
+HOSTILE_HEADER = f"{'hostile':34}" + "".join(
+    f"{title:>10}" for title in ("tried", "refused", "loaded", "hangs", ">512 MiB", "foreign", "odd text")
+)
+
+
+def hostile_row(kind: str, outcomes: Sequence[Outcome]) -> str:
+    """How many were refused by an error of ours, loaded, took too long, held too much, ended in an exception that is
+    not ours or with a process that died or was changed, and had a message that is long or not printable."""
+    numbers = (
+        len(outcomes),
+        sum(outcome.is_ours and outcome.kind != "loaded" for outcome in outcomes),
+        sum(outcome.kind == "loaded" for outcome in outcomes),
+        sum(outcome.seconds > DEADLINE_S for outcome in outcomes),
+        sum(outcome.held_bytes > MEMORY_BYTES for outcome in outcomes),
+        sum(not outcome.is_ours and outcome.kind != "timeout" for outcome in outcomes),
+        sum(len(outcome.message) >= 2000 or not outcome.message.isprintable() for outcome in outcomes),
+    )
+    return f"{kind:34}" + "".join(f"{number:>10}" for number in numbers)
+
+
+def read_hostile(count: int) -> Iterator[str]:
+    """A row for the known kinds, and one for each kind of made-up checkpoints."""
+    with tempfile.TemporaryDirectory() as directory, Readers() as readers:
+        known = []
+        for number, write in enumerate(hostile.KNOWN.values()):
+            path = Path(directory, f"known-{number}", "step-1")
+            path.mkdir(parents=True)
+            known.append(("load", write(path)))
+        yield hostile_row("known kinds", [readers.read([task])[0] for task in known])
+        for kind in hostile.KINDS:
+            outcomes = []
+            for first in range(0, count, 20):
+                with tempfile.TemporaryDirectory(dir=directory) as place:
+                    numbers = range(first, min(first + 20, count))
+                    outcomes += readers.read(
+                        [("load", hostile.make(kind, number, Path(place, str(number)))) for number in numbers]
+                    )
+            yield hostile_row(kind, outcomes)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=3000, help="flips of each kind of file")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hostile", type=int, default=1000, help="made-up checkpoints of each kind")
+    parser.add_argument("--seed", type=int, default=0, help="of the flips")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     print(HEADER)
@@ -218,6 +265,9 @@ def main() -> None:
             print(tally.row(), flush=True)
             for example in tally.examples:
                 print(f"    {example}")
+    print(HOSTILE_HEADER)
+    for row in read_hostile(options.hostile):
+        print(row, flush=True)
 
 
 if __name__ == "__main__":

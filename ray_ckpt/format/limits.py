@@ -17,6 +17,7 @@ from ray_ckpt.text import quoted
 __all__ = [
     "DECODED_BYTES",
     "DIRECTORY_BYTES",
+    "EMPTY_CONTAINERS",
     "ENTRIES",
     "HEADER_BYTES",
     "INTEGER_BYTES",
@@ -101,6 +102,9 @@ DECODED_BYTES = Limit("decoded_bytes", 128 << 20, "bytes once it is decoded")
 
 PICKLE_OPERATIONS = Limit("pickle_operations", 200_000_000, "pickle operations")
 """Operations of one pickle. A tensor in a `.metadata` takes about 110."""
+
+EMPTY_CONTAINERS = Limit("empty_containers", 1_000_000, "containers with next to nothing in them")
+"""Lists, dicts, sets and tuples of a pickle that has little else: each of its bytes can take 200 of memory."""
 
 INTEGER_BYTES = Limit("integer_bytes", 1785, "bytes of one integer")
 """Size of one integer: the 4300 digits that Python itself admits in a text."""

@@ -77,12 +77,20 @@ class Unpickler:
             FormatError: it is damaged, or exceeds a limit.
             UnsafeCheckpointError: it calls a function that is not known.
         """
+        self._check_density()
         try:
             return self._run()
         except RayCkptError:
             raise
         except Exception as error:  # a damaged pickle raises nearly anything
             raise FormatError(f"{self._what} cannot be read: {type(error).__name__}: {str(error)[:200]}") from error
+
+    def _check_density(self) -> None:
+        """Whether the pickle is more than lists in lists: one byte of it would take 64 of memory. Bytes that stand in
+        texts are counted too, so that this costs no time."""
+        num_containers = sum(self._data.count(code) for code in _CONTAINER_CODES)
+        if num_containers > len(self._data) // 2:
+            limits.EMPTY_CONTAINERS.check(num_containers, self._what)
 
     def _run(self) -> Any:
         """The operations that make up most of a pickle are spelled out here, the others are methods."""
@@ -228,7 +236,7 @@ class Unpickler:
         if type(target) is list:
             target.extend(items)
         elif type(target) is Instance:
-            target.items.extend(items)
+            target.add(items)
         else:
             raise FormatError(f"{self._what} appends to {quoted(target)}, which is no list")
 
@@ -248,7 +256,7 @@ class Unpickler:
             self._keys.check(keys)
             target.update(zip(keys, items[1::2], strict=True))
         elif type(target) is Instance:
-            target.items.extend(items)
+            target.add(items)
         else:
             raise FormatError(f"{self._what} sets items of {quoted(target)}, which is no dict")
 
@@ -259,7 +267,7 @@ class Unpickler:
             self._keys.check(items)
             target.update(items)
         elif type(target) is Instance:
-            target.items.extend(items)
+            target.add(items)
         else:
             raise FormatError(f"{self._what} adds to {quoted(target)}, which is no set")
         return position
@@ -336,6 +344,12 @@ _BINPUT, _LONG_BINPUT, _MARK = pickle.BINPUT[0], pickle.LONG_BINPUT[0], pickle.M
 _BININT1, _SHORT_BINUNICODE = pickle.BININT1[0], pickle.SHORT_BINUNICODE[0]
 _EMPTY_TUPLE, _TUPLE1, _TUPLE2 = pickle.EMPTY_TUPLE[0], pickle.TUPLE1[0], pickle.TUPLE2[0]
 _REDUCE, _NEWOBJ, _BUILD, _STOP = pickle.REDUCE[0], pickle.NEWOBJ[0], pickle.BUILD[0], pickle.STOP[0]
+
+_CONTAINER_CODES = (
+    *(pickle.EMPTY_LIST, pickle.EMPTY_DICT, pickle.EMPTY_SET, pickle.FROZENSET),
+    *(pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
+)
+"""Operations of one byte that take memory."""
 
 _Operation = Callable[[Unpickler, int], int]
 """Takes the place behind the operation's code, and returns that of the next."""

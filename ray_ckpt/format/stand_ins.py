@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ray_ckpt.errors import FormatError
@@ -58,8 +58,15 @@ class Instance:
         self.args = args
         self.state: Any = None
         """State that the pickle sets."""
-        self.items: list[Any] = []
+        self.items: Sequence[Any] = ()
         """Values that the pickle appends, or keys and values in turn."""
+
+    def add(self, items: list[Any]) -> None:
+        """Append items, or keys and values in turn."""
+        if isinstance(self.items, list):
+            self.items.extend(items)
+        else:
+            self.items = items
 
     def __repr__(self) -> str:
         return f"<{self.name[:80]}(...)>"

@@ -36,7 +36,7 @@ class Outcome:
     message: str
     seconds: float
     held_bytes: int = 0
-    """Peak of resident memory of the fork that read it, beyond what the helper holds."""
+    """Peak of resident memory of the fork that read it, beyond what it began with."""
 
 
 class Readers:
@@ -108,16 +108,17 @@ def _import_everything() -> None:
 def _read_in_fork(tasks: Sequence[tuple[str, str]], timeout_s: float) -> list[Outcome]:
     """The outcomes up to the first that ends the fork, and that one."""
     read_end, write_end = os.pipe()
-    before, started = _resident_bytes(), time.monotonic()
+    started = time.monotonic()
     child = os.fork()
     if child == 0:
+        os.write(write_end, f"{_resident_bytes()}\n".encode())
         for verb, path in tasks:
             signal.setitimer(signal.ITIMER_REAL, timeout_s)  # nobody handles it: it kills, whatever the code is doing
             os.write(write_end, (json.dumps(asdict(_attempt(verb, path))) + "\n").encode())
         os._exit(0)
     os.close(write_end)
     with os.fdopen(read_end) as stream:
-        found = [json.loads(line) for line in stream]
+        before, *found = [json.loads(line) for line in stream]
     _, status, usage = os.wait4(child, 0)
     held = max(0, usage.ru_maxrss * 1024 - before)
     if len(found) < len(tasks):
