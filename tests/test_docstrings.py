@@ -6,7 +6,9 @@ import ast
 import doctest
 import importlib
 import inspect
+import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +87,20 @@ def run_examples(name: str, directory: Path, monkeypatch: pytest.MonkeyPatch) ->
         doctest.DocTestRunner(optionflags=OPTIONS).run(test, out=failures.append)
     assert not failures, "".join(failures)
     assert os.listdir(directory)
+
+
+def test_fields_say_what_they_are() -> None:
+    """ "Byte offset of the container in `file`" rather than "Of the container, in the file"."""
+    told = [(path.name, *field) for path in (REPOSITORY / "ray_ckpt").rglob("*.py") for field in described_fields(path)]
+    assert len(told) > 300
+    assert not [field for field in told if field[-1].startswith(("Of ", "In ", "By ", "For ", "To ", "At "))]
+
+
+def described_fields(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and text of the docstrings below fields and constants."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        body = getattr(node, "body", None)
+        for before, after in itertools.pairwise(body if isinstance(body, list) else []):
+            text = after.value if isinstance(after, ast.Expr) else None
+            if isinstance(before, ast.Assign | ast.AnnAssign) and isinstance(text, ast.Constant):
+                yield after.lineno, str(text.value)

@@ -75,7 +75,7 @@ def held_resources() -> Mapping[str, float]:
 
 @contextmanager
 def without_daemon_messages() -> Iterator[None]:
-    """Keep what Ray's daemons say of a dead worker, a paragraph on standard output whatever `log_to_driver` is, away.
+    """Suppress the paragraphs that Ray's daemons print about a dead worker, whatever `log_to_driver` is.
 
     RAY_DEDUP_LOGS_SKIP_REGEX does this too, but Ray reads it when it is imported.
     """

@@ -28,25 +28,25 @@ from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.snapshot import ABSENT, Mismatch
 
 STEP_MOVED_BY = 2.0**-44
-"""By how much to move weights of a step in double precision, relatively: 256 units in the last place."""
+"""Relative change of the weights of a repeated step in double precision: 256 units in the last place."""
 
 STEP_FLOOR = 2.0**-46
-"""What a step in double precision may always differ by, relative to a tensor's norm: 64 units in the last place."""
+"""Difference that is always allowed to a step in double precision, relative to a norm: 64 units in the last place."""
 
 STEP_MARGIN = 16.0
-"""A difference may be so many times as large as the largest one among the few that were measured."""
+"""Factor by which a difference may exceed the largest one among the few that were measured."""
 
 NUM_MOVED_STEPS = 3
-"""How often the step is repeated with other weights."""
+"""Number of repetitions of the step with changed weights."""
 
 CURVE_MOVED_BY = 2.0**-17
-"""By how much to move weights of a model that rounds to single precision, relatively: 64 units in the last place."""
+"""Relative change of the weights of a model that rounds to single precision: 64 units in the last place."""
 
 CURVE_MARGIN = 4.0
-"""As `STEP_MARGIN`. Smaller, because the curves keep the largest difference of all steps before."""
+"""The same factor for loss curves. Smaller, because a curve keeps the largest difference of all steps before."""
 
 NUM_MOVED_CURVES = 2
-"""How often the uninterrupted training is repeated with other weights."""
+"""Number of repetitions of the uninterrupted training with changed weights."""
 
 _REPEAT_TOLERANCE = 1e-4
 """Losses of one batch that differ by no more than this, relatively, may differ by what a GPU's kernels do to them."""
@@ -60,9 +60,9 @@ class ModelTrial:
     """How the model computes, as one process found out before anything was trained."""
 
     moved_by: float
-    """By how much to move weights, relatively, to change its results by more than its rounding does."""
+    """Relative change of the weights that changes its results by more than its rounding does."""
     repeated_losses: tuple[float, float]
-    """Of one batch, computed twice."""
+    """The loss of one batch, computed twice."""
     losses_by_cut: dict[int, float]
     """Number of parts that one batch was cut into -> mean of their losses."""
     epsilon: float
@@ -105,8 +105,8 @@ class Projection:
     """What a part of a tensor adds to the numbers that stand for the tensor."""
 
     sums: tuple[float, ...]
-    """Of the elements times random weights, for each set of weights. Sums over disjoint parts add up to those over the
-    tensor; those of two tensors differ by about the norm of the tensors' difference."""
+    """Sums of the elements times random weights, for each set of weights. Sums over disjoint parts add up to those over
+    the tensor; those of two tensors differ by about the norm of the tensors' difference."""
     square: float
     """Sum of the elements' squares."""
 
@@ -135,9 +135,9 @@ class Closeness:
     """How far two runs were apart, where that was most in proportion to what is allowed there."""
 
     difference: float
-    """Relative to the norm of a tensor, or to a loss."""
+    """The difference relative to the norm of a tensor, or to a loss."""
     allowed: float
-    """As `difference`."""
+    """The largest allowed difference, relative to the same."""
 
 
 @dataclass(frozen=True)
@@ -145,9 +145,9 @@ class Continuation:
     """How training went on after the load."""
 
     step: Closeness | None
-    """Of the step after the load; None when it could not be compared."""
+    """How close the step after the load is; None when it could not be compared."""
     losses: Closeness | None
-    """Of the losses of all steps; None when they could not be compared."""
+    """How close the losses of all steps are; None when they could not be compared."""
     note: str
     """What could not be compared, or less precisely, and why; empty when all could."""
     mismatches: tuple[Mismatch, ...]
@@ -161,7 +161,7 @@ class _Row:
     distance: float
     allowed: float
     norm: float
-    """What both are relative to."""
+    """The norm that both are relative to."""
     texts: tuple[str, str] | None = None
     """Expected and found, when there is more to say than by how much they differ."""
 

@@ -36,9 +36,9 @@ class Options:
     """What the command line says; the fields are its options."""
 
     source: Layout
-    """To train and save in."""
+    """Layout to train and save in."""
     target: Layout
-    """To load into."""
+    """Layout to load into."""
     steps: int = 20
     dim: int = 500
     layers: int = 4
@@ -51,7 +51,7 @@ class Options:
     gpus_per_worker: float | None = None
     start_timeout_s: float = 300.0
     timeout_s: float = 1800.0
-    """For each phase."""
+    """Time limit of each phase."""
     verbose: bool = False
 
     @property
@@ -64,13 +64,13 @@ class Saved:
     """What the pipeline group left behind, beside the checkpoint itself."""
 
     uri: str
-    """May hold credentials: shown to nobody. `Storage(uri).address` is what may be."""
+    """The storage, with its credentials: never shown. `Storage(uri).address` may be."""
     backend: str
     checkpoint_bytes: int
     snapshots: list[Snapshot]
-    """What each rank held when it saved."""
+    """Fingerprints and values that each rank held when it saved."""
     losses: list[float]
-    """Of every step so far."""
+    """The loss of every step so far."""
     trial: ModelTrial
     next_steps: list[list[StepTrace]]
     """Per rank: the step after the last one, from copies of the state before the save."""
@@ -81,9 +81,9 @@ class Resumed:
     """What the second group computed after the load."""
 
     losses: list[float]
-    """Of every step since the load."""
+    """The loss of every step since the load."""
     reference: list[float]
-    """Of every step of the uninterrupted training."""
+    """The loss of every step of the uninterrupted training."""
     continuation: Continuation
 
 

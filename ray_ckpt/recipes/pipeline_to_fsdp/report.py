@@ -40,7 +40,7 @@ class JobReport:
     tensors_compared: int
     objects_compared: int
     mismatches: list[Mismatch]
-    """Of the bits and of the continuation."""
+    """Mismatches of the bits and of the continuation."""
     losses: dict[str, list[float]]
     """`pipeline` (in the first layout) and `resumed` (in the second): one number per step; `reference`: the
     uninterrupted run's, one per step of both."""
