@@ -6,6 +6,7 @@ import ctypes
 import errno
 import fcntl
 import functools
+import itertools
 import logging
 import os
 import stat
@@ -67,7 +68,9 @@ def _sync_names(directory: int, path: str) -> None:
 
 def make_directory(path: str) -> None:
     """Create a directory and its parents, durably."""
-    missing = [parent for parent in (Path(path), *Path(path).parents) if not parent.exists()]
+    missing = list(itertools.takewhile(lambda parent: not parent.exists(), (Path(path), *Path(path).parents)))
+    if not missing:
+        return
     os.makedirs(path, exist_ok=True)
     for directory in missing:
         sync_directory(str(directory.parent))
