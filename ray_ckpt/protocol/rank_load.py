@@ -257,9 +257,10 @@ def _own_hyperparameters(state: TrainState, key_map: KeyMap | None) -> dict[str,
     own: dict[str, Any] = {}
     for name, value in state.state_dict().get("optim", {}).items():
         if name.startswith("param_groups."):
-            parameter, _, key = name.removeprefix("param_groups.").rpartition(".")
+            whole, dot, tensor = name.removeprefix("param_groups.").partition(".$")
+            parameter, _, key = whole.rpartition(".")
             saved = view.name_of(f"model.{parameter}").removeprefix("model.")
-            own[f"{HYPERPARAMETERS}{saved}.{key}"] = value
+            own[f"{HYPERPARAMETERS}{saved}.{key}{dot}{tensor}"] = value
     return own
 
 

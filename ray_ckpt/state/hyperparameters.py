@@ -6,6 +6,7 @@ silently take stage 0's learning rate. Here groups are split until each holds on
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -93,7 +94,15 @@ def same(one: Any, other: Any) -> bool:
         return same(local_tensor(one), local_tensor(other))
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return one.shape == other.shape and torch.equal(one, other)
+    if isinstance(one, (list, tuple)) and type(one) is type(other):
+        return len(one) == len(other) and all(map(same, one, other))
     return type(one) is type(other) and bool(one == other)
+
+
+def without_numpy(value: Any) -> Any:
+    """A scalar of NumPy's as the number of Python's that it is worth, for optimizers compute alike with both."""
+    numpy = sys.modules.get("numpy")
+    return value.item() if numpy and isinstance(value, numpy.generic) else value
 
 
 def conflict(parts: Sequence[tuple[Sequence[str], Values]], advice: str) -> str:

@@ -67,6 +67,7 @@ class NamedModel:
             UsageError: weights that are said to be tied are different memory, with different values.
         """
         leaves: dict[str, Any] = {}
+        self._check_apart()
         for name, entries in self._entries().items():
             first, *others = [entry.value for entry in entries]
             if isinstance(first, torch.Tensor):
@@ -76,6 +77,18 @@ class NamedModel:
             else:
                 leaves |= sealing.pack(name, first)
         return leaves
+
+    def _check_apart(self) -> None:
+        """Refuse modules that are two models rather than chunks of one."""
+        owners: dict[str, nn.Parameter] = {}
+        for module in self.modules if len(self.modules) > 1 else ():
+            for key, parameter in module.named_parameters():
+                for name in self._names(module, key):
+                    if owners.setdefault(name, parameter) is not parameter:
+                        raise UsageError(
+                            f"two of the {len(self.modules)} modules have a parameter {name!r}: if they are two "
+                            "models, give them one root, as in nn.ModuleDict({'policy': ..., 'target': ...})"
+                        )
 
     def plan(self, saved: SavedState) -> LoadPlan:
         held_by_name = self._entries()

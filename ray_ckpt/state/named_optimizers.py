@@ -26,7 +26,7 @@ from ray_ckpt.errors import UsageError
 from ray_ckpt.state import hyperparameters, sealing
 from ray_ckpt.state.load_plan import Claim, LoadPlan, SavedState
 from ray_ckpt.state.named_model import NamedModel, sharded_state_dicts
-from ray_ckpt.state.saved_optimizers import KINDS, PARAM_GROUPS, STATE, Owner, SavedOptimizers, flatten
+from ray_ckpt.state.saved_optimizers import KINDS, PARAM_GROUPS, STATE, Owner, SavedOptimizers, flatten, join
 from ray_ckpt.text import listed
 
 _FRESH_ADVICE = "Load into a fresh optimizer, whose groups are split to match, or give each set its own group"
@@ -59,15 +59,15 @@ class NamedOptimizers:
             kind = type(optimizer).__qualname__
             keys: dict[str, tuple[str, ...]] = {}
             for parameter, state in self._states(optimizer, names).items():
-                flat = flatten(state)
+                flat = flatten(f"{STATE}.{parameter}", state)
                 keys[parameter] = (kind, *sorted(flat))
-                for key, value in flat.items():
-                    leaves[f"{STATE}.{parameter}.{key}"] = _sealed(f"{STATE}.{parameter}.{key}", value)
+                leaves |= {join(f"{STATE}.{parameter}", key): value for key, value in flat.items()}
             for number, group in enumerate(optimizer.param_groups):
-                values = {
-                    key: _sealed(f"{PARAM_GROUPS}[{number}].{key}", value)
-                    for key, value in hyperparameters.of_group(group).items()
-                }
+                values: dict[str, Any] = {}
+                for key, value in hyperparameters.of_group(group).items():
+                    place = f"{PARAM_GROUPS}[{number}]."
+                    packed = sealing.pack_whole(place + key, hyperparameters.without_numpy(value))
+                    values |= {name.removeprefix(place): leaf for name, leaf in packed.items()}
                 for member in group["params"]:
                     for name in names[member]:
                         leaves |= {f"{PARAM_GROUPS}.{name}.{key}": value for key, value in values.items()}
@@ -121,8 +121,8 @@ class NamedOptimizers:
             for group in optimizer.param_groups:
                 shared_here = shared & group.keys()
                 for parameter in group["params"]:
-                    live = {} if flat else flatten(optimizer.state.get(parameter, {}))
                     for name in names[parameter]:
+                        live = {} if flat else flatten(name, optimizer.state.get(parameter, {}))
                         owner = Owner(shown.get(name, parameter), on_device=_steps_on_device(group))
                         claims |= index.claim_values(name, shared_here)
                         claims |= index.claim_state(name, owner, live, expected.get(name, ()), twins[parameter])
@@ -195,6 +195,12 @@ class NamedOptimizers:
             return _flat_states(flat, optimizer, names)
         # As the optimizer itself would save it: some keep less, or other things, than they work with.
         remembered = optimizer.state_dict()["state"]
+        if others := [key for key in remembered if type(key) is not int]:
+            keys = listed([repr(key) for key in others], at_most=4)
+            raise UsageError(
+                f"{type(optimizer).__name__} keeps state under {keys}, which is not one of its parameters and has no "
+                "name in another layout: keep it per parameter, or in TrainState(extra=...)"
+            )
         states: dict[str, Mapping[str, Any]] = {}
         for number, parameter in enumerate(_members(optimizer)):
             [name] = names[parameter]
@@ -259,10 +265,6 @@ def _twins(names: Mapping[nn.Parameter, Sequence[str]]) -> dict[nn.Parameter, in
         twins[parameter] = counts.get(name, 0)
         counts[name] = twins[parameter] + 1
     return twins
-
-
-def _sealed(name: str, value: Any) -> Any:
-    return value if isinstance(value, torch.Tensor) else sealing.seal(name, value)
 
 
 def _steps_on_device(group: Mapping[str, Any]) -> bool:

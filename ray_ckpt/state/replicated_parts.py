@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch.distributed.checkpoint.stateful import Stateful
 
+from ray_ckpt.errors import UsageError
 from ray_ckpt.format.torch_container import parse_dtype
 from ray_ckpt.state import sealing
 from ray_ckpt.state.load_plan import Claim, LoadPlan, SavedState, Spec
@@ -112,6 +113,9 @@ class ExtraPart:
 
     def leaves(self) -> dict[str, Any]:
         leaves: dict[str, Any] = {}
+        for name in self._extra:
+            if outer := next((name[:at] for at in _dots(name) if name[:at] in self._extra), None):
+                raise UsageError(f"{self.section}[{name!r}] lies within {self.section}[{outer!r}]: rename one of them")
         for name, value in self._extra.items():
             is_object = not isinstance(value, torch.Tensor) and isinstance(value, Stateful)
             packed = sealing.pack_state(name, value.state_dict()) if is_object else sealing.pack(name, value)
@@ -146,6 +150,10 @@ class ExtraPart:
                     self._extra[name] = state
 
         return LoadPlan(claims, apply)
+
+
+def _dots(name: str) -> Iterator[int]:
+    return (at for at, character in enumerate(name) if character == ".")
 
 
 def _on_host(spec: Spec) -> torch.Tensor:

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from ray_ckpt.format.torch_container import parse_dtype
 from ray_ckpt.state import sealing
+from ray_ckpt.state.hyperparameters import without_numpy
 from ray_ckpt.state.load_plan import Claim, SavedState, Spec
 
 STATE, PARAM_GROUPS, KINDS = "state", "param_groups", "kinds"
@@ -43,7 +44,7 @@ class SavedOptimizers:
         """Parameter name -> hyper-parameter -> value, without parameters that have none in the checkpoint."""
         found = {name: self._entries(PARAM_GROUPS, name) for name in names}
         return {
-            name: {key: sealing.unseal(flat, self._saved.values[flat]) for key, flat in entries.items()}
+            name: {key: sealing.unpack(flat, self._saved.values) for key, flat in entries.items() if ".$" not in key}
             for name, entries in found.items()
             if entries
         }
@@ -120,32 +121,27 @@ class SavedOptimizers:
                 claims[wanted] = Claim(flat, new, partial(_create, key, new, owner))
         for key in (*expected, *live) if entries else expected:
             if key not in entries:
-                claims[_wanted(name, key, twin)] = Claim(f"optim.{STATE}.{self._saved_parameter(name)}.{key}")
+                lost = join(f"optim.{STATE}.{self._saved_parameter(name)}", key)
+                claims[_wanted(name, key, twin)] = Claim(lost)
         return claims
 
     def state(self, name: str, loaded: Mapping[str, torch.Tensor], twin: int = 0) -> dict[str, Any] | None:
         """The state that a parameter is to have after the load; None: what it has."""
         if (name, twin) in self._broken or not self.knows(name):
             return None
-        state: dict[str, Any] = {}
+        leaves: dict[str, Any] = {}
         for key, flat in self._entries(STATE, name).items():
             wanted = _wanted(name, key, twin)
-            *path, last = key.split(".")
-            place = state
-            for component in path:
-                place = place.setdefault(component, {})
-            if wanted in loaded:
-                place[last] = loaded[wanted]
-            elif flat in self._saved.values:
-                place[last] = sealing.unseal(flat, self._saved.values[flat])
-        return state
+            leaves[flat] = loaded[wanted] if wanted in loaded else self._saved.values[flat]
+        return sealing.unpack(f"optim.{STATE}.{self._saved_parameter(name)}", leaves) if leaves else {}
 
     def _entries(self, kind: str, name: str) -> dict[str, str]:
-        """Key -> name in the checkpoint."""
+        """Key -> name in the checkpoint. The key is empty for state that is sealed as a whole."""
         entries = self._known_entries.get((kind, name))
         if entries is None:
             prefix = f"optim.{kind}.{self._saved_parameter(name)}"
-            entries = {flat[len(prefix) + 1 :]: flat for flat in self._saved.under(prefix) if flat != prefix}
+            found = self._saved.under(prefix)
+            entries = {flat[len(prefix) + 1 :]: flat for flat in found if flat != prefix or kind == STATE}
             self._known_entries[kind, name] = entries
         return entries
 
@@ -162,18 +158,25 @@ class SavedOptimizers:
 
 
 def _wanted(name: str, key: str, twin: int) -> str:
-    return f"optim.{STATE}.{name}.{key}" + (f" (of copy {twin})" if twin else "")
+    return join(f"optim.{STATE}.{name}", key) + (f" (of copy {twin})" if twin else "")
 
 
-def flatten(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dicts as dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in state.items():
-        if isinstance(value, Mapping):
-            flat |= {f"{key}.{below}": item for below, item in flatten(value).items()}
-        else:
-            flat[str(key)] = value
-    return flat
+def flatten(name: str, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Key -> tensor or sealed value, of all that an optimizer keeps of a parameter.
+
+    Args:
+        name: of the state, for the message.
+
+    Raises:
+        UsageError: something in it is neither a tensor nor a plain value.
+    """
+    plain = {key: without_numpy(value) for key, value in state.items()}
+    packed = sealing.pack(name, plain) if state else {}
+    return {flat[len(name) + 1 :]: leaf for flat, leaf in packed.items()}
+
+
+def join(name: str, key: str) -> str:
+    return f"{name}.{key}" if key else name
 
 
 def _create(key: str, spec: Spec, owner: Owner) -> torch.Tensor:

@@ -9,6 +9,7 @@ which the manifest holds as JSON. No pickle is involved, so none has to be trust
 
 from __future__ import annotations
 
+import io
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 
 from ray_ckpt.errors import FormatError, UsageError
 from ray_ckpt.format import values
+from ray_ckpt.format.torch_container import dtype_name, parse_dtype
 
 _DICTS: dict[type, str] = {dict: "$dict", OrderedDict: "$ordered", Counter: "$counter"}
 _SEQUENCES: dict[type, str] = {list: "$list", tuple: "$tuple", set: "$set", torch.Size: "$size"}
@@ -35,6 +37,11 @@ def pack(name: str, value: object) -> dict[str, Any]:
     """
     if type(value) is dict and value and all(_is_component(key) for key in value):
         return {flat: leaf for key, item in value.items() for flat, leaf in pack(f"{name}.{key}", item).items()}
+    return pack_whole(name, value)
+
+
+def pack_whole(name: str, value: object) -> dict[str, Any]:
+    """As `pack`, but a dict stays one sealed value; only the tensors in it have names of their own."""
     if isinstance(value, torch.Tensor):
         return {name: value}
     tensors: list[torch.Tensor] = []
@@ -104,6 +111,12 @@ def _seal(name: str, value: Any, tensors: list[torch.Tensor]) -> Any:
         return (_SEQUENCES[kind], tuple(items))
     if kind is bytes:
         return ("$bytes", value.hex())
+    if kind is io.BytesIO:
+        return ("$stream", value.getvalue().hex())
+    if kind is torch.dtype:
+        return ("$dtype", dtype_name(value))
+    if isinstance(value, list):
+        return _seal(name, list(value), tensors)
     try:
         values.encode(value)
     except values.NotPlainError:
@@ -122,6 +135,10 @@ def _unseal(name: str, sealed: Any, leaves: Mapping[str, Any]) -> Any:
         return leaves[f"{name}.${content}"]
     if tag == "$bytes":
         return bytes.fromhex(content)
+    if tag == "$stream":
+        return io.BytesIO(bytes.fromhex(content))
+    if tag == "$dtype":
+        return parse_dtype(content)
     if tag not in _MAKERS:
         raise FormatError(f"{name!r} is sealed as {tag!r}, which this version does not know; upgrade ray-ckpt")
     if tag in _DICTS.values():
