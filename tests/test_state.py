@@ -176,7 +176,7 @@ def test_a_parameter_has_one_optimizer_and_is_the_models() -> None:
     with pytest.raises(UsageError, match=r"optimizers 0 and 1 both have layer2\.weight"):
         TrainState(model, twice).state_dict()
     with pytest.raises(
-        UsageError, match=r"optimizer 0 \(SGD\) has a parameter of shape \[3, 3\] that is none of the mod"
+        UsageError, match=r"optimizer 0 \(SGD\) has a parameter of shape \[3, 3\] that is not one of the mod"
     ):
         TrainState(model, torch.optim.SGD(nn.Linear(3, 3).parameters())).state_dict()
 
