@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
@@ -25,7 +28,9 @@ from ray_ckpt.errors import (
     UsageError,
     WorkerError,
 )
+from ray_ckpt.format.manifest import MANIFEST_NAME
 from ray_ckpt.recipes import probe
+from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.store import CheckpointStore
 from tests.support import rank_functions, rank_states
 from tests.support.faulty import Fault, TravellingStorage
@@ -33,6 +38,7 @@ from tests.support.faulty import Fault, TravellingStorage
 pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
 
 NUM_WORKERS = 3
+T = TypeVar("T")
 WRITE = ("create", "write", "finish", "sync")
 
 
@@ -237,6 +243,32 @@ def test_wrong_use_is_refused_by_the_driver(group: WorkerGroup, tmp_path: Path) 
     cluster.save(group, rank_states.stage_of, tmp_path, overwrite=True)
     assert load_step(tmp_path, 3)
     assert len(list(tmp_path.glob("*.distcp"))) == NUM_WORKERS
+
+
+class Outrun(Storage):
+    """Another writer commits here just before the driver does."""
+
+    def __init__(self, target: Path, other: Path) -> None:
+        super().__init__(target)
+        self.target, self.other, self.driver = target, other, os.getpid()
+
+    def perform(self, operation: str, name: str, action: Callable[[], T]) -> T:
+        if os.getpid() == self.driver and MANIFEST_NAME in name and operation != "look for" and self.other.exists():
+            for path in self.other.iterdir():
+                shutil.move(path, self.target)
+            self.other.rmdir()
+        return super().perform(operation, name, action)
+
+
+def test_of_two_writers_at_one_place_the_second_leaves_nothing_of_its_own(group: WorkerGroup, tmp_path: Path) -> None:
+    group.run(rank_functions.remember, 1)
+    cluster.save(group, rank_states.stage_of, tmp_path / "other")
+    files = {path.name for path in (tmp_path / "other").iterdir()}
+    group.run(rank_functions.remember, 2)
+    with pytest.raises(CheckpointExistsError):
+        cluster.save(group, rank_states.stage_of, Outrun(tmp_path / "run", tmp_path / "other"))
+    assert {path.name for path in (tmp_path / "run").iterdir()} == files
+    assert load_step(tmp_path / "run", 1)
 
 
 def test_a_rank_that_raises_while_planning_is_named_and_all_go_on(group: WorkerGroup, tmp_path: Path) -> None:

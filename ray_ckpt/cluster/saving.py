@@ -22,6 +22,7 @@ from weakref import WeakKeyDictionary
 
 from ray_ckpt.cluster import worker_side
 from ray_ckpt.cluster.group import WorkerGroup
+from ray_ckpt.errors import CheckpointExistsError
 from ray_ckpt.protocol.coordinator import Coordinator, PlanCache
 from ray_ckpt.protocol.messages import Assignment
 from ray_ckpt.protocol.save_handle import SaveHandle
@@ -197,11 +198,15 @@ class _Attempt:
             records = self._call(worker_side.write, args_of, beside=True, retries=self._retries)
             coordinator.check(list(records.values()))
             made = self._call(worker_side.stock_record, {0: (coordinator.manifest,)}, beside=True)
+        # After a failed commit the checkpoint may be there or not: the files stay, only the state is released.
+        ending = worker_side.finish
         try:
             return coordinator.publish(made[0])
+        except CheckpointExistsError:
+            ending = worker_side.discard  # it is another writer's that is there
+            raise
         finally:
-            # After a failed commit the checkpoint may be there or not: the files stay, only the state is released.
-            worker_side.tell_all(self._group, worker_side.finish, coordinator.attempt)
+            worker_side.tell_all(self._group, ending, coordinator.attempt)
 
     def _call(self, fn: Callable[..., Any], args_of: Mapping[int, tuple[Any, ...]], **options: Any) -> dict[int, Any]:
         return self._group.call(fn, args_of, timeout_s=max(0.0, self._deadline - time.monotonic()), **options)
