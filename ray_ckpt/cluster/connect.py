@@ -100,7 +100,8 @@ def _init(address: str, options: dict[str, Any]) -> None:
         ray.init(address=address, **options)
     except (RayError, OSError, RuntimeError, ValueError) as error:
         doing = "start a local Ray" if address == "local" else f"join the Ray cluster at {address}"
-        raise UsageError(f"cannot {doing}: {_first_line(error)}") from error
+        advice = "; set RAY_TMPDIR to a short path that has room and can be written" if address == "local" else ""
+        raise UsageError(f"cannot {doing}: {_first_line(error)}{advice}") from error
     if callable(handler) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # Ray has put its own in its place
 
