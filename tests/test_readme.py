@@ -1,10 +1,11 @@
-"""Every command of the README and of CONTRIBUTING is run by a test, and every Python block runs."""
+"""Every command of the README, CONTRIBUTING and docs/ is run by a test; so is every Python block of the first two."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,8 @@ RUN_BY = {
     "python jobs/train_elastic.py --layouts pp4,fsdp2x3,fsdp2x2,single --storage /mnt/shared/run3": (
         "tests/test_train_elastic.py"
     ),
+    "python jobs/ray_train.py --storage /mnt/shared/run4 --workers 4": "tests/test_ray_train.py",
+    "python jobs/ray_train.py --storage /mnt/shared/run4 --workers 2": "tests/test_ray_train.py",
     # What Ray's launcher would do with the file is checked as far as that goes without an account.
     "ray up cluster.yaml": "tests/test_cluster_yaml.py::test_it_keeps_rays_schema",
     "ray submit cluster.yaml jobs/pipeline_to_fsdp.py --gpus-per-worker 1 --start-timeout 1200 "
@@ -50,13 +53,19 @@ RUN_BY = {
 """Command -> where it is run: a test, a test file, or CI itself."""
 
 
-def blocks(language: str) -> list[str]:
-    texts = [(REPOSITORY / name).read_text() for name in ("README.md", "CONTRIBUTING.md")]
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md"]
+DOCUMENTS = sorted((REPOSITORY / "docs").glob("*.md"))
+"""Their Python blocks are excerpts."""
+
+
+def blocks(language: str, pages: Sequence[Path] = PAGES) -> list[str]:
+    texts = [page.read_text() for page in pages]
     return [block for text in texts for block in re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)]
 
 
 def commands() -> list[str]:
-    lines = [line.partition("  #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    lines = [line.partition("  #")[0] for block in blocks("bash", PAGES + DOCUMENTS) for line in block.splitlines()]
+    lines = [line.strip() for line in lines]
     return [line for line in lines if line]
 
 
