@@ -104,6 +104,15 @@ def test_a_file_system_that_cannot_sync_directories(shim, tmp_path):
     assert shim.run("reads", tmp_path / "a").value == [1, 1]
 
 
+@pytest.mark.parametrize("action", ["", "no renameat2", "neither renameat2 nor link"])
+def test_one_of_two_writers_wins_on_any_file_system(shim, tmp_path, action):
+    assert shim.run("loses_a_race", tmp_path / "a", action).end == "CheckpointExistsError"
+    assert shim.run("reads", tmp_path / "a").value == [1, 1]
+    assert not list((tmp_path / "a").glob("*.tmp"))
+    assert shim.run("save", tmp_path / "a", action).end == "done"
+    assert shim.run("reads", tmp_path / "a").value == [2, 2]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("action", ["killed", "EIO", "ENOSPC"])

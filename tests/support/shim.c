@@ -13,7 +13,7 @@
 #include <sys/types.h>
 #include <unistd.h>
 
-enum { KILL = 1, EIO_ONCE, ENOSPC_ONCE, SHORT, LIE, FULL, FULL_OF_NAMES, NO_DIRECTORY_SYNC };
+enum { KILL = 1, EIO_ONCE, ENOSPC_ONCE, SHORT, LIE, FULL, FULL_OF_NAMES, NO_DIRECTORY_SYNC, NO_RENAMEAT2, NO_LINK };
 
 static char root[4096];
 static int action, at, calls;
@@ -122,7 +122,14 @@ int renameat(int a, const char *from, int b, const char *to) {
 
 int renameat2(int a, const char *from, int b, const char *to, unsigned flags) {
     REAL(renameat2);
+    if ((action == NO_RENAMEAT2 || action == NO_LINK) && at_below(b, to)) return errno = EINVAL, -1;
     return at_below(b, to) && fails(0) ? -1 : real(a, from, b, to, flags);
+}
+
+int link(const char *from, const char *to) {
+    REAL(link);
+    if (action == NO_LINK && below(to)) return errno = EPERM, -1;
+    return below(to) && fails(1) ? -1 : real(from, to);
 }
 
 int unlink(const char *path) {

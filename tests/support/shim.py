@@ -32,6 +32,8 @@ ACTIONS = {
     "full": 6,
     "full of names": 7,
     "no directory sync": 8,
+    "no renameat2": 9,
+    "neither renameat2 nor link": 10,
 }
 """Those up to `lies` happen at one call; the others at each that they are about."""
 
@@ -103,6 +105,20 @@ def save(directory: str, version: int = 2) -> None:
 
 def saves_first(directory: str) -> None:
     save(directory, 1)
+
+
+def loses_a_race(directory: str) -> None:
+    """Commit when somebody else has committed since this save has looked for it."""
+    import ray_ckpt
+    from ray_ckpt.format.manifest import MANIFEST_NAME
+
+    class Raced(ray_ckpt.Storage):
+        def perform(self, operation: str, name: str, action: Callable[[], Any]) -> Any:
+            if (operation, name) == ("rename", MANIFEST_NAME):
+                saves_first(directory)
+            return super().perform(operation, name, action)
+
+    ray_ckpt.save(state(2), Raced(directory))
 
 
 def saves_stock(directory: str) -> None:
@@ -185,6 +201,7 @@ SCENARIOS: dict[str, Callable[[str], Any]] = {
     for function in (
         save,
         saves_first,
+        loses_a_race,
         saves_stock,
         saves_steps,
         prunes,
