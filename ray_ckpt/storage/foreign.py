@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ray_ckpt.errors import CheckpointError, CheckpointNotFoundError, FormatError
+from ray_ckpt.errors import CheckpointError, CheckpointNotFoundError, FormatError, RayCkptError
 from ray_ckpt.format import dcp_metadata, limits, safetensors, torch_file, zip_directory
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.dcp_metadata import METADATA_NAME
@@ -26,7 +26,7 @@ from ray_ckpt.format.manifest import MANIFEST_NAME, Chunk, Manifest, ObjectEntry
 from ray_ckpt.storage.files import InputFile, Storage
 from ray_ckpt.storage.foreign_names import ACCELERATE_MODEL, ACCELERATE_OPTIMIZER
 from ray_ckpt.storage.ranged_reads import Piece, Source, Tuning, fetch, tuning_for
-from ray_ckpt.text import quoted
+from ray_ckpt.text import listed, quoted
 
 __all__ = ["Found", "recognize"]
 
@@ -63,6 +63,15 @@ def recognize(storage: Storage, *, trusted: bool = False) -> Found:
         CheckpointNotFoundError: nothing that this reader knows.
         FormatError, UnsafeCheckpointError: something that it knows, but damaged or not safe to read.
     """
+    try:
+        return _recognize(storage, trusted=trusted)
+    except RayCkptError:
+        raise
+    except Exception as error:  # whatever the bytes make of it
+        raise FormatError(f"{storage.address} cannot be read: {type(error).__name__}: {str(error)[:200]}") from error
+
+
+def _recognize(storage: Storage, *, trusted: bool) -> Found:
     if storage.exists(METADATA_NAME):
         return _stock(storage, trusted=trusted)
     parent = storage.parent()
@@ -77,7 +86,7 @@ def recognize(storage: Storage, *, trusted: bool = False) -> Found:
     indexes = sorted(name for name in files if name.endswith(safetensors.INDEX_SUFFIX))
     shards = sorted(name for name in files if name.endswith(safetensors.SUFFIX))
     if len(indexes) > 1:
-        raise FormatError(f"{storage.address} holds {len(indexes)} checkpoints: name one of {', '.join(indexes)}")
+        raise FormatError(f"{storage.address} holds {len(indexes)} checkpoints: name one of {listed(indexes)}")
     if indexes:
         return _indexed(storage, indexes[0])
     if shards:
