@@ -20,6 +20,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.planner import SavePlan
 
+import ray_ckpt
 from ray_ckpt.errors import FormatError, UnsafeCheckpointError, UsageError
 from ray_ckpt.format import boxes, dcp_metadata, limits
 from ray_ckpt.format.boxes import Box, check_cover
@@ -271,6 +272,21 @@ def test_links_work_inside_and_of_the_directory_itself(tmp_path: Path) -> None:
     (tmp_path / "c" / "x.pt").symlink_to(tmp_path / "real.pt")
     with pytest.raises(UnsafeCheckpointError, match=r"is a link to .*real\.pt, which leaves"):
         CheckpointReader(tmp_path / "c" / "x.pt").read_manifest()
+
+
+def test_a_part_of_a_checkpoint_may_not_lie_elsewhere_but_a_step_of_a_store_may(tmp_path: Path) -> None:
+    dcp.save({"weight": torch.arange(6.0)}, checkpoint_id=tmp_path / "elsewhere")
+    (tmp_path / "accelerate").mkdir()
+    (tmp_path / "accelerate" / "pytorch_model_fsdp_0").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UnsafeCheckpointError, match=r"\.metadata is a link to"):
+        CheckpointReader(tmp_path / "accelerate").read_manifest()
+    ray_ckpt.save({"weight": torch.arange(6.0)}, tmp_path / "ours")
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "step-3").symlink_to(tmp_path / "ours")
+    state = {"weight": torch.zeros(6)}
+    ray_ckpt.load(state, tmp_path / "store")
+    assert state["weight"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert [*ray_ckpt.CheckpointStore(tmp_path / "store").manifest(3).tensors] == ["weight"]
 
 
 def test_a_snapshot_of_the_hub_consists_of_links_to_its_blobs(tmp_path: Path) -> None:

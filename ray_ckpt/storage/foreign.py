@@ -143,6 +143,8 @@ def _accelerate(storage: Storage, directories: Iterable[str], *, trusted: bool) 
                     f"{inside.address} looks like accelerate's, but holds no {METADATA_NAME}: its save was "
                     "interrupted, or made with use_dcp=False, which nothing but the same ranks can load"
                 )
+            with storage.open_input(f"{name}/{METADATA_NAME}"):
+                pass  # the directory may be a link that leaves this one
             parts.append(_below(name, _stock(inside, trusted=trusted).manifest))
     return Found("accelerate's FSDP directory", storage, _join(parts, storage))
 
