@@ -35,7 +35,7 @@ _KNOWN_SCHEMES = (
 
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*")
 _MISTYPED = re.compile(
-    r"[\s:;,]*(?:SCHEME)[\s:;.,]*//|(?:SCHEME):|\w[\w+.-]*:[/\\]".replace("SCHEME", "|".join(sorted(_KNOWN_SCHEMES))),
+    r"[:;,]*(?:SCHEME)[\s:;.,]*//|(?:SCHEME):|\w[\w+.-]*:[/\\]".replace("SCHEME", "|".join(sorted(_KNOWN_SCHEMES))),
     re.IGNORECASE,
 )
 _HOST_AND_PORT = re.compile(r"(?:[^:\[\]]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]+)?")
@@ -103,8 +103,8 @@ class Address:
     def _secrets(self) -> list[str]:
         """Longest first, so that none is left in part."""
         parts = [self.userinfo] if self.userinfo else []
-        if self.userinfo:
-            parts += [half for half in self.userinfo.split(":") if len(half) >= _MIN_SECRET_LENGTH]
+        user, _, password = self.userinfo.partition(":")
+        parts += [half for half in (user, password) if len(half) >= _MIN_SECRET_LENGTH]
         for option in filter(None, self.options.split("&")):
             value = option.partition("=")[2]
             parts += [option, value] if len(value) >= _MIN_SECRET_LENGTH else [option]
@@ -135,6 +135,8 @@ def parse(target: str | os.PathLike[str]) -> Address:
     head, separator, rest = text.partition("://")
     if separator and "/" not in head:
         return _parse_uri(head.lower(), rest)
+    if text[0].isspace():
+        raise UsageError("the target begins with white space; a local path of such a name is written './ ...'")
     if _MISTYPED.match(text):
         if text.lower().startswith("file:/"):
             return _parse_file_uri(text[len("file:") :])  # RFC 8089 writes it with one slash, too

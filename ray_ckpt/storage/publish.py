@@ -10,6 +10,7 @@ Ours and stock DCP find a whole checkpoint between any two of these steps. The l
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 
@@ -89,7 +90,8 @@ def _publish_first(storage: Storage, stock: PreparedFile, own: PreparedFile, *, 
     except StorageError as error:
         if not isinstance(error.__cause__, FileExistsError):
             raise
-        restore_stock_record(storage)  # the winner's, which ours has replaced
+        with contextlib.suppress(StorageError):  # `clean` restores it as well
+            restore_stock_record(storage)  # the winner's, which ours has replaced
         raise _exists(storage) from error
 
 
@@ -99,17 +101,13 @@ def restore_stock_record(storage: Storage) -> bool:
     Returns:
         Whether it had to be done.
     """
-    record = read_if_there(storage, MANIFEST_NAME)
-    if record is None:
-        return False
     try:
+        record, stock = read_if_there(storage, MANIFEST_NAME), read_if_there(storage, STOCK_RECORD_NAME)
+        if record is None:
+            return False
         manifest = Manifest.from_json(record)
     except CheckpointError:
-        return False
-    try:
-        stock = read_if_there(storage, STOCK_RECORD_NAME)
-    except CheckpointError:
-        return False  # somebody's
+        return False  # a damaged record says nothing, and a `.metadata` that no save writes is somebody's
     if not manifest.attempt or (stock is not None and (names_attempt(stock, manifest.attempt) or not is_ours(stock))):
         return False
     from ray_ckpt.format import dcp_metadata
