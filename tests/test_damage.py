@@ -71,6 +71,23 @@ def test_a_member_that_is_read_whole_is_compared_with_its_crc(tmp_path: Path) ->
             assert raised.value.tensor == name
 
 
+def test_so_is_one_that_is_transposed_or_converted(tmp_path: Path) -> None:
+    weight = torch.arange(20_000.0).reshape(100, 200).t()
+    torch.save({"weight": weight}, tmp_path / "file.pt")
+    dcp.save({"weight": weight}, checkpoint_id=tmp_path / "stock", no_dist=True)
+    for target, file in (("file.pt", tmp_path / "file.pt"), ("stock", next((tmp_path / "stock").glob("*.distcp")))):
+        for dtype in (torch.float32, torch.float64):
+            state = {"weight": torch.zeros(200, 100, dtype=dtype)}
+            ray_ckpt.load(state, tmp_path / target, cast=True)
+            assert torch.equal(state["weight"], weight.to(dtype))
+        data = file.read_bytes()
+        place = data.index(weight.t().numpy().tobytes()) + 70_001
+        file.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        for dtype in (torch.float32, torch.float64):
+            with pytest.raises(IntegrityError, match="CRC-32"):
+                ray_ckpt.load({"weight": torch.zeros(200, 100, dtype=dtype)}, tmp_path / target, cast=True)
+
+
 def test_a_crc_of_zero_means_none(tmp_path: Path) -> None:
     """As torch leaves it when it is told to: then nothing can be compared, and nothing is refused."""
     torch.serialization.set_crc32_options(False)

@@ -313,10 +313,12 @@ def find_data(head: bytes | memoryview, length: int) -> StoredTensor | None:
     if tensor is None:
         return None
     wanted = pickled.name.removesuffix("data.pkl") + f"data/{tensor.key}"
-    storage_start = next((member.start for member in members if member.name == wanted), None)
-    if storage_start is None:
+    storage = next((member for member in members if member.name == wanted), None)
+    if storage is None:
         return None
-    stored = _locate(tensor, storage_start)
+    if not _are_fields(data[storage.extra_start : storage.start]):
+        raise FormatError("the local header of a member is damaged: its extra fields do not fill their place")
+    stored = _locate(tensor, storage.start)
     return stored if _fits(stored, length) else None
 
 
@@ -335,6 +337,8 @@ class _Member(NamedTuple):
     """A member of an archive, as far as the archive's first bytes tell."""
 
     name: str
+    extra_start: int
+    """Byte offset of the extra fields, which end where its data start."""
     start: int
     """Byte offset of its data."""
     end: int | None
@@ -353,23 +357,22 @@ def _members(data: bytes) -> Iterator[_Member]:
     while data[position : position + 4] == b"PK\3\4" and position + _LOCAL.size <= len(data):
         _, _, flags, _, _, _, crc, size, _, name_length, extra_length = _LOCAL.unpack_from(data, position)
         name_start = position + _LOCAL.size
-        start = name_start + name_length + extra_length
+        extra_start = name_start + name_length
+        start = extra_start + extra_length
         if start > len(data):
             return
-        if not _are_fields(data[name_start + name_length : start]):
-            raise FormatError("the local header of a member is damaged: its extra fields do not fill their place")
-        name = data[name_start : name_start + name_length].decode("utf-8", "replace")
+        name = data[name_start:extra_start].decode("utf-8", "replace")
         if not flags & _SIZES_FOLLOW:
             position = start + size
-            yield _Member(name, start, position, crc if position <= len(data) else 0)
+            yield _Member(name, extra_start, start, position, crc if position <= len(data) else 0)
             continue
         end = data.find(_DESCRIPTOR_MAGIC, start)
         while end >= 0 and data[end + 8 : end + 12] != struct.pack("<I", end - start):
             end = data.find(_DESCRIPTOR_MAGIC, end + 1)
         if end < 0:
-            yield _Member(name, start, None, 0)
+            yield _Member(name, extra_start, start, None, 0)
             return
-        yield _Member(name, start, end, int.from_bytes(data[end + 4 : end + 8], "little"))
+        yield _Member(name, extra_start, start, end, int.from_bytes(data[end + 4 : end + 8], "little"))
         position = end + _DESCRIPTOR.size
 
 

@@ -22,7 +22,7 @@ from ray_ckpt.gc_pause import collector_paused
 from ray_ckpt.storage.chunk_sources import SavedChunk, load_whole, locate
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.foreign import recognize
-from ray_ckpt.storage.member_sums import check_members, whole_members
+from ray_ckpt.storage.member_sums import check_members, long_members
 from ray_ckpt.storage.objects import Decoder, decoded_containers, read_values
 from ray_ckpt.storage.ranged_reads import Piece, Tuning, fetch, local_threads, tuning_for
 from ray_ckpt.storage.record import parse_or_take
@@ -113,7 +113,7 @@ class CheckpointReader:
             else:
                 whole = load_whole(storage, saved, self.decoder, tuning)
                 target.copy_(narrow(whole, box.offsets, box.sizes))
-        members = whole_members(pieces) if self.verify_checksums else []
+        members = long_members(pieces, tuning) if self.verify_checksums else []
         pieces += [member.descriptor for member in members if member.descriptor is not None]
         fetch(storage, pieces, tuning)
         check_members(members, tuning.threads)

@@ -16,13 +16,7 @@ from ray_ckpt.errors import FormatError
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.manifest import Chunk
 from ray_ckpt.format.ranges import span
-from ray_ckpt.format.torch_container import (
-    DESCRIPTOR_BYTES,
-    HEAD_BYTES,
-    contiguous_strides,
-    descriptor_crc,
-    find_data,
-)
+from ray_ckpt.format.torch_container import HEAD_BYTES, contiguous_strides, find_data
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.objects import Decoder, check_length
 from ray_ckpt.storage.ranged_reads import Piece, Source, Tuning, fetch
@@ -42,16 +36,19 @@ class SavedChunk(NamedTuple):
     chunk: Chunk
 
     def source(self, data_start: int, strides: tuple[int, ...], *, verify: bool) -> Source:
-        elements = span(self.chunk.box.sizes, strides) if self.chunk.box.num_elements else 0
+        chunk = self.chunk
+        elements = span(chunk.box.sizes, strides) if chunk.box.num_elements else 0
+        in_container = verify and chunk.data_start is None
         return Source(
             name=self.name,
-            file=self.chunk.file,
+            file=chunk.file,
             data_start=data_start,
             strides=strides,
             dtype=self.dtype,
             data_bytes=elements * self.dtype.itemsize,
-            checksums=self.chunk.checksums if verify else None,
-            crc=self.chunk.crc if verify else 0,
+            checksums=chunk.checksums if verify else None,
+            crc=chunk.crc if verify else 0,
+            container_end=chunk.start + chunk.length if in_container else 0,
         )
 
 
@@ -76,23 +73,13 @@ def locate(storage: Storage, chunks: Mapping[K, SavedChunk], tuning: Tuning, *, 
     fetch(storage, [_container_piece(chunks[key], head) for key, head in heads.items()], tuning)
     for key, head in heads.items():
         saved = chunks[key]
-        data = head.numpy().tobytes()
-        stored = find_data(data, saved.chunk.length)
+        stored = find_data(head.numpy().tobytes(), saved.chunk.length)
         if stored is None:
             continue
         if (stored.dtype, stored.shape) != (saved.dtype, saved.chunk.box.sizes):
             raise _contradiction(saved, stored.dtype, stored.shape)
-        source = saved.source(saved.chunk.start + stored.data_start, stored.strides, verify=False)
-        sources[key] = _with_crc(source, stored.data_start, saved.chunk, data) if verify else source
+        sources[key] = saved.source(saved.chunk.start + stored.data_start, stored.strides, verify=verify)
     return sources
-
-
-def _with_crc(source: Source, data_start: int, chunk: Chunk, head: bytes) -> Source:
-    """The source with the CRC-32 of its elements, where the head of the container reaches behind them."""
-    behind = data_start + source.data_bytes
-    if behind + DESCRIPTOR_BYTES <= len(head):
-        return source._replace(crc=descriptor_crc(head[behind : behind + DESCRIPTOR_BYTES], source.data_bytes))
-    return source._replace(container_end=chunk.start + chunk.length)
 
 
 def load_whole(storage: Storage, saved: SavedChunk, decoder: Decoder, tuning: Tuning) -> torch.Tensor:

@@ -9,6 +9,7 @@ tensors) passes through one scratch buffer per thread, several ranges to a read 
 
 from __future__ import annotations
 
+import binascii
 import operator
 import os
 import queue
@@ -25,6 +26,7 @@ from ray_ckpt.errors import IntegrityError
 from ray_ckpt.format import ranges
 from ray_ckpt.format.block_sums import BlockSums
 from ray_ckpt.format.boxes import Box
+from ray_ckpt.format.torch_container import DESCRIPTOR_BYTES, descriptor_crc
 from ray_ckpt.format.torch_internals import narrow
 from ray_ckpt.gc_pause import collector_paused
 from ray_ckpt.rounding import round_up
@@ -90,6 +92,11 @@ class Source(NamedTuple):
     container_end: int = 0
     """End of the zip archive in which the CRC-32 may stand behind the data; 0 when none is to be looked for."""
 
+    @property
+    def has_crc(self) -> bool:
+        """Whether a CRC-32 is known, or may stand behind the data."""
+        return bool(self.crc or self.container_end)
+
 
 class Piece(NamedTuple):
     """A box of a saved chunk and the tensor of its shape that wants it."""
@@ -142,7 +149,7 @@ def plan(pieces: Iterable[Piece], tuning: Tuning) -> list[_Read]:
     for piece in pieces:
         if piece.box.num_elements == 0:
             continue
-        if _is_direct(piece, tuning):
+        if is_direct(piece, tuning):
             direct, edges = _plan_direct(piece, tuning)
             reads += direct
             scattered += edges
@@ -154,7 +161,7 @@ def plan(pieces: Iterable[Piece], tuning: Tuning) -> list[_Read]:
     return reads
 
 
-def _is_direct(piece: Piece, tuning: Tuning) -> bool:
+def is_direct(piece: Piece, tuning: Tuning) -> bool:
     return (
         piece.target.nbytes >= tuning.min_direct_bytes
         and is_plain_copy(piece)
@@ -202,6 +209,9 @@ def _plan_direct(piece: Piece, tuning: Tuning) -> tuple[list[_Read], list[_Range
 
 def _plan_scattered(piece: Piece, tuning: Tuning) -> Iterator[_Range]:
     source = piece.source
+    if source.has_crc and source.data_bytes <= tuning.max_read_bytes and is_whole(piece):
+        yield _whole_member(piece)
+        return
     is_small = piece.target.nbytes <= tuning.max_read_bytes
     if is_small and is_plain_copy(piece) and ranges.is_dense(piece.box.sizes, source.strides):
         start, memory = _first_byte(source, piece.box), bytes_of(piece.target)
@@ -218,6 +228,23 @@ def _plan_scattered(piece: Piece, tuning: Tuning) -> Iterator[_Range]:
         target = narrow(piece.target, part.box.within(piece.box).offsets, part.box.sizes)
         scatter = _Scatter(target, source.dtype, source.strides, part.end - part.start)
         yield _widened(source, part.start, part.end, scatter)
+
+
+def is_whole(piece: Piece) -> bool:
+    """Whether all bytes of the source are wanted."""
+    return piece.box.num_elements * piece.source.dtype.itemsize == piece.source.data_bytes
+
+
+def _whole_member(piece: Piece) -> _Range:
+    """All of a member, and behind it the descriptor where its CRC-32 stands."""
+    source = piece.source
+    end = source.data_start + source.data_bytes
+    if not source.crc:
+        end = min(end + DESCRIPTOR_BYTES, source.container_end)
+    if is_plain_copy(piece) and ranges.is_dense(piece.box.sizes, source.strides):
+        return _Range(source, source.data_start, end, 0, bytes_of(piece.target))
+    scatter = _Scatter(piece.target, source.dtype, source.strides, source.data_bytes)
+    return _Range(source, source.data_start, end, 0, scatter)
 
 
 class _Scatter(NamedTuple):
@@ -349,8 +376,10 @@ def _deliver(wanted: _Range, data: memoryview) -> None:
 
 
 def _verify(wanted: _Range, data: memoryview) -> None:
-    checksums = wanted.source.checksums
+    source, checksums = wanted.source, wanted.source.checksums
     if checksums is None:
+        if source.has_crc and wanted.start == source.data_start and len(data) >= source.data_bytes:
+            check_crc(source, data[: source.data_bytes], data[source.data_bytes :])
         return
     start = wanted.start - wanted.source.data_start
     size = checksums.block_bytes
@@ -367,3 +396,25 @@ def _verify(wanted: _Range, data: memoryview) -> None:
                 found=f"{found:016x}",
                 hint="restore the file from a copy, or load an earlier step",
             )
+
+
+def check_crc(source: Source, data: memoryview, behind: memoryview) -> None:
+    """Compare all bytes of a zip member with its CRC-32, where the archive tells one.
+
+    Args:
+        behind: what stands behind the member, as far as it was read.
+
+    Raises:
+        IntegrityError: they differ.
+    """
+    told = source.crc or descriptor_crc(bytes(behind[:DESCRIPTOR_BYTES]), source.data_bytes)
+    if told and told != (found := binascii.crc32(data)):
+        raise IntegrityError(
+            file=source.file,
+            start=source.data_start,
+            end=source.data_start + source.data_bytes,
+            tensor=source.name,
+            expected=f"{told:08x}",
+            found=f"{found:08x}",
+            hint="the checksum is the CRC-32 of the zip archive; restore the file from a copy, or load an earlier step",
+        )
