@@ -67,6 +67,25 @@ def test_a_factory_that_fails_is_named(
     assert_refused(pipeline_to_fsdp, ["--model", spec], message, monkeypatch, capsys)
 
 
+DEAD = """
+import click
+import ray_ckpt.recipes.command
+from ray_ckpt.errors import DIED, RankFailure, WorkerError
+
+@click.command()
+def doomed():
+    raise WorkerError((RankFailure(1, "host (10.0.0.1)", DIED, "process 7 is gone"),))
+
+ray_ckpt.recipes.command.main("__main__:doomed")
+"""
+
+
+def test_a_worker_that_died_is_told_in_one_line() -> None:
+    done = subprocess.run([sys.executable, "-c", DEAD], cwd=REPOSITORY, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1
+    assert done.stderr == "error: rank 1 on host (10.0.0.1): died: process 7 is gone\n"
+
+
 def test_what_others_print_does_not_mix_with_the_json(capsys: pytest.CaptureFixture[str]) -> None:
     with json_alone("-"):
         print("a factory's own words")

@@ -42,7 +42,8 @@ def _run(command: str) -> int:
         except UsageError as error:
             return _fail(str(error), code=2)
         except WorkerError as error:
-            print(error.tracebacks(), file=sys.stderr)
+            if tracebacks := error.tracebacks():  # a process that died has left none
+                print(tracebacks, file=sys.stderr)
             return _fail(str(error), code=1)
         except RayCkptError as error:
             return _fail(str(error), code=1)
