@@ -18,7 +18,7 @@ from ray_ckpt.format.manifest import Chunk
 from ray_ckpt.format.ranges import span
 from ray_ckpt.format.torch_container import HEAD_BYTES, contiguous_strides, find_data
 from ray_ckpt.storage.files import Storage
-from ray_ckpt.storage.objects import Decoder, check_length
+from ray_ckpt.storage.objects import Decoder, check_lengths
 from ray_ckpt.storage.ranged_reads import Piece, Source, Tuning, fetch
 from ray_ckpt.text import quoted
 
@@ -89,7 +89,7 @@ def load_whole(storage: Storage, saved: SavedChunk, decoder: Decoder, tuning: Tu
         FormatError, UnsafeCheckpointError: it does not hold the tensor that the metadata says.
     """
     chunk, max_bytes = saved.chunk, saved.chunk.box.num_elements * saved.dtype.itemsize + _MAX_FRAMING_BYTES
-    check_length(storage, chunk.file, chunk.start, chunk.length)
+    check_lengths(storage, [(chunk.file, chunk.start, chunk.length)])
     whole = torch.empty(chunk.length, dtype=torch.uint8)
     fetch(storage, [_container_piece(saved, whole)], tuning)
     data = decoder.decode(whole.numpy().tobytes(), chunk.transforms, saved.name, max_bytes)

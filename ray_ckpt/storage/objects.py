@@ -14,7 +14,7 @@ import io
 import json
 import pickle
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -223,31 +223,42 @@ def decoded_containers(
 def fetch_containers(
     storage: Storage, entries: Mapping[str, ObjectEntry], tuning: Tuning, *, verify: bool
 ) -> dict[str, bytes]:
-    """The containers of these objects, in as few reads as their places allow."""
-    for entry in entries.values():
-        check_length(storage, entry.file, entry.start, entry.length)
-    targets = {name: torch.empty(entry.length, dtype=torch.uint8) for name, entry in entries.items()}
+    """The containers of these objects, in as few reads as their places allow. What lies at one place is read once."""
+    places = {name: (entry.file, entry.start, entry.length, entry.checksum) for name, entry in entries.items()}
+    check_lengths(storage, {(file, start, length) for file, start, length, _ in places.values()})
+    targets = {place: torch.empty(place[2], dtype=torch.uint8) for place in places.values()}
     pieces = []
-    for name, entry in entries.items():
+    for place, name in {place: name for name, place in places.items()}.items():
+        file, start, length, checksum = place
         checksums = None
-        if verify and entry.checksum is not None:
-            checksums = BlockSums(max(1, entry.length), entry.checksum.to_bytes(8, "little"))
-        source = Source(name, entry.file, entry.start, (1,), torch.uint8, entry.length, checksums)
-        pieces.append(Piece(source, Box((0,), (entry.length,)), targets[name]))
+        if verify and checksum is not None:
+            checksums = BlockSums(max(1, length), checksum.to_bytes(8, "little"))
+        source = Source(name, file, start, (1,), torch.uint8, length, checksums)
+        pieces.append(Piece(source, Box((0,), (length,)), targets[place]))
     fetch(storage, pieces, tuning)
-    return {name: target.numpy().tobytes() for name, target in targets.items()}
+    read = {place: target.numpy().tobytes() for place, target in targets.items()}
+    return {name: read[place] for name, place in places.items()}
 
 
-def check_length(storage: Storage, file: str, start: int, length: int) -> None:
-    """Whether a file has the bytes that are about to be read whole, before there is memory for them.
+def check_lengths(storage: Storage, places: Collection[tuple[str, int, int]]) -> None:
+    """Whether files have the bytes that are about to be read whole, before there is memory for them.
+
+    Args:
+        places: file, start and length of each container.
 
     Raises:
-        FormatError: it ends before.
+        FormatError: a file ends before, or has fewer bytes than the containers in it, which lie over each other.
     """
-    if length > _SMALL_BYTES:
+    if sum(length for _, _, length in places) <= _SMALL_BYTES:
+        return
+    ends, totals = dict[str, int](), dict[str, int]()
+    for file, start, length in places:
+        ends[file] = max(ends.get(file, 0), start + length)
+        totals[file] = totals.get(file, 0) + length
+    for file, end in ends.items():
         num_bytes = storage.size(file)
-        if num_bytes is not None and start + length > num_bytes:
+        if num_bytes is not None and max(end, totals[file]) > num_bytes:
             raise FormatError(
-                f"{file} is too short: wanted bytes [{start}, {start + length}), it ends at {num_bytes}; the file is "
-                "truncated or the metadata that points into it is damaged"
+                f"{file} is too short: wanted {totals[file]} bytes up to byte {end}, it ends at {num_bytes}; the file "
+                "is truncated or the metadata that points into it is damaged"
             )

@@ -177,6 +177,15 @@ def _link_out_by_directory(directory: Path) -> Path:
     return directory
 
 
+def _over_one_place(directory: Path) -> Path:
+    """Twenty thousand objects of a megabyte each, in a file of one."""
+    names = [str(number) for number in range(20_000)]
+    infos = {MetadataIndex(n): _StorageInfo("__0_0.distcp", k % 500, 1 << 20) for k, n in enumerate(names)}
+    return _metadata_and_data(_stock({n: BytesStorageMetadata() for n in names}, infos), bytes((1 << 20) + 500))(
+        directory
+    )
+
+
 def _sparse(directory: Path) -> Path:
     with open(directory / ".metadata", "wb") as file:
         file.truncate(1 << 40)
@@ -236,6 +245,7 @@ KNOWN: dict[str, Writer] = {
     "storage of 4 GiB": _value(b"\x80\2ctorch.storage\nUntypedStorage\n\x8a\5\0\0\0\0\1\x85R."),
     "container of 4 GiB": _metadata(_object("x", 1 << 32)),
     "chunk of 4 GiB": _metadata(_tensor([((0,), (1 << 30,))], (1 << 30,), 1 << 33)),
+    "objects over each other": _over_one_place,
     "compressed": _metadata_and_data(
         _object("x", len(deflated := container(b"\x80\2N.", [("data/0", bytes(1 << 26))], zipfile.ZIP_DEFLATED))),
         deflated,
