@@ -23,7 +23,14 @@ from torch.distributed.tensor import Shard, distribute_tensor
 import ray_ckpt
 from ray_ckpt.checkpoint.background import saver
 from ray_ckpt.dcp.reader import ArrowStorageReader
-from ray_ckpt.errors import CheckpointError, CheckpointExistsError, SavePendingError, StorageError, UsageError
+from ray_ckpt.errors import (
+    CheckpointError,
+    CheckpointExistsError,
+    CommitError,
+    SavePendingError,
+    StorageError,
+    UsageError,
+)
 from ray_ckpt.format.manifest import MANIFEST_NAME
 from ray_ckpt.protocol.save_handle import SaveHandle
 from ray_ckpt.report import SaveReport
@@ -175,6 +182,20 @@ def test_wrong_use_is_refused_at_once(tmp_path: Path) -> None:
 
 def no_space(target: Path, rank: int = 0) -> FaultyStorage:
     return FaultyStorage(str(target), Fault("no space", ("write",), 0, name=".distcp"), rank)
+
+
+def test_a_bit_that_flips_in_the_copy_before_it_is_written_is_not_committed(tmp_path: Path) -> None:
+    state, gate = {"w": torch.arange(1000.0), "v": torch.ones(7)}, tmp_path / "gate"
+    handle = ray_ckpt.save(state, GatedStorage(tmp_path / "run", gate), blocking=False)
+    copied = saver().host_copy._places[0]
+    assert copied is not None
+    copied.view(torch.uint8)[1234] ^= 1
+    gate.touch()
+    with pytest.raises(CommitError, match=r"the copy in host memory of 'w', 'v' has changed since it was made"):
+        handle.result(timeout_s=30.0)
+    assert list((tmp_path / "run").iterdir()) == []
+    ray_ckpt.save(state, tmp_path / "run", blocking=False).result(timeout_s=30.0)
+    assert torch.equal(loaded(tmp_path / "run", {"w": torch.zeros(1000)})["w"], torch.arange(1000.0))
 
 
 def test_a_failure_is_raised_by_the_result_and_not_again(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from ray_ckpt.errors import UsageError
+from ray_ckpt.errors import CommitError, UsageError
 from ray_ckpt.format.torch_container import parse_dtype
 from ray_ckpt.protocol.holdings import Holdings, hold
 from ray_ckpt.protocol.host_copy import HostCopy
@@ -138,3 +138,29 @@ def test_the_memory_is_given_back_with_the_copy() -> None:
     gc.collect()
     # A view keeps its memory alive, and stays what it was.
     assert torch.equal(copied, torch.ones(3))
+
+
+def flip_a_bit_of(tensor: torch.Tensor, element: int) -> None:
+    tensor.view(-1).view(torch.uint8)[element * tensor.element_size()] ^= 4
+
+
+@pytest.mark.parametrize(
+    ("name", "element"), [("small", 0), ("large", 0), ("large", 5 << 20), ("large", (10 << 20) - 1), ("last", 2)]
+)
+def test_a_bit_that_flips_in_the_copy_is_found_and_the_tensor_is_named(name: str, element: int) -> None:
+    """`large` lies in several windows, one of which it shares with the others."""
+    original = {"small": torch.ones(3), "large": torch.arange(10 << 20), "last": torch.zeros(3, dtype=torch.float16)}
+    host_copy = HostCopy()
+    copied = by_name(host_copy.take(hold(original)))
+    host_copy.check()
+    flip_a_bit_of(copied[name], element)
+    with pytest.raises(CommitError, match=rf"the copy in host memory of .*'{name}'.* has changed since it was made"):
+        host_copy.check()
+    flip_a_bit_of(copied[name], element)
+    host_copy.check()
+    # The next copy in the same memory, smaller than the one before, is compared with itself.
+    smaller = by_name(host_copy.take(hold({"small": torch.zeros(5)})))
+    host_copy.check()
+    flip_a_bit_of(smaller["small"], 4)
+    with pytest.raises(CommitError, match="'small' has changed"):
+        host_copy.check()

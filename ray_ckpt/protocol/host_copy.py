@@ -2,6 +2,12 @@
 
 HostCopy.take(holdings, skipped) ─┬─ tensors   into one buffer of host memory, used again by the next copy
                                    └─ objects   numbers and texts as they are, anything else as its bytes on disk
+HostCopy.check()                       once it is written: whether the buffer still holds what was copied
+
+A copy may wait for minutes until it is written. A bit that flips in its memory meanwhile would be saved with a valid
+checksum, as that is made while writing. So `take` starts a thread that digests the buffer, 0.06 s per GiB. Only where
+that is no more than a window does it wait for it: the digest of a large copy takes about as long as the copy itself, and
+the trainer would stand still for as long.
 """
 
 from __future__ import annotations
@@ -12,12 +18,14 @@ import functools
 import mmap
 import weakref
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import torch
+import xxhash
 
-from ray_ckpt.errors import UsageError
+from ray_ckpt.errors import CommitError, UsageError
 from ray_ckpt.format.manifest import Inline
 from ray_ckpt.format.torch_container import parse_dtype
 from ray_ckpt.format.torch_internals import copy_each
@@ -25,10 +33,14 @@ from ray_ckpt.protocol.holdings import Holdings
 from ray_ckpt.protocol.messages import Item, TensorSpec, num_bytes
 from ray_ckpt.rounding import round_up
 from ray_ckpt.storage.objects import saved_object
-from ray_ckpt.storage.staging import plain
+from ray_ckpt.storage.staging import bytes_of, plain
+from ray_ckpt.text import listed
 
 _ALIGNMENT = 64
 """Alignment of each tensor in the buffer, in bytes: a cache line, and a multiple of every element's size."""
+
+_WINDOW_BYTES = 16 << 20
+"""Size of the part of the buffer that has a digest of its own."""
 
 _UNCHANGING = (int, float, complex, bool, str, bytes, type(None))
 
@@ -46,6 +58,8 @@ class HostCopy:
         self._items: tuple[Item, ...] = ()
         self._skipped: Sequence[int] = ()
         self._places: list[torch.Tensor | None] = []
+        self._taken: Future[list[int]] | None = None
+        """XXH3-64 of each window of the buffer as `take` left it."""
 
     @property
     def num_bytes(self) -> int:
@@ -60,6 +74,8 @@ class HostCopy:
         Raises:
             UsageError: a tensor has no plain elements, or is no longer what was planned.
         """
+        if self._taken is not None:
+            self._taken.result()  # of a copy that nobody has checked
         self._lay_out(holdings, skipped)
         left_out = set(skipped)
         devices = set()
@@ -86,7 +102,38 @@ class HostCopy:
         for device in devices:
             if device.type == "cuda":
                 torch.cuda.current_stream(device).synchronize()
+        self._start_digest()
         return Holdings(holdings.items, tuple(values))
+
+    def check(self) -> None:
+        """Compare what the buffer holds with what `take` copied into it.
+
+        Raises:
+            CommitError: bits have changed since then; names the tensors that lie there.
+        """
+        assert self._taken is not None, "take comes first"
+        taken = self._taken.result()
+        for window, (found, expected) in enumerate(zip(_digest(self._buffer), taken, strict=True)):
+            if found != expected:
+                raise CommitError(
+                    f"refusing to commit: the copy in host memory of {listed(self._names_in(window))} has changed since "
+                    "it was made. Save once more; if it happens again, have the machine's memory tested"
+                )
+
+    def _start_digest(self) -> None:
+        digester = ThreadPoolExecutor(1, thread_name_prefix="ray_ckpt-digest")
+        self._taken = digester.submit(_digest, self._buffer)
+        digester.shutdown(wait=self._buffer.nbytes <= _WINDOW_BYTES)
+
+    def _names_in(self, window: int) -> list[str]:
+        start = self._buffer.data_ptr() + window * _WINDOW_BYTES
+        return [
+            repr(item.name)
+            for item, place in zip(self._items, self._places, strict=True)
+            if place is not None
+            and place.data_ptr() < start + _WINDOW_BYTES
+            and place.data_ptr() + place.nbytes > start
+        ]
 
     def _place(self, position: int, source: torch.Tensor) -> torch.Tensor:
         place = self._places[position]
@@ -119,6 +166,12 @@ class HostCopy:
             raw = None if spec is None else part[:size]
             self._places.append(None if spec is None or raw is None else _shaped(raw, spec))
         self._items, self._skipped = holdings.items, skipped
+
+
+def _digest(buffer: torch.Tensor) -> list[int]:
+    memory = bytes_of(buffer)
+    starts = range(0, len(memory), _WINDOW_BYTES)
+    return [xxhash.xxh3_64_intdigest(memory[start : start + _WINDOW_BYTES]) for start in starts]
 
 
 def _allocate(num_bytes: int, *, pinned: bool) -> torch.Tensor:

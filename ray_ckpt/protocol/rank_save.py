@@ -72,6 +72,7 @@ class RankSave:
         self._max_file_bytes = max_file_bytes
         self._holdings = Holdings((), ())
         self._staged: Holdings | None = None
+        self._host_copy: HostCopy | None = None
         self._digests: bytes | None = None
         self._numbers = itertools.count()
         self._begun: list[str] = []
@@ -107,6 +108,7 @@ class RankSave:
         with collector_paused():
             self._digests = self._digest_replicas(assignment.skipped)
             self._staged = host_copy.take(self._holdings, assignment.skipped)
+            self._host_copy = host_copy
 
     def write(self, assignment: Assignment) -> RankRecord:
         """Write everything but what is skipped; durable on return. May be called again after a failure.
@@ -128,6 +130,8 @@ class RankSave:
                 for share in shares
             ]
             files = write_in_threads(self._storage, writes, self._threads)
+            if self._host_copy is not None:
+                self._host_copy.check()
             digests = self._digests if self._digests is not None else self._digest_replicas(assignment.skipped)
             return RankRecord(tuple(files), digests)
 
