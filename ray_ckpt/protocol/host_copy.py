@@ -5,9 +5,9 @@ HostCopy.take(holdings, skipped) ─┬─ tensors   into one buffer of host mem
 HostCopy.check()                       once it is written: whether the buffer still holds what was copied
 
 A copy may wait for minutes until it is written. A bit that flips in its memory meanwhile would be saved with a valid
-checksum, as that is made while writing. So `take` starts a thread that digests the buffer, 0.06 s per GiB. Only where
-that is no more than a window does it wait for it: the digest of a large copy takes about as long as the copy itself, and
-the trainer would stand still for as long.
+checksum, as that is made while writing. So `take` starts a thread that digests the buffer, in 0.06 s per GiB. It waits
+for that thread only where the buffer is no more than a window: the digest of a large copy takes about as long as the
+copy itself, and the trainer would stand still for as long.
 """
 
 from __future__ import annotations
@@ -115,9 +115,10 @@ class HostCopy:
         taken = self._taken.result()
         for window, (found, expected) in enumerate(zip(_digest(self._buffer), taken, strict=True)):
             if found != expected:
+                names = listed(self._names_in(window))
                 raise CommitError(
-                    f"refusing to commit: the copy in host memory of {listed(self._names_in(window))} has changed since "
-                    "it was made. Save once more; if it happens again, have the machine's memory tested"
+                    f"refusing to commit: the copy in host memory of {names} has changed since it was made. Save once "
+                    "more; if it happens again, have the machine's memory tested"
                 )
 
     def _start_digest(self) -> None:
