@@ -121,6 +121,13 @@ def test_a_tensor_of_another_shape_than_the_record_says(tmp_path: Path) -> None:
     assert "of shape (50, 40) where the metadata says" in found.problem
 
 
+def test_a_view_whose_elements_are_not_its_bytes_is_refused(tmp_path: Path) -> None:
+    """A container of DCP with one is left to torch (test_kinds.py); a file is read by places alone."""
+    torch.save({"weight": torch.ones(3, dtype=torch.complex64).conj()}, tmp_path / "file.pt")
+    with pytest.raises(FormatError, match=r"'weight' is a conjugate or negated view.*resolve_conj"):
+        ray_ckpt.load({"weight": torch.zeros(3, dtype=torch.complex64)}, tmp_path / "file.pt")
+
+
 def test_a_truncated_file_and_one_that_is_none(tmp_path: Path) -> None:
     target = torch_file(tmp_path)
     target.write_bytes(target.read_bytes()[:-100])

@@ -330,7 +330,7 @@ def _read_tensor(pickled: bytes) -> Tensor | None:
         root = torch_pickle.read(pickled, "a container").root
     except CheckpointError:
         return None
-    return root if isinstance(root, Tensor) else None
+    return root if isinstance(root, Tensor) and not root.is_converted else None
 
 
 class _Member(NamedTuple):

@@ -100,6 +100,11 @@ def to_manifest(content: Content, places: Mapping[str, Place], file: str, file_b
     for name, tensor in content.tensors.items():
         if tensor.key not in places:
             raise FormatError(f"{file} lacks the storage {quoted(tensor.key)}, which {quoted(name)} lies in")
+        if tensor.is_converted:
+            raise FormatError(
+                f"{file}: {quoted(name)} is a conjugate or negated view, whose elements are not what its bytes say; "
+                "save tensor.resolve_conj().resolve_neg()"
+            )
         start, num_bytes, crc = places[tensor.key]
         num_elements = span(tensor.shape, tensor.strides) if 0 not in tensor.shape else 0
         first = tensor.offset * tensor.dtype.itemsize

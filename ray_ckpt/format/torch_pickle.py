@@ -32,8 +32,8 @@ class Tensor(NamedTuple):
     """Name of its storage."""
     offset: int
     """Position of its first element in the storage, in elements."""
-    storage_bytes: int
-    """Size that the pickle states for the storage."""
+    is_converted: bool
+    """Whether it is a conjugate or negated view: then its elements are not what its bytes say."""
 
 
 class Content(NamedTuple):
@@ -128,8 +128,6 @@ def _tensor(storage: Any, dtype: Any, offset: Any, shape: Any, strides: Any, bit
     Args:
         bits: nothing, or what says whether the tensor is a conjugate or negated view.
     """
-    if any(bits):
-        raise ValueError("a conjugate or negated view has other elements than its bytes say")
     if (
         not isinstance(storage, _Storage)
         or not isinstance(dtype, torch.dtype)
@@ -140,7 +138,7 @@ def _tensor(storage: Any, dtype: Any, offset: Any, shape: Any, strides: Any, bit
     ):
         raise ValueError(f"no tensor has the shape {quoted(shape)} and strides {quoted(strides)}")
     limits.check_shape(shape, storage.key)
-    return Tensor(dtype, tuple(shape), tuple(strides), storage.key, offset, storage.num_bytes)
+    return Tensor(dtype, tuple(shape), tuple(strides), storage.key, offset, any(bits))
 
 
 def _refuse_sizes_alone(*sizes: Any) -> Any:
