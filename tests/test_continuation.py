@@ -16,7 +16,7 @@ import torch
 from ray_ckpt.cluster.worker import WorkerContext
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.parallel.layout import Layout
-from ray_ckpt.recipes.pipeline_to_fsdp.alone import try_model
+from ray_ckpt.recipes.pipeline_to_fsdp.alone import reference, try_model
 from ray_ckpt.recipes.pipeline_to_fsdp.continuation import (
     Closeness,
     ModelTrial,
@@ -212,12 +212,24 @@ def test_projections_show_every_element_and_its_place() -> None:
         assert project(moved, (0, 0), tensor.shape).distance(whole) > 0.1
 
 
+ALONE = WorkerContext(0, 1, 0, torch.device("cpu"), "")
+
+
 def trial_of(model: str, *layouts: str) -> ModelTrial:
     parsed = [Layout.parse(layout) for layout in layouts]
     workload = Workload.of(f"tests.support.models:{model}", 8, 2, parsed)
-    trial = try_model(WorkerContext(0, 1, 0, torch.device("cpu"), ""), workload, parsed)
+    trial = try_model(ALONE, workload, parsed)
     assert trial is not None
     return trial
+
+
+def test_parameters_of_integers_are_neither_moved_nor_asked_for_their_precision() -> None:
+    assert trial_of("Coded", "pp2", "fsdp2x2").in_double
+    layout = Layout.parse("pp2")
+    workload = Workload.of("tests.support.models:Coded", 24, 2, [layout])
+    plain, moved = reference(ALONE, workload, [(layout, 2)], [0.0, 1e-3])
+    assert plain != moved
+    assert plain == pytest.approx(moved, rel=0.05)
 
 
 def steps_of(*losses: float) -> list[list[StepTrace]]:

@@ -134,6 +134,28 @@ class SinglePrecision(PipelineModel):
         return outputs.matmul(torch.ones(24, 1, dtype=torch.float32)).sub(targets[:, :1]).square().mean()
 
 
+class CodedLinear(nn.Linear):
+    """Has a parameter of integers, which is not trained."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, dim)
+        self.codes = nn.Parameter(torch.zeros(dim, dtype=torch.int8), requires_grad=False)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if hasattr(self, "codes"):
+            self.codes.fill_(3)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden) + self.codes
+
+
+class Coded(PipelineModel):
+    def __init__(self) -> None:
+        super().__init__(dim=24, layers=2)
+        self.layer1 = CodedLinear(24)
+
+
 class Contrastive(PipelineModel):
     """Compares the samples of a part of a batch with one another, so that its loss depends on the parts."""
 

@@ -35,7 +35,7 @@ def try_model(ctx: WorkerContext, workload: Workload, layouts: Sequence[Layout])
     inputs, targets = (tensor.to(ctx.device) for tensor in batch(workload, model, 0))
     fewest, *others = sorted({num_parts(layout) for layout in layouts})
     losses = [_differentiate(model, inputs, targets, fewest) for _ in range(2)]
-    epsilon = max(torch.finfo(parameter.dtype).eps for parameter in model.parameters())
+    epsilon = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())
     wide, problem = model, ""
     try:
         with computing_in_double():
@@ -94,7 +94,7 @@ def _train_alone(
     model = build(workload)
     materialize(model, ctx.device, workload.seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in filter(torch.is_floating_point, model.parameters()):
             move(parameter, [0] * parameter.dim(), parameter.shape, moved_by, number)
     optimizer = torch.optim.Adam(
         {"params": [p for name, p in model.named_parameters() if name.startswith(f"{part}.")], "lr": rate}
