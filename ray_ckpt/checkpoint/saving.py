@@ -197,7 +197,7 @@ class _Save:
         self.hold(state, ranks.deadline, skip=skip)
         order = self.repeat_last(ranks)
         anyone_differs = ranks.ask_any(order is None)
-        # While the ranks hear of each other, each goes ahead with what they do if nothing but values has changed.
+        # While the ranks ask each other, each begins what it is to do if nothing but values has changed.
         if order is not None:
             self.begin(order)
         if anyone_differs():
