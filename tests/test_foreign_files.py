@@ -208,8 +208,8 @@ def test_files_load_from_s3_exactly(tmp_path):
     [
         ("/a/b.pt", "/a", "b.pt"),
         ("/b.pt", "/", "b.pt"),
-        ("file:///a/b.pt", "file:///a", "b.pt"),
-        ("file:///b.pt", "file:///", "b.pt"),
+        ("file:///a/b.pt", "/a", "b.pt"),
+        ("file:///b.pt", "/", "b.pt"),
         ("s3://key:secret@bucket/a/b.pt?region=x", "s3://key:secret@bucket/a?region=x", "b.pt"),
         ("s3://bucket/b.pt/", "s3://bucket", "b.pt"),
     ],
