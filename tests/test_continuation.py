@@ -6,12 +6,14 @@ and prints the counts that docs/verdict.md has.
 
 from __future__ import annotations
 
+import io
 import math
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from ray_ckpt.cluster.worker import WorkerContext
 from ray_ckpt.format.boxes import Box
@@ -27,6 +29,7 @@ from ray_ckpt.recipes.pipeline_to_fsdp.continuation import (
     compare_steps,
 )
 from ray_ckpt.recipes.pipeline_to_fsdp.projecting import project
+from ray_ckpt.recipes.pipeline_to_fsdp.report import JobReport
 from ray_ckpt.recipes.workload import Workload
 from tests.support.continuations import FAULTS, NO_FAULT, Case, Run, run_cases
 
@@ -241,7 +244,13 @@ def test_a_random_model_is_told_from_a_fault() -> None:
     assert not trial.is_repeatable
     found = compare_runs(trial, 1, steps_of(1.0, 1.0, 1.0), [StepTrace(1.0)], [1.0], [[1.0], [1.0]])
     assert [mismatch.name for mismatch in found.mismatches] == ["loss of step 0, computed twice"]
-    assert "its forward must be deterministic" in found.note
+    assert found.note.endswith("the model gave two losses for one batch: its forward must be deterministic")
+    losses = {"pipeline": [], "resumed": [], "reference": []}
+    report = JobReport(True, found, 2, "gloo", "pp2", "fsdp2x2", "/run", 1, 16, 1, [*found.mismatches], losses, {})
+    report.show(Console(file=(shown := io.StringIO()), width=100))
+    assert "\nverified: 16 tensors and 1 objects compared bit for bit, 0 mismatches\n" in shown.getvalue()
+    assert f"\nNOT VERIFIED: continuation: {found.note}\n" in shown.getvalue()
+    assert report.to_json()["continuation"] == {"step": None, "losses": None, "note": found.note}
 
 
 def test_a_loss_that_depends_on_the_cut_leaves_the_curves_to_compare() -> None:

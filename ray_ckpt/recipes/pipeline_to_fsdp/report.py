@@ -110,7 +110,7 @@ class JobReport:
             parts.append(f"the next step differs by {_describe(found.step)}")
         if found.losses is not None:
             parts.append(f"the losses of {num_steps} steps by {_describe(found.losses)}")
-        return "; ".join([", ".join(parts), found.note] if found.note else [", ".join(parts)])
+        return "; ".join(filter(None, [", ".join(parts), found.note]))
 
 
 def _describe(closeness: Closeness) -> str:
