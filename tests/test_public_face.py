@@ -112,7 +112,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _run(command: list[str], directory: Path, *, fails: bool = False) -> str:
     surroundings = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MYPYPATH")}
-    done = subprocess.run(command, cwd=directory, env=surroundings, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, cwd=directory, env=surroundings, capture_output=True, text=True, timeout=250)
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done.stdout
 
@@ -134,12 +134,14 @@ def test_the_wheel_is_what_is_imported_and_has_its_version(installed: Path, tmp_
 
 
 @pytest.mark.jobs
+@pytest.mark.timeout(270)
 def test_user_code_type_checks_against_the_wheel(installed: Path, tmp_path: Path) -> None:
     assert {name for name in ray_ckpt.__all__ if name not in errors.__all__ and name not in USER_CODE} == set()
     _type_check(installed, USER_CODE, tmp_path)
 
 
 @pytest.mark.jobs
+@pytest.mark.timeout(270)
 def test_wrong_user_code_does_not(installed: Path, tmp_path: Path) -> None:
     told = _type_check(installed, WRONG_CODE, tmp_path, fails=True)
     assert re.findall(r"program\.py:(\d+): error:.*\[(.*)\]", told) == [
