@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ import numpy
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import ray_ckpt
 from ray_ckpt import TrainState
-from ray_ckpt.errors import UsageError
+from ray_ckpt.errors import StateMismatchError, UsageError
 from ray_ckpt.state.hyperparameters import same, without_numpy
 
 
@@ -78,3 +80,69 @@ def test_two_models_of_one_set_of_names_are_refused_equal_or_not(tmp_path: Path)
         with pytest.raises(UsageError, match=r"two of the 2 modules have a parameter 'weight': .* nn\.ModuleDict"):
             ray_ckpt.save(TrainState([policy, target]), tmp_path / "run")
         target.load_state_dict(policy.state_dict())
+
+
+class Metadata(nn.Linear):
+    """Extra state that grows: a tensor of another size, or a stream."""
+
+    as_stream = False
+    seen: bytes = b""
+
+    def get_extra_state(self) -> Any:
+        return io.BytesIO(self.seen) if self.as_stream else torch.tensor(list(self.seen), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Any) -> None:
+        self.seen = state.read() if self.as_stream else bytes(state.tolist())
+
+
+@pytest.mark.parametrize("as_stream", [False, True])
+def test_extra_state_need_not_be_as_large_as_what_is_there(tmp_path: Path, as_stream: bool) -> None:
+    source, target = nn.Sequential(Metadata(2, 2)), nn.Sequential(Metadata(2, 2))
+    for model in (source, target):
+        model[0].as_stream = as_stream
+    source[0].seen = b"123"
+    ray_ckpt.save(TrainState(source), tmp_path / "run")
+    ray_ckpt.load(TrainState(target), tmp_path / "run")
+    assert target[0].seen == b"123"
+
+
+class Derived(nn.Linear):
+    """Shows an entry beside its weight that is no attribute, and its weight under another name."""
+
+    takes_it = True
+
+    def __init__(self) -> None:
+        super().__init__(2, 2, bias=False)
+        self.scales = torch.ones(2)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination |= {f"{prefix}inner.weight": self.weight.detach(), f"{prefix}weight.absmax": self.scales + 0}
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
+        self.weight.data.copy_(state[f"{prefix}inner.weight"])
+        if self.takes_it:
+            self.scales = state[f"{prefix}weight.absmax"].clone()
+
+
+def test_what_hooks_make_of_a_module_goes_through_its_own_load_state_dict(tmp_path: Path) -> None:
+    source, target = nn.Sequential(Derived()), nn.Sequential(Derived())
+    source[0].scales.fill_(7.0)
+    ray_ckpt.save(TrainState(source), tmp_path / "run")
+    ray_ckpt.load(TrainState(target), tmp_path / "run")
+    assert torch.equal(source[0].weight, target[0].weight)
+    assert torch.equal(source[0].scales, target[0].scales)
+    target[0].scales, target[0].takes_it = torch.ones(2), False
+    with pytest.raises(StateMismatchError, match=r"Sequential does not show what was read as 0\.weight\.absmax"):
+        ray_ckpt.load(TrainState(target), tmp_path / "run")
+
+
+def test_memory_is_put_on_the_module_that_owns_it(tmp_path: Path) -> None:
+    """Within a wrapper for activation checkpointing, whose entries have the names of what it wraps."""
+    source = nn.Sequential(checkpoint_wrapper(nn.BatchNorm1d(3)))
+    source[0].running_mean.fill_(5.0)
+    ray_ckpt.save(TrainState(source), tmp_path / "run")
+    with torch.device("meta"):
+        target = nn.Sequential(checkpoint_wrapper(nn.BatchNorm1d(3)))
+    ray_ckpt.load(TrainState(target), tmp_path / "run")
+    assert not any(tensor.is_meta for tensor in target.state_dict().values())
+    assert torch.equal(target[0].running_mean, torch.full((3,), 5.0))

@@ -25,10 +25,12 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
-from ray_ckpt.errors import UsageError
+from ray_ckpt.errors import StateMismatchError, UsageError
 from ray_ckpt.format.torch_internals import local_tensor, names_of
 from ray_ckpt.state import sealing
 from ray_ckpt.state.load_plan import Claim, LoadPlan, SavedState, Spec
+from ray_ckpt.state.replicated_parts import claim_under
+from ray_ckpt.text import listed
 
 TIES = "all_tied_weights_keys"
 """Attribute of a module: alias -> canonical name of a weight that it shares. transformers' models have it."""
@@ -42,6 +44,11 @@ class _Entry:
     key: str
     """Key of the entry in the module's own state dict."""
     value: Any
+
+    @property
+    def is_opaque(self) -> bool:
+        """Whether only the module knows what it is, so that it need not be like what the module has now."""
+        return not isinstance(self.value, torch.Tensor) or self.key.rpartition(".")[2] == "_extra_state"
 
 
 class NamedModel:
@@ -101,13 +108,13 @@ class NamedModel:
             if not saved.wants(wanted):
                 continue
             first, source = held[0], saved.name_of(wanted)
-            if isinstance(first.value, torch.Tensor):
+            if not first.is_opaque:
                 if not present[first.module].holds(first):
                     continue
                 claims[wanted] = Claim(source, Spec.of(first.value), partial(_memory_of, first))
                 waiting |= {entry.module for entry in held if entry.value.is_meta}
             else:
-                claims |= {flat: Claim(flat) for flat in saved.under(source) or [source]}
+                claims |= claim_under(saved, source)
             entries[name] = held
         return LoadPlan(claims, partial(self._apply, saved, entries), _without_values(waiting))
 
@@ -141,12 +148,16 @@ class NamedModel:
         for name, held in entries.items():
             wanted = f"{self.section}.{name}"
             source = saved.name_of(wanted)
-            if wanted in loaded:
+            if held[0].is_opaque:
+                below = saved.under(source)
+                leaves = {flat: loaded[flat] if flat in loaded else saved.values[flat] for flat in below}
+                if not leaves:
+                    continue
+                value = sealing.unpack(source, leaves)
+            elif wanted in loaded:
                 value = loaded[wanted]
                 for entry in held[1:]:
                     _memory_of(entry)
-            elif not isinstance(held[0].value, torch.Tensor) and saved.under(source):
-                value = sealing.unpack(source, saved.values)
             else:
                 continue
             for entry in held:
@@ -155,6 +166,7 @@ class NamedModel:
             with sharded_state_dicts(module):
                 # What is missing has been found by now. A module may do more on a load than to take its tensors.
                 module.load_state_dict(state, strict=False)
+                _check_shown(module, state)
 
     def _entries(self) -> dict[str, list[_Entry]]:
         """Canonical name -> everything that the modules hold under it."""
@@ -175,7 +187,7 @@ class NamedModel:
             inner, inner_key = module, key
             if isinstance(module, AveragedModel) and key.startswith("module."):
                 inner, inner_key = module.module, key.removeprefix("module.")
-            known = self._known_names[module, key] = sorted(names_of(inner, inner_key))
+            known = self._known_names[module, key] = sorted(_names_of(inner, inner_key))
         return known
 
     def _canonical_names(self) -> dict[str, str]:
@@ -213,6 +225,47 @@ def sharded_state_dicts(module: nn.Module) -> Iterator[None]:
             ShardedOptimStateDictConfig(offload_to_cpu=False),
         ):
             yield
+
+
+def _names_of(module: nn.Module, key: str) -> set[str]:
+    """The names of an entry; one that a hook has made, and that is no attribute, is below the nearest that is."""
+    try:
+        return names_of(module, key)
+    except AttributeError:
+        parent, _, last = key.rpartition(".")
+        return {f"{name}.{last}" for name in _names_of(module, parent)} if parent else {last}
+
+
+def _check_shown(module: nn.Module, loaded: Mapping[str, Any]) -> None:
+    """Ask the module for its state again, after it has taken what was read.
+
+    Raises:
+        StateMismatchError: it shows something else.
+    """
+    shown = module.state_dict()
+    wrong = [
+        key
+        for key, value in loaded.items()
+        if isinstance(value, torch.Tensor) and not key.endswith("_extra_state") and not _are_one(value, shown.get(key))
+    ]
+    if wrong:
+        raise StateMismatchError(
+            f"after the load {type(module).__name__} does not show what was read as {listed(wrong, at_most=4)}: its "
+            "own load_state_dict makes something else of it, or leaves it on the meta device"
+        )
+
+
+def _are_one(read: torch.Tensor, shown: object) -> bool:
+    if not isinstance(shown, torch.Tensor) or shown.is_meta:
+        return False
+    one, other = local_tensor(read), local_tensor(shown)
+    if one.data_ptr() == other.data_ptr() and one.dtype == other.dtype:
+        return True
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    # By their bits, as a NaN is not equal to itself.
+    bits = [tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other.to(one.device))]
+    return torch.equal(*bits)
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
@@ -277,8 +330,20 @@ def _without_values(modules: set[nn.Module]) -> list[str]:
 
 def _live(entry: _Entry) -> torch.Tensor:
     """The parameter or buffer itself."""
+    owner, name = _owner(entry)
+    return getattr(owner, name)  # type: ignore[no-any-return]
+
+
+def _owner(entry: _Entry) -> tuple[nn.Module, str]:
+    """The module that has the entry as its own parameter or buffer, within wrappers that leave no trace in the key."""
     path, _, name = entry.key.rpartition(".")
-    return getattr(entry.module.get_submodule(path), name)  # type: ignore[no-any-return]
+    module = entry.module.get_submodule(path)
+    while name not in module._parameters and name not in module._buffers and len(module._modules) == 1:
+        [inner] = module._modules.values()
+        if inner is None:
+            break
+        module = inner
+    return module, name
 
 
 def _memory_of(entry: _Entry) -> torch.Tensor:
@@ -298,8 +363,8 @@ def _memory_of(entry: _Entry) -> torch.Tensor:
                     "to_empty(device=...) before the optimizer is made"
                 ) from error
         else:
-            path, _, name = entry.key.rpartition(".")
-            setattr(entry.module.get_submodule(path), name, memory)
+            owner, name = _owner(entry)
+            setattr(owner, name, memory)
     return _live(entry).detach()
 
 
