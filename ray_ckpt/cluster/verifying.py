@@ -28,7 +28,7 @@ def verify(
         True
 
     Args:
-        target: the checkpoint's directory as every worker's node and the driver know it, or a store.
+        target: the checkpoint's directory or file as every worker's node and the driver know it, or a store.
         step: number of the step in the store; None verifies the checkpoint at `target` itself, or else the latest
             committed step of the store there.
         timeout_s: time limit; by default the group's `call_timeout_s`.

@@ -49,8 +49,8 @@ class ArrowStorageReader(StorageReader):
     Args:
         target: a checkpoint's directory, or a file by `torch.save` or safetensors: a local path, a URI as `Storage`
             takes it, or a `Storage`. `checkpoint_id` of `dcp.load` replaces it; None waits for that.
-        verify_checksums: check every byte that is read against the checksum recorded when it was saved. Checkpoints
-            that stock DCP wrote have none.
+        verify_checksums: check every byte that is read against the checksum recorded when it was saved. Other
+            programs' checkpoints have at most the CRC-32 of zip members, which is compared where one is read whole.
         trusted: let the checkpoint's pickles run whatever code they name. Only for a checkpoint whose author you trust.
         threads: number of reads at the same time; by default 12 over a network, and on local files as many as this rank
             has cores, up to four.

@@ -45,8 +45,8 @@ class CheckpointReader:
     Args:
         target: a checkpoint's directory, or a file by `torch.save` or safetensors; a local path, a URI as `Storage`
             takes it, or a `Storage`.
-        verify_checksums: check every byte that is read against the checksum recorded when it was saved. Checkpoints
-            that stock DCP wrote have none.
+        verify_checksums: check every byte that is read against the checksum recorded when it was saved. Other
+            programs' checkpoints have at most the CRC-32 of zip members, which is compared where one is read whole.
         trusted: let the checkpoint's pickles run whatever code they name. Only for a checkpoint whose author you trust.
         threads: number of reads at the same time; by default 12 over a network, and on local files as many as this rank
             has cores, up to four.
@@ -84,7 +84,7 @@ class CheckpointReader:
         """What the checkpoint holds, at the cost of one small read. Non-tensor values are in it: `Manifest.values()`.
 
         For another program's checkpoint (stock DCP, accelerate, Lightning, `torch.save`, safetensors) the manifest is
-        derived from the headers there; it has no checksums, and values only where a header holds them.
+        derived from the headers there; it has no checksums of ours, and values only where a header holds them.
 
         Raises:
             CheckpointNotFoundError: there is no committed checkpoint.
