@@ -175,3 +175,8 @@ def test_tensors_of_a_module_are_replaced() -> None:
     torch_internals.replace_tensors(module, lambda tensor: torch.zeros_like(tensor, device="cpu"))
     assert {tensor.device.type for tensor in module.state_dict().values()} == {"cpu"}
     assert isinstance(module.weight, nn.Parameter)
+    assert [torch_internals.has_entry(nn.Linear(2, 2, bias=False), name) for name in ("weight", "bias", "other")] == [
+        True,
+        True,
+        False,
+    ]

@@ -4,7 +4,7 @@ DCP      StorageInfo, ExtensionRegistry, StreamTransformExtension, ShardedTensor
          flatten_state_dict, set_element, names_of
 DTensor  local_tensor, locate_shard, StridedShard
 tensors  is_wrapper, STORAGE_TYPES, TENSOR_CLASSES, rebuild_tensor_v2, rebuild_tensor_v3, narrow, copy_each
-modules  replace_tensors, with_own_tensors
+modules  replace_tensors, with_own_tensors, has_entry
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ __all__ = [
     "copy_each",
     "create_write_items",
     "flatten_state_dict",
+    "has_entry",
     "is_wrapper",
     "local_tensor",
     "locate_shard",
@@ -84,6 +85,11 @@ def copy_each(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
 def replace_tensors(module: nn.Module, replace: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Put `replace(tensor)` in place of every parameter's data and of every buffer, in all submodules."""
     module._apply(replace)
+
+
+def has_entry(module: nn.Module, name: str) -> bool:
+    """Whether a module itself has a parameter or buffer of that name, were it None."""
+    return name in module._parameters or name in module._buffers
 
 
 def with_own_tensors(module: nn.Module, make: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
 from ray_ckpt.errors import StateMismatchError, UsageError
-from ray_ckpt.format.torch_internals import local_tensor, names_of
+from ray_ckpt.format.torch_internals import has_entry, local_tensor, names_of
 from ray_ckpt.state import sealing
 from ray_ckpt.state.load_plan import Claim, LoadPlan, SavedState, Spec
 from ray_ckpt.state.replicated_parts import claim_under
@@ -338,7 +338,7 @@ def _owner(entry: _Entry) -> tuple[nn.Module, str]:
     """The module that has the entry as its own parameter or buffer, within wrappers that leave no trace in the key."""
     path, _, name = entry.key.rpartition(".")
     module = entry.module.get_submodule(path)
-    while name not in module._parameters and name not in module._buffers and len(module._modules) == 1:
+    while not has_entry(module, name) and len(module._modules) == 1:
         [inner] = module._modules.values()
         if inner is None:
             break
