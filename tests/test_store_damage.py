@@ -283,6 +283,7 @@ def test_of_two_writers_one_wins(tmp_path):
             ray_ckpt.save(state, storage)
         assert _loads(directory, 5)
         assert not list(directory.glob("*.tmp"))
+        assert len(list(directory.glob("*.distcp"))) == 1, "the loser has removed its own"
 
 
 @pytest.fixture(scope="module")
@@ -315,6 +316,28 @@ def test_a_lost_race_is_seen_where_nothing_decides_it(request, kind):
     state = {"step": 0}
     ray_ckpt.load(state, place)
     assert state == {"step": 5}
+
+
+class Hidden(Storage):
+    """A listing of a while ago: the record does not show right after the commit."""
+
+    def perform(self, operation, name, action):
+        result = super().perform(operation, name, action)
+        if name == MANIFEST_NAME and operation == "rename":
+            self.hidden = self.read_bytes(name)
+            self.delete(name)
+        return result
+
+
+def test_a_record_that_does_not_show_is_no_lost_race():
+    place = Hidden("memory://hidden/step-1")
+    with pytest.raises(ray_ckpt.StorageError, match="cannot find .*manifest.json"):
+        ray_ckpt.save({"step": 6}, place)
+    later = Storage(place.uri)
+    later.write_atomic(MANIFEST_NAME, place.hidden)
+    state = {"step": 0}
+    ray_ckpt.load(state, later)
+    assert state == {"step": 6}, "its files were kept"
 
 
 # --------------------------------------------------------------------------------------------- what was interrupted

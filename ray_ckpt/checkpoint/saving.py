@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from ray_ckpt.checkpoint.background import saver
 from ray_ckpt.checkpoint.exchange import Exchange, TrainersExchange
 from ray_ckpt.checkpoint.meetings import Deadline
-from ray_ckpt.errors import RayCkptError, UsageError
+from ray_ckpt.errors import CheckpointExistsError, RayCkptError, UsageError
 from ray_ckpt.format import dcp_metadata
 from ray_ckpt.protocol.coordinator import Coordinator
 from ray_ckpt.protocol.messages import Assignment, LocalPlan, Outcome, RankRecord
@@ -271,7 +271,11 @@ class _Save:
             # All ranks have agreed not to commit. After a lost connection that is not known, and the files stay.
             self._writer.discard()
             raise
-        return ranks.broadcast(lambda: self._coordinator.publish(dcp_metadata.dumps(self._coordinator.manifest)))
+        try:
+            return ranks.broadcast(lambda: self._coordinator.publish(dcp_metadata.dumps(self._coordinator.manifest)))
+        except CheckpointExistsError:
+            self._writer.discard()  # it is another writer's that is there
+            raise
 
     def finish_beside_training(self, handle: SaveHandle, deadline: Deadline | None, order: _Order) -> None:
         """Begin `finish` in a thread; the handle tells how it ends. All ranks call it."""

@@ -93,7 +93,10 @@ class PreparedFile:
         else:
             self._rename(self._temporary, replace=replace)
         if not replace and not self._storage.has_local_files and not self._is_there():
-            self._fail("create", FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)))
+            # Only what is seen to be another's says that ours is not there: its data files may then be removed.
+            absent = self._storage.size(self.name) is None
+            code = errno.ENOENT if absent else errno.EEXIST
+            self._fail("find" if absent else "create", OSError(code, os.strerror(code)))
 
     def abandon(self) -> None:
         """Leave no temporary file behind, as far as the storage lets us: a clean-up finds what it does not."""
