@@ -48,7 +48,7 @@ def test_what_the_workers_train_meanwhile_is_not_in_the_checkpoint(group: Worker
     group.run(rank_states.train_in_place)
     assert steps_of(group) == [6] * NUM_WORKERS
     assert not handle.done()
-    with pytest.raises(SavePendingError, match=r"has not ended within 0\.0 s; it goes on"):
+    with pytest.raises(SavePendingError, match=r"has not ended within 0 s; it goes on"):
         handle.result(timeout_s=0.0)
     with pytest.raises(SavePendingError):
         ray_ckpt.cluster.save(group, STATE, tmp_path / "other", timeout_s=0.1)
