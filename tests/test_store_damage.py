@@ -331,7 +331,7 @@ class Hidden(Storage):
 
 def test_a_record_that_does_not_show_is_no_lost_race():
     place = Hidden("memory://hidden/step-1")
-    with pytest.raises(ray_ckpt.StorageError, match="cannot find .*manifest.json"):
+    with pytest.raises(ray_ckpt.StorageError, match=r"cannot find .*manifest\.json"):
         ray_ckpt.save({"step": 6}, place)
     later = Storage(place.uri)
     later.write_atomic(MANIFEST_NAME, place.hidden)
