@@ -111,7 +111,7 @@ def test_any_layout_to_any_other_each_with_its_own_number_of_workers(tmp_path: P
     assert (report["from"], report["to"], report["workers"]) == (source, target, Layout.parse(source).world_size)
     assert report["verified"] is True
     assert report["tensors_compared"] == 32
-    assert f"as {source}, " in done.stdout
+    assert f"train: 3 steps as {source}\n" in done.stdout
 
 
 @pytest.mark.slow
