@@ -9,7 +9,7 @@ import pytest
 from ray_ckpt.errors import FormatError, StateMismatchError
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.manifest import Chunk, Manifest, ObjectEntry, TensorEntry
-from ray_ckpt.format.translate import Names, Translation, group_lists, join, may_be_foreign, translate
+from ray_ckpt.format.translate import Names, Translation, group_lists, join_names, may_be_foreign, translate
 
 ADAM = ("exp_avg", "exp_avg_sq", "step")
 
@@ -106,14 +106,14 @@ def test_indices_follow_the_optimizer_and_param_names_win() -> None:
 
 def test_stages_that_each_know_their_own_part_make_up_the_order_of_the_model() -> None:
     of_ranks = [Names(["a.weight", "c.weight"], [["a.weight", "c.weight"]]), Names(["b.weight"], [["b.weight"]])]
-    names = join(of_ranks)
+    names = join_names(of_ranks)
     assert names is not None
     assert not names.is_order_known
     shapes = {"a.weight": (1, 2), "b.weight": (3, 4), "c.weight": (5, 6)}
     saved = indexed(list(shapes), [[0, 1, 2]], shapes)
     found = translated(saved, {"optim.param_groups.0.params": [0, 1, 2]}, names).manifest
     assert all(found.tensors[f"optim.state.{name}.exp_avg"].shape == shape for name, shape in shapes.items())
-    assert join([TWO, TWO]) == Names(tuple(TWO.model), TWO.groups)
+    assert join_names([TWO, TWO]) == Names(tuple(TWO.model), TWO.groups)
 
 
 def test_a_state_that_has_another_shape_than_its_parameter_gives_a_wrong_order_away() -> None:

@@ -15,7 +15,7 @@ from typing import Literal
 
 from ray_ckpt.checkpoint.exchange import TrainersExchange
 from ray_ckpt.errors import CheckpointNotFoundError, UsageError
-from ray_ckpt.format.translate import join
+from ray_ckpt.format.translate import join_names
 from ray_ckpt.protocol.agreement import agree
 from ray_ckpt.protocol.rank_load import LoadOptions, RankLoad, State
 from ray_ckpt.report import LoadReport
@@ -139,7 +139,7 @@ def _load(ranks: TrainersExchange, state: State, location: Location, options: Lo
     ranks.on_all(rank.open)
     if rank.may_be_foreign and ranks.ask_any(isinstance(state, TrainState))():
         names = ranks.gather(lambda: rank.names(state))
-        common = ranks.broadcast(lambda: join(names))
+        common = ranks.broadcast(lambda: join_names(names))
         ranks.on_all(lambda: rank.adapt(common))
     offers = ranks.gather(lambda: rank.offer(state))
     verdict = ranks.broadcast(lambda: agree(offers))

@@ -18,7 +18,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayError
 
-from ray_ckpt.cluster.worker import Outcome, WorkerInfo
+from ray_ckpt.cluster.worker import CallOutcome, WorkerInfo
 from ray_ckpt.errors import DIED, SILENT, GroupTimeoutError, RankFailure, WorkerError
 
 CAUSE_GRACE_S = 1.0
@@ -84,7 +84,7 @@ def gather(
     """The values of one call, by rank.
 
     Args:
-        refs: rank -> object reference to its `Outcome`.
+        refs: rank -> object reference to its `CallOutcome`.
         workers: where each rank runs.
         timeout_s: for the whole call.
         again: called with a rank that raised an error of its own; calls it once more and returns the new reference, or
@@ -129,9 +129,9 @@ def _take(
 ) -> Any | None:
     """Note what a rank has answered, or the reference to its next try."""
     try:
-        outcome: Outcome = ray.get(ref)
+        outcome: CallOutcome = ray.get(ref)
     except RayError as error:
-        outcome = Outcome(failure=_from_ray(error, rank, workers[rank]))
+        outcome = CallOutcome(failure=_from_ray(error, rank, workers[rank]))
     failure = outcome.failure
     if failure is None:
         answers.values[rank] = outcome.value

@@ -25,7 +25,7 @@ from typing import Any, Literal
 from ray_ckpt.cluster import worker_side
 from ray_ckpt.cluster.group import WorkerGroup
 from ray_ckpt.errors import UsageError
-from ray_ckpt.format.translate import join
+from ray_ckpt.format.translate import join_names
 from ray_ckpt.protocol.agreement import agree
 from ray_ckpt.report import LoadReport
 from ray_ckpt.storage.resolve import Target, checkpoint_at
@@ -99,7 +99,7 @@ def load(
 
     try:
         if any(call(worker_side.open_load, found.storage, options, state_of)):
-            call(worker_side.adapt_load, join(call(worker_side.name_load, state_of)))
+            call(worker_side.adapt_load, join_names(call(worker_side.name_load, state_of)))
         verdict = agree(call(worker_side.offer_load, state_of))
         call(worker_side.read_load, verdict)
         reports = call(worker_side.finish_load, verdict)

@@ -16,7 +16,7 @@ import ray
 from ray.exceptions import RayError
 
 from ray_ckpt.cluster.gather import CAUSE_GRACE_S, POLL_S
-from ray_ckpt.cluster.worker import Outcome, attempt, resolve
+from ray_ckpt.cluster.worker import CallOutcome, attempt, resolve
 from ray_ckpt.errors import DIED, GroupTimeoutError, RankFailure, WorkerError
 
 SUBMITTED_AT_ONCE = 64
@@ -118,7 +118,7 @@ class _Run:
 
     def _take(self, ref: Any, number: int) -> None:
         try:
-            outcome: Outcome = ray.get(ref)
+            outcome: CallOutcome = ray.get(ref)
         except RayError as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             text = lines[0] if lines else ""
@@ -132,6 +132,6 @@ class _Run:
             self.on_done(number, outcome.value)
 
 
-def _call(number: int, fn: Callable[..., Any] | str, args: tuple[Any, ...]) -> Outcome:
+def _call(number: int, fn: Callable[..., Any] | str, args: tuple[Any, ...]) -> CallOutcome:
     """Runs in the task's process. What `fn` raises comes back as plain data, as not every exception pickles."""
     return attempt(number, lambda: resolve(fn)(*args))

@@ -84,7 +84,7 @@ class WorkerContext:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CallOutcome:
     """The result of a call on one rank, a value or a failure, as plain data that always pickles."""
 
     value: Any = None
@@ -108,7 +108,7 @@ class Worker:
         self._store: Any = None
         self._context: WorkerContext | None = None
 
-    def describe(self, place: int) -> Outcome:
+    def describe(self, place: int) -> CallOutcome:
         """Where this worker, number `place` of the group until ranks are given, runs: a `WorkerInfo`."""
         return attempt(place, self._describe)
 
@@ -124,7 +124,7 @@ class Worker:
             gpu_ids=_gpu_ids(),
         )
 
-    def serve_store(self, world_size: int, timeout_s: float, one_node: bool) -> Outcome:
+    def serve_store(self, world_size: int, timeout_s: float, one_node: bool) -> CallOutcome:
         """Open the group's store in this process; the value is its host and port."""
         return attempt(0, self._serve_store, world_size, timeout_s, one_node)
 
@@ -136,7 +136,7 @@ class Worker:
         self._store = serve_store(host, world_size, timeout_s)
         return host, self._store.port
 
-    def enlist(self, rank: int, world_size: int, local_rank: int) -> Outcome:
+    def enlist(self, rank: int, world_size: int, local_rank: int) -> CallOutcome:
         """Become rank `rank` of the workers, without a process group."""
         return attempt(rank, self._enlist, rank, world_size, local_rank)
 
@@ -149,7 +149,7 @@ class Worker:
         self._context = WorkerContext(rank, world_size, local_rank, device, backend)
         return device
 
-    def join(self, rendezvous: Rendezvous, rank: int, local_rank: int) -> Outcome:
+    def join(self, rendezvous: Rendezvous, rank: int, local_rank: int) -> CallOutcome:
         """Become rank `rank` of the process group."""
         return attempt(rank, self._join, rendezvous, rank, local_rank)
 
@@ -168,7 +168,7 @@ class Worker:
             timeout_s=rendezvous.timeout_s,
         )
 
-    def call(self, fn: Callable[..., Any] | str, args: tuple[Any, ...]) -> Outcome:
+    def call(self, fn: Callable[..., Any] | str, args: tuple[Any, ...]) -> CallOutcome:
         """Run `fn(ctx, *args)`, or the function of that name."""
         assert self._context is not None, "the group calls functions only after every rank has joined"
         return attempt(self._context.rank, self._call, fn, args)
@@ -212,18 +212,20 @@ def resolve(fn: Callable[..., Any] | str) -> Callable[..., Any]:
     return found
 
 
-def attempt(rank: int, fn: Callable[..., Any], *args: Any) -> Outcome:
+def attempt(rank: int, fn: Callable[..., Any], *args: Any) -> CallOutcome:
     """Call `fn`; turn whatever it raises into plain data, as not every exception pickles.
 
     `CheckpointException`, which DCP raises, is a BaseException and would otherwise end the process.
     """
     try:
-        return Outcome(value=fn(*args))
+        return CallOutcome(value=fn(*args))
     except BaseException as error:
         kind = type(error)
         name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
         node = _node_name(socket.gethostname(), ray.util.get_node_ip_address())
-        return Outcome(failure=RankFailure(rank, node, name, _shortened(_text_of(error)), _shortened(_trace_of(error))))
+        return CallOutcome(
+            failure=RankFailure(rank, node, name, _shortened(_text_of(error)), _shortened(_trace_of(error)))
+        )
 
 
 def _text_of(error: BaseException) -> str:

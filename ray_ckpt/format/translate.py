@@ -26,7 +26,7 @@ from ray_ckpt.errors import FormatError, StateMismatchError
 from ray_ckpt.format.manifest import Manifest, ObjectEntry, Path, TensorEntry
 from ray_ckpt.text import listed, quoted
 
-__all__ = ["HYPERPARAMETERS", "Names", "Translation", "group_lists", "join", "may_be_foreign", "translate"]
+__all__ = ["HYPERPARAMETERS", "Names", "Translation", "group_lists", "join_names", "may_be_foreign", "translate"]
 
 MODEL, OPTIM = "model", "optim"
 """Sections that our names begin with."""
@@ -76,7 +76,7 @@ class Translation:
     """Why the checkpoint lacks the optimizer's hyper-parameters; empty when it has them."""
 
 
-def join(offers: Sequence[Names | None]) -> Names | None:
+def join_names(offers: Sequence[Names | None]) -> Names | None:
     """What all ranks together hold. Ranks of a pipeline know the order of their own parameters only.
 
     Returns:

@@ -227,7 +227,7 @@ class Coordinator:
 
 
 @dataclass(frozen=True)
-class _Written:
+class _Reported:
     """What all ranks together report to have written."""
 
     chunks: Mapping[str, list[Chunk]]
@@ -239,8 +239,8 @@ class _Written:
     """Part that several ranks hold -> its spec, and the digest that `RankRecord.replicas` has for an equal one."""
 
 
-def _collect(plan: GlobalPlan, records: Sequence[RankRecord]) -> _Written:
-    written = _Written({name: [] for name, (_, spec) in plan.names.items() if spec is not None})
+def _collect(plan: GlobalPlan, records: Sequence[RankRecord]) -> _Reported:
+    written = _Reported({name: [] for name, (_, spec) in plan.names.items() if spec is not None})
     for rank, record in enumerate(records):
         items = plan.items[rank]
         for file in record.files:

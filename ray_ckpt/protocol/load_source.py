@@ -24,7 +24,7 @@ from ray_ckpt.storage.chunk_sources import SavedChunk
 from ray_ckpt.storage.files import Storage
 
 
-class Source:
+class LoadSource:
     """A checkpoint to load from: what it holds, and the bytes of it."""
 
     def __init__(self, storage: Storage) -> None:

@@ -3,7 +3,7 @@
 every rank     open     the manifest
 only where that may be somebody else's:
 every rank     names    the names of this rank's part of the state
-coordinator    join     what all ranks hold                                   (format/translate.py)
+coordinator    translate.join_names: the names of all ranks together
 every rank     adapt    the manifest under our names
 every rank     offer    plan; refuse what this rank misses                     (changes nothing)
 coordinator    agree    agreement.py: what no rank wants
@@ -31,7 +31,7 @@ from ray_ckpt.format.translate import HYPERPARAMETERS, Names
 from ray_ckpt.gc_pause import collector_paused
 from ray_ckpt.protocol.agreement import mark, marked
 from ray_ckpt.protocol.holdings import is_stateful
-from ray_ckpt.protocol.load_source import Source
+from ray_ckpt.protocol.load_source import LoadSource
 from ray_ckpt.protocol.messages import LoadOffer
 from ray_ckpt.report import LoadReport
 from ray_ckpt.state.load_plan import Claim, KeyMap, LoadPlan, SavedState, Spec
@@ -75,7 +75,7 @@ class RankLoad:
 
     def __init__(self, storage: Storage, options: LoadOptions) -> None:
         self._start = time.monotonic()
-        self._source = Source(storage)
+        self._source = LoadSource(storage)
         self._options = options
         self._names: list[str] = []
         self._saved = SavedState({}, {})

@@ -26,7 +26,7 @@ from ray_ckpt.errors import UsageError
 from ray_ckpt.state import hyperparameters, sealing
 from ray_ckpt.state.load_plan import Claim, LoadPlan, SavedState
 from ray_ckpt.state.named_model import NamedModel, sharded_state_dicts
-from ray_ckpt.state.saved_optimizers import KINDS, PARAM_GROUPS, STATE, Owner, SavedOptimizers, flatten, join
+from ray_ckpt.state.saved_optimizers import KINDS, PARAM_GROUPS, STATE, Owner, SavedOptimizers, flatten, key_name
 from ray_ckpt.text import listed
 
 _FRESH_ADVICE = "Load into a fresh optimizer, whose groups are split to match, or give each set its own group"
@@ -61,7 +61,7 @@ class NamedOptimizers:
             for parameter, state in self._states(optimizer, names).items():
                 flat = flatten(f"{STATE}.{parameter}", state)
                 keys[parameter] = (kind, *sorted(flat))
-                leaves |= {join(f"{STATE}.{parameter}", key): value for key, value in flat.items()}
+                leaves |= {key_name(f"{STATE}.{parameter}", key): value for key, value in flat.items()}
             for number, group in enumerate(optimizer.param_groups):
                 values: dict[str, Any] = {}
                 for key, value in hyperparameters.of_group(group).items():

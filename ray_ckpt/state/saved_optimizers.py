@@ -121,7 +121,7 @@ class SavedOptimizers:
                 claims[wanted] = Claim(flat, new, partial(_create, key, new, owner))
         for key in (*expected, *live) if entries else expected:
             if key not in entries:
-                lost = join(f"optim.{STATE}.{self._saved_parameter(name)}", key)
+                lost = key_name(f"optim.{STATE}.{self._saved_parameter(name)}", key)
                 claims[_wanted(name, key, twin)] = Claim(lost)
         return claims
 
@@ -158,7 +158,7 @@ class SavedOptimizers:
 
 
 def _wanted(name: str, key: str, twin: int) -> str:
-    return join(f"optim.{STATE}.{name}", key) + (f" (of copy {twin})" if twin else "")
+    return key_name(f"optim.{STATE}.{name}", key) + (f" (of copy {twin})" if twin else "")
 
 
 def flatten(name: str, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,7 +175,7 @@ def flatten(name: str, state: Mapping[str, Any]) -> dict[str, Any]:
     return {flat[len(name) + 1 :]: leaf for flat, leaf in packed.items()}
 
 
-def join(name: str, key: str) -> str:
+def key_name(name: str, key: str) -> str:
     return f"{name}.{key}" if key else name
 
 

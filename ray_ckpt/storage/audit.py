@@ -56,7 +56,7 @@ _ELEMENTS, _CONTAINER, _PADDING = "elements", "container around the elements", "
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class _Span:
     """Bytes `[start, end)` of a file and what is known of them."""
 
     start: int
@@ -73,7 +73,7 @@ class _Stretch:
     """Consecutive parts of one file."""
 
     file: str
-    parts: Sequence[_Part]
+    parts: Sequence[_Span]
 
     @property
     def num_bytes(self) -> int:
@@ -143,9 +143,9 @@ def audit(storage: Storage, manifest: Manifest, *, rank: int = 0, num_ranks: int
 # ------------------------------------------------------------------------------------------- what there is to read
 
 
-def _parts(manifest: Manifest) -> dict[str, list[_Part]]:
+def _parts(manifest: Manifest) -> dict[str, list[_Span]]:
     """File -> what is in it, by position, without a gap."""
-    parts: dict[str, list[_Part]] = {file: [] for file in sorted(manifest.files)}
+    parts: dict[str, list[_Span]] = {file: [] for file in sorted(manifest.files)}
     for name, tensor in manifest.tensors.items():
         for chunk in tensor.chunks:
             parts[chunk.file] += _tensor_parts(name, tensor.dtype, chunk)
@@ -154,28 +154,28 @@ def _parts(manifest: Manifest) -> dict[str, list[_Part]]:
         shared.setdefault((entry.file, entry.start, entry.length, entry.checksum), []).append(name)
     for (file, start, length, checksum), names in shared.items():
         sums = None if checksum is None else BlockSums(max(1, length), checksum.to_bytes(8, "little"))
-        parts[file].append(_Part(start, start + length, tuple(names), _ELEMENTS, sums))
+        parts[file].append(_Span(start, start + length, tuple(names), _ELEMENTS, sums))
     return {
         file: list(_without_gaps(sorted(of_file, key=_position), manifest.files[file], is_ours=bool(manifest.attempt)))
         for file, of_file in parts.items()
     }
 
 
-def _tensor_parts(name: str, dtype: str, chunk: Chunk) -> Iterator[_Part]:
+def _tensor_parts(name: str, dtype: str, chunk: Chunk) -> Iterator[_Span]:
     end = chunk.start + chunk.length
     sums, data_start = chunk.checksums, chunk.data_start
     if sums is None or data_start is None:
-        yield _Part(chunk.start, end, (name,), _ELEMENTS, None)
+        yield _Span(chunk.start, end, (name,), _ELEMENTS, None)
         return
     data_end = data_start + chunk.box.num_elements * itemsize(dtype)
     head, tail = _framing(dtype, chunk)
-    yield _Part(chunk.start, data_start, (name,) if head else (), _CONTAINER, head)
+    yield _Span(chunk.start, data_start, (name,) if head else (), _CONTAINER, head)
     num_blocks = max(1, STRETCH_BYTES // sums.block_bytes)
     for first in range(0, len(sums), num_blocks):
         start = data_start + first * sums.block_bytes
         some = BlockSums(sums.block_bytes, sums.sums[8 * first : 8 * (first + num_blocks)])
-        yield _Part(start, min(start + len(some) * sums.block_bytes, data_end), (name,), _ELEMENTS, some)
-    yield _Part(data_end, end, (name,) if tail else (), _CONTAINER, tail)
+        yield _Span(start, min(start + len(some) * sums.block_bytes, data_end), (name,), _ELEMENTS, some)
+    yield _Span(data_end, end, (name,) if tail else (), _CONTAINER, tail)
 
 
 def _framing(dtype: str, chunk: Chunk) -> tuple[BlockSums | None, BlockSums | None]:
@@ -189,7 +189,7 @@ def _framing(dtype: str, chunk: Chunk) -> tuple[BlockSums | None, BlockSums | No
     return _sums_of(wrapping.head), _sums_of(wrapping.tail)
 
 
-def _without_gaps(parts: Sequence[_Part], num_bytes: int, *, is_ours: bool) -> Iterator[_Part]:
+def _without_gaps(parts: Sequence[_Span], num_bytes: int, *, is_ours: bool) -> Iterator[_Span]:
     at = 0
     for part in parts:
         if part.start > at:
@@ -200,19 +200,19 @@ def _without_gaps(parts: Sequence[_Part], num_bytes: int, *, is_ours: bool) -> I
         yield _padding(at, num_bytes, is_ours=is_ours)
 
 
-def _padding(start: int, end: int, *, is_ours: bool) -> _Part:
+def _padding(start: int, end: int, *, is_ours: bool) -> _Span:
     """Zeros, where ray_ckpt wrote the file. It never leaves long gaps: who claims one may claim any length."""
     is_known = is_ours and end - start <= _MAX_PADDING_BYTES
-    return _Part(start, end, (), _PADDING, _sums_of(bytes(end - start)) if is_known else None)
+    return _Span(start, end, (), _PADDING, _sums_of(bytes(end - start)) if is_known else None)
 
 
 def _sums_of(data: bytes) -> BlockSums:
     return BlockSums(max(1, len(data)), xxhash.xxh3_64_intdigest(data).to_bytes(8, "little"))
 
 
-def _stretches(file: str, parts: Sequence[_Part], num_bytes: int) -> Iterator[_Stretch]:
+def _stretches(file: str, parts: Sequence[_Span], num_bytes: int) -> Iterator[_Stretch]:
     """The parts that lie within the file as it is."""
-    taken: list[_Part] = []
+    taken: list[_Span] = []
     for part in parts:
         if part.end > num_bytes or part.start == part.end:
             continue
@@ -224,7 +224,7 @@ def _stretches(file: str, parts: Sequence[_Part], num_bytes: int) -> Iterator[_S
         yield _Stretch(file, taken)
 
 
-def _position(part: _Part) -> tuple[int, int]:
+def _position(part: _Span) -> tuple[int, int]:
     return part.start, part.end
 
 
@@ -237,7 +237,7 @@ def _check(storage: Storage, part: _Stretch | Archive) -> list[Damage]:
 
 def _check_stretch(storage: Storage, stretch: _Stretch) -> list[Damage]:
     damages: list[Damage] = []
-    read: set[_Part] = set()
+    read: set[_Span] = set()
     try:
         with storage.open_input(stretch.file) as file:
             window = _Window(file, stretch.parts[-1].end)
@@ -264,7 +264,7 @@ class _Window:
         self._memory = memoryview(bytearray(PIECE_BYTES))
         self._held = range(0)
 
-    def sums(self, part: _Part) -> BlockSums:
+    def sums(self, part: _Span) -> BlockSums:
         """Read a part, and hash it in the blocks that it was hashed in when it was saved."""
         hasher = BlockHasher(PIECE_BYTES if part.sums is None else part.sums.block_bytes)
         at = part.start
@@ -281,7 +281,7 @@ class _Window:
         return hasher.finish()
 
 
-def _differences(file: str, part: _Part, saved: BlockSums, found: BlockSums) -> Iterator[Damage]:
+def _differences(file: str, part: _Span, saved: BlockSums, found: BlockSums) -> Iterator[Damage]:
     """One for each run of blocks that differ."""
     if saved.sums == found.sums:
         return
@@ -296,7 +296,7 @@ def _differences(file: str, part: _Part, saved: BlockSums, found: BlockSums) -> 
             first = following
 
 
-def _damages(file: str, part: _Part, start: int, end: int, problem: str) -> Iterator[Damage]:
+def _damages(file: str, part: _Span, start: int, end: int, problem: str) -> Iterator[Damage]:
     """One for each name that lives there."""
     for name in part.names or ("",):
         yield Damage(file, start, end, name, problem)
@@ -305,7 +305,7 @@ def _damages(file: str, part: _Part, start: int, end: int, problem: str) -> Iter
 # ------------------------------------------------------------------------------------- what a listing and records say
 
 
-def _misfits(manifest: Manifest, file: str, parts: Sequence[_Part], num_bytes: int | None) -> Iterator[Damage]:
+def _misfits(manifest: Manifest, file: str, parts: Sequence[_Span], num_bytes: int | None) -> Iterator[Damage]:
     """A file that is missing, too short or too long, and what is lost with it."""
     saved = manifest.files[file]
     if num_bytes == saved or (num_bytes is not None and num_bytes > saved and not manifest.attempt):

@@ -25,7 +25,7 @@ from ray_ckpt.storage.foreign import recognize
 from ray_ckpt.storage.member_sums import check_members, long_members
 from ray_ckpt.storage.objects import Decoder, decoded_containers, read_values
 from ray_ckpt.storage.ranged_reads import Piece, Tuning, fetch, local_threads, tuning_for
-from ray_ckpt.storage.record import parse_or_take
+from ray_ckpt.storage.record_files import parse_or_take
 
 __all__ = ["CheckpointReader", "Wanted"]
 

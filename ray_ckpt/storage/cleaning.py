@@ -17,7 +17,7 @@ from ray_ckpt.format.manifest import MANIFEST_NAME
 from ray_ckpt.storage.files import Scanned, Storage
 from ray_ckpt.storage.pins import Pins, Wishes
 from ray_ckpt.storage.publish import DATA_FILE, STOCK_RECORD_NAME, is_ours, restore_stock_record
-from ray_ckpt.storage.record import read_if_there
+from ray_ckpt.storage.record_files import read_if_there
 from ray_ckpt.storage.removal import Removal
 from ray_ckpt.storage.steps import Steps, directory_of, parse_steps
 

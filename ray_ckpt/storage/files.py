@@ -1,4 +1,4 @@
-"""Where bytes lie: local paths, object stores and file servers behind one small class. pyarrow is used here and in file_objects.py alone.
+"""Where bytes lie: local paths, object stores and file servers behind one small class, on pyarrow's file systems.
 
     Storage(uri) ─┬─ read_bytes, open_input ── InputFile.read_into(offset, memory)
                   ├─ create ── OutputFile.write(buffer), .close()       durable once closed

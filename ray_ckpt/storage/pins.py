@@ -33,7 +33,7 @@ _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 @dataclass(frozen=True)
-class Claim:
+class DeleteClaim:
     """A delete of a step that has begun and not ended."""
 
     step: int
@@ -51,7 +51,7 @@ class Wishes:
 
     pins: dict[int, float | None]
     """Step -> when it was pinned, in seconds since the epoch."""
-    claims: tuple[Claim, ...]
+    claims: tuple[DeleteClaim, ...]
     """Deletes that have begun."""
     temporaries: dict[str, float | None]
     """Name -> when it was written: what a process left that died while it wrote here."""
@@ -70,7 +70,7 @@ class Pins:
 
     def list(self) -> Wishes:
         pins: dict[int, float | None] = {}
-        claims: list[Claim] = []
+        claims: list[DeleteClaim] = []
         temporaries: dict[str, float | None] = {}
         for name, scanned in self._storage.scan().items():
             if match := _NAME.fullmatch(name):
@@ -78,7 +78,7 @@ class Pins:
                 if match[3] is None:
                     pins[step] = scanned.modified_s
                 else:
-                    claims.append(Claim(step, match[2] or "", name, scanned.modified_s))
+                    claims.append(DeleteClaim(step, match[2] or "", name, scanned.modified_s))
             elif _TEMPORARY.fullmatch(name):
                 temporaries[name] = scanned.modified_s
         return Wishes(pins, tuple(claims), temporaries)

@@ -20,7 +20,7 @@ from ray_ckpt.format.record import digest
 from ray_ckpt.gc_pause import collector_paused
 from ray_ckpt.storage.file_objects import PreparedFile
 from ray_ckpt.storage.files import Storage
-from ray_ckpt.storage.record import read_if_there
+from ray_ckpt.storage.record_files import read_if_there
 
 STOCK_RECORD_NAME = ".metadata"
 """Where stock DCP keeps its record of a checkpoint."""

@@ -15,7 +15,7 @@ from ray_ckpt.format.manifest import MANIFEST_NAME
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.pins import Pins
 from ray_ckpt.storage.publish import STOCK_RECORD_NAME, names_attempt
-from ray_ckpt.storage.record import read_if_there
+from ray_ckpt.storage.record_files import read_if_there
 from ray_ckpt.storage.steps import Look, directory_of
 
 __all__ = ["REQUESTS_IN_FLIGHT", "Removal"]

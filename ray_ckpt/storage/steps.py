@@ -17,7 +17,7 @@ from ray_ckpt.errors import CheckpointError, CheckpointNotFoundError, FormatErro
 from ray_ckpt.format.manifest import MANIFEST_NAME
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.publish import DATA_FILE
-from ray_ckpt.storage.record import parse_and_keep, read_if_there
+from ray_ckpt.storage.record_files import parse_and_keep, read_if_there
 
 __all__ = ["Look", "Steps", "directory_of", "parse_steps"]
 

@@ -23,7 +23,7 @@ from ray_ckpt.report import RemovalReport
 from ray_ckpt.storage.cleaning import Cleaning
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.pins import Pins
-from ray_ckpt.storage.record import read_if_there
+from ray_ckpt.storage.record_files import read_if_there
 from ray_ckpt.storage.removal import REQUESTS_IN_FLIGHT, Removal
 from ray_ckpt.storage.retention import Policy, retained
 from ray_ckpt.storage.steps import Look, Steps, directory_of
