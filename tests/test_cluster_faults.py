@@ -19,10 +19,9 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
 
@@ -40,7 +39,6 @@ pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.filterwarnings("
 
 NUM_WORKERS = 2
 DRIVER = -1
-T = TypeVar("T")
 TIMEOUT_S = 5.0
 WRITE = ("create", "write", "finish", "sync")
 RECOVERS = ("throttled", "slow")
@@ -132,10 +130,10 @@ class Striking(Storage):
         super().__init__(target)
         self.driver, self.pid, self.number = os.getpid(), pid, number
 
-    def perform(self, operation: str, name: str, action: Callable[[], T]) -> T:
-        if operation == "look for" and name.endswith(".distcp") and os.getpid() == self.driver:
+    def sizes(self, names: Iterable[str]) -> dict[str, int]:
+        if os.getpid() == self.driver:
             os.kill(self.pid, self.number)
-        return super().perform(operation, name, action)
+        return super().sizes(names)
 
 
 def attempt(group: WorkerGroup, case: Case, target: str) -> tuple[RayCkptError | None, float]:
