@@ -68,7 +68,8 @@ def test_training_goes_on_and_none_of_it_is_in_the_checkpoint(tmp_path: Path) ->
 
 
 def test_the_trainer_is_held_up_little_longer_than_a_copy_takes(tmp_path: Path) -> None:
-    state = {str(number): torch.full((4 << 20,), float(number)) for number in range(8)}  # 128 MiB
+    # Large enough that what a save costs besides the copy, a few milliseconds, does not decide.
+    state = {str(number): torch.full((16 << 20,), float(number)) for number in range(8)}  # 512 MiB
     copy = {name: torch.empty_like(tensor) for name, tensor in state.items()}
     blocked, copied = [], []
     for number in range(6):
