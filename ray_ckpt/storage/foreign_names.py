@@ -1,15 +1,95 @@
-"""Whether another program's checkpoint is at a target, as far as names tell. Needs no torch: a driver asks too."""
+"""Which program's checkpoint is at a target, as far as names tell. Needs no torch: a driver asks too.
+
+list_target ──> Listing ── kind_of ──> the first of KINDS that knows these names; `foreign.py` opens it
+"""
 
 from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from ray_ckpt.format import safetensors
 from ray_ckpt.storage.files import Storage
 
-__all__ = ["ACCELERATE_MODEL", "ACCELERATE_OPTIMIZER", "is_file", "is_foreign"]
+__all__ = [
+    "ACCELERATE_MODEL",
+    "ACCELERATE_OPTIMIZER",
+    "KINDS",
+    "Kind",
+    "Listing",
+    "is_file",
+    "is_foreign",
+    "kind_of",
+    "list_target",
+]
 
 ACCELERATE_MODEL, ACCELERATE_OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"
 """Directories that accelerate's `save_state` makes for FSDP: `FSDP_MODEL_NAME` and `OPTIMIZER_NAME` of its constants,
 with the number of the model or optimizer."""
+
+_MODEL = re.compile(r"(model(-\d+-of-\d+)?\.safetensors|pytorch_model(-\d+-of-\d+|_fsdp)?\.bin)(\.index\.json)?")
+"""Files of a model by transformers' `save_pretrained` or accelerate's `save_state`."""
+
+_BESIDE_MODEL = re.compile(r"(optimizer|scheduler)\.(pt|bin)|trainer_state\.json|(rng_state|random_states)(_\d+)?\.\w+")
+"""Files that transformers' `Trainer` and accelerate's `save_state` put beside the model."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What lies directly in a directory."""
+
+    files: Mapping[str, int]
+    """Name -> bytes."""
+    directories: frozenset[str]
+
+    def ending(self, suffix: str) -> list[str]:
+        """Names of the files with this suffix, sorted."""
+        return sorted(name for name in self.files if name.endswith(suffix))
+
+    def matching(self, pattern: re.Pattern[str]) -> list[str]:
+        """Names of the files that match as a whole, sorted."""
+        return sorted(name for name in self.files if pattern.fullmatch(name))
+
+
+class Kind(NamedTuple):
+    """A kind of checkpoint directory."""
+
+    name: str
+    """Names its opener in `foreign.py`."""
+    recognize: Callable[[Listing], bool]
+    """Whether a directory that holds this is one."""
+
+
+def _is_fsdp_directory(listing: Listing) -> bool:
+    return not {ACCELERATE_MODEL, ACCELERATE_OPTIMIZER}.isdisjoint(listing.directories)
+
+
+def _is_training_directory(listing: Listing) -> bool:
+    """A model and at least one file of its training, or the shards of a model that only torch.save can hold."""
+    models = listing.matching(_MODEL)
+    return bool(models and listing.matching(_BESIDE_MODEL)) or any(".bin" in name for name in models)
+
+
+def _is_safetensors_directory(listing: Listing) -> bool:
+    return bool(listing.ending(safetensors.SUFFIX) or listing.ending(safetensors.INDEX_SUFFIX))
+
+
+KINDS = (
+    Kind("accelerate's FSDP directory", _is_fsdp_directory),
+    Kind("a training directory", _is_training_directory),
+    Kind("safetensors", _is_safetensors_directory),
+)
+"""In the order in which they are asked: one whose names are a part of another's comes after it."""
+
+
+def list_target(storage: Storage) -> Listing:
+    return Listing(storage.list_files(), frozenset(storage.list_directories()))
+
+
+def kind_of(listing: Listing) -> Kind | None:
+    return next((kind for kind in KINDS if kind.recognize(listing)), None)
 
 
 def is_file(storage: Storage) -> bool:
@@ -19,8 +99,5 @@ def is_file(storage: Storage) -> bool:
 
 
 def is_foreign(storage: Storage) -> bool:
-    """Whether a directory without a manifest holds what `foreign.recognize` may know."""
-    return any(name.endswith((safetensors.SUFFIX, safetensors.INDEX_SUFFIX)) for name in storage.list_files()) or not {
-        ACCELERATE_MODEL,
-        ACCELERATE_OPTIMIZER,
-    }.isdisjoint(storage.list_directories())
+    """Whether a directory without a manifest or `.metadata` holds what `foreign.recognize` may know."""
+    return kind_of(list_target(storage)) is not None
