@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
+import random
+import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,9 @@ import torch
 
 import ray_ckpt
 from ray_ckpt.errors import FormatError
+from ray_ckpt.format import canonical
 from ray_ckpt.format.manifest import MANIFEST_NAME, VERSION, Manifest
-from ray_ckpt.format.record import seal
+from ray_ckpt.format.record import parse, parse_each, parse_object, parse_tensor, seal
 from tests.support.records import VERSION_1, edit_record, sealed
 
 SAVED = {
@@ -185,11 +189,12 @@ MISFITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 }
 
 
+@pytest.mark.parametrize("as_saved", [True, False], ids=["as we write it", "with spaces"])
 @pytest.mark.parametrize(("change", "place"), MISFITS.values(), ids=MISFITS)
 def test_what_does_not_fit_is_named_with_its_place(
-    run: Path, change: Callable[[dict[str, Any]], object], place: str
+    run: Path, change: Callable[[dict[str, Any]], object], place: str, as_saved: bool
 ) -> None:
-    edit_record(run, change)
+    edit_record(run, change, as_saved=as_saved)
     with pytest.raises(FormatError, match=f"^{run}/manifest.json.*{place}"):
         ray_ckpt.load(blank(), run)
 
@@ -218,3 +223,54 @@ def test_json_is_read_strictly(run: Path, old: str, new: str, problem: str) -> N
     (run / MANIFEST_NAME).write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(FormatError, match=f"^{run}/manifest.json.*{problem}"):
         ray_ckpt.load(blank(), run)
+
+
+# ------------------------------------------------------------------------------------------ as we write it, and JSON
+
+
+def many_kinds() -> dict[str, Any]:
+    """Names and values of which some are written in ways that others are not."""
+    names = ("plain", "with.dots", "with [brackets], and commas", "with {braces}")
+    tensors: dict[str, Any] = {name: torch.ones(2, 3) for name in names}
+    values = {
+        "tuple": (0.9, 0.999),
+        "nested": {"a": [1, (2, None)]},
+        "none": None,
+        "text": "x},y",
+        "size": torch.Size([1]),
+    }
+    return {"tensors": tensors, "list": [torch.zeros(0), torch.tensor(1.5)], "values": values, "bare": torch.ones(3)}
+
+
+@pytest.mark.parametrize("strange", ["", "\u00fc", "\\", '"'], ids=["ASCII", "umlaut", "backslash", "quotation mark"])
+def test_a_record_as_we_write_it_holds_what_its_json_does(tmp_path: Path, strange: str) -> None:
+    ray_ckpt.save(many_kinds() | {f"x{strange}": torch.ones(2), f"y{strange}": strange}, tmp_path / "run")
+    text = (tmp_path / "run" / MANIFEST_NAME).read_bytes()
+    with_spaces = sealed(json.loads(text))
+    assert (canonical.read(text) is None) is bool(strange)
+    assert canonical.read(with_spaces.encode()) is None
+    assert Manifest.from_json(text) == Manifest.from_json(with_spaces)
+    assert {f"x{strange}", f"y{strange}"} <= {*Manifest.from_json(text).tensors, *Manifest.from_json(text).objects}
+
+
+def test_no_changed_record_is_read_as_something_that_its_json_is_not(tmp_path: Path) -> None:
+    """Changed by somebody who makes the digest fit."""
+    ray_ckpt.save(many_kinds(), tmp_path / "run")
+    body, _, _ = (tmp_path / "run" / MANIFEST_NAME).read_text().rpartition(',"digest":')
+    parts = sorted({*re.findall(r'"[^"]*"|[0-9.]+|.', body)})
+    pieces = [*parts, "\n", "\0", " ", "-1", "00", "1e3", '":{"', '"},"', "]},", "]},{", "},{"]
+    draw, num_read = random.Random(14), 0
+    for _ in range(3000):
+        at, length, piece = draw.randrange(1, len(body)), draw.choice([0, 1, 1, 2, 30]), draw.choice(pieces)
+        text = seal(body[:at] + piece + body[at + length :] + "}").encode()
+        read = canonical.read(text)
+        if read is not None:
+            num_read += 1
+            assert read == as_json(text)
+    assert num_read > 100
+
+
+def as_json(text: bytes) -> dict[str, Any]:
+    data = parse(text)
+    tensors, objects = partial(parse_tensor, ours=True), partial(parse_object, ours=True)
+    return data | {"tensors": parse_each(data, "tensors", tensors), "objects": parse_each(data, "objects", objects)}

@@ -14,7 +14,7 @@ __all__ = ["BlockHasher", "BlockSums", "block_size"]
 _MIN_BLOCK_BYTES, _MAX_BLOCK_BYTES, _BLOCKS_PER_CHUNK = 4 << 10, 1 << 20, 256
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class BlockSums:
     """One XXH3-64 per block of a chunk's data, or of an object's bytes."""
 

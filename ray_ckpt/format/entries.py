@@ -94,15 +94,14 @@ class TensorEntry(NamedTuple):
         return math.prod(self.shape) * itemsize(self.dtype)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Inline:
     """A value that the manifest holds itself. A class of its own, because None is a value too."""
 
     value: Any
 
 
-@dataclass(frozen=True)
-class ObjectEntry:
+class ObjectEntry(NamedTuple):
     """A non-tensor: a number, a text, a list, or an object that only `torch.save` can write."""
 
     file: str

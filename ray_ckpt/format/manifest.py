@@ -28,7 +28,7 @@ from functools import partial
 from typing import Any
 
 from ray_ckpt.errors import FormatError
-from ray_ckpt.format import limits, record
+from ray_ckpt.format import canonical, limits, record
 from ray_ckpt.format.boxes import check_cover
 from ray_ckpt.format.entries import (
     Chunk,
@@ -151,7 +151,7 @@ class Manifest:
         data = text.encode("utf-8", "replace") if isinstance(text, str) else bytes(text)
         has_digest = record.is_sealed(data, where)
         try:
-            manifest = _parse(record.parse(data), has_digest=has_digest)
+            manifest = _parse(data, has_digest=has_digest)
         except (*record.MISFITS, RecursionError, MemoryError) as error:
             kind = "" if isinstance(error, (record.MisfitError, FormatError)) else f"{type(error).__name__}: "
             raise FormatError(f"{where} is no manifest that this reader can use: {kind}{error}") from error
@@ -193,12 +193,14 @@ class Manifest:
             )
 
 
-def _parse(data: Mapping[str, Any], *, has_digest: bool) -> Manifest:
+def _parse(text: bytes, *, has_digest: bool) -> Manifest:
     """The manifest, whose parts may not fit each other yet.
 
     Raises:
         record.MISFITS: something in the record is not what belongs there.
     """
+    parsed = canonical.read(text) if has_digest else None
+    data = record.parse(text) if parsed is None else parsed
     version = data.get("version")
     if data.get("format") != "ray_ckpt":
         raise FormatError(f"format is {str(data.get('format'))[:60]!r}, not 'ray_ckpt'")
@@ -212,9 +214,10 @@ def _parse(data: Mapping[str, Any], *, has_digest: bool) -> Manifest:
     if not has_digest and (unknown := sorted(data.keys() - required)):
         raise FormatError(f"{unknown[0][:60]!r} is no member of version {version}: it is damaged")
     ours = bool(record.text(data, "attempt"))
+    parse_tensor, parse_object = partial(record.parse_tensor, ours=ours), partial(record.parse_object, ours=ours)
     return Manifest(
-        tensors=record.parse_each(data, "tensors", partial(record.parse_tensor, ours=ours)),
-        objects=record.parse_each(data, "objects", partial(record.parse_object, ours=ours)),
+        tensors=parsed["tensors"] if parsed else record.parse_each(data, "tensors", parse_tensor),
+        objects=parsed["objects"] if parsed else record.parse_each(data, "objects", parse_object),
         files=record.parse_members(data, "files", record.size),
         attempt=data["attempt"],
         layout=None if data["layout"] is None else record.text(data, "layout"),

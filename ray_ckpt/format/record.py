@@ -34,6 +34,7 @@ from ray_ckpt.format.entries import Chunk, Inline, ObjectEntry, Path, TensorEntr
 
 __all__ = [
     "MISFITS",
+    "SEAL_BYTES",
     "MisfitError",
     "digest",
     "dumps",
@@ -44,9 +45,11 @@ __all__ = [
     "parse_each",
     "parse_members",
     "parse_object",
+    "parse_path",
     "parse_tensor",
     "seal",
     "size",
+    "sizes",
     "tensors_to_json",
     "text",
 ]
@@ -57,7 +60,8 @@ _SIZE_LIMIT = 1 << 63
 """Sizes and offsets of files are below this."""
 
 _SEAL = re.compile(rb',"digest":"([0-9a-f]{32})"\}\Z')
-_SEAL_BYTES = len(',"digest":""}') + 32
+SEAL_BYTES = len(',"digest":""}') + 32
+"""Size of the end of a record that has a digest."""
 _DIGEST = re.compile(r"[0-9a-f]{32}", re.ASCII)
 _CHECKSUM = re.compile(r"[0-9a-f]{16}", re.ASCII)
 
@@ -110,7 +114,7 @@ def is_sealed(record: bytes, where: str) -> bool:
     Raises:
         FormatError: it carries one of other bytes.
     """
-    found = _SEAL.search(record, max(0, len(record) - _SEAL_BYTES))
+    found = _SEAL.search(record, max(0, len(record) - SEAL_BYTES))
     if found is None:
         return False
     told, seen = found[1].decode(), digest(memoryview(record)[: found.start()])
@@ -266,7 +270,7 @@ def parse_tensor(name: str, data: Any, *, ours: bool) -> TensorEntry:
             parsed.append(_parse_chunk(chunk, ours=ours))
         except MISFITS as error:
             raise _at(f"chunks[{number}]", error) from error
-    return TensorEntry(text(data, "dtype"), _sizes(data, "shape"), tuple(parsed), _parse_path(name, data))
+    return TensorEntry(text(data, "dtype"), sizes(data, "shape"), tuple(parsed), parse_path(name, data))
 
 
 def _parse_chunk(data: Any, *, ours: bool) -> Chunk:
@@ -279,14 +283,14 @@ def _parse_chunk(data: Any, *, ours: bool) -> Chunk:
             raise MisfitError("block_bytes", "is 0")
         checksums = BlockSums(block_bytes, _parse_base64(data, "checksums"))
     return Chunk(
-        box=shared_box(_sizes(data, "offsets"), _sizes(data, "sizes")),
+        box=shared_box(sizes(data, "offsets"), sizes(data, "sizes")),
         file=text(data, "file"),
         start=size(data, "start"),
         length=size(data, "length"),
         data_start=size(data, "data_start") if "data_start" in data else None,
         checksums=checksums,
         transforms=_parse_transforms(data) if "transforms" in data else (),
-        strides=_sizes(data, "strides") if "strides" in data else None,
+        strides=sizes(data, "strides") if "strides" in data else None,
     )
 
 
@@ -314,7 +318,7 @@ def parse_object(name: str, data: Any, *, ours: bool) -> ObjectEntry:
         blob=_parse_base64(data, "blob") if has_blob else None,
         checksum=checksum,
         transforms=_parse_transforms(data) if "transforms" in data else (),
-        path=_parse_path(name, data),
+        path=parse_path(name, data),
     )
 
 
@@ -325,7 +329,7 @@ def _parse_value(data: Any) -> Any:
         raise MisfitError("value", str(error)) from error
 
 
-def _parse_path(name: str, data: Any) -> Path | None:
+def parse_path(name: str, data: Any) -> Path | None:
     """`path` is absent when it is the name alone, null when nothing was flattened."""
     if "path" not in data:
         return (name,)
@@ -359,7 +363,7 @@ def parse_digest(data: Mapping[str, Any], key: str) -> str | None:
     return value
 
 
-def _sizes(data: Mapping[str, Any], key: str) -> tuple[int, ...]:
+def sizes(data: Mapping[str, Any], key: str) -> tuple[int, ...]:
     """Sizes or offsets, one per dim."""
     numbers = data[key]
     if type(numbers) is not list:

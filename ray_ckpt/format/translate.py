@@ -378,7 +378,7 @@ class _Renamed:
         tensors = self._apply(
             manifest.tensors, lambda entry, path: TensorEntry(entry.dtype, entry.shape, entry.chunks, path)
         )
-        objects = self._apply(manifest.objects, lambda entry, path: dataclasses.replace(entry, path=path))
+        objects = self._apply(manifest.objects, lambda entry, path: entry._replace(path=path))
         return dataclasses.replace(manifest, tensors=tensors, objects=objects, fingerprints={})
 
     def _apply(self, entries: Mapping[str, E], moved: Callable[[E, Path], E]) -> dict[str, E]:

@@ -7,7 +7,7 @@ import operator
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from ray_ckpt.errors import CommitError
 from ray_ckpt.format.boxes import Box, shared_box
@@ -251,7 +251,7 @@ def _collect(plan: GlobalPlan, records: Sequence[RankRecord]) -> _Reported:
                     written.digests[key] = item.spec, digest_tensor(chunk.checksums.sums)
             for position, entry in file.objects.items():
                 item = items[position]
-                written.objects[item.name] = entry if item.path is None else replace(entry, path=item.path)
+                written.objects[item.name] = entry if item.path is None else entry._replace(path=item.path)
                 if plan.writers and (key := key_of(item)) in plan.writers and entry.checksum is not None:
                     written.digests[key] = None, digest_object(entry.checksum)
     return written

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -37,9 +36,7 @@ def below(directory: str, manifest: Manifest) -> Manifest:
         name: entry._replace(chunks=tuple(moved(chunk) for chunk in entry.chunks))
         for name, entry in manifest.tensors.items()
     }
-    objects = {
-        name: dataclasses.replace(entry, file=f"{directory}/{entry.file}") for name, entry in manifest.objects.items()
-    }
+    objects = {name: entry._replace(file=f"{directory}/{entry.file}") for name, entry in manifest.objects.items()}
     return Manifest(tensors, objects, {f"{directory}/{file}": size for file, size in manifest.files.items()})
 
 
@@ -50,7 +47,7 @@ def prefixed(prefix: str, manifest: Manifest) -> Manifest:
         for name, entry in manifest.tensors.items()
     }
     objects = {
-        f"{prefix}.{name}": dataclasses.replace(entry, path=(prefix, *(entry.path or (name,))))
+        f"{prefix}.{name}": entry._replace(path=(prefix, *(entry.path or (name,))))
         for name, entry in manifest.objects.items()
     }
     return Manifest(tensors, objects, manifest.files)
