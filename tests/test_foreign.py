@@ -19,6 +19,7 @@ FULL: dict[str, dict[str, Any]] = {
     "by name": {},
     "by index, sharded": {},
     "accelerate": {},
+    "accelerate, file per rank": {},
     "lightning": {"only": ("model", "optim")},
 }
 """With their optimizers, by what is to be said to `load`."""

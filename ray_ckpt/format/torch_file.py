@@ -7,6 +7,7 @@
 
     data.pkl          ── parse ──> Content     tensors as places in storages, everything else as it is
     Content, places of the storages ── to_manifest ──> Manifest
+                                    ── describe ──> the same of a file that may hold a rank's part of each tensor only
 
 Nothing runs from the file, and a tensor costs no byte before it is wanted, and then only those that are. What is no
 tensor and no plain value (the arguments of a script, a path, an enumeration) has an entry that says so, and is refused
@@ -17,7 +18,7 @@ Source of the format: PyTorch's `torch/serialization.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -25,20 +26,22 @@ import torch
 
 from ray_ckpt.errors import FormatError, UnsafeCheckpointError
 from ray_ckpt.format import limits, torch_pickle
-from ray_ckpt.format.boxes import Box
+from ray_ckpt.format.boxes import Box, check_cover
 from ray_ckpt.format.manifest import Chunk, Inline, Manifest, ObjectEntry, Path, TensorEntry
 from ray_ckpt.format.ranges import span
 from ray_ckpt.format.stand_ins import Instance, Name
 from ray_ckpt.format.torch_container import dtype_name
-from ray_ckpt.format.torch_pickle import Tensor
+from ray_ckpt.format.torch_pickle import Sharded, Tensor
 from ray_ckpt.text import quoted
 
-__all__ = ["Content", "Place", "parse", "to_manifest"]
+__all__ = ["Content", "Place", "describe", "parse", "to_manifest"]
 
 _ADVICE = (
     "save the state dicts alone (tensors, numbers, texts, lists, dicts), or convert the file with torch.load(..., "
     "weights_only=False) if you trust its author"
 )
+
+_LEAVES = (Tensor, Sharded)
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, bytearray, torch.dtype, torch.device)
 
@@ -47,7 +50,7 @@ _PLAIN = (type(None), bool, int, float, complex, str, bytes, bytearray, torch.dt
 class Content:
     """What the pickle holds, flattened as DCP flattens a state dict."""
 
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    tensors: dict[str, Tensor | Sharded] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
     """Name -> plain value."""
     unknown: dict[str, str] = field(default_factory=dict)
@@ -57,17 +60,27 @@ class Content:
 
     @property
     def storages(self) -> set[str]:
-        return {tensor.key for tensor in self.tensors.values()}
+        return {part.key for tensor in self.tensors.values() for _, part in parts(tensor)}
 
 
-def parse(data: bytes, file: str) -> Content:
+def parts(tensor: Tensor | Sharded) -> Sequence[tuple[Box, Tensor]]:
+    """The boxes of a tensor that a file holds."""
+    return tensor.local if isinstance(tensor, Sharded) else [(Box.whole(tensor.shape), tensor)]
+
+
+def parse(data: bytes, file: str, below: str = "") -> Content:
     """Read the pickle of a file.
+
+    Args:
+        below: a name to put everything below. Then the file may hold something else than a dict.
 
     Raises:
         UnsafeCheckpointError: it calls an unknown function, or is an object of an unknown class as a whole.
         FormatError: it is damaged, holds no dict, or exceeds a limit.
     """
     root = torch_pickle.read(data, file, trust_advice=_ADVICE).root
+    if below:
+        root = {below: root}
     if isinstance(root, (Instance, Name)):
         raise UnsafeCheckpointError(f"{file} holds {quoted(root)}, which could run code; {_ADVICE}")
     if not isinstance(root, Mapping):
@@ -94,29 +107,30 @@ def to_manifest(content: Content, places: Mapping[str, Place], file: str, file_b
         places: storage's key -> where its bytes lie.
 
     Raises:
+        FormatError: a tensor reaches outside its storage, or the file holds a part of it only.
+    """
+    manifest = describe(content, places, file, file_bytes)
+    if any(isinstance(tensor, Sharded) for tensor in content.tensors.values()):
+        for name, entry in manifest.tensors.items():
+            if problem := check_cover(entry.shape, [chunk.box for chunk in entry.chunks]):
+                raise FormatError(
+                    f"{file} holds one rank's part of {quoted(name)} ({problem}): name the directory that the files of "
+                    "all ranks are in, under the names that they were saved by"
+                )
+    manifest.check()
+    return manifest
+
+
+def describe(content: Content, places: Mapping[str, Place], file: str, file_bytes: int) -> Manifest:
+    """As `to_manifest`, of a file that may hold parts of its tensors only: nobody has checked that they are all there.
+
+    Raises:
         FormatError: a tensor reaches outside its storage.
     """
     tensors = {}
     for name, tensor in content.tensors.items():
-        if tensor.key not in places:
-            raise FormatError(f"{file} lacks the storage {quoted(tensor.key)}, which {quoted(name)} lies in")
-        if tensor.is_converted:
-            raise FormatError(
-                f"{file}: {quoted(name)} is a conjugate or negated view, whose elements are not what its bytes say; "
-                "save tensor.resolve_conj().resolve_neg()"
-            )
-        start, num_bytes, crc = places[tensor.key]
-        num_elements = span(tensor.shape, tensor.strides) if 0 not in tensor.shape else 0
-        first = tensor.offset * tensor.dtype.itemsize
-        if first + num_elements * tensor.dtype.itemsize > num_bytes:
-            raise FormatError(
-                f"{file}: {quoted(name)} of {list(tensor.shape)} with strides {list(tensor.strides)} from element "
-                f"{tensor.offset} reaches outside its storage, which has {num_bytes} bytes"
-            )
-        chunk = Chunk(Box.whole(tensor.shape), file, start, num_bytes, data_start=start + first, strides=tensor.strides)
-        if num_elements * tensor.dtype.itemsize == num_bytes:
-            chunk = chunk._replace(crc=crc)
-        tensors[name] = TensorEntry(dtype_name(tensor.dtype), tensor.shape, (chunk,), content.paths[name])
+        chunks = tuple(_chunk(name, box, part, places, file) for box, part in parts(tensor))
+        tensors[name] = TensorEntry(dtype_name(tensor.dtype), tensor.shape, chunks, content.paths[name])
     objects = {
         name: ObjectEntry(file, 0, 0, inline=Inline(value), path=content.paths[name])
         for name, value in content.values.items()
@@ -124,9 +138,27 @@ def to_manifest(content: Content, places: Mapping[str, Place], file: str, file_b
     for name, unknown in content.unknown.items():
         reason = f"{file} asks for {unknown[:200]} there, which is no plain value and could run code; {_ADVICE}"
         objects[name] = ObjectEntry(file, 0, 0, refusal=reason, path=content.paths[name])
-    manifest = Manifest(tensors, objects, {file: file_bytes})
-    manifest.check()
-    return manifest
+    return Manifest(tensors, objects, {file: file_bytes})
+
+
+def _chunk(name: str, box: Box, part: Tensor, places: Mapping[str, Place], file: str) -> Chunk:
+    if part.key not in places:
+        raise FormatError(f"{file} lacks the storage {quoted(part.key)}, which {quoted(name)} lies in")
+    if part.is_converted:
+        raise FormatError(
+            f"{file}: {quoted(name)} is a conjugate or negated view, whose elements are not what its bytes say; "
+            "save tensor.resolve_conj().resolve_neg()"
+        )
+    start, num_bytes, crc = places[part.key]
+    num_elements = span(part.shape, part.strides) if 0 not in part.shape else 0
+    first = part.offset * part.dtype.itemsize
+    if first + num_elements * part.dtype.itemsize > num_bytes:
+        raise FormatError(
+            f"{file}: {quoted(name)} of {list(part.shape)} with strides {list(part.strides)} from element "
+            f"{part.offset} reaches outside its storage, which has {num_bytes} bytes"
+        )
+    chunk = Chunk(box, file, start, num_bytes, data_start=start + first, strides=part.strides)
+    return chunk._replace(crc=crc) if num_elements * part.dtype.itemsize == num_bytes else chunk
 
 
 # ------------------------------------------------------------------------------------------------ flattening
@@ -173,9 +205,9 @@ class _Flattener:
     def _measure(self, value: Any, depth: int) -> _Measure:
         """What is shared counts where it appears, but is looked through once: a pickle of a few bytes can stand for
         more than any memory holds."""
-        if isinstance(value, Tensor) or not isinstance(value, (Mapping, list, tuple, set, frozenset)):
-            unknown = "" if isinstance(value, (Tensor, *_PLAIN)) else _class_of(value)
-            return _Measure(1, 1, 0, 0, isinstance(value, Tensor), unknown)
+        if isinstance(value, _LEAVES) or not isinstance(value, (Mapping, list, tuple, set, frozenset)):
+            unknown = "" if isinstance(value, (*_LEAVES, *_PLAIN)) else _class_of(value)
+            return _Measure(1, 1, 0, 0, isinstance(value, _LEAVES), unknown)
         if depth > self._max_depth:
             raise self._nested_too_deep()
         if id(value) not in self._measured:
@@ -213,7 +245,7 @@ class _Flattener:
 
     def _add(self, value: Any, path: Path) -> None:
         measure = self._measure(value, 0)
-        if measure.is_branch and not isinstance(value, Tensor):
+        if measure.is_branch and not isinstance(value, _LEAVES):
             parts = _named_items(value) if isinstance(value, Mapping) else enumerate(value)
             for part, item in parts:
                 self._add(item, (*path, part))
@@ -222,7 +254,7 @@ class _Flattener:
         if name in self.content.paths:
             raise FormatError(f"{self._file} holds two entries called {quoted(name)} once its dicts are flattened")
         self.content.paths[name] = path
-        if isinstance(value, Tensor):
+        if isinstance(value, _LEAVES):
             self.content.tensors[name] = value
         elif measure.unknown:
             self.content.unknown[name] = measure.unknown

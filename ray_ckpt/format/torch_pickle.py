@@ -1,6 +1,7 @@
 """Tensors in the pickles that `torch.save` writes: as descriptions, of which nothing is rebuilt.
 
-    data.pkl bytes ── read ──> plain values, with a Tensor for each tensor and stand-ins for what is unknown
+    data.pkl bytes ── read ──> plain values, with a Tensor for each tensor, a Sharded for each rank's part of one
+                               (sharded_pickle.py), and stand-ins for what is unknown
 
 Source of the format: PyTorch's `torch/_utils.py` (`_rebuild_tensor_v2`, `_rebuild_tensor_v3`, `_rebuild_parameter`) and
 the persistent ids of `torch/serialization.py`.
@@ -15,25 +16,12 @@ import torch
 
 from ray_ckpt.format import limits
 from ray_ckpt.format.pickle_reader import Unpickler
+from ray_ckpt.format.sharded_pickle import Sharded, Tensor, rebuild_from_type
+from ray_ckpt.format.stand_ins import Name
 from ray_ckpt.format.torch_internals import STORAGE_TYPES, TENSOR_CLASSES
 from ray_ckpt.text import quoted
 
-__all__ = ["Content", "Tensor", "read"]
-
-
-class Tensor(NamedTuple):
-    """A tensor as the pickle describes it."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    """Strides in elements."""
-    key: str
-    """Name of its storage."""
-    offset: int
-    """Position of its first element in the storage, in elements."""
-    is_converted: bool
-    """Whether it is a conjugate or negated view: then its elements are not what its bytes say."""
+__all__ = ["Content", "Sharded", "Tensor", "read"]
 
 
 class Content(NamedTuple):
@@ -145,10 +133,18 @@ def _refuse_sizes_alone(*sizes: Any) -> Any:
     raise ValueError(f"a tensor of {quoted(sizes)} that comes with no bytes")
 
 
-def _rebuild_parameter(tensor: Tensor, *_: Any) -> Tensor:
-    if not isinstance(tensor, Tensor):
+def _rebuild_parameter(tensor: Any, *_: Any) -> Any:
+    if not isinstance(tensor, (Tensor, Sharded)):
         raise ValueError(f"a parameter of {quoted(tensor)}")
     return tensor
+
+
+def _rebuild_from_type(function: Any, kind: Any, args: Any, state: Any) -> Any:
+    """A tensor that has attributes, or a class of its own. Attributes are left out."""
+    is_plain = isinstance(kind, Name) and kind.text in ("torch.Tensor", "torch.nn.parameter.Parameter")
+    if is_plain and isinstance(function, Name) and function.text in _PLAIN_TENSORS:
+        return _PLAIN_TENSORS[function.text](*args)
+    return rebuild_from_type(function, kind, args, state)
 
 
 def _name_of(cls: type) -> str:
@@ -160,10 +156,15 @@ _STORAGE_TYPES = {
     **{name: _StorageType(dtype) for dtype, name in STORAGE_TYPES.items()},
 }
 
-_MAKERS: dict[str, Callable[..., Any]] = {
+_PLAIN_TENSORS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor_v2": _rebuild_v2,
     "torch._utils._rebuild_tensor_v3": _rebuild_v3,
     "torch._utils._rebuild_parameter": _rebuild_parameter,
+}
+
+_MAKERS: dict[str, Callable[..., Any]] = {
+    **_PLAIN_TENSORS,
+    "torch._tensor._rebuild_from_type_v2": _rebuild_from_type,
     "torch.Size": make_size,
     "torch.device": _device,
     **dict.fromkeys(map(_name_of, (torch.Tensor, *TENSOR_CLASSES)), _refuse_sizes_alone),

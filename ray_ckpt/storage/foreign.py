@@ -18,7 +18,7 @@ from ray_ckpt.errors import CheckpointNotFoundError, FormatError, RayCkptError
 from ray_ckpt.format import safetensors, zip_directory
 from ray_ckpt.format.dcp_metadata import METADATA_NAME
 from ray_ckpt.format.manifest import MANIFEST_NAME
-from ray_ckpt.storage import safetensors_files, stock_dcp, torch_files, training_directory
+from ray_ckpt.storage import rank_directory, safetensors_files, stock_dcp, torch_files, training_directory
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.foreign_names import ACCELERATE_MODEL, KINDS, Listing, kind_of, list_target
 from ray_ckpt.storage.foreign_parts import Found, read_range
@@ -33,6 +33,7 @@ class Opener(Protocol):
 
 
 _OPENERS: dict[str, Opener] = {
+    "files of ranks": rank_directory.open_directory,
     "accelerate's FSDP directory": training_directory.open_fsdp,
     "a training directory": training_directory.open_directory,
     "safetensors": safetensors_files.open_directory,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ray_ckpt.format import safetensors
+from ray_ckpt.format import rank_names, safetensors
 from ray_ckpt.storage.files import Storage
 
 __all__ = [
@@ -76,7 +76,12 @@ def _is_safetensors_directory(listing: Listing) -> bool:
     return bool(listing.ending(safetensors.SUFFIX) or listing.ending(safetensors.INDEX_SUFFIX))
 
 
+def _are_rank_files(listing: Listing) -> bool:
+    return rank_names.are_rank_files(listing.files)
+
+
 KINDS = (
+    Kind("files of ranks", _are_rank_files),
     Kind("accelerate's FSDP directory", _is_fsdp_directory),
     Kind("a training directory", _is_training_directory),
     Kind("safetensors", _is_safetensors_directory),

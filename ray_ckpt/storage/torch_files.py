@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 
@@ -15,7 +16,7 @@ from ray_ckpt.storage.files import InputFile, Storage
 from ray_ckpt.storage.foreign_parts import read_range
 from ray_ckpt.storage.ranged_reads import Piece, Source, Tuning, fetch, tuning_for
 
-__all__ = ["LEGACY_MAGIC", "open_file", "refuse_legacy"]
+__all__ = ["LEGACY_MAGIC", "open_file", "read_file", "refuse_legacy"]
 
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """A file of torch before 1.6 begins with this."""
@@ -24,11 +25,31 @@ _HEADER_GAP_BYTES = 16 << 10
 """Local headers of a zip archive that are nearer than this are read together."""
 
 
+class Opened(NamedTuple):
+    """A file whose pickle has been read."""
+
+    content: torch_file.Content
+    places: dict[str, torch_file.Place]
+    """Storage's key -> where its bytes lie."""
+
+
 def open_file(storage: Storage, name: str, num_bytes: int) -> Manifest:
     """
     Raises:
-        FormatError: `torch.save` did not write it, it is damaged, or exceeds a limit.
+        FormatError: `torch.save` did not write it, it is damaged, exceeds a limit, or is one rank's of several.
         UnsafeCheckpointError: it is not safe to read.
+    """
+    content, places = read_file(storage, name, num_bytes)
+    return torch_file.to_manifest(content, places, name, num_bytes)
+
+
+def read_file(storage: Storage, name: str, num_bytes: int, below: str = "") -> Opened:
+    """
+    Args:
+        below: a name to put everything below.
+
+    Raises:
+        FormatError, UnsafeCheckpointError: as `open_file`.
     """
     with storage.open_input(name) as file:
         refuse_legacy(name, read_range(file, 0, min(num_bytes, len(LEGACY_MAGIC))))
@@ -43,9 +64,9 @@ def open_file(storage: Storage, name: str, num_bytes: int) -> Manifest:
         contents = {key: _member(file, member) for key, member in small.items()}
     if contents.get("byteorder", b"little").strip() != b"little":
         raise FormatError(f"{name} was saved on a big-endian machine: load it with torch.load and save it again here")
-    content = torch_file.parse(contents["data.pkl"], name)
+    content = torch_file.parse(contents["data.pkl"], name, below)
     storages = {key: members[f"{prefix}data/{key}"] for key in content.storages if f"{prefix}data/{key}" in members}
-    return torch_file.to_manifest(content, _places(storage, name, storages), name, num_bytes)
+    return Opened(content, _places(storage, name, storages))
 
 
 def refuse_legacy(name: str, start: bytes) -> None:

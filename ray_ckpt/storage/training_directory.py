@@ -37,8 +37,7 @@ def open_fsdp(storage: Storage, listing: Listing, *, trusted: bool) -> Found:
             inside = storage.child(name)
             if not inside.exists(METADATA_NAME):
                 raise FormatError(
-                    f"{inside.address} looks like accelerate's, but holds no {METADATA_NAME}: its save was "
-                    "interrupted, or made with use_dcp=False, which nothing but the same ranks can load"
+                    f"{inside.address} looks like accelerate's, but holds no {METADATA_NAME}: its save was interrupted"
                 )
             with storage.open_input(f"{name}/{METADATA_NAME}"):
                 pass  # the directory may be a link that leaves this one

@@ -53,6 +53,7 @@ def write_by_two(rank: int, directory: str) -> dict[str, Snapshot]:
         "by name": _write_by_name(rank, at / "by name"),
         "by index, sharded": _write_by_index(rank, at / "by index, sharded"),
         "accelerate": _write_as_accelerate(rank, at / "accelerate"),
+        "accelerate, file per rank": _write_as_accelerate(rank, at / "accelerate, file per rank", use_dcp=False),
         "lightning": _write_as_lightning(rank, at / "lightning"),
         "collided": _write_collided(rank, at / "collided"),
     }
@@ -72,7 +73,7 @@ def _write_by_index(rank: int, path: Path) -> Snapshot:
     return state.snapshot(rank)
 
 
-def _write_as_accelerate(rank: int, path: Path) -> Snapshot:
+def _write_as_accelerate(rank: int, path: Path, use_dcp: bool = True) -> Snapshot:
     """By accelerate's own functions. Its Accelerator takes no CPU for FSDP, and is asked for little here."""
     from accelerate import PartialState
     from accelerate.utils.fsdp_utils import save_fsdp_model, save_fsdp_optimizer
@@ -86,8 +87,8 @@ def _write_as_accelerate(rank: int, path: Path) -> Snapshot:
         optim_state_dict_config=ShardedOptimStateDictConfig(),
     )
     accelerator = types.SimpleNamespace(process_index=rank, num_processes=2, is_main_process=rank == 0)
-    save_fsdp_model(plugin, accelerator, state.model, str(path))
-    save_fsdp_optimizer(plugin, accelerator, state.optimizer, state.model, str(path))
+    save_fsdp_model(plugin, accelerator, state.model, str(path), use_dcp=use_dcp)
+    save_fsdp_optimizer(plugin, accelerator, state.optimizer, state.model, str(path), use_dcp=use_dcp)
     return state.snapshot(rank)
 
 

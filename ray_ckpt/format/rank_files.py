@@ -1,0 +1,194 @@
+"""Files that each rank wrote of what it held, put together: a manifest for which the layout no longer matters.
+
+    what each file holds ── join ──> Manifest   tensors of their shards, every element once
+
+Sharded tensors say themselves which boxes a rank holds. What is not sharded has to be the same on all ranks that hold
+it: of a model and an optimizer, anything else is refused, since it means files of two saves or state whose place nobody
+wrote down. Of other things (random generators, data loaders) each rank may have its own; it is named `<item>.rank<n>`.
+Which file is whose, `rank_names.py` tells.
+
+Shards alone do not show that one of them is of another save in the same layout; what all ranks hold, such as an
+optimizer's `step`, does.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from ray_ckpt.errors import FormatError
+from ray_ckpt.format.boxes import Box, check_cover
+from ray_ckpt.format.manifest import Chunk, Manifest, ObjectEntry, TensorEntry
+from ray_ckpt.format.rank_names import RankFile
+from ray_ckpt.format.torch_file import Content
+from ray_ckpt.format.torch_pickle import Sharded
+from ray_ckpt.text import listed, quoted
+
+__all__ = ["Part", "join"]
+
+
+class Part(NamedTuple):
+    """What one rank's file holds."""
+
+    file: RankFile
+    content: Content
+    manifest: Manifest
+    """Of the boxes that the file holds."""
+
+
+def join(parts: Sequence[Part]) -> Manifest:
+    """One manifest of all files.
+
+    Raises:
+        FormatError: shards overlap or leave something out, or the ranks' files contradict each other.
+    """
+    tensors: dict[str, TensorEntry] = {}
+    objects: dict[str, ObjectEntry] = {}
+    for item in dict.fromkeys(part.file.item for part in parts):
+        of_item = [part for part in parts if part.file.item == item]
+        joiner = _Joiner(of_item, may_differ=not _is_state(of_item))
+        tensors |= joiner.tensors()
+        objects |= joiner.objects()
+    files = {file: size for part in parts for file, size in part.manifest.files.items()}
+    manifest = Manifest(tensors, objects, files)
+    manifest.check()
+    return manifest
+
+
+def _is_state(parts: Sequence[Part]) -> bool:
+    """Whether it is a model or an optimizer, of which ranks hold parts or the same."""
+    return any(isinstance(tensor, Sharded) for part in parts for tensor in part.content.tensors.values()) or any(
+        "param_groups" in path for part in parts for path in part.content.paths.values()
+    )
+
+
+class _Joiner:
+    """Joins the files of one item."""
+
+    def __init__(self, parts: Sequence[Part], *, may_differ: bool) -> None:
+        self._parts = parts
+        self._may_differ = may_differ
+
+    def tensors(self) -> dict[str, TensorEntry]:
+        joined: dict[str, TensorEntry] = {}
+        for name, of_name in self._by_name("tensors"):
+            if isinstance(of_name[0].content.tensors[name], Sharded):
+                joined[name] = _join_shards(name, of_name)
+            elif differing := _differing_tensors(name, of_name):
+                self._refuse_difference(name, differing)
+                joined |= {_own(name, part): part.manifest.tensors[name]._replace(path=None) for part in of_name}
+            else:
+                joined[name] = of_name[0].manifest.tensors[name]
+        return joined
+
+    def objects(self) -> dict[str, ObjectEntry]:
+        joined: dict[str, ObjectEntry] = {}
+        for name, of_name in self._by_name("objects"):
+            entries = [part.manifest.objects[name] for part in of_name]
+            if len({_told(entry) for entry in entries}) == 1:
+                joined[name] = entries[0]
+            else:
+                other = next(part for part in of_name if _told(part.manifest.objects[name]) != _told(entries[0]))
+                self._refuse_difference(name, (of_name[0], other))
+                joined |= {_own(name, part): entry for part, entry in zip(of_name, entries, strict=True)}
+        return joined
+
+    def _by_name(self, kind: str) -> Iterator[tuple[str, list[Part]]]:
+        """Names, each with the files that hold it.
+
+        Raises:
+            FormatError: a name stands for a tensor in one file, and for something else in another.
+        """
+        found: dict[str, list[Part]] = defaultdict(list)
+        for part in self._parts:
+            for name in getattr(part.manifest, kind):
+                found[name].append(part)
+        for name, of_name in found.items():
+            kinds = {type(part.content.tensors.get(name)) for part in self._parts if name in part.content.paths}
+            if len(kinds) > 1:
+                raise FormatError(
+                    f"{quoted(name)} is a shard, a whole tensor or a value, depending on the rank: the files "
+                    f"{listed([part.file.name for part in of_name])} are not of one save"
+                )
+            yield name, of_name
+
+    def _refuse_difference(self, name: str, parts: tuple[Part, Part]) -> None:
+        if self._may_differ:
+            return
+        first, second = (part.file.name for part in parts)
+        raise FormatError(
+            f"{quoted(name)} is not sharded, and differs between {first} and {second}: they are of two saves, or each "
+            "rank had state of its own without saying where it belongs (such as FSDP1's flat parameters and optimizers "
+            "of them), which only as many ranks with the same wrapping can load; save it there with full state dicts, "
+            "or sharded by FSDP2"
+        )
+
+
+def _own(name: str, part: Part) -> str:
+    """The name of what each rank has of its own: the rank stands behind the item's name."""
+    item = part.file.item
+    return f"{item}.rank{part.file.rank}{name.removeprefix(item)}"
+
+
+def _told(entry: ObjectEntry) -> str:
+    """What is compared of a value."""
+    if entry.inline is None:
+        return entry.refusal.replace(entry.file, "the file")
+    return f"{type(entry.inline.value).__name__} {entry.inline.value!r}"
+
+
+def _differing_tensors(name: str, parts: Sequence[Part]) -> tuple[Part, Part] | None:
+    """Two files that hold different tensors, as far as dtypes, shapes and the CRC-32 of their bytes tell."""
+    first = parts[0]
+    for other in parts[1:]:
+        mine, its = first.manifest.tensors[name], other.manifest.tensors[name]
+        if (mine.dtype, mine.shape) != (its.dtype, its.shape) or _differ(mine.chunks[0], its.chunks[0]):
+            return first, other
+    return None
+
+
+def _differ(first: Chunk, second: Chunk) -> bool:
+    """Whether two chunks of one shape have different bytes; of those without a CRC-32 of their own nothing is told."""
+    return bool(first.crc and second.crc) and (first.crc, first.strides) != (second.crc, second.strides)
+
+
+def _join_shards(name: str, parts: Sequence[Part]) -> TensorEntry:
+    first = parts[0]
+    described = _described(name, first)
+    for other in parts[1:]:
+        if _described(name, other) != described:
+            raise FormatError(
+                f"{quoted(name)} is {described} in {first.file.name}, and {_described(name, other)} in "
+                f"{other.file.name}: they are of two saves, or of different numbers of ranks"
+            )
+    held: dict[Box, tuple[Chunk, Part]] = {}
+    for part in parts:
+        for chunk in part.manifest.tensors[name].chunks:
+            known = held.setdefault(chunk.box, (chunk, part))
+            if _differ(known[0], chunk):
+                raise FormatError(
+                    f"{quoted(name)} at {chunk.box.offsets} is not the same in {known[1].file.name} and in "
+                    f"{part.file.name}, which should be replicas: they are of two saves"
+                )
+    entry = first.manifest.tensors[name]
+    chunks = tuple(chunk for chunk, _ in held.values())
+    if problem := check_cover(entry.shape, [chunk.box for chunk in chunks]):
+        raise FormatError(
+            f"{quoted(name)}, {described}, cannot be put together of {listed([part.file.name for part in parts])}: "
+            f"{problem}{_absent(name, parts)}"
+        )
+    return entry._replace(chunks=chunks)
+
+
+def _described(name: str, part: Part) -> str:
+    sharded = part.content.tensors[name]
+    assert isinstance(sharded, Sharded), "asked for sharded tensors only"
+    return f"{str(sharded.dtype).removeprefix('torch.')}{list(sharded.shape)} placed as {sharded.layout}"
+
+
+def _absent(name: str, parts: Sequence[Part]) -> str:
+    sharded = [part.content.tensors[name] for part in parts]
+    ranks = {rank for tensor in sharded if isinstance(tensor, Sharded) for rank in tensor.ranks}
+    missing = sorted(ranks - {part.file.rank for part in parts})
+    return f"; no file of rank {listed(missing)} holds a part of it" if missing else ""

@@ -1,0 +1,46 @@
+"""Directories in which each rank wrote its own files: verl's, accelerate's `use_dcp=False`, torch_checkpointing's."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+from ray_ckpt.errors import FormatError
+from ray_ckpt.format import limits, rank_names, torch_file
+from ray_ckpt.format.rank_files import Part, join
+from ray_ckpt.storage import torch_files
+from ray_ckpt.storage.files import Storage
+from ray_ckpt.storage.foreign_names import Listing
+from ray_ckpt.storage.foreign_parts import Found
+
+__all__ = ["open_directory"]
+
+_THREADS = 8
+"""Files that are opened at the same time: little is read of each."""
+
+
+def open_directory(storage: Storage, listing: Listing, *, trusted: bool) -> Found:
+    """
+    Raises:
+        FormatError: a rank's file is missing or damaged, or they contradict each other.
+        UnsafeCheckpointError: one is not safe to read.
+    """
+    found = rank_names.find(listing.files, _world_size(storage, listing))
+    if found is None:
+        raise FormatError(f"{storage.address}/{rank_names.METADATA_NAME} is none of torch_checkpointing's")
+
+    def open_part(file: rank_names.RankFile) -> Part:
+        num_bytes = listing.files[file.name]
+        content, places = torch_files.read_file(storage, file.name, num_bytes, file.item)
+        return Part(file, content, torch_file.describe(content, places, file.name, num_bytes))
+
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="ray_ckpt-open") as pool:
+        parts = list(pool.map(open_part, found.files))
+    return Found(found.kind, storage, join(parts))
+
+
+def _world_size(storage: Storage, listing: Listing) -> int | None:
+    name = rank_names.METADATA_NAME
+    if name not in listing.files:
+        return None
+    limits.RECORD_BYTES.check(listing.files[name], name)
+    return rank_names.read_world_size(storage.read_bytes(name))
