@@ -281,3 +281,18 @@ def test_state_that_changes_during_a_save_is_noticed(tmp_path):
 
     with pytest.raises(UsageError, match="'grows' was planned as"):
         driver.save([state], [Grower(tmp_path)])
+
+
+def test_a_writer_that_loses_leaves_nothing_behind(tmp_path):
+    losers = [ArrowStorageWriter(tmp_path) for _ in range(2)]
+    begun = [driver.write([{"weight": torch.ones(6), "step": 7}], [writer]) for writer in losers]
+    lost = {name for of_rank in begun[0][1] for result in of_rank if (name := result.storage_data.part.file)}
+    assert lost <= {*_files(tmp_path)}
+    losers[1].finish(*begun[1])
+    kept = _files(tmp_path)
+    with pytest.raises(CheckpointExistsError):
+        losers[0].finish(*begun[0])
+    assert _files(tmp_path) == {name: data for name, data in kept.items() if name not in lost}
+    with pytest.raises(CheckpointExistsError):  # and whoever commits twice keeps what is committed
+        losers[1].finish(*begun[1])
+    assert ray_ckpt.verify(tmp_path).verified

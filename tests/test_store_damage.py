@@ -284,6 +284,7 @@ def test_of_two_writers_one_wins(tmp_path):
         assert _loads(directory, 5)
         assert not list(directory.glob("*.tmp"))
         assert len(list(directory.glob("*.distcp"))) == 1, "the loser has removed its own"
+        assert ray_ckpt.verify(directory).verified, "and left what stock DCP reads"
 
 
 @pytest.fixture(scope="module")
@@ -361,6 +362,30 @@ def test_an_overwrite_cut_off_between_its_renames_is_mended(store, tmp_path):
     store.clean()
     assert _reads(step) == (9, 2)  # too young to be touched
     store.clean(older_than_s=0)
+    assert _reads(step) == (9, 9)
+    assert ray_ckpt.verify(step).verified
+
+
+def test_a_save_does_not_replace_what_stock_dcp_commits_meanwhile(tmp_path):
+    stock = {"weight": torch.arange(30.0) * 5, "step": 5}
+    storage = Raced(tmp_path, "rename", ".metadata", lambda: dcp.save(stock, checkpoint_id=tmp_path, no_dist=True))
+    with pytest.raises(ray_ckpt.CheckpointExistsError):
+        ray_ckpt.save({"weight": torch.arange(30.0), "step": 1}, storage)
+    assert _reads(tmp_path) == (5, 5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".metadata", "__0_0.distcp"]
+
+
+def test_an_overwrite_of_a_stock_checkpoint_that_was_cut_off_is_mended(tmp_path):
+    step = tmp_path / "run" / "step-2"
+    dcp.save({"weight": torch.arange(30.0) * 2, "step": 2}, checkpoint_id=step, no_dist=True)
+    with pytest.raises(Crash):
+        ray_ckpt.save(
+            {"weight": torch.arange(30.0) * 9, "step": 9}, Raced(step, "rename", ".metadata", _crash), overwrite=True
+        )
+    assert _reads(step) == (9, 2)
+    [damage] = ray_ckpt.verify(step).damages
+    assert "still that of the checkpoint which was replaced" in damage.problem
+    ray_ckpt.CheckpointStore(tmp_path / "run").clean(older_than_s=0)
     assert _reads(step) == (9, 9)
     assert ray_ckpt.verify(step).verified
 

@@ -83,6 +83,12 @@ def rank_record(results: Sequence[WriteResult]) -> RankRecord:
     )
 
 
+def files_of(results: Sequence[Sequence[WriteResult]]) -> set[str]:
+    """Names of all files that ranks report to have written."""
+    written = [result.storage_data for of_rank in results for result in of_rank]
+    return {data.part.file for data in written if isinstance(data, Written)}
+
+
 def _file_record(file: str, chunks: Sequence[tuple[int, Chunk]], objects: Mapping[int, ObjectEntry]) -> FileRecord:
     columns = TensorColumns(
         file,

@@ -9,6 +9,7 @@ dcp.save ─┬─ every rank    set_up_storage_writer    a fresh attempt id; th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -24,8 +25,8 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from ray_ckpt.dcp.planner_objects import read_object
-from ray_ckpt.dcp.results import Replica, Written, global_plan, rank_record
-from ray_ckpt.errors import UsageError
+from ray_ckpt.dcp.results import Replica, Written, files_of, global_plan, rank_record
+from ray_ckpt.errors import CheckpointExistsError, StorageError, UsageError
 from ray_ckpt.format import dcp_metadata
 from ray_ckpt.format.boxes import shared_box
 from ray_ckpt.format.manifest import ObjectEntry
@@ -35,7 +36,7 @@ from ray_ckpt.protocol.coordinator import Coordinator
 from ray_ckpt.protocol.messages import TensorSpec, digest_object, digest_tensor
 from ray_ckpt.storage.data_file import MAX_FILE_BYTES, Packed, hash_tensors, pack_file, share_out, write_in_threads
 from ray_ckpt.storage.files import Storage
-from ray_ckpt.storage.publish import refuse_if_taken
+from ray_ckpt.storage.publish import is_of_attempt, refuse_if_taken
 
 __all__ = ["ArrowStorageWriter"]
 
@@ -171,8 +172,22 @@ class ArrowStorageWriter(StorageWriter):
         Raises:
             CommitError: what the ranks wrote is not what was planned, or not what the storage shows; nothing is
                 committed.
-            CheckpointExistsError: another attempt has committed meanwhile.
+            CheckpointExistsError: another attempt has committed meanwhile; the files of this one are removed.
         """
+        try:
+            self._commit(metadata, results)
+        except CheckpointExistsError:
+            self._discard(results)
+            raise
+
+    def _discard(self, results: list[list[WriteResult]]) -> None:
+        """Remove the files of this attempt, unless it has been committed after all. Those that cannot be stay."""
+        with contextlib.suppress(StorageError):
+            if not is_of_attempt(self.storage, self._attempt):
+                for file in files_of(results):
+                    self.storage.delete(file)
+
+    def _commit(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         coordinator = Coordinator(
             self.storage,
             overwrite=self.overwrite,

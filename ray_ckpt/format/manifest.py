@@ -101,6 +101,8 @@ class Manifest:
 
     metadata_digest: str | None = field(default=None, compare=False)
     """XXH3-128 of the `.metadata` that was written with it; None when that is not known."""
+    replaced_metadata: str | None = field(default=None, compare=False)
+    """XXH3-128 of the `.metadata` of the checkpoint that this one has replaced; None when it replaced none."""
     has_digest: bool = field(default=True, compare=False)
     """Whether the record that this was read from carries a digest of itself. Those of version 1 do not."""
 
@@ -123,7 +125,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of `manifest.json`, with the digest of itself; `from_json` reads it."""
-        head = {
+        head: dict[str, Any] = {
             "format": "ray_ckpt",
             "version": VERSION,
             "attempt": self.attempt,
@@ -133,6 +135,8 @@ class Manifest:
             "metadata_digest": self.metadata_digest,
             "files": dict(self.files),
         }
+        if self.replaced_metadata is not None:
+            head["replaced_metadata"] = self.replaced_metadata
         tensors, objects = record.tensors_to_json(self.tensors), record.objects_to_json(self.objects)
         return record.seal(f'{record.dumps(head)[:-1]},"tensors":{tensors},"objects":{objects}}}')
 
@@ -224,6 +228,7 @@ def _parse(text: bytes, *, has_digest: bool) -> Manifest:
         saved_by=record.parse_members(data, "saved_by", record.text),
         fingerprints=record.parse_members(data, "fingerprints", record.text),
         metadata_digest=record.parse_digest(data, "metadata_digest") if version >= _SEALED_SINCE else None,
+        replaced_metadata=record.parse_digest(data, "replaced_metadata") if "replaced_metadata" in data else None,
         has_digest=has_digest,
     )
 

@@ -376,5 +376,7 @@ def _stock_record(storage: Storage, manifest: Manifest) -> Iterator[Damage]:
         return
     if difference or manifest.metadata_digest is not None:
         found = difference or "its bytes are not those that were written"
+        if digest(data) == manifest.replaced_metadata:
+            found = "it is still that of the checkpoint which was replaced, as the save was cut off; save again"
         problem = f"tells stock DCP something else than {MANIFEST_NAME}: {found}"
         yield Damage(STOCK_RECORD_NAME, 0, len(data), "", problem)

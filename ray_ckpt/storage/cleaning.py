@@ -19,7 +19,7 @@ from ray_ckpt.storage.pins import Pins, Wishes
 from ray_ckpt.storage.publish import DATA_FILE, STOCK_RECORD_NAME, is_ours, restore_stock_record
 from ray_ckpt.storage.record_files import read_if_there
 from ray_ckpt.storage.removal import Removal
-from ray_ckpt.storage.steps import Steps, directory_of, parse_steps
+from ray_ckpt.storage.steps import Look, Steps, directory_of, parse_steps
 
 __all__ = ["Cleaning"]
 
@@ -61,10 +61,15 @@ class Cleaning:
         self.kept = sorted(set(committed) - set(self.removed))
 
     def _clean_step(self, step: int, found: Mapping[str, Scanned], horizon: float) -> None:
-        orphans = self._orphans(step, found, horizon)
+        old = _old_files(found, horizon)
+        # Read after the listing, so that a save which was committed in between is seen.
+        record = self._steps.look(step) if old else None
+        orphans = self._orphans(step, found, old, record)
         if self._dry_run:
             self.files |= orphans
-        elif self._restore_stock_record(step, found, orphans):
+        elif self._restore_stock_record(
+            step, found, needed=bool(orphans) or (record is not None and record.has_replaced)
+        ):
             self.files |= orphans
             self._removal.remove_files(orphans)
 
@@ -84,10 +89,14 @@ class Cleaning:
         now = self._pins.now()
         return (max(times) if now is None else now) - older_than_s
 
-    def _restore_stock_record(self, step: int, found: Mapping[str, Scanned], orphans: Mapping[str, int]) -> bool:
+    def _restore_stock_record(self, step: int, found: Mapping[str, Scanned], *, needed: bool) -> bool:
         """Restore the `.metadata` of the manifest before the files are removed that one of an interrupted overwrite
-        names. Returns whether they may be removed."""
-        if MANIFEST_NAME not in found or (STOCK_RECORD_NAME in found and not orphans):
+        names. Returns whether they may be removed.
+
+        Args:
+            needed: whether one that is there may be such a one.
+        """
+        if MANIFEST_NAME not in found or (STOCK_RECORD_NAME in found and not needed):
             return True
         if not self._removal.is_possible(step):
             return True
@@ -133,13 +142,15 @@ class Cleaning:
         the time may be gone or damaged by now, and the highest good step is nothing to be removed by the way."""
         return step != self._steps.highest_good() and self._removal.is_possible(step)
 
-    def _orphans(self, step: int, found: Mapping[str, Scanned], horizon: float) -> dict[str, int]:
-        """Files of a step's directory that an attempt left and no manifest names: name in the store -> bytes."""
-        old = _old_files(found, horizon)
+    def _orphans(self, step: int, found: Mapping[str, Scanned], old: set[str], record: Look | None) -> dict[str, int]:
+        """Files of a step's directory that an attempt left and no manifest names: name in the store -> bytes.
+
+        Args:
+            old: names of files of attempts that have ended.
+            record: what the step's manifest says; None when there is none.
+        """
         if not old:
             return {}
-        # Read after the listing, so that a save which was committed in between is seen.
-        record = self._steps.look(step)
         if record is not None and record.damage:
             return {}  # nobody knows whose files these are
         if record is not None or not self._is_our_stock_record(step, old):

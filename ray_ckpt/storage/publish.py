@@ -38,6 +38,12 @@ def refuse_if_taken(storage: Storage) -> None:
         raise _exists(storage)
 
 
+def is_of_attempt(storage: Storage, attempt: str) -> bool:
+    """Whether the committed checkpoint is this attempt's, as far as its record tells."""
+    record = read_if_there(storage, MANIFEST_NAME)
+    return record is not None and attempt.encode() in record
+
+
 def publish(storage: Storage, manifest: Manifest, stock_record: bytes, *, overwrite: bool) -> None:
     """Commit. What was there stays valid until the manifest has its name; its data files are deleted after that.
 
@@ -52,12 +58,13 @@ def publish(storage: Storage, manifest: Manifest, stock_record: bytes, *, overwr
         CheckpointExistsError: another attempt has committed meanwhile, and `overwrite` was not given.
         StorageError: a record could not be written. The commit may or may not have happened; look at `store.steps()`.
     """
-    with collector_paused():
-        manifest = dataclasses.replace(manifest, metadata_digest=digest(stock_record))
-        record = manifest.to_json().encode()
     if not overwrite:
         refuse_if_taken(storage)
     replaced = _committed_files(storage) if overwrite else None
+    before = None if replaced is None else _digest_of_stock_record(storage)
+    with collector_paused():
+        manifest = dataclasses.replace(manifest, metadata_digest=digest(stock_record), replaced_metadata=before)
+        record = manifest.to_json().encode()
     stock = storage.prepare(STOCK_RECORD_NAME, stock_record)
     try:
         own = storage.prepare(MANIFEST_NAME, record)
@@ -65,7 +72,7 @@ def publish(storage: Storage, manifest: Manifest, stock_record: bytes, *, overwr
         stock.abandon()
         raise
     if replaced is None:
-        _publish_first(storage, stock, own, overwrite=overwrite)
+        _publish_first(storage, stock, own, stock_record, overwrite=overwrite)
         return
     try:
         own.publish()
@@ -78,11 +85,17 @@ def publish(storage: Storage, manifest: Manifest, stock_record: bytes, *, overwr
             storage.delete(file)
 
 
-def _publish_first(storage: Storage, stock: PreparedFile, own: PreparedFile, *, overwrite: bool) -> None:
+def _publish_first(
+    storage: Storage, stock: PreparedFile, own: PreparedFile, stock_record: bytes, *, overwrite: bool
+) -> None:
     """Commit where nothing was committed when it was looked for."""
     try:
-        stock.publish()
-    except StorageError:
+        if overwrite:
+            stock.publish()
+        else:
+            _publish_stock_record(storage, stock, stock_record)
+    except (StorageError, CheckpointExistsError):
+        stock.abandon()
         own.abandon()
         raise
     try:
@@ -95,8 +108,22 @@ def _publish_first(storage: Storage, stock: PreparedFile, own: PreparedFile, *, 
         raise _exists(storage) from error
 
 
+def _publish_stock_record(storage: Storage, stock: PreparedFile, stock_record: bytes) -> None:
+    """Give `.metadata` its name, in place of what an attempt of ours has left, but of nobody's who has committed."""
+    if storage.exists(MANIFEST_NAME):
+        raise _exists(storage)
+    try:
+        stock.publish(replace=not storage.has_local_files)
+    except StorageError as error:
+        if not isinstance(error.__cause__, FileExistsError):
+            raise
+        refuse_if_taken(storage)
+        storage.write_atomic(STOCK_RECORD_NAME, stock_record)
+
+
 def restore_stock_record(storage: Storage) -> bool:
-    """Write the committed manifest's `.metadata` where there is none, or one that another attempt of ours has left.
+    """Write the committed manifest's `.metadata` where there is none, one that another attempt of ours has left, or
+    that of the checkpoint which it has replaced.
 
     Returns:
         Whether it had to be done.
@@ -108,12 +135,18 @@ def restore_stock_record(storage: Storage) -> bool:
         manifest = Manifest.from_json(record)
     except CheckpointError:
         return False  # a damaged record says nothing, and a `.metadata` that no save writes is somebody's
-    if not manifest.attempt or (stock is not None and (names_attempt(stock, manifest.attempt) or not is_ours(stock))):
+    if not manifest.attempt or (stock is not None and not _is_left_behind(stock, manifest)):
         return False
     from ray_ckpt.format import dcp_metadata
 
     storage.write_atomic(STOCK_RECORD_NAME, dcp_metadata.dumps(manifest))
     return True
+
+
+def _is_left_behind(stock_record: bytes, manifest: Manifest) -> bool:
+    if names_attempt(stock_record, manifest.attempt):
+        return False
+    return digest(stock_record) == manifest.replaced_metadata or is_ours(stock_record)
 
 
 def names_attempt(stock_record: bytes, attempt: str) -> bool:
@@ -146,6 +179,15 @@ def _committed_files(storage: Storage) -> set[str] | None:
         return _foreign_files(storage)
     except CheckpointError:
         return set()
+
+
+def _digest_of_stock_record(storage: Storage) -> str | None:
+    """None when there is none, or none that can be read."""
+    try:
+        data = read_if_there(storage, STOCK_RECORD_NAME)
+    except CheckpointError:
+        return None
+    return None if data is None else digest(data)
 
 
 def _foreign_files(storage: Storage) -> set[str] | None:

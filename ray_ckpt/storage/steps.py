@@ -55,6 +55,8 @@ class Look:
     """Data files of ours that the record names: name -> bytes. Empty when the record cannot be read."""
     damage: str
     """Path and reason, when the step cannot be loaded; else empty."""
+    has_replaced: bool = False
+    """Whether another checkpoint was there, whose `.metadata` an interrupted overwrite may have left."""
 
 
 class Steps:
@@ -94,7 +96,7 @@ class Steps:
         damage = _compare(directory, manifest.files)
         if damage and not directory.exists(MANIFEST_NAME):
             return None  # it was deleted meanwhile
-        return Look(manifest.attempt, ours, damage)
+        return Look(manifest.attempt, ours, damage, has_replaced=manifest.replaced_metadata is not None)
 
     def damage(self, step: int) -> str | None:
         """Empty when the step is good, None when it is not committed."""
