@@ -34,7 +34,7 @@ class Part(NamedTuple):
     file: RankFile
     content: Content
     manifest: Manifest
-    """Of the boxes that the file holds."""
+    """The boxes that the file holds, and everything else in it."""
 
 
 def join(parts: Sequence[Part]) -> Manifest:

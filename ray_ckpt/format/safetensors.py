@@ -4,7 +4,10 @@
     header     {"name": {"dtype": "F32", "shape": [...], "data_offsets": [start, end]}, "__metadata__": {...}}
     data       every tensor's elements in row-major order; offsets count from here, without holes or overlaps
 
-A checkpoint of several files has an index beside them, `{"weight_map": {name: file}}`.
+A checkpoint of several files has an index beside them, `{"weight_map": {name: file}}`. One that DCP's
+`HuggingFaceStorageWriter(save_distributed=True)` wrote has files of shards instead: the header's `__metadata__` says
+where each lies, by `{"DCP_SHARDING_INFO": '{"name": {"saved_offsets": [...]}}'}`. The tensor's shape is told nowhere,
+and taken to end where the last shard does.
 
     one file    header_length, parse_header ──> Header
     Headers     combine ──> Manifest, as exact as our own, though without checksums
@@ -41,6 +44,8 @@ SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 """Suffix of the name of the index of a checkpoint of several files."""
 
+_SHARDING_INFO = "DCP_SHARDING_INFO"
+
 LENGTH_BYTES = 8
 """Size of the number that a file begins with: the length of its header."""
 
@@ -71,6 +76,8 @@ class Header:
 
     tensors: Mapping[str, TensorEntry]
     file_bytes: int
+    has_shards: bool = False
+    """Whether the tensors are shards, each in a box of its own that ends where the shape does."""
 
 
 def header_length(start: bytes, file: str, file_bytes: int) -> int:
@@ -95,9 +102,11 @@ def parse_header(header: bytes, file: str, file_bytes: int) -> Header:
         FormatError: the header is damaged, a dtype is not known, or tensors overlap or lie outside the file.
     """
     data = _parse_json(header, file)
-    data.pop("__metadata__", None)
+    offsets = _shard_offsets(data.pop("__metadata__", None), file)
     data_start = LENGTH_BYTES + len(header)
     tensors = {name: _parse_tensor(name, entry, file, data_start) for name, entry in data.items()}
+    if offsets is not None:
+        tensors = {name: _placed(name, entry, offsets.get(name), file) for name, entry in tensors.items()}
     end = data_start
     for name, chunk in sorted(
         ((name, tensor.chunks[0]) for name, tensor in tensors.items()), key=lambda pair: (pair[1].start, pair[1].length)
@@ -112,7 +121,7 @@ def parse_header(header: bytes, file: str, file_bytes: int) -> Header:
         raise FormatError(
             f"{file} has {file_bytes} bytes, its header describes {end}; the file is truncated or damaged"
         )
-    return Header(tensors, file_bytes)
+    return Header(tensors, file_bytes, offsets is not None)
 
 
 def parse_index(text: bytes, name: str) -> dict[str, str]:
@@ -136,10 +145,12 @@ def combine(headers: Mapping[str, Header], index: Mapping[str, str] | None = Non
         index: says which file holds each tensor; without it the files hold what they hold.
 
     Raises:
-        FormatError: a file lacks a tensor that the index lists, or two files hold one name.
+        FormatError: a file lacks a tensor that the index lists, two files hold one name, or shards do not fit.
     """
     tensors: dict[str, TensorEntry] = {}
-    if index is None:
+    if any(header.has_shards for header in headers.values()):
+        tensors = _join_shards(headers)
+    elif index is None:
         for file, header in headers.items():
             if twice := sorted(tensors.keys() & header.tensors.keys()):
                 raise FormatError(f"{quoted(file)} holds {quoted(twice[0])}, which another file holds too")
@@ -152,6 +163,44 @@ def combine(headers: Mapping[str, Header], index: Mapping[str, str] | None = Non
     manifest = Manifest(tensors, {}, {file: header.file_bytes for file, header in headers.items()})
     manifest.check()
     return manifest
+
+
+def _shard_offsets(metadata: Any, file: str) -> dict[str, Any] | None:
+    """Tensor name -> place of its shard; None where the file holds whole tensors."""
+    text = metadata.get(_SHARDING_INFO) if isinstance(metadata, dict) else None
+    if not isinstance(text, str):
+        return None
+    return {
+        name: entry.get("saved_offsets") if isinstance(entry, dict) else None
+        for name, entry in _parse_json(text.encode("utf-8", "replace"), f"{_SHARDING_INFO} of {file}").items()
+    }
+
+
+def _placed(name: str, entry: TensorEntry, offsets: Any, file: str) -> TensorEntry:
+    """The entry of a shard, whose shape ends where it does."""
+    places = (0,) * len(entry.shape) if offsets is None else _sizes(offsets, name, file)
+    if len(places) != len(entry.shape):
+        raise FormatError(f"{file}: the shard of {quoted(name)} has {len(entry.shape)} dims, its place {list(places)}")
+    end = tuple(place + size for place, size in zip(places, entry.shape, strict=True))
+    chunk = entry.chunks[0]._replace(box=Box(places, entry.shape))
+    return TensorEntry(entry.dtype, end, (chunk,))
+
+
+def _join_shards(headers: Mapping[str, Header]) -> dict[str, TensorEntry]:
+    joined: dict[str, TensorEntry] = {}
+    for file, header in headers.items():
+        for name, entry in header.tensors.items():
+            known = joined.setdefault(name, entry)
+            if known is entry:
+                continue
+            if known.dtype != entry.dtype or len(known.shape) != len(entry.shape):
+                raise FormatError(
+                    f"{quoted(name)} is {entry.dtype} of {len(entry.shape)} dims in {file}, and {known.dtype} of "
+                    f"{len(known.shape)} in {known.chunks[0].file}: they are shards of two tensors"
+                )
+            shape = tuple(map(max, known.shape, entry.shape))
+            joined[name] = TensorEntry(known.dtype, shape, known.chunks + entry.chunks)
+    return joined
 
 
 def _parse_tensor(name: str, entry: Any, file: str, data_start: int) -> TensorEntry:

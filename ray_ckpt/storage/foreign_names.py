@@ -86,7 +86,7 @@ KINDS = (
     Kind("a training directory", _is_training_directory),
     Kind("safetensors", _is_safetensors_directory),
 )
-"""In the order in which they are asked: one whose names are a part of another's comes after it."""
+"""Asked in this order: one whose names are a part of another's comes after it."""
 
 
 def list_target(storage: Storage) -> Listing:
