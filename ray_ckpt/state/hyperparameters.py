@@ -99,10 +99,26 @@ def same(one: Any, other: Any) -> bool:
     return type(one) is type(other) and bool(one == other)
 
 
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two plain tensors are one memory, or hold the same bits: a NaN is itself then, and -0.0 is not 0.0."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape) or one.is_meta or other.is_meta:
+        return False
+    if one.numel() and one.data_ptr() == other.data_ptr() and one.stride() == other.stride():
+        return True
+    bits = [tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other.to(one.device))]
+    return torch.equal(*bits)
+
+
 def without_numpy(value: Any) -> Any:
-    """A scalar of NumPy's as the number of Python's that it is worth, for optimizers compute alike with both."""
+    """Scalars of NumPy's as the numbers of Python's that they are worth, for optimizers compute alike with both."""
     numpy = sys.modules.get("numpy")
-    return value.item() if numpy and isinstance(value, numpy.generic) else value
+    if numpy and isinstance(value, numpy.generic):
+        return value.item()
+    if type(value) is dict:
+        return {key: without_numpy(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(without_numpy, value))
+    return value
 
 
 def conflict(parts: Sequence[tuple[Sequence[str], Values]], advice: str) -> str:

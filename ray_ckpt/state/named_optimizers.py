@@ -27,6 +27,7 @@ from ray_ckpt.state import hyperparameters, sealing
 from ray_ckpt.state.load_plan import Claim, LoadPlan, SavedState
 from ray_ckpt.state.named_model import NamedModel, sharded_state_dicts
 from ray_ckpt.state.saved_optimizers import KINDS, PARAM_GROUPS, STATE, Owner, SavedOptimizers, flatten, key_name
+from ray_ckpt.state.wrappers import stepping_optimizer
 from ray_ckpt.text import listed
 
 _FRESH_ADVICE = "Load into a fresh optimizer, whose groups are split to match, or give each set its own group"
@@ -40,7 +41,7 @@ class NamedOptimizers:
     section = "optim"
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer], model: NamedModel) -> None:
-        self.optimizers = tuple(optimizers)
+        self.optimizers = tuple(map(stepping_optimizer, optimizers))
         self._model = model
         self.scheduled: frozenset[int] = frozenset()
         """Ids of optimizers whose schedulers can follow when groups are split."""

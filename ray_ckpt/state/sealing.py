@@ -19,6 +19,9 @@ import torch
 from ray_ckpt.errors import FormatError, UsageError
 from ray_ckpt.format import values
 from ray_ckpt.format.torch_container import dtype_name, parse_dtype
+from ray_ckpt.format.torch_internals import local_tensor
+from ray_ckpt.state.group_lists import TAG, GroupList
+from ray_ckpt.state.hyperparameters import same_bits
 
 _DICTS: dict[type, str] = {dict: "$dict", OrderedDict: "$ordered", Counter: "$counter"}
 _SEQUENCES: dict[type, str] = {list: "$list", tuple: "$tuple", set: "$set", torch.Size: "$size"}
@@ -35,7 +38,7 @@ def pack(name: str, value: object) -> dict[str, Any]:
     Raises:
         UsageError: something in it is neither a tensor nor a plain value.
     """
-    if type(value) is dict and value and all(_is_component(key) for key in value):
+    if type(value) is dict and value and all(is_component(key) for key in value):
         return {flat: leaf for key, item in value.items() for flat, leaf in pack(f"{name}.{key}", item).items()}
     return pack_whole(name, value)
 
@@ -75,6 +78,18 @@ def unpack(name: str, leaves: Mapping[str, Any]) -> Any:
     return {key: unpack(f"{name}.{key}", leaves) for key in keys}
 
 
+def is_same(one: object, other: object) -> bool:
+    """Whether two values are packed alike: numbers exactly, tensors by their bits, and a NaN is itself."""
+    first, second = pack("", one), pack("", other)
+    return first.keys() == second.keys() and all(_is_same_leaf(leaf, second[name]) for name, leaf in first.items())
+
+
+def _is_same_leaf(one: Any, other: Any) -> bool:
+    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
+        return type(one) is type(other) and repr(one) == repr(other)
+    return one is other or same_bits(local_tensor(one), local_tensor(other))
+
+
 def seal(name: str, value: object) -> Any:
     """A value without tensors, in a form that DCP does not flatten."""
     tensors: list[torch.Tensor] = []
@@ -89,7 +104,8 @@ def unseal(name: str, sealed: object) -> Any:
     return _unseal(name, sealed, {})
 
 
-def _is_component(key: object) -> bool:
+def is_component(key: object) -> bool:
+    """Whether a key can be part of a name."""
     return type(key) is str and bool(key) and "." not in key and key[0] != "$"
 
 
@@ -115,6 +131,8 @@ def _seal(name: str, value: Any, tensors: list[torch.Tensor]) -> Any:
         return ("$stream", value.getvalue().hex())
     if kind is torch.dtype:
         return ("$dtype", dtype_name(value))
+    if kind is GroupList:
+        return (TAG, (value.kind, value.path))
     if isinstance(value, list):
         return _seal(name, list(value), tensors)
     try:
@@ -139,6 +157,8 @@ def _unseal(name: str, sealed: Any, leaves: Mapping[str, Any]) -> Any:
         return io.BytesIO(bytes.fromhex(content))
     if tag == "$dtype":
         return parse_dtype(content)
+    if tag == TAG:
+        return GroupList(*content)
     if tag not in _MAKERS:
         raise FormatError(f"{name!r} is sealed as {tag!r}, which this version does not know; upgrade ray-ckpt")
     if tag in _DICTS.values():

@@ -1,0 +1,78 @@
+"""What really steps: the optimizers and schedulers within the wrappers that frameworks hand out.
+
+A wrapper that shows the state of what it wraps and nothing else, such as accelerate's `AcceleratedOptimizer` and
+`AcceleratedScheduler`, is taken for what it wraps. One with a state of its own stays what it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ray_ckpt.errors import UsageError
+from ray_ckpt.state.hyperparameters import same
+
+_METHODS = ("state_dict", "load_state_dict", "step")
+
+
+def is_scheduler(value: object) -> bool:
+    """Whether it is an LR scheduler, or a wrapper of one."""
+    return _can_step(value) and optimizer_of(value) is not None
+
+
+def optimizer_of(scheduler: Any) -> torch.optim.Optimizer | None:
+    """The optimizer of a scheduler, or of the one that it wraps; None if there is none."""
+    own = getattr(scheduler, "optimizer", None)
+    if isinstance(own, torch.optim.Optimizer):
+        return stepping_optimizer(own)
+    return next((found for inner in _schedulers_within(scheduler) if (found := optimizer_of(inner)) is not None), None)
+
+
+def stepping_schedulers(given: Any) -> list[Any]:
+    """The schedulers that a scheduler, a wrapper of one, or a container of several stands for.
+
+    Raises:
+        UsageError: it is none of these.
+    """
+    if not is_scheduler(given):
+        kind = type(given)
+        raise UsageError(
+            f"{kind.__module__}.{kind.__qualname__} is no LR scheduler: it has no state_dict, load_state_dict, step or "
+            "optimizer. If it wraps one, give that"
+        )
+    within = list(_schedulers_within(given))
+    if within and same(given.state_dict(), within[0].state_dict()):
+        return [scheduler for inner in within for scheduler in stepping_schedulers(inner)]
+    return [given]
+
+
+def stepping_optimizer(given: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer that has the state, within wrappers that add nothing to it."""
+    for inner in vars(given).values():
+        if isinstance(inner, torch.optim.Optimizer) and _shows_only(given, inner):
+            return stepping_optimizer(inner)
+    return given
+
+
+def _shows_only(wrapper: torch.optim.Optimizer, inner: torch.optim.Optimizer) -> bool:
+    return (
+        wrapper.param_groups is inner.param_groups
+        and wrapper.state is inner.state
+        and same(wrapper.state_dict(), inner.state_dict())
+    )
+
+
+def _schedulers_within(wrapper: Any) -> Iterator[Any]:
+    """What steps like a scheduler among its attributes, and in lists of them."""
+    for value in getattr(wrapper, "__dict__", {}).values():
+        for inner in value if isinstance(value, (list, tuple)) else [value]:
+            if inner is not wrapper and _can_step(inner):
+                yield inner
+
+
+def _can_step(value: object) -> bool:
+    others = (torch.Tensor, torch.optim.Optimizer, nn.Module, type)
+    return not isinstance(value, others) and all(callable(getattr(value, name, None)) for name in _METHODS)
