@@ -52,10 +52,11 @@ def test_a_flat_optimizer_below_another_name_is_renamed() -> None:
         {"a.weight": (3, 2), "b.weight": (2, 3), "optimizer.state.a.weight.exp_avg": (3, 2)},
         ["optimizer.param_groups.a.weight.lr", "optimizer.param_groups.b.weight.lr", "lr_scheduler.last_epoch"],
     )
-    found = translated(saved, {}, TWO).manifest
+    translation = translated(saved, {}, TWO)
+    found = translation.manifest
+    assert translation.left_out == ["schedulers left out: lr_scheduler.last_epoch"]
     assert "optim.state.a.weight.exp_avg" in found.tensors
     assert sorted(found.objects) == [
-        "lr_scheduler.last_epoch",
         "optim.param_groups.a.weight.lr",
         "optim.param_groups.b.weight.lr",
     ]

@@ -62,7 +62,7 @@ class LoadSource:
         self.read(lists)
         translation = translate.translate(self.manifest, lists, names)
         self.lost = translation.lost
-        self.left_out = "; ".join([*self._reader.notes, *([self.lost] if self.lost else [])])
+        self.left_out = "; ".join([*self._reader.notes, *translation.left_out, *([self.lost] if self.lost else [])])
         self.manifest = translation.manifest
 
     def drop(self, prefix: str) -> None:

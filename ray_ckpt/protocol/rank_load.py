@@ -103,9 +103,11 @@ class RankLoad:
         """
         if not isinstance(state, TrainState):
             return None
-        claimed = [name for plan in state.plans(SavedState({}, {})) for name in plan.claims]
-        model = [name.removeprefix("model.") for name in claimed if name.startswith("model.")]
-        return Names(model, state.groups)
+        claims = {name: claim for plan in state.plans(SavedState({}, {})) for name, claim in plan.claims.items()}
+        model = {name.removeprefix("model."): claim for name, claim in claims.items() if name.startswith("model.")}
+        shapes = {name: claim.spec.shape for name, claim in model.items() if claim.spec is not None}
+        others = [name for name in claims if not name.startswith(("model.", "optim."))]
+        return Names(list(model), state.groups, shapes=shapes, aliases=state.aliases, others=others)
 
     def adapt(self, names: Names | None) -> None:
         """Translate the names of the checkpoint.

@@ -120,7 +120,7 @@ class NamedModel:
 
     def parameters(self) -> dict[nn.Parameter, tuple[str, ...]]:
         """Each parameter's canonical name; several names, if it is a flat one of FSDP1's."""
-        canonical = self._canonical_names()
+        canonical = self.aliases()
         found: dict[nn.Parameter, tuple[str, ...]] = {}
         for module in self.modules:
             for key, parameter in module.named_parameters():
@@ -170,7 +170,7 @@ class NamedModel:
 
     def _entries(self) -> dict[str, list[_Entry]]:
         """Canonical name -> everything that the modules hold under it."""
-        canonical = self._canonical_names()
+        canonical = self.aliases()
         found: dict[str, list[_Entry]] = {}
         for module in self.modules:
             with sharded_state_dicts(module):
@@ -190,7 +190,7 @@ class NamedModel:
             known = self._known_names[module, key] = sorted(_names_of(inner, inner_key))
         return known
 
-    def _canonical_names(self) -> dict[str, str]:
+    def aliases(self) -> dict[str, str]:
         """Alias -> canonical name."""
         shared: dict[int, list[str]] = {}
         for module in self.modules:

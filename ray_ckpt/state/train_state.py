@@ -98,7 +98,7 @@ class TrainState:
         self.optimizers = _listed(optimizers)
         self.step = step
         self.layout = None if layout is None else str(layout)
-        named = NamedModel(self.models, tied)
+        named = self._model = NamedModel(self.models, tied)
         self._optim = NamedOptimizers(self.optimizers, named)
         # In the order in which they are loaded: an optimizer's state takes after the parameters, schedulers follow its
         # groups, and nothing may draw random numbers after the generators.
@@ -149,6 +149,11 @@ class TrainState:
         names = self._optim.names()
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         return [[name for parameter in group["params"] for name in names[parameter]] for group in groups]
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """Other names of the model's tied weights -> the names that they are saved under."""
+        return self._model.aliases()
 
     def state_dict(self) -> dict[str, Any]:
         """Section -> name -> live tensor (a DTensor where the layout shards it) or plain value. Nothing is copied.

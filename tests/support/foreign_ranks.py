@@ -163,8 +163,13 @@ def load_what_does_not_fit(rank: int, directory: str) -> dict[str, str]:
         return [{"params": group["params"][::-1]} for group in groups]
 
     warnings.simplefilter("ignore")
+    (at / "lightning with more").mkdir()
+    for file in (at / "lightning").iterdir():
+        (at / "lightning with more" / file.name).symlink_to(file)
+    (at / "lightning with more" / "meta.pt").unlink()
+    torch.save({"more": 3}, at / "lightning with more" / "meta.pt")
     return {
-        "everything of lightning": outcome("lightning"),
+        "more in lightning": outcome("lightning with more"),
         "weights into an optimizer": outcome("weights.pt"),
         "other groups": outcome("by index", lambda model: model.parameters()),
         "another order": outcome("by index", swapped),

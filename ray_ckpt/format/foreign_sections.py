@@ -1,0 +1,89 @@
+"""What others save beside model and optimizer, under our names: schedulers, counters, gradient scalers, data loaders.
+
+    name ── section_of ──> Side: what it is, and our name of it where it has one
+
+    lr_scheduler. ...  scheduler. ...  lr_schedulers.<n>. ...   schedulers.<name of the n-th>. ...
+    step  global_step  epoch  train_state. ...  trainer_state. ...   counters. ...
+    scaler. ...  grad_scaler. ...  native_amp_scaling_state. ...     scaler.state. ...
+    dataloader. ...  dl_state_dict. ...                              dataloader. ...
+
+torchtitan, Lightning, accelerate, transformers' `Trainer`, and scripts by hand write these. What the state that is
+loaded into does not want of them is left out, and named: it is not the model's, nor the optimizer's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+from typing import NamedTuple
+
+__all__ = ["Side", "section_of", "wanted_schedulers"]
+
+_STEP = ("global_step", "step")
+
+_COUNTERS = re.compile(r"(?:(?:train_state|trainer_state)\.)?([A-Za-z_]\w*)")
+
+_ROOT_COUNTERS = frozenset({"step", "global_step", "epoch", "iteration", "iter", "num_steps", "global_steps"})
+
+_SCHEDULERS = re.compile(r"(?:lr_schedulers|schedulers)\.([0-9]{1,4})\.(.+)")
+
+_SCHEDULER = re.compile(r"(?:lr_scheduler|scheduler|lr_scheduler_state_dict|scheduler_state_dict|sched)\.(.+)")
+
+_NO_SCHEDULERS = re.compile(r"lr_schedulers?|schedulers?")
+"""An empty list, or None."""
+
+_SCALER = re.compile(r"(?:scaler|grad_scaler|scaler_state_dict|native_amp_scaling_state)\.(.+)")
+
+_LOADER = re.compile(r"(?:dataloader|data_loader|dl_state_dict)\.(.+)")
+
+_GENERATORS = re.compile(r"(?:rng_state|random_states|rng_states)(?:_[0-9]+)?(?:\.\w.*)?")
+
+_LIGHTNING = "pytorch-lightning_version"
+"""Lightning's checkpoints hold this, and then the following."""
+
+_OF_LIGHTNING = re.compile(
+    rf"(?:{_LIGHTNING}|loops|callbacks|hparams\w*|hyper_parameters|datamodule_\w+|MixedPrecision|\w+DataModule)(?:\..*)?"
+)
+
+_TRAINER = re.compile(r"(?:trainer_state|train_state|sampler|custom_checkpoint_[0-9]+)\..*")
+
+
+class Side(NamedTuple):
+    """Something beside model and optimizer."""
+
+    what: str
+    """For the report."""
+    ours: str = ""
+    """Our name of it; empty when it has none."""
+
+
+def wanted_schedulers(others: Iterable[str]) -> list[str]:
+    """Names of the schedulers in the state that is loaded into."""
+    found = (re.fullmatch(r"schedulers\.(.+)\.kind", name) for name in others)
+    return list(dict.fromkeys(match[1] for match in found if match and "._schedulers." not in match[1]))
+
+
+def section_of(name: str, schedulers: Sequence[str], saved: Collection[str]) -> Side | None:
+    """What a saved name is; None when it is nothing of these.
+
+    Args:
+        schedulers: names of those in the state that is loaded into.
+        saved: all names in the checkpoint.
+    """
+    if match := _SCHEDULERS.fullmatch(name) or _SCHEDULER.fullmatch(name):
+        number = int(match[1]) if match.re is _SCHEDULERS else 0
+        place = schedulers[number] if number < len(schedulers) else None
+        return Side("schedulers", f"schedulers.{place}.{match[match.re.groups]}" if place is not None else "")
+    if _NO_SCHEDULERS.fullmatch(name):
+        return Side("schedulers")
+    if match := _SCALER.fullmatch(name):
+        return Side("a gradient scaler", f"scaler.state.{match[1]}")
+    if match := _LOADER.fullmatch(name):
+        return Side("a data loader", f"dataloader.{match[1]}")
+    if (match := _COUNTERS.fullmatch(name)) and ("." in name or name in _ROOT_COUNTERS):
+        return Side("counters", f"counters.{'step' if match[1] in _STEP else match[1]}")
+    if _GENERATORS.fullmatch(name):
+        return Side("random generators")
+    if _TRAINER.fullmatch(name) or (_LIGHTNING in saved and _OF_LIGHTNING.fullmatch(name)):
+        return Side("bookkeeping")
+    return None
