@@ -100,12 +100,10 @@ def _matched(saved: list[str], wanted: list[str]) -> dict[str, str]:
     if len(saved) <= 1 and len(wanted) <= 1:
         return dict(zip(saved, wanted, strict=False))
     found: dict[str, str] = {}
-    for name in sorted(wanted, key=len, reverse=True):
+    for place, name in enumerate(sorted(wanted, key=len, reverse=True), start=1):
         ending = [one for one in saved if one not in found and (one == name or one.endswith(f".{name}"))]
-        if len(ending) > 1:
-            ending = [min(ending, key=len)]
         if ending:
-            found[ending[0]] = name
+            found[min(ending, key=len) if place == len(wanted) else max(ending, key=len)] = name
     if not found and saved:
         raise StateMismatchError(f"{listed(saved)} are saved, each of which may be {listed(wanted)}")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import types
 import warnings
 from pathlib import Path
@@ -163,10 +164,7 @@ def load_what_does_not_fit(rank: int, directory: str) -> dict[str, str]:
         return [{"params": group["params"][::-1]} for group in groups]
 
     warnings.simplefilter("ignore")
-    (at / "lightning with more").mkdir()
-    for file in (at / "lightning").iterdir():
-        (at / "lightning with more" / file.name).symlink_to(file)
-    (at / "lightning with more" / "meta.pt").unlink()
+    shutil.copytree(at / "lightning", at / "lightning with more")
     torch.save({"more": 3}, at / "lightning with more" / "meta.pt")
     return {
         "more in lightning": outcome("lightning with more"),
