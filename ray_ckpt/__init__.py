@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from ray_ckpt.format.fingerprint import Fingerprint
     from ray_ckpt.format.fingerprinting import fingerprint
     from ray_ckpt.format.manifest import Manifest
+    from ray_ckpt.format.saved import Saved
     from ray_ckpt.parallel.layout import Layout
     from ray_ckpt.protocol.save_handle import SaveHandle
     from ray_ckpt.report import Damage, LoadReport, RemovalReport, SaveReport, VerifyReport
@@ -79,6 +80,7 @@ __all__ = [
     "SaveHandle",
     "SavePendingError",
     "SaveReport",
+    "Saved",
     "StateMismatchError",
     "Storage",
     "StorageError",
@@ -115,6 +117,7 @@ _HOMES = {
     "RetryPolicy": "ray_ckpt.storage.files",
     "SaveHandle": "ray_ckpt.protocol.save_handle",
     "SaveReport": "ray_ckpt.report",
+    "Saved": "ray_ckpt.format.saved",
     "Storage": "ray_ckpt.storage.files",
     "TrainState": "ray_ckpt.state.train_state",
     "VerifyReport": "ray_ckpt.report",

@@ -9,17 +9,17 @@ The manifest tells every rank where its bytes are, so ranks need not talk while 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
 from ray_ckpt.checkpoint.exchange import TrainersExchange
 from ray_ckpt.errors import CheckpointNotFoundError, UsageError
+from ray_ckpt.format.saved import Saved
 from ray_ckpt.format.translate import join_names
 from ray_ckpt.protocol.agreement import agree
 from ray_ckpt.protocol.rank_load import LoadOptions, RankLoad, State
 from ray_ckpt.report import LoadReport
-from ray_ckpt.state.load_plan import KeyMap
 from ray_ckpt.state.train_state import TrainState
 from ray_ckpt.storage.resolve import Location, Target, checkpoint_at
 
@@ -32,7 +32,7 @@ def load(
     strict: bool = True,
     cast: bool = False,
     only: Sequence[str] | None = None,
-    key_map: KeyMap | None = None,
+    key_map: Mapping[str, str | Saved] | Callable[[str], str] | None = None,
     hyperparameters: Literal["from-checkpoint", "from-optimizer"] = "from-checkpoint",
     fallback: bool = False,
     timeout_s: float | None = None,
@@ -70,7 +70,8 @@ def load(
         only: prefixes of the names to load, in whole components: `("model",)`, `("model.layers.0",)`,
             `("model", "optim")`. Below `model`, `ema` and `extra` a part can be named, other sections only as a whole.
         key_map: wanted name -> saved name, as a mapping or a function. A parameter is renamed under `model.`, and its
-            optimizer state follows.
+            optimizer state follows. A mapping may join and split tensors by `Saved`; then it is the same on all ranks,
+            every saved element has one place, and the optimizer's state follows too.
         hyperparameters: whether the optimizers take the saved hyper-parameters or keep their own. They have to keep
             their own when several pipeline stages saved theirs under one name, of which one survived; see
             `LoadReport.lost`.

@@ -25,6 +25,7 @@ from typing import Any, Literal
 from ray_ckpt.cluster import worker_side
 from ray_ckpt.cluster.group import WorkerGroup
 from ray_ckpt.errors import UsageError
+from ray_ckpt.format.saved import Saved
 from ray_ckpt.format.translate import join_names
 from ray_ckpt.protocol.agreement import agree
 from ray_ckpt.report import LoadReport
@@ -40,7 +41,7 @@ def load(
     strict: bool = True,
     cast: bool = False,
     only: Sequence[str] | None = None,
-    key_map: Mapping[str, str] | Callable[[str], str] | None = None,
+    key_map: Mapping[str, str | Saved] | Callable[[str], str] | None = None,
     hyperparameters: Literal["from-checkpoint", "from-optimizer"] = "from-checkpoint",
     fallback: bool = False,
     timeout_s: float | None = None,

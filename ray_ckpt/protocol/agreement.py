@@ -8,12 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+from ray_ckpt.errors import StateMismatchError
 from ray_ckpt.protocol.messages import LoadOffer
 from ray_ckpt.rounding import ceil_div
 
 
 def agree(offers: Sequence[LoadOffer]) -> LoadOffer:
     """One offer for all ranks: names that any of them misses or casts, and names that none of them wants."""
+    if len({len(offer.unwanted) for offer in offers}) > 1:
+        raise StateMismatchError(
+            "the ranks see different names in the checkpoint: a key map that joins or splits has to be the same on all"
+        )
     unwanted = int.from_bytes(offers[0].unwanted, "little")
     for offer in offers[1:]:
         unwanted &= int.from_bytes(offer.unwanted, "little")

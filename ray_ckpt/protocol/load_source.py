@@ -12,8 +12,11 @@ from ray_ckpt.errors import StateMismatchError, UsageError
 from ray_ckpt.format import translate
 from ray_ckpt.format.boxes import Box, shared_box
 from ray_ckpt.format.manifest import Manifest, ObjectEntry, TensorEntry
+from ray_ckpt.format.rearrange import rearrange
+from ray_ckpt.format.saved import Saved
 from ray_ckpt.format.torch_container import parse_dtype
 from ray_ckpt.format.torch_internals import narrow, set_element
+from ray_ckpt.format.views import Piece, View
 from ray_ckpt.gc_pause import collector_paused
 from ray_ckpt.protocol.holdings import hold
 from ray_ckpt.protocol.messages import TensorSpec
@@ -22,6 +25,8 @@ from ray_ckpt.state.train_state import is_hyperparameter
 from ray_ckpt.storage.checkpoint_reader import CheckpointReader, Wanted
 from ray_ckpt.storage.chunk_sources import SavedChunk
 from ray_ckpt.storage.files import Storage
+
+_NO_VIEWS: Mapping[str, View] = {}
 
 
 class LoadSource:
@@ -32,6 +37,10 @@ class LoadSource:
         self.manifest = Manifest({}, {}, {})
         self.lost = ""
         """Why another program's checkpoint lacks the optimizer's hyper-parameters; empty when it has them."""
+        self._views: Mapping[str, View] = {}
+        """What a key map makes of other tensors, by name."""
+        self._rests: Mapping[str, str] = {}
+        """What a key map leaves of tensors that it uses a part of."""
         self.left_out = ""
         """Everything that cannot be loaded from it, and why."""
 
@@ -64,6 +73,15 @@ class LoadSource:
         self.lost = translation.lost
         self.left_out = "; ".join([*self._reader.notes, *translation.left_out, *([self.lost] if self.lost else [])])
         self.manifest = translation.manifest
+
+    def rearrange(self, key_map: Mapping[str, Saved], *, with_optimizer: bool) -> None:
+        """Join and split tensors, and the optimizer's with them.
+
+        Raises:
+            StateMismatchError: shapes do not allow it, or what is joined has different optimizer state.
+        """
+        rearranged = rearrange(self.manifest, key_map, self.read, with_optimizer=with_optimizer)
+        self.manifest, self._views, self._rests = rearranged.manifest, rearranged.views, rearranged.rests
 
     def drop(self, prefix: str) -> None:
         """Ignore everything in the checkpoint whose name has this prefix."""
@@ -103,14 +121,17 @@ class LoadSource:
     def read(self, wanted: dict[str, Any]) -> None:
         """Fill the tensors of these names, and replace other entries by their values."""
         if wanted:
-            fill(wanted, self._reader, self.manifest)
+            fill(wanted, self._reader, self.manifest, self._views)
 
     def describe(self, name: str) -> str:
         entry = self.manifest.tensors.get(name)
-        return "a value" if entry is None else str(Spec(entry.dtype, entry.shape))
+        rest = f" (of which the key map uses a part: {self._rests[name]})" if name in self._rests else ""
+        return "a value" if entry is None else f"{Spec(entry.dtype, entry.shape)}{rest}"
 
 
-def fill(state: dict[str, Any], reader: CheckpointReader, manifest: Manifest) -> None:
+def fill(
+    state: dict[str, Any], reader: CheckpointReader, manifest: Manifest, views: Mapping[str, View] = _NO_VIEWS
+) -> None:
     """Load this rank's part of a state dict: tensors in place, everything else by replacing it.
 
     A tensor whose dtype differs from the saved one is cast.
@@ -118,6 +139,7 @@ def fill(state: dict[str, Any], reader: CheckpointReader, manifest: Manifest) ->
     Args:
         state: nested dicts and lists of tensors (plain, DTensor, ShardedTensor) and other things.
         manifest: what `reader.read_manifest` returned.
+        views: tensors in it that are made of others, by name.
 
     Raises:
         StateMismatchError: the checkpoint lacks something of that name, or it has another shape.
@@ -125,14 +147,14 @@ def fill(state: dict[str, Any], reader: CheckpointReader, manifest: Manifest) ->
         StorageError, FormatError, IntegrityError: as the reader raises them.
     """
     with collector_paused():
-        wanted, objects = _want(state, manifest)
+        wanted, objects = _want(state, manifest, views)
     reader.read_tensors(wanted)
     for name, value in reader.read_values({name: entry for name, (_, entry) in objects.items()}).items():
         set_element(state, objects[name][0], value)
 
 
 def _want(
-    state: dict[str, Any], manifest: Manifest
+    state: dict[str, Any], manifest: Manifest, views: Mapping[str, View]
 ) -> tuple[list[Wanted], dict[str, tuple[tuple[str | int, ...], ObjectEntry]]]:
     holdings = hold(state)
     overlaps = _Overlaps()
@@ -141,7 +163,10 @@ def _want(
     for (name, path, spec), value in zip(holdings.items, holdings.values, strict=True):
         if spec is not None:
             entry = _tensor_entry(manifest, name, spec)
-            wanted += _want_tensor(name, entry, spec, value, overlaps)
+            if name in views:
+                wanted += _want_view(name, views[name], spec, value, overlaps)
+            else:
+                wanted += _want_tensor(name, entry, spec, value, overlaps)
         elif name in manifest.objects:
             objects[name] = (path or (name,), manifest.objects[name])
         else:
@@ -171,6 +196,28 @@ def _want_tensor(
         if not overlap.is_all_of_target:
             part = narrow(part, overlap.target_offsets, overlap.box.sizes)
         yield Wanted(SavedChunk(name, dtype, chunk), overlap.box, part)
+
+
+def _want_view(name: str, view: View, spec: TensorSpec, target: torch.Tensor, overlaps: _Overlaps) -> Iterator[Wanted]:
+    dtype = parse_dtype(view.dtype)
+    for piece in view.pieces:
+        overlap = overlaps.of(piece.box, spec)
+        if overlap is not None:
+            part = narrow(target.detach(), overlap.target_offsets, overlap.box.sizes)
+            yield Wanted(SavedChunk(name, dtype, piece.chunk), piece.in_chunk(overlap.box), _in_chunk(part, piece))
+
+
+def _in_chunk(part: torch.Tensor, piece: Piece) -> torch.Tensor:
+    """A part of the target with the dims of the chunk that it is read from."""
+    dims = [dim for dim in piece.dims if dim is not None]
+    made = [dim for dim in range(part.dim()) if dim not in dims]
+    part = part.permute([*dims, *made])
+    for _ in made:
+        part = part.select(-1, 0)
+    for dim, of in enumerate(piece.dims):
+        if of is None:
+            part = part.unsqueeze(dim)
+    return part
 
 
 class _Overlap(NamedTuple):

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from ray_ckpt.errors import StateMismatchError, UsageError
 from ray_ckpt.format.manifest import itemsize
+from ray_ckpt.format.saved import Saved
 from ray_ckpt.format.torch_internals import flatten_state_dict, local_tensor, set_element
 from ray_ckpt.format.translate import HYPERPARAMETERS, Names
 from ray_ckpt.gc_pause import collector_paused
@@ -51,7 +52,7 @@ class LoadOptions:
     strict: bool = True
     cast: bool = False
     only: tuple[str, ...] | None = None
-    key_map: KeyMap | None = None
+    key_map: Mapping[str, str | Saved] | Callable[[str], str] | None = None
     hyperparameters: str = "from-checkpoint"
     """`from-checkpoint`, or `from-optimizer`: the optimizers keep their own."""
 
@@ -60,6 +61,20 @@ class LoadOptions:
             raise UsageError(
                 f"hyperparameters={self.hyperparameters!r} is neither 'from-checkpoint' nor 'from-optimizer'"
             )
+
+    @property
+    def names(self) -> KeyMap | None:
+        """The part of the key map that renames."""
+        if not isinstance(self.key_map, Mapping):
+            return self.key_map
+        return {wanted: saved for wanted, saved in self.key_map.items() if isinstance(saved, str)}
+
+    @property
+    def made(self) -> dict[str, Saved]:
+        """The part of the key map that joins and splits."""
+        if not isinstance(self.key_map, Mapping):
+            return {}
+        return {wanted: saved for wanted, saved in self.key_map.items() if isinstance(saved, Saved)}
 
     @property
     def keep_hyperparameters(self) -> bool:
@@ -121,6 +136,7 @@ class RankLoad:
         """
         if names is None:
             return
+        names = _saved_names(names, self._options)
         if not SavedState({}, {}, only=self._options.only).wants("optim"):
             names = replace(names, groups=())
         self._source.adapt(names)
@@ -146,13 +162,17 @@ class RankLoad:
 
     def _offer(self, state: State) -> LoadOffer:
         options = self._options
-        needed = _everything if options.key_map else _needed_by(state)
+        needed = _everything if options.names else _needed_by(state)
         kept: Mapping[str, Any] = {}
         if options.keep_hyperparameters and isinstance(state, TrainState):
             self._source.drop(HYPERPARAMETERS)
             self._list_names()
-            kept = _own_hyperparameters(state, options.key_map)
-        saved = self._saved = self._source.saved(needed, options.only, options.key_map, kept)
+            kept = _own_hyperparameters(state, options.names)
+        if options.made:
+            wants_optimizer = SavedState({}, {}, only=options.only).wants("optim") and needed("optim")
+            self._source.rearrange(options.made, with_optimizer=wants_optimizer)
+            self._list_names()
+        saved = self._saved = self._source.saved(needed, options.only, options.names, kept)
         self._plans = _plans(state, saved)
         claims = {wanted: claim for plan in self._plans for wanted, claim in plan.claims.items()}
         missing = sorted(wanted for wanted, claim in claims.items() if claim.saved not in saved.names)
@@ -264,6 +284,22 @@ def _own_hyperparameters(state: TrainState, key_map: KeyMap | None) -> dict[str,
             saved = view.name_of(f"model.{parameter}").removeprefix("model.")
             own[f"{HYPERPARAMETERS}{saved}.{key}{dot}{tensor}"] = value
     return own
+
+
+def _saved_names(names: Names, options: LoadOptions) -> Names:
+    """The names under which the checkpoint has what is wanted, as far as a key map says so."""
+    made, view = options.made, SavedState({}, {}, key_map=options.names)
+
+    def of(name: str) -> list[str]:
+        saved = made.get(f"model.{name}")
+        found = [view.name_of(f"model.{name}")] if saved is None else dict.fromkeys(saved.names())
+        return [each.removeprefix("model.") for each in found]
+
+    if options.key_map is None:
+        return names
+    model = dict.fromkeys(saved for name in names.model for saved in of(name))
+    groups = [list(dict.fromkeys(saved for name in group for saved in of(name))) for group in names.groups]
+    return replace(names, model=tuple(model), groups=groups)
 
 
 def _needed_by(state: State) -> Callable[[str], bool]:

@@ -15,10 +15,12 @@ from typing import Any, Protocol
 
 import torch
 
+from ray_ckpt.errors import UsageError
 from ray_ckpt.format.torch_container import dtype_name
 
 KeyMap = Mapping[str, str] | Callable[[str], str]
-"""Wanted name -> saved name. A name that a mapping lacks, or that comes back as it is, was saved under itself."""
+"""Wanted name -> saved name. A name that a mapping lacks, or that comes back as it is, was saved under itself. The
+public one may also have a `Saved` in the place of a saved name: `RankLoad` has applied those to the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,12 @@ class SavedState:
             return wanted
         if isinstance(self._key_map, Mapping):
             return self._key_map.get(wanted, wanted)
-        return self._key_map(wanted)
+        name = self._key_map(wanted)
+        if not isinstance(name, str):
+            raise UsageError(
+                f"key_map gives {name!r:.200} for {wanted!r}: a function returns names; joins and splits need a mapping"
+            )
+        return name
 
 
 def _is_below(name: str, prefix: str) -> bool:
