@@ -120,9 +120,9 @@ def fail_beside_training(rank: int, directory: str) -> list[str]:
 def test_every_rank_gets_every_failure(tmp_path: Path) -> None:
     for rank, said in enumerate(run_ranks(fail_beside_training, 2, tmp_path, str(tmp_path))):
         assert re.fullmatch(r"save failed on rank 1: StorageError: cannot write .*No space left on device", said[0])
-        assert re.match(r"save failed on rank 1: UsageError: cannot save a tensor on cpu", said[1]) or rank == 1
+        assert re.match(r"save failed on rank 1: UsageError: 'odd' is a tensor of layout", said[1]) or rank == 1
         unseen = r"save failed on rank 1: CheckpointError: the save of .*/odd in the background failed: "
-        assert re.match(unseen + "CheckpointError: save failed on rank 1: UsageError: cannot save", said[-1])
+        assert re.match(unseen + "CheckpointError: save failed on rank 1: UsageError: 'odd' is", said[-1])
     assert not any(committed(tmp_path / name) for name in ("full", "odd", "next"))
     assert list((tmp_path / "full").iterdir()) == []
 

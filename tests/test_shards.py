@@ -8,13 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
-from torch.testing._internal.two_tensor import TwoTensor
 
 import ray_ckpt
-from ray_ckpt import TrainState
 from ray_ckpt.errors import UsageError
 from ray_ckpt.format.fingerprint import Fingerprint
 from ray_ckpt.format.fingerprinting import fingerprint
@@ -100,11 +97,9 @@ def test_a_strided_shard_has_the_fingerprint_of_what_it_holds(tmp_path: Path) ->
 def refused(rank: int, directory: Path) -> list[str]:
     mesh = init_device_mesh("cpu", (2,))
     messages = []
-    inner = TwoTensor(torch.ones(2, 3), torch.ones(2, 3))
     wrong: dict[str, Any] = {
         "partial": DTensor.from_local(torch.ones(3), mesh, [Partial()], run_check=False),
         "short": DTensor.from_local(torch.ones(1), mesh, [Shard(0)], run_check=False, shape=(8,), stride=(1,)),
-        "wrapper": DTensor.from_local(inner, mesh, [Shard(0)], run_check=False),
     }
     for name, tensor in wrong.items():
         with pytest.raises(UsageError) as e:
@@ -114,31 +109,7 @@ def refused(rank: int, directory: Path) -> list[str]:
 
 
 def test_what_is_no_shard_is_refused_by_name(tmp_path: Path) -> None:
-    partial, short, wrapper = run_ranks(refused, 2, tmp_path, tmp_path)[0]
+    partial, short = run_ranks(refused, 2, tmp_path, tmp_path)[0]
     assert "'partial' is a pending sum" in partial
     assert "'short': a DTensor of shape [8]" in short
     assert "local shard of shape [1] where the placements imply [4]" in short
-    assert "'wrapper' is a torch.testing._internal.two_tensor.TwoTensor" in wrapper
-
-
-def test_a_tensor_that_is_made_of_others_is_refused_in_both_directions(tmp_path: Path) -> None:
-    """It has no memory of its own: its address is null."""
-    plain = TrainState(nn.Linear(4, 4))
-    ray_ckpt.save(plain, tmp_path / "plain")
-    model = nn.Linear(4, 4)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    optimizer.state[model.weight]["momentum_buffer"] = TwoTensor(torch.ones(4, 4), torch.ones(4, 4))
-    with pytest.raises(
-        UsageError, match=r"'optim\.state\.weight\.momentum_buffer' is a torch\.\S*TwoTensor.* its a, b:"
-    ):
-        ray_ckpt.save(TrainState(model, optimizer), tmp_path / "optim")
-    model.weight = nn.Parameter(TwoTensor(torch.ones(4, 4), torch.ones(4, 4)))
-    for blocking in (True, False):
-        with pytest.raises(UsageError, match=r"'model\.weight' is a"):
-            ray_ckpt.save(TrainState(model), tmp_path / "run", blocking=blocking)
-    before = model.bias.detach().clone()
-    with pytest.raises(UsageError, match=r"'model\.weight' is a"):
-        ray_ckpt.load(TrainState(model), tmp_path / "plain")
-    assert torch.equal(model.bias, before)
-    with pytest.raises(ValueError, match="a TwoTensor has no bits of its own"):
-        fingerprint(model.weight)

@@ -145,6 +145,16 @@ def test_a_dtensors_shard_and_its_place(one_rank: None) -> None:
     assert torch_internals.StridedShard(0, split_factor=2).split_factor == 2
 
 
+def test_a_dtensor_is_made_of_the_very_local_tensor(one_rank: None) -> None:
+    """`DTensor.__new__`, and `tensor._dtensor_spec`: `DTensorSpec` and `TensorMeta`."""
+    mesh, local = init_device_mesh("cpu", (1,)), torch.arange(6.0).reshape(3, 2)
+    made = torch_internals.placed(local, mesh, [Shard(0)], (3, 2))
+    assert made._local_tensor is local
+    usual = DTensor.from_local(local, mesh, [Shard(0)])
+    assert (made.shape, made.stride(), made.placements) == (usual.shape, usual.stride(), usual.placements)
+    assert torch.equal(made.full_tensor(), local)
+
+
 def test_a_tensor_that_is_made_of_others_is_known() -> None:
     """`torch.utils._python_dispatch.is_traceable_wrapper_subclass`."""
     assert torch_internals.is_wrapper(TwoTensor(torch.ones(2), torch.ones(2)))

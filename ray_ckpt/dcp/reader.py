@@ -24,6 +24,7 @@ from ray_ckpt.errors import FormatError, UsageError
 from ray_ckpt.format import dcp_metadata
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.manifest import Chunk, Manifest, ObjectEntry
+from ray_ckpt.format.memory import fault, overlapping
 from ray_ckpt.format.torch_internals import ExtensionRegistry
 from ray_ckpt.gc_pause import collector_paused
 from ray_ckpt.storage.checkpoint_reader import CheckpointReader, Wanted
@@ -150,6 +151,8 @@ class ArrowStorageReader(StorageReader):
             targets = [planner.resolve_tensor(item).detach() for item in items]
             wanted = []
             for item, target in zip(items, targets, strict=True):
+                if wrong := fault(target) or overlapping(target):
+                    raise UsageError(f"{item.dest_index.fqn!r} {wrong}")
                 box, saved = Box(tuple(item.storage_offsets), tuple(item.lengths)), self._chunk(item)
                 _check(item, box, target, saved)
                 wanted.append(Wanted(saved, box, target))

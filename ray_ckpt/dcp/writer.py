@@ -30,7 +30,9 @@ from ray_ckpt.errors import CheckpointExistsError, StorageError, UsageError
 from ray_ckpt.format import dcp_metadata
 from ray_ckpt.format.boxes import shared_box
 from ray_ckpt.format.manifest import ObjectEntry
+from ray_ckpt.format.memory import fault
 from ray_ckpt.format.torch_container import dtype_name
+from ray_ckpt.format.wrappers import is_made_of_others
 from ray_ckpt.gc_pause import collector_paused
 from ray_ckpt.protocol.coordinator import Coordinator
 from ray_ckpt.protocol.messages import TensorSpec, digest_object, digest_tensor
@@ -204,6 +206,9 @@ class ArrowStorageWriter(StorageWriter):
         coordinator.publish(stock_record)
 
 
+_ADVICE = ": ray_ckpt.save and a TrainState save them by their names"
+
+
 def _item_bytes(item: WriteItem) -> int:
     if item.tensor_data is None:
         return 1
@@ -234,6 +239,8 @@ def _resolve_tensors(planner: SavePlanner, items: Iterable[WriteItem]) -> Iterat
                 f"{getattr(tensor, 'dtype', type(tensor))} of shape {tuple(getattr(tensor, 'shape', ()))}; "
                 "do not change the state dict during a save"
             )
+        if wrong := fault(tensor):
+            raise UsageError(f"{item.index.fqn!r} {wrong}{_ADVICE if is_made_of_others(tensor) else ''}")
         yield item, tensor
 
 

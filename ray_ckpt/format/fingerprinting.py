@@ -15,8 +15,9 @@ from torch.distributed.tensor import DTensor
 
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.fingerprint import WORD_MASK, Fingerprint
+from ray_ckpt.format.memory import fault
 from ray_ckpt.format.shards import local_boxes
-from ray_ckpt.format.torch_internals import is_wrapper
+from ray_ckpt.format.torch_internals import local_tensor
 
 CHUNK_WORDS = 1 << 18
 """Words mixed at once: 2 MiB per temporary, so that the temporaries stay in the cache."""
@@ -40,14 +41,13 @@ def fingerprint(tensor: torch.Tensor) -> Fingerprint:
         False
 
     Raises:
-        ValueError: the tensor has no bits of its own: it is on the meta device, or a DTensor with partial sums.
+        ValueError: the tensor has no bits of its own: on the meta device, sparse, quantized, made of other tensors
+            (fingerprint those), or a DTensor with partial sums.
     """
     parts: dict[Box, int] = {}
+    if wrong := fault(local_tensor(tensor)):
+        raise ValueError(f"there are no bits to fingerprint: what was given {wrong}")
     for box, local in _local_parts(tensor.detach()):
-        if local.is_meta:
-            raise ValueError("a tensor on the meta device has no bits to fingerprint")
-        if is_wrapper(local):
-            raise ValueError(f"a {type(local).__name__} has no bits of its own: fingerprint the tensors it is made of")
         total = sum(_sum_part(part, part_box, tensor.shape) for part, part_box in _contiguous_parts(local, box))
         parts[box] = total & WORD_MASK
     return Fingerprint(dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape), parts=parts)
@@ -58,7 +58,7 @@ def _local_parts(tensor: torch.Tensor) -> list[tuple[Box, torch.Tensor]]:
         return [(Box.whole(tensor.shape), tensor)]
     if any(placement.is_partial() for placement in tensor.placements):
         raise ValueError(f"a DTensor with partial sums has no bits to fingerprint: {tensor.placements}")
-    local = tensor.to_local()
+    local = local_tensor(tensor).detach()
     return [(part.box, part.of(local)) for part in local_boxes(tensor)]
 
 

@@ -2,7 +2,7 @@
 
 DCP      StorageInfo, ExtensionRegistry, StreamTransformExtension, ShardedTensor, create_write_items,
          flatten_state_dict, set_element, names_of
-DTensor  local_tensor, locate_shard, StridedShard
+DTensor  local_tensor, locate_shard, placed, StridedShard
 tensors  is_wrapper, STORAGE_TYPES, TENSOR_CLASSES, rebuild_tensor_v2, rebuild_tensor_v3, narrow, copy_each
 modules  replace_tensors, with_own_tensors, has_entry
 """
@@ -10,7 +10,7 @@ modules  replace_tensors, with_own_tensors, has_entry
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 import torch.serialization
@@ -25,7 +25,9 @@ from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo
 from torch.distributed.checkpoint.planner_helpers import _create_write_items as create_write_items
 from torch.distributed.checkpoint.state_dict import _get_fqns
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_wrapper
@@ -47,6 +49,7 @@ __all__ = [
     "locate_shard",
     "names_of",
     "narrow",
+    "placed",
     "rebuild_tensor_v2",
     "rebuild_tensor_v3",
     "replace_tensors",
@@ -70,6 +73,17 @@ def locate_shard(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Sizes and offsets of this rank's shard in the global tensor, in elements; not of a strided shard."""
     sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tuple(sizes), tuple(offsets)
+
+
+def placed(local: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int]) -> DTensor:
+    """A DTensor of this very local tensor: `from_local` takes a view of it, which some subclasses do not have.
+
+    Args:
+        shape: of the whole tensor.
+    """
+    size = torch.Size(shape)
+    meta = TensorMeta(size, torch.empty(size, device="meta").stride(), local.dtype)
+    return DTensor(local, DTensorSpec(mesh, tuple(placements), tensor_meta=meta), requires_grad=False)
 
 
 def names_of(module: nn.Module, name: str) -> set[str]:

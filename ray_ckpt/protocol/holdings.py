@@ -16,16 +16,18 @@ from torch.distributed.checkpoint.utils import find_state_dict_object
 from torch.distributed.tensor import DTensor
 
 from ray_ckpt.errors import UsageError
+from ray_ckpt.format.memory import fault
 from ray_ckpt.format.shards import LocalBox, local_boxes
 from ray_ckpt.format.torch_container import dtype_name
 from ray_ckpt.format.torch_internals import (
     ShardedTensor,
     create_write_items,
     flatten_state_dict,
-    is_wrapper,
     local_tensor,
 )
+from ray_ckpt.format.wrappers import join
 from ray_ckpt.protocol.messages import Item, TensorSpec
+from ray_ckpt.state.subclasses import inner_of
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,29 @@ def hold(state_dict: Mapping[str, Any]) -> Holdings:
             at its top level counts as its own state dict.
 
     Raises:
-        UsageError: two entries have the same flat name, or a DTensor is a pending sum rather than a value.
+        UsageError: two entries have the same flat name, a DTensor is a pending sum rather than a value, or a tensor
+            subclass cannot be taken apart.
     """
     flat = {name: value.state_dict() if is_stateful(value) else value for name, value in state_dict.items()}
     try:
         values, paths = flatten_state_dict(flat)
     except ValueError as error:
         raise UsageError(f"the state dict has two entries of one name: {error}") from error
-    return _Holder().hold(values, paths)
+    return _Holder().hold(*_apart(values, paths))
+
+
+def _apart(values: Mapping[str, Any], paths: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """With the inner tensors of those that are made of others in their place."""
+    inner = inner_of(values)
+    if not inner:
+        return values, paths
+    flat: dict[str, Any] = {}
+    flat_paths: dict[str, Any] = {}
+    for name, value in values.items():
+        for below, entry in inner[name].items() if name in inner else (("", value),):
+            flat[join(name, below)] = entry
+            flat_paths[join(name, below)] = (*paths[name], *below.split(".")) if below else paths[name]
+    return flat, flat_paths
 
 
 def is_stateful(value: object) -> bool:
@@ -80,7 +97,6 @@ class _Holder:
         """The parts of one entry that this rank holds: usually one, none of a shard that is empty."""
         if isinstance(value, DTensor):
             local = local_tensor(value)
-            _refuse_wrapper(name, local)
             return [(spec, part.of(local)) for spec, part in self._shard(name, value)]
         if isinstance(value, ShardedTensor) or hasattr(value, "__create_write_items__"):
             return [
@@ -88,7 +104,8 @@ class _Holder:
                 for item in create_write_items(name, value)
             ]
         if isinstance(value, torch.Tensor):
-            _refuse_wrapper(name, value)
+            if value.is_nested:
+                raise UsageError(f"{name!r} {fault(value)}")
             return [(self._plain_spec(value), value)]
         return [(None, value)]
 
@@ -123,17 +140,3 @@ def _shard_specs(name: str, tensor: DTensor) -> list[tuple[TensorSpec, LocalBox]
         raise UsageError(f"{name!r}: {error}") from None
     dtype, shape = dtype_name(tensor.dtype), tuple(tensor.shape)
     return [(TensorSpec(dtype, shape, part.box.offsets, part.box.sizes), part) for part in parts]
-
-
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
-
-
-def _refuse_wrapper(name: str, tensor: torch.Tensor) -> None:
-    """Refuse a tensor that is made of other tensors: it has no memory, and what makes it whole is not in its state."""
-    if type(tensor) not in _PLAIN and is_wrapper(tensor):
-        kind = type(tensor)
-        inner = ", ".join(kind.__tensor_flatten__(tensor)[0])
-        raise UsageError(
-            f"{name!r} is a {kind.__module__}.{kind.__qualname__}, which has no elements of its own but those of its "
-            f"{inner}: give these names of their own in the state, or convert it to a plain tensor"
-        )

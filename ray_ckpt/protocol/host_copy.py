@@ -27,6 +27,7 @@ import xxhash
 
 from ray_ckpt.errors import CommitError, UsageError
 from ray_ckpt.format.manifest import Inline
+from ray_ckpt.format.memory import fault
 from ray_ckpt.format.torch_container import parse_dtype
 from ray_ckpt.format.torch_internals import copy_each
 from ray_ckpt.protocol.holdings import Holdings
@@ -90,6 +91,8 @@ class HostCopy:
                     frozen[id(value)] = _frozen(value)
                 values.append(frozen[id(value)])
             else:
+                if wrong := fault(value):
+                    raise UsageError(f"{holdings.items[position].name!r} {wrong}")
                 source = plain(value)
                 place = self._place(position, source)
                 values.append(place)

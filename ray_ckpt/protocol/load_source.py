@@ -12,6 +12,7 @@ from ray_ckpt.errors import StateMismatchError, UsageError
 from ray_ckpt.format import translate
 from ray_ckpt.format.boxes import Box, shared_box
 from ray_ckpt.format.manifest import Manifest, ObjectEntry, TensorEntry
+from ray_ckpt.format.memory import fault, overlapping
 from ray_ckpt.format.rearrange import rearrange
 from ray_ckpt.format.saved import Saved
 from ray_ckpt.format.torch_container import parse_dtype
@@ -185,8 +186,8 @@ def _tensor_entry(manifest: Manifest, name: str, spec: TensorSpec) -> TensorEntr
 def _want_tensor(
     name: str, entry: TensorEntry, spec: TensorSpec, target: torch.Tensor, overlaps: _Overlaps
 ) -> Iterator[Wanted]:
-    if target.is_meta:
-        raise UsageError(f"{name!r} is on the meta device: materialize it, or leave it out of the state")
+    if wrong := fault(target) or overlapping(target):
+        raise UsageError(f"{name!r} {wrong}")
     dtype = parse_dtype(entry.dtype)
     for chunk in entry.chunks:
         overlap = overlaps.of(chunk.box, spec)

@@ -36,6 +36,7 @@ from ray_ckpt.protocol.load_source import LoadSource
 from ray_ckpt.protocol.messages import LoadOffer
 from ray_ckpt.report import LoadReport
 from ray_ckpt.state.load_plan import Claim, KeyMap, LoadPlan, SavedState, Spec
+from ray_ckpt.state.subclasses import expand, whole
 from ray_ckpt.state.train_state import TrainState
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.text import listed
@@ -227,7 +228,10 @@ class RankLoad:
             loaded: dict[str, torch.Tensor] = {}
             for wanted, claim in plan.claims.items():
                 if claim.target is not None and claim.saved in self._saved.tensors:
-                    target = loaded[wanted] = claim.target()
+                    target = claim.target()
+                    if target is None:
+                        continue
+                    loaded[wanted] = target
                     if claim.saved in tensors:
                         copies.append((target, tensors[claim.saved]))
                     else:
@@ -336,7 +340,7 @@ def _plan_of_dict(nested: dict[str, Any], saved: SavedState, then: Callable[[], 
     flat, paths = flatten_state_dict(nested)
     flat = {name: value for name, value in flat.items() if saved.wants(name)}
     claims = {
-        name: Claim(saved.name_of(name), Spec.of(value), partial(_as_it_is, value))
+        name: Claim(saved.name_of(name), Spec.of(value, name), partial(_as_it_is, value))
         if isinstance(value, torch.Tensor)
         else Claim(saved.name_of(name))
         for name, value in flat.items()
@@ -350,7 +354,7 @@ def _plan_of_dict(nested: dict[str, Any], saved: SavedState, then: Callable[[], 
                 set_element(nested, paths[name], saved.values[claim.saved])
         then()
 
-    return LoadPlan(claims, apply, problems)
+    return expand(LoadPlan(claims, apply, problems), whole(saved), saved)
 
 
 def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from ray_ckpt.errors import StorageError, UsageError
 from ray_ckpt.format.manifest import ObjectEntry
+from ray_ckpt.format.memory import fault
 from ray_ckpt.format.torch_container import parse_dtype
 from ray_ckpt.gc_pause import collector_paused
 from ray_ckpt.protocol.holdings import Holdings, hold
@@ -162,6 +163,8 @@ class RankSave:
                     f"{name!r} was planned as {spec.dtype}{list(spec.sizes)} but is now {value.dtype}"
                     f"{list(value.shape)}; do not change the state dict during a save"
                 )
+            if self._staged is None and (wrong := fault(value)):
+                raise UsageError(f"{name!r} {wrong}")
             yield position, value
 
     def _digest_replicas(self, positions: Sequence[int]) -> bytes:

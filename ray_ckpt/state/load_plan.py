@@ -16,7 +16,9 @@ from typing import Any, Protocol
 import torch
 
 from ray_ckpt.errors import UsageError
+from ray_ckpt.format.inner_tensors import Recipe, take_apart
 from ray_ckpt.format.torch_container import dtype_name
+from ray_ckpt.format.wrappers import is_made_of_others
 
 KeyMap = Mapping[str, str] | Callable[[str], str]
 """Wanted name -> saved name. A name that a mapping lacks, or that comes back as it is, was saved under itself. The
@@ -31,13 +33,21 @@ class Spec:
     """`str(torch.dtype)` without the `torch.` prefix."""
     shape: tuple[int, ...]
     """Global shape, not that of the shard."""
+    recipe: Recipe | None = None
+    """How it is made of other tensors; None if its elements are its own."""
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> Spec:
-        return cls(dtype_name(tensor.dtype), tuple(tensor.shape))
+    def of(cls, tensor: torch.Tensor, name: str = "a tensor") -> Spec:
+        """Raises:
+        UsageError: it is made of other tensors in a way that cannot be saved or loaded.
+        """
+        if tensor.is_nested:
+            raise UsageError(f"{name!r} is a nested tensor: give its values and offsets names of their own")
+        recipe = take_apart(name, tensor).recipe if is_made_of_others(tensor) else None
+        return cls(dtype_name(tensor.dtype), tuple(tensor.shape), recipe)
 
     def __str__(self) -> str:
-        return f"{self.dtype}{list(self.shape)}"
+        return str(self.recipe or f"{self.dtype}{list(self.shape)}")
 
 
 @dataclass(frozen=True)
@@ -48,8 +58,9 @@ class Claim:
     """Name of the entry in the checkpoint."""
     spec: Spec | None = None
     """Required dtype and shape; None for a value that is not a tensor."""
-    target: Callable[[], torch.Tensor] | None = None
-    """Returns the tensor to read into, allocating it if there is none yet. None for a value that is not a tensor."""
+    target: Callable[[], torch.Tensor | None] | None = None
+    """Returns the tensor to read into, allocating it if there is none yet; None where this rank has no part of it. None
+    for a value that is not a tensor."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +108,10 @@ class SavedState:
         self._key_map = key_map
         self.names = frozenset((*tensors, *values))
         self._sorted = sorted(self.names)
+
+    def holding(self, tensors: Mapping[str, Spec], values: Mapping[str, Any]) -> SavedState:
+        """The same checkpoint with other names in it."""
+        return SavedState(tensors, values, layout=self.layout, only=self._only, key_map=self._key_map)
 
     def __contains__(self, name: str) -> bool:
         return name in self.names

@@ -26,7 +26,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
 from ray_ckpt.errors import StateMismatchError, UsageError
-from ray_ckpt.format.torch_internals import has_entry, local_tensor, names_of
+from ray_ckpt.format.torch_internals import has_entry, names_of
+from ray_ckpt.format.wrappers import FilledInPlace, are_same, is_made_of_others, with_memory
 from ray_ckpt.state import sealing
 from ray_ckpt.state.load_plan import Claim, LoadPlan, SavedState, Spec
 from ray_ckpt.state.replicated_parts import claim_under
@@ -111,7 +112,7 @@ class NamedModel:
             if not first.is_opaque:
                 if not present[first.module].holds(first):
                     continue
-                claims[wanted] = Claim(source, Spec.of(first.value), partial(_memory_of, first))
+                claims[wanted] = Claim(source, Spec.of(first.value, wanted), partial(_memory_of, first))
                 waiting |= {entry.module for entry in held if entry.value.is_meta}
             else:
                 claims |= claim_under(saved, source)
@@ -163,7 +164,7 @@ class NamedModel:
             for entry in held:
                 of_module[entry.module][entry.key] = value
         for module, state in of_module.items():
-            with sharded_state_dicts(module):
+            with sharded_state_dicts(module), _copying(state):
                 # What is missing has been found by now. A module may do more on a load than to take its tensors.
                 module.load_state_dict(state, strict=False)
                 _check_shown(module, state)
@@ -236,6 +237,12 @@ def _names_of(module: nn.Module, key: str) -> set[str]:
         return {f"{name}.{last}" for name in _names_of(module, parent)} if parent else {last}
 
 
+def _copying(state: Mapping[str, Any]) -> contextlib.AbstractContextManager[object]:
+    """In which a module takes what lies in its own memory already."""
+    made = any(isinstance(value, torch.Tensor) and is_made_of_others(value) for value in state.values())
+    return FilledInPlace() if made else contextlib.nullcontext()
+
+
 def _check_shown(module: nn.Module, loaded: Mapping[str, Any]) -> None:
     """Ask the module for its state again, after it has taken what was read.
 
@@ -256,16 +263,7 @@ def _check_shown(module: nn.Module, loaded: Mapping[str, Any]) -> None:
 
 
 def _are_one(read: torch.Tensor, shown: object) -> bool:
-    if not isinstance(shown, torch.Tensor) or shown.is_meta:
-        return False
-    one, other = local_tensor(read), local_tensor(shown)
-    if one.data_ptr() == other.data_ptr() and one.dtype == other.dtype:
-        return True
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    # By their bits, as a NaN is not equal to itself.
-    bits = [tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other.to(one.device))]
-    return torch.equal(*bits)
+    return isinstance(shown, torch.Tensor) and are_same(read, shown)
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
@@ -352,7 +350,7 @@ def _memory_of(entry: _Entry) -> torch.Tensor:
         return entry.value  # type: ignore[no-any-return]
     live = _live(entry)
     if live.is_meta:
-        memory = torch.empty_like(live.detach(), device=_device_of(entry.module))
+        memory = with_memory(live.detach(), _device_of(entry.module))
         if isinstance(live, nn.Parameter):
             try:
                 # Whoever holds the parameter, such as an optimizer, shall hold the same one afterwards.
@@ -377,8 +375,7 @@ def _device_of(module: nn.Module) -> torch.device:
 
 def _check_tied(name: str, first: torch.Tensor, others: Sequence[torch.Tensor]) -> None:
     for other in others:
-        one, two = local_tensor(first), local_tensor(other)
-        if one.data_ptr() != two.data_ptr() and not (one.shape == two.shape and torch.equal(one, two)):
+        if not are_same(first, other):
             raise UsageError(
                 f"the weights tied under {name!r} are different memory and hold different values: they were untied, "
                 "for instance by wrapping each layer for itself, and one name cannot save both"

@@ -131,7 +131,7 @@ class ExtraPart:
                 continue
             if isinstance(value, torch.Tensor):
                 source = saved.name_of(wanted)
-                claims[wanted] = Claim(source, Spec.of(value), partial(torch.Tensor.detach, value))
+                claims[wanted] = Claim(source, Spec.of(value, wanted), partial(torch.Tensor.detach, value))
             else:
                 states[name] = claim_under(saved, wanted)
                 claims |= states[name]

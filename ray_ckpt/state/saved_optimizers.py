@@ -12,6 +12,7 @@ import torch
 from torch.distributed.tensor import DTensor, Replicate
 
 from ray_ckpt.format.torch_container import parse_dtype
+from ray_ckpt.format.wrappers import plain_like
 from ray_ckpt.state import sealing
 from ray_ckpt.state.hyperparameters import without_numpy
 from ray_ckpt.state.load_plan import Claim, SavedState, Spec
@@ -115,7 +116,7 @@ class SavedOptimizers:
             if spec is None:
                 claims[wanted] = Claim(flat)
             elif isinstance(tensor, torch.Tensor) and not tensor.is_meta:
-                claims[wanted] = Claim(flat, Spec.of(tensor), partial(torch.Tensor.detach, tensor))
+                claims[wanted] = Claim(flat, Spec.of(tensor, wanted), partial(torch.Tensor.detach, tensor))
             else:
                 new = self._spec_for(name, key, spec, owner.tensor)
                 claims[wanted] = Claim(flat, new, partial(_create, key, new, owner))
@@ -154,6 +155,8 @@ class SavedOptimizers:
         if key == "step" or parameter is None or saved.shape != parameter.shape:
             return saved
         own = Spec.of(live)
+        if saved.recipe is not None and saved.shape == own.shape:
+            return saved
         return Spec(own.dtype if saved.dtype == parameter.dtype else saved.dtype, own.shape)
 
 
@@ -186,7 +189,7 @@ def _create(key: str, spec: Spec, owner: Owner) -> torch.Tensor:
     if key == "step":
         return torch.empty(spec.shape, dtype=dtype, device=device if owner.on_device else "cpu")
     if spec.shape == tuple(tensor.shape):
-        return torch.empty_like(tensor, dtype=dtype)
+        return plain_like(tensor, dtype)
     memory = torch.empty(spec.shape, dtype=dtype, device=device)
     if isinstance(tensor, DTensor) and spec.shape:
         mesh = tensor.device_mesh

@@ -25,6 +25,7 @@ from ray_ckpt.errors import UsageError
 from ray_ckpt.format.fingerprinting import fingerprint
 from ray_ckpt.format.snapshot import Snapshot
 from ray_ckpt.format.translate import HYPERPARAMETERS
+from ray_ckpt.state import subclasses
 from ray_ckpt.state.load_plan import LoadPlan, SavedState, Spec, StatePart
 from ray_ckpt.state.named_model import NamedModel
 from ray_ckpt.state.named_optimizers import NamedOptimizers
@@ -161,7 +162,7 @@ class TrainState:
         Raises:
             UsageError: something has no place in a checkpoint; the message names it.
         """
-        sections = {part.section: part.leaves() for part in self._parts}
+        sections = {part.section: subclasses.apart(part.leaves(), part.section) for part in self._parts}
         return {section: leaves for section, leaves in sections.items() if leaves}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -180,15 +181,17 @@ class TrainState:
         for plan in self.plans(saved):
             loaded = {}
             for name, claim in plan.claims.items():
-                if claim.target is not None and claim.saved in tensors:
-                    loaded[name] = claim.target()
-                    with torch.no_grad():
-                        loaded[name].copy_(tensors[claim.saved])
+                if claim.target is None or claim.saved not in tensors or (target := claim.target()) is None:
+                    continue
+                loaded[name] = target
+                with torch.no_grad():
+                    target.copy_(tensors[claim.saved])
             plan.apply(loaded)
 
     def plans(self, saved: SavedState) -> list[LoadPlan]:
         """Each part's plan to load a checkpoint, to be applied in this order. Nothing is changed or allocated yet."""
-        return [part.plan(saved) for part in self._parts]
+        seen = subclasses.whole(saved)
+        return [subclasses.expand(part.plan(seen), seen, saved) for part in self._parts]
 
     def snapshot(self, rank: int) -> Snapshot:
         """Fingerprints of all tensors that this rank holds, and the values of everything else, by flat name.
