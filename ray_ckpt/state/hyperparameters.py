@@ -99,16 +99,6 @@ def same(one: Any, other: Any) -> bool:
     return type(one) is type(other) and bool(one == other)
 
 
-def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two plain tensors are one memory, or hold the same bits: a NaN is itself then, and -0.0 is not 0.0."""
-    if (one.dtype, one.shape) != (other.dtype, other.shape) or one.is_meta or other.is_meta:
-        return False
-    if one.numel() and one.data_ptr() == other.data_ptr() and one.stride() == other.stride():
-        return True
-    bits = [tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other.to(one.device))]
-    return torch.equal(*bits)
-
-
 def without_numpy(value: Any) -> Any:
     """Scalars of NumPy's as the numbers of Python's that they are worth, for optimizers compute alike with both."""
     numpy = sys.modules.get("numpy")

@@ -3,6 +3,7 @@
     state.<parameter>.<key>                       the optimizer's state of a parameter
     param_groups.<parameter>.<hyper-parameter>    the values of the group that the parameter is in
     kinds.<parameter>                             class name of the optimizer, and the keys of that state
+    shards.<parameter>.<box>.<key>                plain tensors of a shard: shard_state.py
 
 Nothing here takes a step: an optimizer without state saves none, and a parameter that was saved without state loses
 its own in the load. A fresh optimizer gets its state from the checkpoint: a tensor of the parameter's shape is sharded
@@ -21,12 +22,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 
 from ray_ckpt.errors import UsageError
 from ray_ckpt.state import hyperparameters, sealing
 from ray_ckpt.state.load_plan import Claim, LoadPlan, SavedState
 from ray_ckpt.state.named_model import NamedModel, sharded_state_dicts
-from ray_ckpt.state.saved_optimizers import KINDS, PARAM_GROUPS, STATE, Owner, SavedOptimizers, flatten, key_name
+from ray_ckpt.state.saved_optimizers import KINDS, PARAM_GROUPS, STATE, SavedOptimizers, flatten, key_name
+from ray_ckpt.state.shard_state import Owner, pack_shard
 from ray_ckpt.state.wrappers import stepping_optimizer
 from ray_ckpt.text import listed
 
@@ -59,9 +62,16 @@ class NamedOptimizers:
         for optimizer in self.optimizers:
             kind = type(optimizer).__qualname__
             keys: dict[str, tuple[str, ...]] = {}
+            owners = self._sharded_owners(optimizer, names)
             for parameter, state in self._states(optimizer, names).items():
                 flat = flatten(f"{STATE}.{parameter}", state)
-                keys[parameter] = (kind, *sorted(flat))
+                if (owner := owners.get(parameter)) is None:
+                    keys[parameter] = (kind, *sorted(flat))
+                else:
+                    keys[parameter] = (kind, *sorted(owner.note(key, leaf) for key, leaf in flat.items()))
+                    of_shard = {key: leaf for key, leaf in flat.items() if owner.is_of_shard(key, leaf)}
+                    leaves |= pack_shard(parameter, owner, of_shard)
+                    flat = {key: leaf for key, leaf in flat.items() if key not in of_shard}
                 leaves |= {key_name(f"{STATE}.{parameter}", key): value for key, value in flat.items()}
             for number, group in enumerate(optimizer.param_groups):
                 values: dict[str, Any] = {}
@@ -74,6 +84,19 @@ class NamedOptimizers:
                         leaves |= {f"{PARAM_GROUPS}.{name}.{key}": value for key, value in values.items()}
                         leaves[f"{KINDS}.{name}"] = keys.get(name, (kind,))
         return leaves
+
+    def _sharded_owners(
+        self, optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, Sequence[str]]
+    ) -> dict[str, Owner]:
+        """Name -> parameter, of those that are DTensors."""
+        if self._model.flat is not None:
+            return {}
+        is_torchs = _is_torchs(optimizer)
+        return {
+            names[parameter][0]: Owner(parameter, is_torchs=is_torchs)
+            for parameter in _members(optimizer)
+            if isinstance(parameter, DTensor)
+        }
 
     def names(self) -> dict[nn.Parameter, tuple[str, ...]]:
         """The names of every parameter that an optimizer has; several if FSDP1 has flattened them into one.
@@ -113,6 +136,8 @@ class NamedOptimizers:
         claims: dict[str, Claim] = {}
         problems: list[str] = []
         doubts: list[str] = []
+        taken: list[str] = []
+        owners: dict[str, Owner] = {}
         for optimizer in self.optimizers:
             misfits = self._check_groups(optimizer, names, index)
             problems += misfits
@@ -124,10 +149,14 @@ class NamedOptimizers:
                 for parameter in group["params"]:
                     for name in names[parameter]:
                         live = {} if flat else flatten(name, optimizer.state.get(parameter, {}))
-                        owner = Owner(shown.get(name, parameter), on_device=_steps_on_device(group))
+                        tensor, is_torchs = shown.get(name, parameter), _is_torchs(optimizer)
+                        owner = owners[name] = Owner(tensor, _steps_on_device(group), is_torchs)
+                        if index.has_shards:
+                            problems += index.misfit(name, owner)
+                            taken += index.shards(name)
                         claims |= index.claim_values(name, shared_here)
                         claims |= index.claim_state(name, owner, live, expected.get(name, ()), twins[parameter])
-        return LoadPlan(claims, partial(self._apply, names, index), problems, doubts)
+        return LoadPlan(claims, partial(self._apply, names, index, owners), problems, doubts, taken)
 
     def _check_groups(
         self, optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, Sequence[str]], index: SavedOptimizers
@@ -153,6 +182,7 @@ class NamedOptimizers:
         self,
         names: Mapping[nn.Parameter, Sequence[str]],
         index: SavedOptimizers,
+        owners: Mapping[str, Owner],
         loaded: Mapping[str, torch.Tensor],
     ) -> None:
         twins = _twins(names)
@@ -160,11 +190,11 @@ class NamedOptimizers:
             self._fit_groups(optimizer, names, index)
             if (flat := self._model.flat) is not None:
                 members = (name for parameter in _members(optimizer) for name in names[parameter])
-                _load_flat(flat, optimizer, names, {name: index.state(name, loaded) or {} for name in members})
+                _load_flat(flat, optimizer, names, {n: index.state(n, owners[n], loaded) or {} for n in members})
                 continue
             for parameter in _members(optimizer):
                 [name] = names[parameter]
-                if state := index.state(name, loaded, twins[parameter]):
+                if state := index.state(name, owners[name], loaded, twins[parameter]):
                     optimizer.state[parameter] = state
                 elif state is not None:
                     # It was saved without state.
@@ -227,8 +257,8 @@ def _other_kinds(
     found: dict[str, list[str]] = {}
     for parameter in _members(optimizer):
         for name in names[parameter]:
-            if (kind := index.kind(name)) and kind[0] != own:
-                found.setdefault(kind[0], []).append(name)
+            if (kind := index.kind(name)) and kind != own:
+                found.setdefault(kind, []).append(name)
     return [
         f"another kind of optimizer than {own} was saved: {kind} for {listed(members, at_most=4)}"
         for kind, members in found.items()
@@ -244,9 +274,8 @@ def _expected_keys(
     have stepped; Adafactor also goes by the number of dims.
     """
     members = [name for parameter in _members(optimizer) for name in names[parameter]]
-    recorded = {name: kind[1:] for name in members if (kind := index.kind(name))}
-    if index.has_kinds or not type(optimizer).__module__.startswith("torch.optim"):
-        return dict(recorded)
+    if index.has_kinds or not _is_torchs(optimizer):
+        return {name: list(index.recorded_keys(name)) for name in members}
     expected: dict[str, Sequence[str]] = {}
     for alike, _ in hyperparameters.grouped_by_values(index.hyperparameters(members)):
         keys: dict[int, set[str]] = {}
@@ -257,6 +286,10 @@ def _expected_keys(
             keys.setdefault(num_dims[name], set()).update(key for key in index.keys(name) if ".$" not in key)
         expected |= {name: sorted(keys[num_dims[name]]) for name in alike if index.keys(name)}
     return expected
+
+
+def _is_torchs(optimizer: torch.optim.Optimizer) -> bool:
+    return f"{type(optimizer).__module__}.".startswith("torch.optim.")
 
 
 def _twins(names: Mapping[nn.Parameter, Sequence[str]]) -> dict[nn.Parameter, int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping, Set
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,18 +15,10 @@ from ray_ckpt.format.wrappers import plain_like
 from ray_ckpt.state import sealing
 from ray_ckpt.state.hyperparameters import without_numpy
 from ray_ckpt.state.load_plan import Claim, SavedState, Spec
+from ray_ckpt.state.shard_state import AS_DTENSOR, DIGESTS, OF_SHARD, SHARDS, Owner, fitting_box, split_note
+from ray_ckpt.text import listed
 
 STATE, PARAM_GROUPS, KINDS = "state", "param_groups", "kinds"
-
-
-@dataclass(frozen=True)
-class Owner:
-    """The parameter that optimizer state belongs to."""
-
-    tensor: torch.Tensor
-    """The parameter; under FSDP1 the DTensor of it in the model's state dict. May be on the meta device."""
-    on_device: bool
-    """Whether `step` lies on the parameter's device; otherwise on the host."""
 
 
 class SavedOptimizers:
@@ -40,6 +31,9 @@ class SavedOptimizers:
         self._broken: set[tuple[str, int]] = set()
         """Parameters (and their twins) of whose state a part is lost."""
         self._known_entries: dict[tuple[str, str], dict[str, str]] = {}
+        self._other_shapes: dict[str, bool] = {}
+        self._boxes: dict[str, str | None] = {}
+        """Parameter -> the box whose state this rank takes, of those that have state of each shard."""
 
     def hyperparameters(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
         """Parameter name -> hyper-parameter -> value, without parameters that have none in the checkpoint."""
@@ -50,10 +44,18 @@ class SavedOptimizers:
             if entries
         }
 
-    def kind(self, name: str) -> tuple[str, ...] | None:
-        """Class name of the parameter's optimizer, and the keys of its state; None if that is not recorded."""
+    def kind(self, name: str) -> str | None:
+        """Class name of the parameter's optimizer; None if that is not recorded."""
+        recorded = self._recorded(name)
+        return recorded[0] if recorded else None
+
+    def recorded_keys(self, name: str) -> dict[str, str]:
+        """Key of the parameter's state, as far as they are recorded -> what is noted of it."""
+        return dict(map(split_note, self._recorded(name)[1:]))
+
+    def _recorded(self, name: str) -> tuple[str, ...]:
         kind = self._saved.values.get(f"optim.{KINDS}.{self._saved_parameter(name)}")
-        return tuple(kind) if isinstance(kind, (list, tuple)) and kind else None
+        return tuple(kind) if isinstance(kind, (list, tuple)) else ()
 
     @functools.cached_property
     def has_kinds(self) -> bool:
@@ -106,7 +108,10 @@ class SavedOptimizers:
             twin: number of parameters of this name before this one; tied weights may be several in memory.
         """
         claims: dict[str, Claim] = {}
-        entries = self._entries(STATE, name)
+        entries = {**self._entries(STATE, name), **self._of_shard(name, owner)}
+        if self._boxes.get(name, "") is None and self.shards(name):
+            return {}  # a problem already
+        notes = self.recorded_keys(name)
         if not all(key in entries for key in expected):
             self._broken.add((name, twin))
             live = {}
@@ -115,26 +120,92 @@ class SavedOptimizers:
             spec, tensor = self._saved.tensors.get(flat), live.get(key)
             if spec is None:
                 claims[wanted] = Claim(flat)
-            elif isinstance(tensor, torch.Tensor) and not tensor.is_meta:
+                continue
+            new = self._spec_for(name, key, spec, owner.tensor)
+            is_dtensor = isinstance(owner.tensor, DTensor) and self._is_dtensor(key, new, owner, notes.get(key, ""))
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta and _is_kind(tensor, is_dtensor, notes.get(key)):
                 claims[wanted] = Claim(flat, Spec.of(tensor, wanted), partial(torch.Tensor.detach, tensor))
             else:
-                new = self._spec_for(name, key, spec, owner.tensor)
-                claims[wanted] = Claim(flat, new, partial(_create, key, new, owner))
+                spec = spec if notes.get(key) == OF_SHARD else new
+                claims[wanted] = Claim(flat, spec, partial(_create, key, spec, owner, is_dtensor))
         for key in (*expected, *live) if entries else expected:
             if key not in entries:
                 lost = key_name(f"optim.{STATE}.{self._saved_parameter(name)}", key)
                 claims[_wanted(name, key, twin)] = Claim(lost)
         return claims
 
-    def state(self, name: str, loaded: Mapping[str, torch.Tensor], twin: int = 0) -> dict[str, Any] | None:
+    def _is_dtensor(self, key: str, spec: Spec, owner: Owner, note: str) -> bool:
+        """Whether state of a DTensor is one."""
+        if note:
+            return note == AS_DTENSOR
+        is_number = owner.tensor.numel() == 1 and not owner.is_torchs
+        return owner.is_dtensor_by_default(key, spec.shape) and not (is_number and self._is_of_other_shapes(key))
+
+    def _is_of_other_shapes(self, key: str) -> bool:
+        """Whether state of this key has another shape than its parameter anywhere."""
+        if key in self._other_shapes:
+            return self._other_shapes[key]
+        start, end = f"optim.{STATE}.", f".{key}"
+        self._other_shapes[key] = any(
+            spec.shape != parameter.shape
+            for flat in self._saved.under(start[:-1])
+            if flat.endswith(end)
+            and (spec := self._saved.tensors.get(flat))
+            and (parameter := self._saved.tensors.get(f"model.{flat[len(start) : -len(end)]}"))
+        )
+        return self._other_shapes[key]
+
+    def shards(self, name: str) -> list[str]:
+        """All names of what was saved of the parameter's shards."""
+        return self._saved.under(f"optim.{SHARDS}.{self._saved_parameter(name)}")
+
+    def misfit(self, name: str, owner: Owner) -> list[str]:
+        """Why the state of the parameter's shards does not fit this rank; an empty list if it does."""
+        digests = self._digests(name)
+        self._boxes[name] = fitting_box(owner, digests) if digests else None
+        if not digests or self._boxes[name] is not None:
+            return []
+        held = owner.box if owner.is_sharded else "all of it"
+        return [
+            f"the optimizer keeps plain tensors of each shard of {name}, which fit no other layout: saved were those "
+            f"of {listed(sorted(digests), at_most=4)}, this rank holds {held}. Load them in the layout that saved them"
+        ]
+
+    def _digests(self, name: str) -> dict[str, Any]:
+        """Box -> digests of what was saved of it."""
+        start = len(f"optim.{SHARDS}.{self._saved_parameter(name)}.")
+        boxes = dict.fromkeys(flat[start:].partition(".")[0] for flat in self.shards(name))
+        return {box: self._saved.values.get(f"{self.shards(name)[0][:start]}{box}.{DIGESTS}") for box in boxes}
+
+    def _of_shard(self, name: str, owner: Owner) -> dict[str, str]:
+        """Key -> name in the checkpoint, of the state of the shard that this rank takes."""
+        if not self.has_shards:
+            return {}
+        if name not in self._boxes:
+            self.misfit(name, owner)
+        if self._boxes[name] is None:
+            return {}
+        prefix = f"optim.{SHARDS}.{self._saved_parameter(name)}.{self._boxes[name]}."
+        return {flat[len(prefix) :]: flat for flat in self.shards(name) if flat.startswith(prefix)}
+
+    @functools.cached_property
+    def has_shards(self) -> bool:
+        """Whether it holds state of shards at all."""
+        return bool(self._saved.under(f"optim.{SHARDS}"))
+
+    def state(
+        self, name: str, owner: Owner, loaded: Mapping[str, torch.Tensor], twin: int = 0
+    ) -> dict[str, Any] | None:
         """The state that a parameter is to have after the load; None: what it has."""
         if (name, twin) in self._broken or not self.knows(name):
             return None
         leaves: dict[str, Any] = {}
-        for key, flat in self._entries(STATE, name).items():
+        below = f"optim.{STATE}.{self._saved_parameter(name)}"
+        for key, flat in {**self._entries(STATE, name), **self._of_shard(name, owner)}.items():
             wanted = _wanted(name, key, twin)
-            leaves[flat] = loaded[wanted] if wanted in loaded else self._saved.values[flat]
-        return sealing.unpack(f"optim.{STATE}.{self._saved_parameter(name)}", leaves) if leaves else {}
+            if key != DIGESTS:
+                leaves[key_name(below, key)] = loaded[wanted] if wanted in loaded else self._saved.values[flat]
+        return sealing.unpack(below, leaves) if leaves else {}
 
     def _entries(self, kind: str, name: str) -> dict[str, str]:
         """Key -> name in the checkpoint. The key is empty for state that is sealed as a whole."""
@@ -182,16 +253,21 @@ def key_name(name: str, key: str) -> str:
     return f"{name}.{key}" if key else name
 
 
-def _create(key: str, spec: Spec, owner: Owner) -> torch.Tensor:
+def _is_kind(live: torch.Tensor, is_dtensor: bool, note: str | None) -> bool:
+    """Whether a live tensor may stay: it is what was saved, or nothing is known of that."""
+    return note is None or not note or isinstance(live, DTensor) == is_dtensor
+
+
+def _create(key: str, spec: Spec, owner: Owner, is_dtensor: bool) -> torch.Tensor:
     """Allocate state that the optimizer does not have yet."""
     tensor, dtype = owner.tensor.detach(), parse_dtype(spec.dtype)
     device = tensor.device
     if key == "step":
         return torch.empty(spec.shape, dtype=dtype, device=device if owner.on_device else "cpu")
-    if spec.shape == tuple(tensor.shape):
+    if spec.shape == tuple(tensor.shape) and isinstance(tensor, DTensor) == is_dtensor:
         return plain_like(tensor, dtype)
     memory = torch.empty(spec.shape, dtype=dtype, device=device)
-    if isinstance(tensor, DTensor) and spec.shape:
+    if is_dtensor and isinstance(tensor, DTensor):
         mesh = tensor.device_mesh
         return DTensor.from_local(memory, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return memory

@@ -19,9 +19,8 @@ import torch
 from ray_ckpt.errors import FormatError, UsageError
 from ray_ckpt.format import values
 from ray_ckpt.format.torch_container import dtype_name, parse_dtype
-from ray_ckpt.format.torch_internals import local_tensor
+from ray_ckpt.format.wrappers import are_same
 from ray_ckpt.state.group_lists import TAG, GroupList
-from ray_ckpt.state.hyperparameters import same_bits
 
 _DICTS: dict[type, str] = {dict: "$dict", OrderedDict: "$ordered", Counter: "$counter"}
 _SEQUENCES: dict[type, str] = {list: "$list", tuple: "$tuple", set: "$set", torch.Size: "$size"}
@@ -87,7 +86,7 @@ def is_same(one: object, other: object) -> bool:
 def _is_same_leaf(one: Any, other: Any) -> bool:
     if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
         return type(one) is type(other) and repr(one) == repr(other)
-    return one is other or same_bits(local_tensor(one), local_tensor(other))
+    return one is other or are_same(one, other)
 
 
 def seal(name: str, value: object) -> Any:
