@@ -29,7 +29,7 @@ from torch.distributed.checkpoint import CheckpointException
 import ray_ckpt
 from ray_ckpt.errors import RayCkptError
 from ray_ckpt.format.manifest import MANIFEST_NAME
-from tests.support import hostile
+from tests.support import amplified, hostile
 from tests.support.isolated import Outcome, Readers
 
 DEADLINE_S = 5.0
@@ -235,7 +235,7 @@ def read_hostile(count: int) -> Iterator[str]:
     """A row for the known kinds, and one for each kind of made-up checkpoints."""
     with tempfile.TemporaryDirectory() as directory, Readers() as readers:
         known = []
-        for number, write in enumerate(hostile.KNOWN.values()):
+        for number, write in enumerate((hostile.KNOWN | amplified.KNOWN).values()):
             path = Path(directory, f"known-{number}", "step-1")
             path.mkdir(parents=True)
             known.append(("load", write(path)))

@@ -11,13 +11,15 @@ import torch
 
 import ray_ckpt
 from ray_ckpt.errors import RayCkptError
-from tests.support import hostile
+from tests.support import amplified, hostile
 from tests.support.isolated import Outcome, Readers
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 
 MAX_SECONDS, MAX_HELD_BYTES = 5.0, 512 << 20
 BATCH = 20
+
+KNOWN = hostile.KNOWN | amplified.KNOWN
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +41,10 @@ def wrong(outcome: Outcome) -> bool:
 
 def test_each_known_kind_ends_in_an_error_of_ours(readers: Readers, tmp_path: Path) -> None:
     tasks = []
-    for number, write in enumerate(hostile.KNOWN.values()):
+    for number, write in enumerate(KNOWN.values()):
         (tmp_path / str(number) / "step-1").mkdir(parents=True)
         tasks.append(("load", write(tmp_path / str(number) / "step-1")))
-    outcomes = dict(zip(hostile.KNOWN, readers.read(tasks), strict=True))
+    outcomes = dict(zip(KNOWN, readers.read(tasks), strict=True))
     assert {name: outcome for name, outcome in outcomes.items() if wrong(outcome)} == {}
     assert {name for name, outcome in outcomes.items() if outcome.kind == "loaded"} == hostile.HARMLESS
 

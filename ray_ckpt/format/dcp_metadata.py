@@ -152,7 +152,11 @@ def _find(storage: Mapping[dcp.MetadataIndex, StorageInfo], index: dcp.MetadataI
 
 
 def _transforms(info: StorageInfo) -> tuple[str, ...]:
-    return tuple(str(item) for item in getattr(info, "transform_descriptors", None) or ())
+    found = getattr(info, "transform_descriptors", None) or ()
+    limits.NESTING.check(len(found), f"the place of a container in {METADATA_NAME}")
+    if any(type(item) is not str for item in found):
+        raise FormatError(f"{METADATA_NAME} has {quoted(found)} where names of stream extensions belong")
+    return tuple(found)
 
 
 def _sizes(numbers: Any) -> tuple[int, ...]:
@@ -169,6 +173,7 @@ def _checked_path(path: Any) -> Path | None:
     if isinstance(path, (Instance, Name)):
         raise unknown_class(path)
     parts = tuple(path)
+    limits.NESTING.check(len(parts), f"a path in {METADATA_NAME}")
     if any(type(part) not in (str, int) for part in parts):
         raise FormatError(f"{METADATA_NAME} has {quoted(parts)} where a path in a state dict belongs")
     return parts

@@ -29,6 +29,12 @@ __all__ = ["METADATA_NAME", "read_metadata", "unknown_class"]
 METADATA_NAME = ".metadata"
 """Where stock DCP keeps its record of a checkpoint."""
 
+_MAX_WITHOUT_PLACE = 50_000
+"""Chunks that may lack a place: as many as are quickly looked at, until one of them is named."""
+
+_MAX_SAME_HASH = 16
+"""Chunks that may share their hash with others. No two of a million do by chance."""
+
 _ADVICE = "if you trust its author, read it with trusted=True"
 
 
@@ -45,14 +51,24 @@ def read_metadata(data: bytes) -> dcp.Metadata:
         raise FormatError(f"{METADATA_NAME} holds {quoted(root)}, not DCP's Metadata")
     fields = _fields(root)
     entries, storage = fields["state_dict_metadata"], fields.get("storage_data")
+    places = _storage_data(storage) if isinstance(storage, Mapping) else {}
+    _check_sharing(entries, len(places))
     planner_data, version = fields.get("planner_data"), fields.get("version")
     return dcp.Metadata(
         {_text(name): _entry(entry) for name, entry in entries.items()},
         planner_data=planner_data if isinstance(planner_data, Mapping) else None,
-        storage_data=_storage_data(storage) if isinstance(storage, Mapping) else {},
+        storage_data=places,
         storage_meta=_storage_meta(fields.get("storage_meta")),
         version=version if type(version) is str else None,
     )
+
+
+def _check_sharing(entries: Mapping[Any, Any], num_places: int) -> None:
+    """A pickle may have one list of chunks as that of any number of tensors, but every chunk has a place of its own."""
+    states = (entry.state for entry in entries.values() if isinstance(entry, Instance) and type(entry.state) is dict)
+    num_chunks = sum(len(state.get("chunks") or ()) for state in states)
+    if num_chunks > 2 * num_places + _MAX_WITHOUT_PLACE:
+        raise FormatError(f"{METADATA_NAME} has {num_chunks} chunks and tells where {num_places} of them lie")
 
 
 def unknown_class(value: Instance | Name) -> UnsafeCheckpointError:
@@ -93,12 +109,19 @@ def _entry(value: Any) -> dcp.TensorStorageMetadata | dcp.BytesStorageMetadata:
         return dcp.BytesStorageMetadata()
     fields = _fields(value, _TENSOR)
     chunks = [_chunk(chunk) for chunk in fields["chunks"]]
-    return dcp.TensorStorageMetadata(_properties(fields["properties"]), fields["size"], chunks)
+    return dcp.TensorStorageMetadata(_properties(fields["properties"]), _sized(fields["size"]), chunks)
 
 
 def _chunk(value: Any) -> dcp.ChunkStorageMetadata:
     fields = _fields(value, _CHUNK)
-    return dcp.ChunkStorageMetadata(fields["offsets"], fields["sizes"])
+    return dcp.ChunkStorageMetadata(_sized(fields["offsets"]), _sized(fields["sizes"]))
+
+
+def _sized(numbers: Any) -> Any:
+    """Sizes or offsets, one for each dim, which may be shared by any number of tensors."""
+    if not isinstance(numbers, (tuple, list)) or len(numbers) > limits.MAX_DIMS:
+        raise FormatError(f"{METADATA_NAME} has {quoted(numbers)} where the sizes of a tensor's dims belong")
+    return numbers
 
 
 def _properties(value: Any) -> dcp.TensorProperties:
@@ -116,8 +139,8 @@ def _storage_data(storage: Mapping[Any, Any]) -> dict[dcp.MetadataIndex, Any]:
     """Where everything lies. What is no part of DCP's is left as it is, for `to_manifest` to refuse where it is
     wanted."""
     indexes = [_index(key) for key in storage]
-    if 2 * len(set(map(hash, indexes))) < len(indexes):
-        raise FormatError(f"{METADATA_NAME} has {len(indexes)} chunks, most of which have the same hash")
+    if (num_same := len(indexes) - len(set(map(hash, indexes)))) > _MAX_SAME_HASH:
+        raise FormatError(f"{METADATA_NAME} has {len(indexes)} chunks, {num_same} of which have the hash of another")
     return {index: _info(value) for index, value in zip(indexes, storage.values(), strict=True)}
 
 

@@ -86,10 +86,10 @@ class Unpickler:
             raise FormatError(f"{self._what} cannot be read: {type(error).__name__}: {str(error)[:200]}") from error
 
     def _check_density(self) -> None:
-        """Whether the pickle is more than lists in lists: one byte of it would take 64 of memory. Bytes that stand in
-        texts are counted too, so that this costs no time."""
+        """Whether the pickle is more than lists in lists and memo entries: one byte of it would take 64 of memory.
+        Bytes that stand in texts are counted too, so that this costs no time."""
         num_containers = sum(self._data.count(code) for code in _CONTAINER_CODES)
-        if num_containers > len(self._data) // 2:
+        if num_containers > len(self._data) // 3:
             limits.EMPTY_CONTAINERS.check(num_containers, self._what)
 
     def _run(self) -> Any:
@@ -347,7 +347,7 @@ _REDUCE, _NEWOBJ, _BUILD, _STOP = pickle.REDUCE[0], pickle.NEWOBJ[0], pickle.BUI
 
 _CONTAINER_CODES = (
     *(pickle.EMPTY_LIST, pickle.EMPTY_DICT, pickle.EMPTY_SET, pickle.FROZENSET),
-    *(pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
+    *(pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.MEMOIZE),
 )
 """Operations of one byte that take memory."""
 

@@ -29,7 +29,7 @@ import xxhash
 from ray_ckpt.errors import FormatError
 from ray_ckpt.format import values
 from ray_ckpt.format.block_sums import BlockSums
-from ray_ckpt.format.boxes import shared_box
+from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.entries import Chunk, Inline, ObjectEntry, Path, TensorEntry
 
 __all__ = [
@@ -283,7 +283,7 @@ def _parse_chunk(data: Any, *, ours: bool) -> Chunk:
             raise MisfitError("block_bytes", "is 0")
         checksums = BlockSums(block_bytes, _parse_base64(data, "checksums"))
     return Chunk(
-        box=shared_box(sizes(data, "offsets"), sizes(data, "sizes")),
+        box=Box(sizes(data, "offsets"), sizes(data, "sizes")),  # not `shared_box`: tuples can be made to collide
         file=text(data, "file"),
         start=size(data, "start"),
         length=size(data, "length"),
