@@ -29,6 +29,7 @@ FLOORS = {
     "dcp": 4,
     "recipes": 5,
     "__init__": 6,
+    "integrations": 7,
 }
 """Rooms and single modules. Those on one floor know nothing of each other."""
 
