@@ -56,6 +56,10 @@ class RayCkptError(Exception):
     def __init__(self, message: str = "") -> None:
         super().__init__(_printable(message))
 
+    def append(self, text: str) -> None:
+        """Say more at the end of the message."""
+        self.args = (_printable(f"{self}; {text}"),)
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _revive, (type(self), self.args, self.__dict__)
 

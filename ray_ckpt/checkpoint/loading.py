@@ -2,7 +2,7 @@
 
 coordinator    where the checkpoint is ── broadcast ──>
 every rank     open        and where that may be somebody else's: names ── gather ──> join ── broadcast ──> adapt
-every rank     offer ── gather ──> coordinator: agree ── broadcast ──> check -> read -> finish -> LoadReport
+every rank     offer ── gather ──> coordinator: agree ── broadcast ──> prepare -> read -> finish -> LoadReport
 
 The manifest tells every rank where its bytes are, so ranks need not talk while they read.
 """
@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Literal
 
 from ray_ckpt.checkpoint.exchange import TrainersExchange
-from ray_ckpt.errors import CheckpointNotFoundError, UsageError
+from ray_ckpt.errors import CheckpointNotFoundError, RayCkptError, UsageError
 from ray_ckpt.format.saved import Saved
 from ray_ckpt.format.translate import join_names
 from ray_ckpt.protocol.agreement import agree
@@ -39,9 +39,12 @@ def load(
 ) -> LoadReport:
     """Load a checkpoint into a live state, whatever layout saved it. All ranks call it, with the same options.
 
-    Everything is compared before anything is changed. The optimizers' parameter groups are split where the checkpoint
-    has different hyper-parameters for their members, and a fresh optimizer gets the state that was saved. Bytes are
-    read directly into the live tensors: after an error while they are read, the tensors hold parts of two states.
+    Everything is compared before anything is changed. Objects that may refuse what was saved (gradient scalers, data
+    loaders, anything with a `load_state_dict` of its own but modules and optimizers) are given it before any other
+    tensor is read; if one refuses, on any rank, all get back what they had. The optimizers' parameter groups are split
+    where the checkpoint has different hyper-parameters for their members, and a fresh optimizer gets the state that was
+    saved. Bytes are read directly into the live tensors: after an error while they are read, the tensors hold parts of
+    two states, and the error says which parts of the state are new.
 
     Example:
         >>> import torch
@@ -83,7 +86,8 @@ def load(
     Raises:
         CheckpointNotFoundError: there is no committed checkpoint, or not that step.
         FormatError: the latest step is damaged; names path, reason and the highest good step.
-        StateMismatchError: names, shapes, dtypes or hyper-parameters do not fit; nothing was changed.
+        StateMismatchError: names, shapes, dtypes or hyper-parameters do not fit, or an object refuses what was saved;
+            nothing was changed.
         CheckpointError: ranks failed, or did not arrive within `timeout_s`; every rank learns which.
     """
     if isinstance(only, str):
@@ -144,6 +148,12 @@ def _load(ranks: TrainersExchange, state: State, location: Location, options: Lo
         ranks.on_all(lambda: rank.adapt(common))
     offers = ranks.gather(lambda: rank.offer(state))
     verdict = ranks.broadcast(lambda: agree(offers))
-    ranks.on_all(lambda: rank.read(verdict))
-    report = ranks.on_all(lambda: rank.finish(verdict))
+    try:
+        ranks.on_all(lambda: rank.prepare(verdict))
+        ranks.on_all(rank.read)
+        report = ranks.on_all(lambda: rank.finish(verdict))
+    except BaseException as error:
+        if (told := rank.give_up()) and isinstance(error, RayCkptError):
+            error.append(told)
+        raise
     return replace(report, step=location.step, passed_over=location.passed_over)

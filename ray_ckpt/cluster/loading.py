@@ -7,7 +7,8 @@ driver                                    every worker
     adapt   ── what all are called ──────>  the manifest under our names
     offer   ── state_of ─────────────────>  compare; refuse what is missing  <── LoadOffer ──
     agree
-    read    ── what they agreed on ──────>  refuse what is left over; bytes into the live tensors
+    prepare ── what they agreed on ──────>  refuse what is left over; hand over what may be refused
+    read    ─────────────────────────────>  bytes into the live tensors
     finish  ─────────────────────────────>  set everything else              <── LoadReport ──
 
 A phase begins when all workers have come through the one before. The manifest tells each where its bytes are: nobody
@@ -24,7 +25,7 @@ from typing import Any, Literal
 
 from ray_ckpt.cluster import worker_side
 from ray_ckpt.cluster.group import WorkerGroup
-from ray_ckpt.errors import UsageError
+from ray_ckpt.errors import RayCkptError, UsageError
 from ray_ckpt.format.saved import Saved
 from ray_ckpt.format.translate import join_names
 from ray_ckpt.protocol.agreement import agree
@@ -48,9 +49,10 @@ def load(
 ) -> list[LoadReport]:
     """Load a checkpoint into what the workers hold, whatever layout saved it. The group stays open, whatever happens.
 
-    Everything is compared, on all workers, before anything is changed. After an error while reading, the tensors hold
-    parts of both states. Where a worker's own state takes part in collectives (FSDP1's does), a worker that fails
-    leaves the others in them until the group's collective timeout.
+    Everything is compared, on all workers, before anything is changed; objects that may refuse what was saved take it
+    before the tensors are read, as in `ray_ckpt.load`. After an error while reading, the tensors hold parts of both
+    states, and the error says which parts of the state are new. Where a worker's own state takes part in collectives
+    (FSDP1's does), a worker that fails leaves the others in them until the group's collective timeout.
 
     Example:
         >>> import torch
@@ -102,9 +104,19 @@ def load(
         if any(call(worker_side.open_load, found.storage, options, state_of)):
             call(worker_side.adapt_load, join_names(call(worker_side.name_load, state_of)))
         verdict = agree(call(worker_side.offer_load, state_of))
-        call(worker_side.read_load, verdict)
+        call(worker_side.prepare_load, verdict)
+        call(worker_side.read_load)
         reports = call(worker_side.finish_load, verdict)
         return [replace(report, step=found.step, passed_over=found.passed_over) for report in reports]
-    except BaseException:
-        worker_side.tell_all(group, worker_side.forget_load, attempt)
+    except BaseException as error:
+        _give_up(group, attempt, error)
         raise
+
+
+def _give_up(group: WorkerGroup, attempt: str, error: BaseException) -> None:
+    """Undo on all workers what can be undone, and let the error say what is new on which rank."""
+    told = worker_side.tell_all(group, worker_side.give_up_load, attempt)
+    if isinstance(error, RayCkptError):
+        for text in dict.fromkeys(filter(None, told.values())):
+            ranks = ", ".join(str(rank) for rank in told if told[rank] == text)
+            error.append(f"rank {ranks}: {text}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ray_ckpt.cluster.group import WorkerGroup
 from ray_ckpt.cluster.worker import WorkerContext, resolve
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from ray_ckpt.protocol.rank_load import RankLoad
     from ray_ckpt.protocol.rank_save import PlanMemory, RankSave
     from ray_ckpt.storage.files import Storage
+
+T = TypeVar("T")
 
 StateOf = Callable[[WorkerContext], "Stateful | Mapping[str, Any]"]
 """A top-level function that returns what a worker holds: a `TrainState`, another `Stateful`, or a state dict."""
@@ -126,19 +128,27 @@ def offer_load(ctx: WorkerContext, attempt: str, state_of: StateOf | str) -> Loa
     return _loads(ctx)[attempt].offer(resolve(state_of)(ctx))
 
 
-def read_load(ctx: WorkerContext, attempt: str, verdict: LoadOffer) -> None:
-    """Read into the state, unless something is left over that nobody wants."""
-    _loads(ctx)[attempt].read(verdict)
+def prepare_load(ctx: WorkerContext, attempt: str, verdict: LoadOffer) -> None:
+    """Hand over what may be refused, unless something is left over that nobody wants."""
+    _loads(ctx)[attempt].prepare(verdict)
+
+
+def read_load(ctx: WorkerContext, attempt: str) -> None:
+    """Read into the state."""
+    _loads(ctx)[attempt].read()
 
 
 def finish_load(ctx: WorkerContext, attempt: str, verdict: LoadOffer) -> LoadReport:
     """Set what is not read in place, and release the state."""
-    return _loads(ctx).pop(attempt).finish(verdict)
+    report = _loads(ctx)[attempt].finish(verdict)
+    del _loads(ctx)[attempt]
+    return report
 
 
-def forget_load(ctx: WorkerContext, attempt: str) -> None:
-    """Release the state."""
-    _loads(ctx).pop(attempt, None)
+def give_up_load(ctx: WorkerContext, attempt: str) -> str:
+    """Undo what can be undone, release the state, and tell which parts of it are new."""
+    load = _loads(ctx).pop(attempt, None)
+    return "" if load is None else load.give_up()
 
 
 def verify(ctx: WorkerContext, storage: Storage, num_ranks: int) -> VerifyReport:
@@ -160,8 +170,10 @@ def _loads(ctx: WorkerContext) -> dict[str, RankLoad]:
     return loads
 
 
-def tell_all(group: WorkerGroup, fn: Callable[..., None], attempt: str) -> None:
-    """Call `fn(ctx, attempt)` on every worker, beside its other calls. Those that do not answer soon are left out."""
+def tell_all(group: WorkerGroup, fn: Callable[..., T], attempt: str) -> dict[int, T]:
+    """Call `fn(ctx, attempt)` on every worker, beside its other calls; the answers by rank, none if one is late."""
     with contextlib.suppress(GroupError):
         args_of = dict.fromkeys(range(group.num_workers), (attempt,))
-        group.call(fn, args_of, timeout_s=CLEANUP_TIMEOUT_S, beside=True)
+        answers: dict[int, T] = group.call(fn, args_of, timeout_s=CLEANUP_TIMEOUT_S, beside=True)
+        return answers
+    return {}

@@ -7,16 +7,20 @@ coordinator    translate.join_names: the names of all ranks together
 every rank     adapt    the manifest under our names
 every rank     offer    plan; refuse what this rank misses                     (changes nothing)
 coordinator    agree    agreement.py: what no rank wants
-every rank     read     refuse what is left over; allocate; bytes go straight into the live tensors
+every rank     prepare  refuse what is left over; objects that may refuse what was saved take it
+every rank     read     allocate; bytes go straight into the live tensors
 every rank     finish   hyper-parameters, schedulers, counters, generators
+after an error
+every rank     give_up  before `read`: objects get back what they had; after it: tell which parts are new
 
 Between the phases, whoever carries the messages tells the ranks whether the others have succeeded.
 """
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -24,7 +28,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.stateful import Stateful
 
-from ray_ckpt.errors import StateMismatchError, UsageError
+from ray_ckpt.errors import CheckpointError, StateMismatchError, UsageError
 from ray_ckpt.format.manifest import itemsize
 from ray_ckpt.format.saved import Saved
 from ray_ckpt.format.torch_internals import flatten_state_dict, local_tensor, set_element
@@ -35,6 +39,7 @@ from ray_ckpt.protocol.holdings import is_stateful
 from ray_ckpt.protocol.load_source import LoadSource
 from ray_ckpt.protocol.messages import LoadOffer
 from ray_ckpt.report import LoadReport
+from ray_ckpt.state import handing_over
 from ray_ckpt.state.load_plan import Claim, KeyMap, LoadPlan, SavedState, Spec
 from ray_ckpt.state.subclasses import expand, whole
 from ray_ckpt.state.train_state import TrainState
@@ -96,8 +101,13 @@ class RankLoad:
         self._names: list[str] = []
         self._saved = SavedState({}, {})
         self._plans: Sequence[LoadPlan] = ()
-        self._loaded: list[dict[str, torch.Tensor]] = []
+        self._taken = handing_over.Taken()
+        self._loaded: dict[str, torch.Tensor] = {}
         self._num_bytes = 0
+        self._preparing = threading.Lock()
+        self._given_up = False
+        self._reading = False
+        self._num_applied = 0
 
     def open(self) -> None:
         """Raises:
@@ -190,26 +200,57 @@ class RankLoad:
         notes = {section: note for plan in self._plans for section, note in plan.notes.items()}
         return LoadOffer(tuple(missing), tuple(cast), mark(self._names, unwanted), notes)
 
-    def read(self, verdict: LoadOffer) -> None:
-        """Allocate what has no memory yet, and read. After an error while reading the tensors hold parts of two states.
+    def prepare(self, verdict: LoadOffer) -> None:
+        """Give the objects that may refuse what was saved their state; no other tensor is read yet.
 
         Args:
             verdict: what all ranks have agreed on.
 
         Raises:
-            StateMismatchError: no rank wants some of what was saved, and the load is `strict`; nothing was changed.
+            StateMismatchError: no rank wants some of what was saved, and the load is `strict`; or an object refuses its
+                state. Nothing was changed.
             StorageError, FormatError, IntegrityError: it cannot be read, or is damaged.
         """
         self._refuse_leftovers(verdict)
-        with collector_paused():
-            tensors, copies = self._allocate()
-        self._source.read(tensors)
-        with torch.no_grad():
-            for target, filled in copies:
-                target.copy_(filled)
-        self._num_bytes = sum(
-            _local_elements(tensor) * itemsize(self._saved.tensors[name].dtype) for name, tensor in tensors.items()
-        )
+        with self._preparing:
+            if self._given_up:
+                raise CheckpointError("another rank has given up")
+            if handovers := handing_over.early(self._plans):
+                claims = {wanted: claim for handover in handovers for wanted, claim in handover.claims.items()}
+                self._taken.take(handovers, lambda: self._read(claims))
+
+    def read(self) -> None:
+        """Allocate what has no memory yet, and read. After an error while reading the tensors hold parts of two states.
+
+        Raises:
+            StorageError, FormatError, IntegrityError: it cannot be read, or is damaged.
+        """
+        self._reading = True
+        self._read({wanted: claim for plan in self._plans for wanted, claim in plan.claims.items()})
+
+    def give_up(self) -> str:
+        """After an error, on any rank: undo what can be undone. May be called from another thread than the rest.
+
+        Returns:
+            Which parts of this rank's state are new; empty when none is.
+        """
+        if not self._reading:
+            with self._preparing:
+                self._given_up = True
+                return self._taken.undo()
+        early = handing_over.early(self._plans)
+        taken = {wanted for handover in early for wanted in handover.claims}
+        rest = [(plan.section, plan.claims.keys() - taken) for plan in self._plans]
+        applied, others = rest[: self._num_applied], rest[self._num_applied :]
+        read = set(self._loaded)
+        begun = [(section, wanted) for section, wanted in others if wanted & read]
+        parts = {
+            "new": [*(handover.name for handover in early), *_sections(applied)],
+            "of both states": _sections(begun),
+            "as it was": _sections([part for part in others if part not in begun]),
+        }
+        told = [f"{state}: {', '.join(names)}" for state, names in parts.items() if names]
+        return f"what the failed load has left: {'; '.join(told)}"
 
     def _refuse_leftovers(self, verdict: LoadOffer) -> None:
         left = marked(self._names, verdict.unwanted)
@@ -220,29 +261,47 @@ class RankLoad:
                 "only=('model', ...), or all that fits by strict=False"
             )
 
-    def _allocate(self) -> tuple[dict[str, torch.Tensor], list[tuple[torch.Tensor, torch.Tensor]]]:
+    def _read(self, claims: Mapping[str, Claim]) -> dict[str, torch.Tensor]:
+        """Read what is claimed and has not been read yet; wanted name -> tensor, of all that has."""
+        with collector_paused():
+            tensors, copies = self._allocate(claims)
+        self._source.read(tensors)
+        with torch.no_grad():
+            for target, filled in copies:
+                target.copy_(filled)
+        self._num_bytes += sum(
+            _local_elements(tensor) * itemsize(self._saved.tensors[name].dtype) for name, tensor in tensors.items()
+        )
+        return self._loaded
+
+    def _allocate(
+        self, claims: Mapping[str, Claim]
+    ) -> tuple[dict[str, torch.Tensor], list[tuple[torch.Tensor, torch.Tensor]]]:
         """Targets by saved name, and (target, filled) where several want the same."""
         tensors: dict[str, torch.Tensor] = {}
         copies: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for plan in self._plans:
-            loaded: dict[str, torch.Tensor] = {}
-            for wanted, claim in plan.claims.items():
-                if claim.target is not None and claim.saved in self._saved.tensors:
-                    target = claim.target()
-                    if target is None:
-                        continue
-                    loaded[wanted] = target
-                    if claim.saved in tensors:
-                        copies.append((target, tensors[claim.saved]))
-                    else:
-                        tensors[claim.saved] = target
-            self._loaded.append(loaded)
+        for wanted, claim in claims.items():
+            if claim.target is None or claim.saved not in self._saved.tensors or wanted in self._loaded:
+                continue
+            target = claim.target()
+            if target is None:
+                continue
+            self._loaded[wanted] = target
+            if claim.saved in tensors:
+                copies.append((target, tensors[claim.saved]))
+            else:
+                tensors[claim.saved] = target
         return tensors, copies
 
     def finish(self, verdict: LoadOffer) -> LoadReport:
-        """Set what is not read in place. Under FSDP1 all ranks have to call it together."""
-        for plan, loaded in zip(self._plans, self._loaded, strict=True):
-            plan.apply(loaded)
+        """Set what is not read in place. Under FSDP1 all ranks have to call it together.
+
+        Raises:
+            CheckpointError: an object refuses what was saved; the tensors have been read.
+        """
+        for plan in self._plans:
+            handing_over.finish(plan, self._loaded)
+            self._num_applied += 1
         return LoadReport(
             uri=self._source.address,
             num_bytes=self._num_bytes,
@@ -275,6 +334,10 @@ class RankLoad:
             texts = [f"{self._source.label} does not fit what it is loaded into: {_listed(sorted(texts))}{advice}"]
         if texts or problems:
             raise StateMismatchError("; ".join([*texts, *problems]))
+
+
+def _sections(parts: Sequence[tuple[str, Set[str]]]) -> list[str]:
+    return [section for section, wanted in parts if section and wanted]
 
 
 def _own_hyperparameters(state: TrainState, key_map: KeyMap | None) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """What each part of a training state wants from a checkpoint: planned first, then read, then applied.
 
-SavedState           the checkpoint as a part sees it: names, shapes, dtypes, and all values that are not tensors
-part.plan(saved) ->  LoadPlan(claims, apply): nothing is changed yet, so a state that does not fit is left alone
-    claim.target()   the memory that a tensor is read into; only now it is allocated
-    plan.apply(...)  after the reading
+SavedState            the checkpoint as a part sees it: names, shapes, dtypes, and all values that are not tensors
+part.plan(saved) ->   LoadPlan(claims, apply): nothing is changed yet, so a state that does not fit is left alone
+    handover.take()   objects that may refuse what was saved take it, or it is undone and nothing has changed
+    claim.target()    the memory that a tensor is read into; only now it is allocated
+    plan.apply(...)   after the reading
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from torch.distributed.checkpoint.stateful import Stateful
 
 from ray_ckpt.errors import UsageError
 from ray_ckpt.format.inner_tensors import Recipe, take_apart
@@ -64,6 +66,21 @@ class Claim:
 
 
 @dataclass(frozen=True)
+class Handover:
+    """An object that takes its state by its own `load_state_dict`, which may refuse it: so it is asked first."""
+
+    name: str
+    """What messages call it."""
+    owner: Stateful
+    claims: Mapping[str, Claim]
+    """Those claims of the plan that are the object's: read before all others."""
+    state_of: Callable[[Mapping[str, torch.Tensor]], Any]
+    """The state that it takes, from wanted name -> tensor that was read."""
+    may_be_asked: bool = True
+    """Whether its `state_dict` may be asked beforehand: a data loader would start its workers for that."""
+
+
+@dataclass(frozen=True)
 class LoadPlan:
     """What one part wants, and how it takes it."""
 
@@ -79,6 +96,10 @@ class LoadPlan:
     """Further names of the checkpoint that this part accounts for, so that they are not unexpected."""
     notes: Mapping[str, str] = field(default_factory=dict)
     """Section -> what happens to it, where that depends on the layout."""
+    handovers: Sequence[Handover] = ()
+    """Objects that take their state before the first tensor of anything else is read."""
+    section: str = ""
+    """What messages call the part whose plan it is."""
 
 
 class SavedState:

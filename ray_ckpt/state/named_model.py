@@ -29,12 +29,16 @@ from ray_ckpt.errors import StateMismatchError, UsageError
 from ray_ckpt.format.torch_internals import has_entry, names_of
 from ray_ckpt.format.wrappers import FilledInPlace, are_same, is_made_of_others, with_memory
 from ray_ckpt.state import sealing
-from ray_ckpt.state.load_plan import Claim, LoadPlan, SavedState, Spec
-from ray_ckpt.state.replicated_parts import claim_under
+from ray_ckpt.state.load_plan import Claim, Handover, LoadPlan, SavedState, Spec
+from ray_ckpt.state.replicated_parts import claim_under, handed_over
 from ray_ckpt.text import listed
 
 TIES = "all_tied_weights_keys"
 """Attribute of a module: alias -> canonical name of a weight that it shares. transformers' models have it."""
+
+
+EXTRA_STATE = "_extra_state"
+"""Last component of the key that a module's `get_extra_state` has in its state dict."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,26 @@ class _Entry:
     @property
     def is_opaque(self) -> bool:
         """Whether only the module knows what it is, so that it need not be like what the module has now."""
-        return not isinstance(self.value, torch.Tensor) or self.key.rpartition(".")[2] == "_extra_state"
+        return not isinstance(self.value, torch.Tensor) or self.key.rpartition(".")[2] == EXTRA_STATE
+
+
+class _ExtraState:
+    """The extra state of one module, which the module may refuse although its tensors fit."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    @classmethod
+    def of(cls, entry: _Entry) -> _ExtraState | None:
+        module, name = _owner(entry)
+        overridden = type(module).set_extra_state is not nn.Module.set_extra_state
+        return cls(module) if name == EXTRA_STATE and overridden else None
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._module.get_extra_state()  # type: ignore[no-any-return]
+
+    def load_state_dict(self, state: Any) -> None:
+        self._module.set_extra_state(state)
 
 
 class NamedModel:
@@ -103,6 +126,7 @@ class NamedModel:
         present = {module: _presence(module) for module in self.modules}
         entries: dict[str, list[_Entry]] = {}
         claims: dict[str, Claim] = {}
+        handovers: list[Handover] = []
         waiting = set()
         for name, held in held_by_name.items():
             wanted = f"{self.section}.{name}"
@@ -115,9 +139,11 @@ class NamedModel:
                 claims[wanted] = Claim(source, Spec.of(first.value, wanted), partial(_memory_of, first))
                 waiting |= {entry.module for entry in held if entry.value.is_meta}
             else:
-                claims |= claim_under(saved, source)
+                claims |= (below := claim_under(saved, source))
+                if owner := _ExtraState.of(first):
+                    handovers += handed_over(saved, source, owner, below)
             entries[name] = held
-        return LoadPlan(claims, partial(self._apply, saved, entries), _without_values(waiting))
+        return LoadPlan(claims, partial(self._apply, saved, entries), _without_values(waiting), handovers=handovers)
 
     def parameters(self) -> dict[nn.Parameter, tuple[str, ...]]:
         """Each parameter's canonical name; several names, if it is a flat one of FSDP1's."""
@@ -253,7 +279,7 @@ def _check_shown(module: nn.Module, loaded: Mapping[str, Any]) -> None:
     wrong = [
         key
         for key, value in loaded.items()
-        if isinstance(value, torch.Tensor) and not key.endswith("_extra_state") and not _are_one(value, shown.get(key))
+        if isinstance(value, torch.Tensor) and not key.endswith(EXTRA_STATE) and not _are_one(value, shown.get(key))
     ]
     if wrong:
         raise StateMismatchError(

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from ray_ckpt.state import sealing
 from ray_ckpt.state.load_plan import Claim, LoadPlan, SavedState
-from ray_ckpt.state.replicated_parts import claim_under, gathered, is_whole
+from ray_ckpt.state.replicated_parts import claim_under, gathered, handed_over, is_whole
 
 _NUM_RANKS = "num_ranks"
 """Name of the number of ranks that saved, so that a rank whose state is lost is missed."""
@@ -64,6 +64,12 @@ class RankPart:
 
             if not is_whole(saved, claims):
                 return LoadPlan(claims, lambda loaded: None, taken=known, notes={self.section: LEFT})
+
+            if not isinstance(self._owner, Rng):
+                handovers = handed_over(saved, name, self._owner, claims, may_be_asked=False)
+                return LoadPlan(
+                    claims, lambda loaded: None, taken=known, notes={self.section: RESTORED}, handovers=handovers
+                )
 
             def restore(loaded: Mapping[str, torch.Tensor]) -> None:
                 self._owner.load_state_dict(sealing.unpack(name, gathered(saved, claims, loaded)))

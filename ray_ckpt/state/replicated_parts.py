@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from ray_ckpt.errors import UsageError
 from ray_ckpt.format.torch_container import parse_dtype
 from ray_ckpt.state import sealing
-from ray_ckpt.state.load_plan import Claim, LoadPlan, SavedState, Spec
+from ray_ckpt.state.load_plan import Claim, Handover, LoadPlan, SavedState, Spec
 
 
 class Countable(Protocol):
@@ -51,6 +51,23 @@ def gathered(saved: SavedState, claims: Mapping[str, Claim], loaded: Mapping[str
     }
 
 
+def handed_over(
+    saved: SavedState, name: str, owner: Stateful, claims: Mapping[str, Claim], *, may_be_asked: bool = True
+) -> list[Handover]:
+    """The handover of what was saved under a name to the object that takes it; none if some of it is lost."""
+    if not is_whole(saved, claims):
+        return []
+
+    def state_of(loaded: Mapping[str, torch.Tensor]) -> Any:
+        return sealing.unpack(name, gathered(saved, claims, loaded))
+
+    return [Handover(name, owner, claims, state_of, may_be_asked)]
+
+
+def _nothing_more(loaded: Mapping[str, torch.Tensor]) -> None:
+    """All of it is handed over."""
+
+
 class StatefulPart:
     """One object with `state_dict` and `load_state_dict`, such as a gradient scaler."""
 
@@ -66,12 +83,7 @@ class StatefulPart:
         if not saved.wants(self.section):
             return LoadPlan({}, lambda loaded: None)
         claims = claim_under(saved, self._name)
-
-        def apply(loaded: Mapping[str, torch.Tensor]) -> None:
-            if is_whole(saved, claims):
-                self._owner.load_state_dict(sealing.unpack(self._name, gathered(saved, claims, loaded)))
-
-        return LoadPlan(claims, apply)
+        return LoadPlan(claims, _nothing_more, handovers=handed_over(saved, self._name, self._owner, claims))
 
 
 class CounterPart:
@@ -125,6 +137,7 @@ class ExtraPart:
     def plan(self, saved: SavedState) -> LoadPlan:
         claims: dict[str, Claim] = {}
         states: dict[str, Mapping[str, Claim]] = {}
+        handovers: list[Handover] = []
         for name, value in self._extra.items():
             wanted = f"{self.section}.{name}"
             if not saved.wants(wanted):
@@ -132,24 +145,20 @@ class ExtraPart:
             if isinstance(value, torch.Tensor):
                 source = saved.name_of(wanted)
                 claims[wanted] = Claim(source, Spec.of(value, wanted), partial(torch.Tensor.detach, value))
+                continue
+            below = claim_under(saved, wanted)
+            claims |= below
+            if isinstance(value, Stateful):
+                handovers += handed_over(saved, wanted, value, below)
             else:
-                states[name] = claim_under(saved, wanted)
-                claims |= states[name]
+                states[name] = below
 
         def apply(loaded: Mapping[str, torch.Tensor]) -> None:
-            for name, wanted in states.items():
-                if not is_whole(saved, wanted):
-                    continue
-                value, state = (
-                    self._extra[name],
-                    sealing.unpack(f"{self.section}.{name}", gathered(saved, wanted, loaded)),
-                )
-                if isinstance(value, Stateful):
-                    value.load_state_dict(state)
-                else:
-                    self._extra[name] = state
+            for name, below in states.items():
+                if is_whole(saved, below):
+                    self._extra[name] = sealing.unpack(f"{self.section}.{name}", gathered(saved, below, loaded))
 
-        return LoadPlan(claims, apply)
+        return LoadPlan(claims, apply, handovers=handovers)
 
 
 def _dots(name: str) -> Iterator[int]:

@@ -17,7 +17,7 @@ import torch
 from ray_ckpt.errors import FormatError, UsageError
 from ray_ckpt.format.inner_tensors import RECORD, Recipe, misfits, rebuild, subclass_of, take_apart
 from ray_ckpt.format.wrappers import is_made_of_others
-from ray_ckpt.state.load_plan import Claim, LoadPlan, SavedState, Spec
+from ray_ckpt.state.load_plan import Claim, Handover, LoadPlan, SavedState, Spec
 
 
 def apart(leaves: Mapping[str, Any], section: str) -> dict[str, Any]:
@@ -119,11 +119,24 @@ def expand(plan: LoadPlan, seen: SavedState, saved: SavedState) -> LoadPlan:
         else:
             claims[wanted] = claim
 
+    def joined(loaded: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        return {**loaded, **{wanted: it.tensor for wanted, it in made.items()}}
+
     def apply(loaded: Mapping[str, torch.Tensor]) -> None:
-        plan.apply({**loaded, **{wanted: it.tensor for wanted, it in made.items()}})
+        plan.apply(joined(loaded))
+
+    def expanded(handover: Handover) -> Handover:
+        own = {
+            name: claim
+            for name, claim in claims.items()
+            if any(name == wanted or name.startswith(f"{wanted}.") for wanted in handover.claims)
+        }
+        return replace(handover, claims=own, state_of=lambda loaded: handover.state_of(joined(loaded)))
+
+    handovers = [expanded(handover) for handover in plan.handovers]
 
     taken = [*_taken(plan.taken, seen), *_read_as_plain(seen, {claim.saved for claim in claims.values()})]
-    return replace(plan, claims=claims, apply=apply, problems=problems, taken=taken)
+    return replace(plan, claims=claims, apply=apply, problems=problems, taken=taken, handovers=handovers)
 
 
 def _misfit(claim: Claim, found: Recipe | None, live: Recipe | None) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -25,8 +26,8 @@ from ray_ckpt.errors import UsageError
 from ray_ckpt.format.fingerprinting import fingerprint
 from ray_ckpt.format.snapshot import Snapshot
 from ray_ckpt.format.translate import HYPERPARAMETERS
-from ray_ckpt.state import subclasses
-from ray_ckpt.state.load_plan import LoadPlan, SavedState, Spec, StatePart
+from ray_ckpt.state import handing_over, subclasses
+from ray_ckpt.state.load_plan import Claim, LoadPlan, SavedState, Spec, StatePart
 from ray_ckpt.state.named_model import NamedModel
 from ray_ckpt.state.named_optimizers import NamedOptimizers
 from ray_ckpt.state.named_schedulers import NamedSchedulers, Schedulers
@@ -178,20 +179,29 @@ class TrainState:
                 "an optimizer remembers already, and this one has not stepped",
                 stacklevel=2,
             )
-        for plan in self.plans(saved):
-            loaded = {}
-            for name, claim in plan.claims.items():
-                if claim.target is None or claim.saved not in tensors or (target := claim.target()) is None:
+        loaded: dict[str, torch.Tensor] = {}
+
+        def fill(claims: Mapping[str, Claim]) -> dict[str, torch.Tensor]:
+            for name, claim in claims.items():
+                if claim.target is None or claim.saved not in tensors or name in loaded:
                     continue
-                loaded[name] = target
-                with torch.no_grad():
-                    target.copy_(tensors[claim.saved])
-            plan.apply(loaded)
+                if (target := claim.target()) is not None:
+                    loaded[name] = target
+                    with torch.no_grad():
+                        target.copy_(tensors[claim.saved])
+            return loaded
+
+        plans = self.plans(saved)
+        early = handing_over.early(plans)
+        handing_over.Taken().take(early, lambda: fill({k: c for handover in early for k, c in handover.claims.items()}))
+        for plan in plans:
+            handing_over.finish(plan, fill(plan.claims))
 
     def plans(self, saved: SavedState) -> list[LoadPlan]:
         """Each part's plan to load a checkpoint, to be applied in this order. Nothing is changed or allocated yet."""
         seen = subclasses.whole(saved)
-        return [subclasses.expand(part.plan(seen), seen, saved) for part in self._parts]
+        plans = [replace(part.plan(seen), section=part.section) for part in self._parts]
+        return [subclasses.expand(plan, seen, saved) for plan in plans]
 
     def snapshot(self, rank: int) -> Snapshot:
         """Fingerprints of all tensors that this rank holds, and the values of everything else, by flat name.
