@@ -145,6 +145,18 @@ def test_workers_without_a_process_group_load_what_they_hold(group: WorkerGroup,
     assert group.run(rank_states.held_loads) == [0] * NUM_WORKERS
 
 
+def test_an_object_that_refuses_on_one_worker_leaves_all_as_they_were(group: WorkerGroup, tmp_path: Path) -> None:
+    cluster.save(group, rank_states.versioned_state_of, tmp_path / "run")
+    group.run(rank_states.set_version, 1, 2)
+    with pytest.raises(WorkerError, match=r"rank 1 on .*extra\.object \(Versioned\) refuses .*; nothing was changed"):
+        cluster.load(group, rank_states.versioned_state_of, tmp_path / "run")
+    assert group.run(rank_states.versioned_sum) == [(0.0, 5)] * NUM_WORKERS
+    assert group.run(rank_states.held_loads) == [0] * NUM_WORKERS
+    group.run(rank_states.set_version, 1, 1)
+    cluster.load(group, rank_states.versioned_state_of, tmp_path / "run")
+    assert group.run(rank_states.versioned_sum) == [(4.0, 0)] * NUM_WORKERS
+
+
 def test_what_does_not_fit_is_refused_on_every_worker_before_anything_changes(
     group: WorkerGroup, tmp_path: Path
 ) -> None:

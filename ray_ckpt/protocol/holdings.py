@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.planner import WriteItem
-from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.checkpoint.utils import find_state_dict_object
 from torch.distributed.tensor import DTensor
 
@@ -27,6 +26,7 @@ from ray_ckpt.format.torch_internals import (
 )
 from ray_ckpt.format.wrappers import join
 from ray_ckpt.protocol.messages import Item, TensorSpec
+from ray_ckpt.state.plain_state import is_stateful, key_records
 from ray_ckpt.state.subclasses import inner_of
 
 
@@ -50,9 +50,9 @@ def hold(state_dict: Mapping[str, Any]) -> Holdings:
         UsageError: two entries have the same flat name, a DTensor is a pending sum rather than a value, or a tensor
             subclass cannot be taken apart.
     """
-    flat = {name: value.state_dict() if is_stateful(value) else value for name, value in state_dict.items()}
+    states = {name: value.state_dict() for name, value in state_dict.items() if is_stateful(value)}
     try:
-        values, paths = flatten_state_dict(flat)
+        values, paths = flatten_state_dict({**state_dict, **states, **key_records(states)})
     except ValueError as error:
         raise UsageError(f"the state dict has two entries of one name: {error}") from error
     return _Holder().hold(*_apart(values, paths))
@@ -70,11 +70,6 @@ def _apart(values: Mapping[str, Any], paths: Mapping[str, Any]) -> tuple[Mapping
             flat[join(name, below)] = entry
             flat_paths[join(name, below)] = (*paths[name], *below.split(".")) if below else paths[name]
     return flat, flat_paths
-
-
-def is_stateful(value: object) -> bool:
-    """Whether it is a `Stateful`. Tensors are excluded first: asking the protocol takes a hundred times as long."""
-    return not isinstance(value, torch.Tensor) and isinstance(value, Stateful)
 
 
 class _Holder:

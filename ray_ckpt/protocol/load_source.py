@@ -117,7 +117,9 @@ class LoadSource:
                 elsewhere[name] = torch.empty(spec.shape, dtype=parse_dtype(spec.dtype))
         self.read(elsewhere)
         values |= elsewhere | dict(further or {})
-        return SavedState(tensors, values, layout=manifest.layout, only=only, key_map=key_map)
+        paths = {name: entry.path for name, entry in manifest.tensors.items() if entry.path is not None}
+        paths |= {name: entry.path for name, entry in manifest.objects.items() if entry.path is not None}
+        return SavedState(tensors, values, layout=manifest.layout, paths=paths, only=only, key_map=key_map)
 
     def read(self, wanted: dict[str, Any]) -> None:
         """Fill the tensors of these names, and replace other entries by their values."""

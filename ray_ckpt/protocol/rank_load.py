@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, MutableMapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -31,16 +31,15 @@ from torch.distributed.checkpoint.stateful import Stateful
 from ray_ckpt.errors import CheckpointError, StateMismatchError, UsageError
 from ray_ckpt.format.manifest import itemsize
 from ray_ckpt.format.saved import Saved
-from ray_ckpt.format.torch_internals import flatten_state_dict, local_tensor, set_element
+from ray_ckpt.format.torch_internals import local_tensor
 from ray_ckpt.format.translate import HYPERPARAMETERS, Names
 from ray_ckpt.gc_pause import collector_paused
 from ray_ckpt.protocol.agreement import mark, marked
-from ray_ckpt.protocol.holdings import is_stateful
 from ray_ckpt.protocol.load_source import LoadSource
 from ray_ckpt.protocol.messages import LoadOffer
 from ray_ckpt.report import LoadReport
-from ray_ckpt.state import handing_over
-from ray_ckpt.state.load_plan import Claim, KeyMap, LoadPlan, SavedState, Spec
+from ray_ckpt.state import handing_over, plain_state
+from ray_ckpt.state.load_plan import Claim, KeyMap, LoadPlan, SavedState
 from ray_ckpt.state.subclasses import expand, whole
 from ray_ckpt.state.train_state import TrainState
 from ray_ckpt.storage.files import Storage
@@ -197,6 +196,7 @@ class RankLoad:
         taken = {claim.saved for claim in claims.values()}
         taken |= {name for plan in self._plans for name in plan.taken}
         unwanted = {name for name in self._names if name not in taken and saved.wants(name)}
+        unwanted = {name for name in unwanted if not name.startswith(plain_state.KEYS)}
         notes = {section: note for plan in self._plans for section, note in plan.notes.items()}
         return LoadOffer(tuple(missing), tuple(cast), mark(self._names, unwanted), notes)
 
@@ -383,45 +383,8 @@ def _everything(name: str) -> bool:
 def _plans(state: State, saved: SavedState) -> list[LoadPlan]:
     if isinstance(state, TrainState):
         return state.plans(saved)
-    if isinstance(state, Stateful):
-        nested = state.state_dict()
-        return [_plan_of_dict(nested, saved, then=partial(state.load_state_dict, nested))]
-    owners = {name: value for name, value in state.items() if is_stateful(value)}
-    nested = {name: value.state_dict() if name in owners else value for name, value in state.items()}
-
-    def finish() -> None:
-        for name, owner in owners.items():
-            owner.load_state_dict(nested[name])
-        if isinstance(state, MutableMapping):
-            # Values at the top were replaced in the copy.
-            state.update({name: value for name, value in nested.items() if name not in owners})
-
-    return [_plan_of_dict(nested, saved, then=finish)]
-
-
-def _plan_of_dict(nested: dict[str, Any], saved: SavedState, then: Callable[[], None]) -> LoadPlan:
-    flat, paths = flatten_state_dict(nested)
-    flat = {name: value for name, value in flat.items() if saved.wants(name)}
-    claims = {
-        name: Claim(saved.name_of(name), Spec.of(value, name), partial(_as_it_is, value))
-        if isinstance(value, torch.Tensor)
-        else Claim(saved.name_of(name))
-        for name, value in flat.items()
-    }
-    meta = [name for name, value in flat.items() if isinstance(value, torch.Tensor) and value.is_meta]
-    problems = [f"{_listed(meta)} on the meta device, where nothing can be read to"] if meta else []
-
-    def apply(loaded: Mapping[str, torch.Tensor]) -> None:
-        for name, claim in claims.items():
-            if claim.spec is None and claim.saved in saved.values:
-                set_element(nested, paths[name], saved.values[claim.saved])
-        then()
-
-    return expand(LoadPlan(claims, apply, problems), whole(saved), saved)
-
-
-def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
+    seen = whole(saved)
+    return [expand(plan, seen, saved) for plan in plain_state.plans(state, seen)]
 
 
 def _compare(claims: Mapping[str, Claim], saved: SavedState) -> tuple[list[str], list[str]]:

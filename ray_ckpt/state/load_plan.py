@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from ray_ckpt.errors import UsageError
 from ray_ckpt.format.inner_tensors import Recipe, take_apart
+from ray_ckpt.format.manifest import Path
 from ray_ckpt.format.torch_container import dtype_name
 from ray_ckpt.format.wrappers import is_made_of_others
 
@@ -109,6 +110,7 @@ class SavedState:
         tensors: name -> spec.
         values: name -> value of everything that is not a tensor, and of tensors that are hyper-parameters.
         layout: name of the layout that saved it.
+        paths: name -> keys that led to it in the state dict, where that is known and more than the name.
         only: prefixes of the wanted names (whole components of them); None: everything.
         key_map: from wanted to saved names.
     """
@@ -119,12 +121,14 @@ class SavedState:
         values: Mapping[str, Any],
         *,
         layout: str | None = None,
+        paths: Mapping[str, Path] | None = None,
         only: Sequence[str] | None = None,
         key_map: KeyMap | None = None,
     ) -> None:
         self.tensors = tensors
         self.values = values
         self.layout = layout
+        self._paths = paths or {}
         self._only = only
         self._key_map = key_map
         self.names = frozenset((*tensors, *values))
@@ -132,7 +136,9 @@ class SavedState:
 
     def holding(self, tensors: Mapping[str, Spec], values: Mapping[str, Any]) -> SavedState:
         """The same checkpoint with other names in it."""
-        return SavedState(tensors, values, layout=self.layout, only=self._only, key_map=self._key_map)
+        return SavedState(
+            tensors, values, layout=self.layout, paths=self._paths, only=self._only, key_map=self._key_map
+        )
 
     def __contains__(self, name: str) -> bool:
         return name in self.names
@@ -142,6 +148,10 @@ class SavedState:
         start = bisect.bisect_left(self._sorted, f"{prefix}.")
         end = bisect.bisect_left(self._sorted, f"{prefix}/")  # the character after the dot
         return ([prefix] if prefix in self else []) + self._sorted[start:end]
+
+    def path_of(self, name: str) -> Path:
+        """The keys that led to an entry in the state dict that was saved."""
+        return self._paths.get(name, (name,))
 
     def wants(self, name: str) -> bool:
         """Whether this name, or something below it, is to be loaded at all."""

@@ -22,9 +22,11 @@ from ray_ckpt.format.torch_container import dtype_name, parse_dtype
 from ray_ckpt.format.wrappers import are_same
 from ray_ckpt.state.group_lists import TAG, GroupList
 
-_DICTS: dict[type, str] = {dict: "$dict", OrderedDict: "$ordered", Counter: "$counter"}
+DICTS: dict[type, str] = {dict: "$dict", OrderedDict: "$ordered", Counter: "$counter"}
+"""Classes of dicts that are sealed -> their tags."""
 _SEQUENCES: dict[type, str] = {list: "$list", tuple: "$tuple", set: "$set", torch.Size: "$size"}
-_MAKERS: dict[str, Callable[[Any], Any]] = {tag: kind for kind, tag in (*_DICTS.items(), *_SEQUENCES.items())}
+MAKERS: dict[str, Callable[[Any], Any]] = {tag: kind for kind, tag in (*DICTS.items(), *_SEQUENCES.items())}
+"""Tag in a sealed value -> class."""
 
 
 RECORD = "$names"
@@ -113,9 +115,9 @@ def _seal(name: str, value: Any, tensors: list[torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
         tensors.append(value)
         return ("$tensor", len(tensors) - 1)
-    if kind in _DICTS:
+    if kind in DICTS:
         pairs = [(_seal(name, key, tensors), _seal(f"{name}.{key}", item, tensors)) for key, item in value.items()]
-        return (_DICTS[kind], tuple(pairs))
+        return (DICTS[kind], tuple(pairs))
     if kind in _SEQUENCES:
         items = [_seal(f"{name}.{index}", item, tensors) for index, item in enumerate(value)]
         if kind is set:
@@ -158,8 +160,8 @@ def _unseal(name: str, sealed: Any, leaves: Mapping[str, Any]) -> Any:
         return parse_dtype(content)
     if tag == TAG:
         return GroupList(*content)
-    if tag not in _MAKERS:
+    if tag not in MAKERS:
         raise FormatError(f"{name!r} is sealed as {tag!r}, which this version does not know; upgrade ray-ckpt")
-    if tag in _DICTS.values():
-        return _MAKERS[tag]({_unseal(name, key, leaves): _unseal(name, item, leaves) for key, item in content})
-    return _MAKERS[tag]([_unseal(name, item, leaves) for item in content])
+    if tag in DICTS.values():
+        return MAKERS[tag]({_unseal(name, key, leaves): _unseal(name, item, leaves) for key, item in content})
+    return MAKERS[tag]([_unseal(name, item, leaves) for item in content])

@@ -50,6 +50,46 @@ def hanging_state_of(ctx: WorkerContext, rank: int = 1) -> dict[str, Any]:
     return stage_of(ctx)
 
 
+class Versioned:
+    """Takes only state of its own version."""
+
+    def __init__(self, version: int) -> None:
+        self.version = version
+        self.value = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"version": self.version, "value": self.value}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.value = state["value"]
+        if state["version"] != self.version:
+            raise ValueError(f"version {state['version']} is not {self.version}")
+
+
+def versioned_state_of(ctx: WorkerContext) -> TrainState:
+    """The same model on all workers, and an object that `set_version` can make refuse what was saved."""
+    if "versioned" not in ctx.objects:
+        model = torch.nn.Linear(2, 2, bias=False)
+        torch.nn.init.ones_(model.weight)
+        ctx.objects["object"] = Versioned(1)
+        ctx.objects["versioned"] = TrainState(model, step=1, extra={"object": ctx.objects["object"]})
+    state: TrainState = ctx.objects["versioned"]
+    return state
+
+
+def set_version(ctx: WorkerContext, rank: int, version: int) -> None:
+    """Another version on one rank; other weights and values on all."""
+    torch.nn.init.zeros_(versioned_state_of(ctx).model.weight)
+    versioned: Versioned = ctx.objects["object"]
+    versioned.value = 5
+    versioned.version = version if ctx.rank == rank else 1
+
+
+def versioned_sum(ctx: WorkerContext) -> tuple[float, int]:
+    """Sum of the weights, and the object's value."""
+    return float(versioned_state_of(ctx).model.weight.sum()), ctx.objects["object"].value
+
+
 def held_saves(ctx: WorkerContext) -> int:
     """Saves that still hold on to the state."""
     return len(ctx.objects["ray_ckpt.saves"])

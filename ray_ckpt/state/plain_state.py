@@ -1,0 +1,239 @@
+"""The parts of a plain state dict: each object with a `state_dict` of its own, and the tensors and values beside them.
+
+    {"model": module, "trainer": object, "step": 3}   one plan for "model", one for "trainer", one for the rest
+
+Names are those that DCP's flattening gives. What fits is read in place, as DCP does it. An object whose state has grown
+since it was made, such as a history or an optimizer, gets all that was saved under its name: the paths in the record
+tell dicts from lists, and an entry `$keys.<name>`, which a save writes where it is needed, the keys that are no texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, MutableMapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.tensor import DTensor
+
+from ray_ckpt.errors import UsageError
+from ray_ckpt.format.manifest import Path
+from ray_ckpt.format.torch_internals import flatten_state_dict
+from ray_ckpt.state import sealing
+from ray_ckpt.state.handing_over import can_be_undone
+from ray_ckpt.state.load_plan import Claim, Handover, LoadPlan, SavedState, Spec
+from ray_ckpt.state.replicated_parts import claim_under
+from ray_ckpt.text import listed
+
+KEYS = "$keys."
+"""Prefix of the name under which the keys of an object's state are recorded."""
+
+_TEXTS, _NUMBERS = "texts", "numbers"
+
+
+def is_stateful(value: object) -> bool:
+    """Whether it is a `Stateful`. Tensors are excluded first: asking the protocol takes a hundred times as long."""
+    return not isinstance(value, torch.Tensor) and isinstance(value, Stateful)
+
+
+def key_records(states: Mapping[str, Any]) -> dict[str, Any]:
+    """What has to be saved beside the states of objects so that their keys come back; nothing for most.
+
+    Args:
+        states: name -> what the object's `state_dict` returned.
+    """
+    records = {}
+    for name, state in states.items():
+        found: list[Any] = []
+        _record(state, (), found)
+        if found:
+            records[KEYS + name] = tuple(found)
+    return records
+
+
+def _record(value: Any, path: Path, found: list[Any]) -> None:
+    """List (path, tag of the class, keys) of each dict that its flat names alone do not give back."""
+    if isinstance(value, Mapping):
+        kinds = {type(key) for key in value}
+        tag = sealing.DICTS.get(type(value), "$dict")
+        if kinds != {str} or tag != "$dict":
+            try:
+                keys = _TEXTS if kinds == {str} else _NUMBERS if kinds == {int} else sealing.seal("", tuple(value))
+            except UsageError:
+                return
+            found.append((path, tag, keys))
+        for key, item in value.items():
+            if not isinstance(item, torch.Tensor):
+                _record(item, (*path, str(key)), found)
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            if not isinstance(item, torch.Tensor):
+                _record(item, (*path, number), found)
+
+
+def plans(state: Stateful | Mapping[str, Any], saved: SavedState) -> list[LoadPlan]:
+    """One plan for each object, and one for everything else. Nothing is changed or allocated yet."""
+    if isinstance(state, Stateful):
+        nested = state.state_dict()
+        plan, fill = _in_place(nested, saved)
+        handover = Handover("the state", state, plan.claims, lambda loaded: fill(loaded) or nested)
+        return [LoadPlan(plan.claims, lambda loaded: None, plan.problems, handovers=[handover])]
+    owners = {name: value for name, value in state.items() if is_stateful(value)}
+    rest = {name: value for name, value in state.items() if name not in owners}
+    plan, fill = _in_place(rest, saved)
+
+    def apply(loaded: Mapping[str, torch.Tensor]) -> None:
+        fill(loaded)
+        if isinstance(state, MutableMapping):
+            state.update(rest)  # values at the top were replaced in the copy
+
+    return [
+        LoadPlan(plan.claims, apply, plan.problems, section="everything else" if owners else ""),
+        *(_plan_of_object(name, owner, saved) for name, owner in owners.items() if saved.wants(name)),
+    ]
+
+
+def _plan_of_object(name: str, owner: Stateful, saved: SavedState) -> LoadPlan:
+    state = owner.state_dict()
+    source = saved.name_of(name)
+    flat, _ = flatten_state_dict({name: state})
+    if _has_grown(name, owner, flat, saved, source):
+        claims = claim_under(saved, source)
+        lost = [own for own in flat if own not in claims and _must_be_there(own, name, flat, claims)]
+        claims |= {own: Claim(own) for own in lost}
+        handover = Handover(name, owner, claims, lambda loaded: _rebuilt(saved, source, loaded))
+        return LoadPlan(claims, lambda loaded: None, handovers=[handover], section=name, taken=[KEYS + source])
+    nested = {name: state}
+    plan, fill = _in_place(nested, saved)
+
+    def state_of(loaded: Mapping[str, torch.Tensor]) -> Any:
+        fill(loaded)
+        return nested[name]
+
+    handover = Handover(name, owner, plan.claims, state_of)
+    return LoadPlan(plan.claims, lambda loaded: None, plan.problems, handovers=[handover], section=name)
+
+
+def _has_grown(name: str, owner: Stateful, flat: Mapping[str, Any], saved: SavedState, source: str) -> bool:
+    """Whether more was saved than the object shows now, or other shapes, in a state that is not laid out over ranks."""
+    below = saved.under(source)
+    sharded = any(isinstance(value, DTensor) for value in flat.values())
+    if isinstance(owner, torch.optim.Optimizer):
+        sharded |= any(isinstance(p, DTensor) for group in owner.param_groups for p in group["params"])
+    if isinstance(owner, nn.Module) or sharded or any(saved.path_of(flat)[0] != source for flat in below):
+        return False
+    wanted = {source + own[len(name) :]: own for own in flat}
+    if not wanted.keys() >= set(below):
+        return True
+    light = can_be_undone(Handover(name, owner, claim_under(saved, source), lambda loaded: None))
+    return light and any(
+        isinstance(value := flat[wanted[found]], torch.Tensor) != (found in saved.tensors)
+        or (isinstance(value, torch.Tensor) and tuple(value.shape) != saved.tensors[found].shape)
+        for found in below
+    )
+
+
+def _must_be_there(own: str, name: str, flat: Mapping[str, Any], claims: Mapping[str, Claim]) -> bool:
+    """Whether an entry of the object that was not saved is missed: not if the dict or list that it is in may shrink."""
+    if any(claim.startswith(f"{own}.") or own.startswith(f"{claim}.") for claim in claims):
+        return False
+    return not any(part.isdigit() for part in own[len(name) + 1 :].split("."))
+
+
+def _rebuilt(saved: SavedState, source: str, loaded: Mapping[str, torch.Tensor]) -> Any:
+    """The state that was saved under a name."""
+    leaves = {
+        saved.path_of(flat)[1:]: loaded[flat] if flat in loaded else saved.values[flat] for flat in saved.under(source)
+    }
+    records = {tuple(path): (tag, keys) for path, tag, keys in saved.values.get(KEYS + source, ())}
+    tree: dict[Any, Any] = {}
+    for path in (*records, *leaves):
+        node = tree
+        for part in path:
+            node = node.setdefault(part, {})
+    return _built((), tree, leaves, records)
+
+
+def _built(
+    path: Path, tree: Mapping[Any, Any], leaves: Mapping[Path, Any], records: Mapping[Path, tuple[str, Any]]
+) -> Any:
+    if path in leaves:
+        return leaves[path]
+    items = {part: _built((*path, part), below, leaves, records) for part, below in tree.items()}
+    if path not in records:
+        is_list = bool(items) and all(type(part) is int for part in items)
+        return [items[number] for number in sorted(items)] if is_list else items
+    tag, keys = records[path]
+    if keys == _TEXTS:
+        named = items
+    elif keys == _NUMBERS:
+        named = {number: items[str(number)] for number in sorted(map(int, items))}
+    else:
+        named = {key: items[str(key)] for key in sealing.unseal(KEYS, keys)}
+    return sealing.MAKERS[tag](named)
+
+
+def _in_place(
+    nested: dict[str, Any], saved: SavedState
+) -> tuple[LoadPlan, Callable[[Mapping[str, torch.Tensor]], None]]:
+    """The plan to fill the tensors that are there, and the function that replaces the values."""
+    flat, paths = flatten_state_dict(nested)
+    flat = {name: value for name, value in flat.items() if saved.wants(name)}
+    claims: dict[str, Claim] = {}
+    grown: dict[str, str] = {}
+    for name, value in flat.items():
+        source = saved.name_of(name)
+        if isinstance(value, torch.Tensor):
+            claims[name] = Claim(source, Spec.of(value, name), partial(torch.Tensor.detach, value))
+        elif source not in saved and (below := saved.under(source)) and _lie_below(below, paths[name], saved):
+            grown[name] = source
+            claims |= claim_under(saved, source)
+        else:
+            claims[name] = Claim(source)
+    meta = [name for name, value in flat.items() if isinstance(value, torch.Tensor) and value.is_meta]
+    problems = (
+        [f"{listed(meta, at_most=8, separator='; ')} on the meta device, where nothing can be read to"] if meta else []
+    )
+
+    def fill(loaded: Mapping[str, torch.Tensor]) -> None:
+        for name in flat:
+            if name in grown:
+                _set(nested, paths[name], _below(saved, grown[name], len(paths[name]), loaded))
+            elif (claim := claims[name]).spec is None and claim.saved in saved.values:
+                _set(nested, paths[name], saved.values[claim.saved])
+
+    return LoadPlan(claims, lambda loaded: None, problems), fill
+
+
+def _lie_below(names: list[str], path: Path, saved: SavedState) -> bool:
+    return all(saved.path_of(name)[: len(path)] == path for name in names)
+
+
+def _below(saved: SavedState, source: str, depth: int, loaded: Mapping[str, torch.Tensor]) -> Any:
+    """What was saved below a name, as dicts and lists."""
+    leaves = {
+        saved.path_of(flat)[depth:]: loaded[flat] if flat in loaded else saved.values[flat]
+        for flat in saved.under(source)
+    }
+    tree: dict[Any, Any] = {}
+    for path in leaves:
+        node = tree
+        for part in path:
+            node = node.setdefault(part, {})
+    return _built((), tree, leaves, {})
+
+
+def _set(nested: Any, path: Path, value: object) -> None:
+    """Replace a value that is there, whatever the kind of the keys that lead to it."""
+    *before, last = path
+    for part in before:
+        nested = nested[_key(nested, part)]
+    nested[_key(nested, last)] = value
+
+
+def _key(container: Any, part: str | int) -> Any:
+    if isinstance(container, Mapping) and part not in container:
+        return next(key for key in container if str(key) == part)
+    return part

@@ -1,0 +1,89 @@
+"""Plain dicts of objects: what has grown comes back whole, with keys of the kind that they were."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import ray_ckpt
+from ray_ckpt import TrainState
+from ray_ckpt.errors import StateMismatchError
+from ray_ckpt.state.hyperparameters import same
+
+
+class Holder:
+    def __init__(self, state: dict[Any, Any]) -> None:
+        self.state = state
+
+    def state_dict(self) -> dict[Any, Any]:
+        return self.state
+
+    def load_state_dict(self, state: dict[Any, Any]) -> None:
+        self.state = state
+
+
+GROWN: dict[str, tuple[dict[Any, Any], dict[Any, Any]]] = {
+    "list of dicts": ({"entries": []}, {"entries": [{"loss": 1.0}, {"loss": 0.5, "at": {"step": 3}}]}),
+    "list of tensors": ({"entries": []}, {"entries": [torch.ones(2), torch.zeros(3)]}),
+    "dict of tensors": ({"shadow": {}}, {"shadow": {"0.weight": torch.ones(2), "0.bias": torch.ones(1)}}),
+    "from nothing": ({}, {"metrics": {"mean": torch.ones(2)}, "total": 3}),
+    "numbers as keys": ({"buffer": {}}, {"buffer": {10: torch.ones(2), 2: torch.zeros(2)}}),
+    "more numbers as keys": ({"buffer": {2: torch.ones(2)}}, {"buffer": {10: torch.ones(2), 2: torch.zeros(2)}}),
+    "keys of other kinds": ({}, {(1, "a"): 2, 0.5: "x", True: None, "y": {}, "z": [{}], None: torch.ones(1)}),
+    "kinds of dicts": ({}, {"seen": Counter({25: 1}), "order": OrderedDict(b=1, a=2)}),
+    "a larger tensor": ({"buffer": torch.zeros(0, 4)}, {"buffer": torch.ones(10, 4)}),
+    "a value that became a tensor": ({"mean": 0.0}, {"mean": torch.ones(2)}),
+}
+
+
+@pytest.mark.parametrize("kind", GROWN)
+def test_an_object_gets_all_that_was_saved_under_its_name(tmp_path: Path, kind: str) -> None:
+    fresh, grown = GROWN[kind]
+    ray_ckpt.save({"trainer": Holder(grown), "other": torch.ones(1)}, tmp_path / "run")
+    targets = {"trainer": Holder(dict(fresh)), "other": torch.zeros(1)}
+    ray_ckpt.load(targets, tmp_path / "run")
+    assert same(targets["trainer"].state, grown)
+    assert float(targets["other"]) == 1.0
+    in_place = Holder(dict(grown))
+    ray_ckpt.load({"trainer": in_place, "other": torch.zeros(1)}, tmp_path / "run")
+    assert same(in_place.state, grown)
+
+
+def test_numbers_stay_numbers_in_what_torch_keeps(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    optimizers = [torch.optim.Adam(model.parameters(), lr=lr) for lr in (0.1, 0.2)]
+    schedulers = [torch.optim.lr_scheduler.MultiStepLR(optimizer, [25, 7]) for optimizer in optimizers]
+    model(torch.ones(1, 2)).sum().backward()
+    optimizers[0].step()
+    schedulers[0].step()
+    ray_ckpt.save({"optim": optimizers[0], "lr": schedulers[0]}, tmp_path / "run")
+    ray_ckpt.load({"optim": optimizers[1], "lr": schedulers[1]}, tmp_path / "run")
+    assert same(optimizers[1].state_dict(), optimizers[0].state_dict())
+    assert schedulers[1].state_dict() == schedulers[0].state_dict()
+    ray_ckpt.save({"optim": optimizers[1], "lr": schedulers[1]}, tmp_path / "again")
+
+
+def test_an_entry_that_was_not_saved_is_still_missed(tmp_path: Path) -> None:
+    ray_ckpt.save({"trainer": Holder({"seen": 3, "history": [{"loss": 1.0}]})}, tmp_path / "run")
+    with pytest.raises(StateMismatchError, match=r"trainer\.mean: not saved"):
+        ray_ckpt.load({"trainer": Holder({"seen": 3, "history": [], "mean": 0.5})}, tmp_path / "run")
+
+
+def test_a_plain_list_that_has_grown_is_replaced(tmp_path: Path) -> None:
+    ray_ckpt.save({"history": [{"loss": 1.0}]}, tmp_path / "run")
+    state: dict[str, Any] = {"history": []}
+    ray_ckpt.load(state, tmp_path / "run")
+    assert state == {"history": [{"loss": 1.0}]}
+
+
+def test_a_training_state_gives_grown_objects_all_of_it(tmp_path: Path) -> None:
+    for name, (fresh, grown) in GROWN.items():
+        ray_ckpt.save(TrainState(nn.Linear(2, 2), extra={"trainer": Holder(grown)}), tmp_path / name)
+        target = Holder(dict(fresh))
+        ray_ckpt.load(TrainState(nn.Linear(2, 2), extra={"trainer": target}), tmp_path / name)
+        assert same(target.state, grown)
