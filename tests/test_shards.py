@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 import ray_ckpt
+from ray_ckpt import ArrowStorageReader, ArrowStorageWriter
 from ray_ckpt.errors import UsageError
 from ray_ckpt.format.fingerprint import Fingerprint
 from ray_ckpt.format.fingerprinting import fingerprint
@@ -113,3 +118,56 @@ def test_what_is_no_shard_is_refused_by_name(tmp_path: Path) -> None:
     assert "'partial' is a pending sum" in partial
     assert "'short': a DTensor of shape [8]" in short
     assert "local shard of shape [1] where the placements imply [4]" in short
+
+
+def through_dcp(rank: int, directory: Path) -> tuple[int, list[str]]:
+    """Number of tensors that dcp.load brought to the right rows, and what it said of the others."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    right, said = 0, []
+    for number, (shape, placements) in enumerate(cases()):
+        if not any(isinstance(placement, StridedShard) for placement in placements) or 0 in shape:
+            continue
+        whole = torch.arange(torch.Size(shape).numel()).reshape(shape) + 1
+        place = directory / str(number)
+        if rank == 0:
+            dcp.save({"w": whole}, storage_writer=ArrowStorageWriter(place), no_dist=True)
+        dist.barrier()
+        target = laid_out(torch.zeros_like(whole), mesh, placements)
+        expected = laid_out(whole, mesh, placements)._local_tensor
+        try:
+            dcp.load({"w": target}, storage_reader=ArrowStorageReader(place))
+        except CheckpointException as error:
+            said += [str(failure[0]) for failure in error.failures.values()]
+        else:
+            right += 1
+            assert torch.equal(target._local_tensor, expected), (shape, placements)
+    return right, said
+
+
+def test_dcp_loads_strided_shards_where_they_lie_or_not_at_all(tmp_path: Path) -> None:
+    for right, said in run_ranks(through_dcp, 4, tmp_path, tmp_path):
+        assert right > 20
+        assert len(said) > 20
+        assert all("'w' is placed by" in text for text in said)
+
+
+def save_through_dcp(rank: int, directory: Path) -> int:
+    """Every strided tensor that dcp.save took is read back whole, and right."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    saved = 0
+    for number, (shape, placements) in enumerate(cases()):
+        if not any(isinstance(placement, StridedShard) for placement in placements) or 0 in shape:
+            continue
+        whole = torch.arange(torch.Size(shape).numel()).reshape(shape) + 1
+        place = directory / str(number)
+        with contextlib.suppress(CheckpointException):
+            dcp.save({"w": laid_out(whole, mesh, placements)}, storage_writer=ArrowStorageWriter(place))
+            found = {"w": torch.zeros_like(whole)}
+            dcp.load(found, storage_reader=ArrowStorageReader(place), no_dist=True)
+            assert torch.equal(found["w"], whole), (shape, placements)
+            saved += 1
+    return saved
+
+
+def test_dcp_saves_strided_shards_where_they_lie_or_not_at_all(tmp_path: Path) -> None:
+    assert min(run_ranks(save_through_dcp, 4, tmp_path, tmp_path)) > 10

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from ray_ckpt.dcp.planner_objects import read_objects
+from ray_ckpt.dcp.scattered import refuse_scattered
 from ray_ckpt.errors import FormatError, UsageError
 from ray_ckpt.format import dcp_metadata
 from ray_ckpt.format.boxes import Box
@@ -135,6 +136,7 @@ class ArrowStorageReader(StorageReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Fill the planner's tensors and hand it its objects. Nothing is committed before all of it is checked."""
+        refuse_scattered(planner)
         tensors = [item for item in plan.items if item.type != LoadItemType.BYTE_IO]
         filled = self._fill(tensors, planner)
         objects = [(item, self._object(item)) for item in plan.items if item.type == LoadItemType.BYTE_IO]

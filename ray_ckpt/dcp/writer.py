@@ -26,6 +26,7 @@ from torch.futures import Future
 
 from ray_ckpt.dcp.planner_objects import read_object
 from ray_ckpt.dcp.results import Replica, Written, files_of, global_plan, rank_record
+from ray_ckpt.dcp.scattered import refuse_scattered
 from ray_ckpt.errors import CheckpointExistsError, StorageError, UsageError
 from ray_ckpt.format import dcp_metadata
 from ray_ckpt.format.boxes import shared_box
@@ -150,6 +151,7 @@ class ArrowStorageWriter(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's items. All of it is durable on return, and every thread's failure has been raised."""
+        refuse_scattered(planner)
         numbers = itertools.count()
 
         def write(items: Sequence[WriteItem]) -> list[WriteResult]:
