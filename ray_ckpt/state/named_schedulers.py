@@ -22,7 +22,7 @@ from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
 from ray_ckpt.errors import StateMismatchError, UsageError
-from ray_ckpt.state import group_lists, sealing
+from ray_ckpt.state import foreign_state, group_lists, sealing
 from ray_ckpt.state.group_lists import PER_GROUP, GroupList, Place
 from ray_ckpt.state.hyperparameters import same, without_numpy
 from ray_ckpt.state.load_plan import Claim, LoadPlan, SavedState
@@ -130,6 +130,8 @@ class _Scheduler:
         self.optimizer: torch.optim.Optimizer = optimizer_of(scheduler)  # type: ignore[assignment]
         if all(self.optimizer is not optimizer for optimizer in optimizers.optimizers):
             raise UsageError(f"scheduler {name!r} belongs to an optimizer that is not in the state: add that too")
+        self._foreign: tuple[Any, int] | None = None
+        """Another program's state that is to be loaded, and the number of groups that it was fitted to."""
 
     @property
     def _place(self) -> str:
@@ -183,7 +185,7 @@ class _Scheduler:
         claims = {kind: Claim(kind)}
         found = saved.values.get(kind)
         if found is None:
-            return claims, []
+            return self._plan_foreign(saved) if saved.under(name) else (claims, [])
         found, *recorded = found if isinstance(found, (list, tuple)) else [found]
         live = self._scheduler.state_dict()
         inner = self._inner(live)
@@ -207,6 +209,21 @@ class _Scheduler:
             claims |= more
             problems += misfits
         return claims, problems
+
+    def _plan_foreign(self, saved: SavedState) -> tuple[dict[str, Claim], list[str]]:
+        """Of what another program saved, without the class and without names of parameters."""
+        rebuilt = foreign_state.rebuild(saved, self._place, without_numpy(self._scheduler.state_dict()))
+        num_groups = len(self.optimizer.param_groups)
+        problems = foreign_state.fit_groups(self._place, rebuilt.value, num_groups, range(num_groups))[1]
+        groups = [_members(group, self._optimizers.names(), saved) for group in self.optimizer.param_groups]
+        problems += foreign_state.misplaced(self._place, rebuilt.value, groups, saved)
+        if rebuilt.unknown:
+            problems.append(
+                f"another kind of scheduler than a {self._kind} was saved as {self._place}: it has "
+                f"{listed(rebuilt.unknown, at_most=4)}"
+            )
+        self._foreign = (rebuilt.value, num_groups) if rebuilt.is_whole and not problems else None
+        return rebuilt.claims(saved.under(self._place)), problems
 
     def _claim_groups(self, saved: SavedState, names: _Names) -> tuple[set[str], dict[str, Claim]]:
         """The keys of what is kept per group, and the claims."""
@@ -255,6 +272,13 @@ class _Scheduler:
         _spread(self._scheduler, origins, live)
         for each in inner:
             each.scheduler.load(saved, names, leaves)
+        if self._foreign is not None:
+            value, num_groups = self._foreign
+            self._foreign = None
+            state, _ = foreign_state.fit_groups(self._place, value, num_groups, origins)
+            self._scheduler.load_state_dict(state)
+            self._check_shown(state)
+            return
         if f"{self._place}.{_KIND}" not in leaves:
             return
         state = self._state(saved, names, leaves, live, origins)

@@ -22,6 +22,7 @@ import xxhash
 from torch.distributed.checkpoint.stateful import Stateful
 
 from ray_ckpt.state import sealing
+from ray_ckpt.state.foreign_state import rebuild
 from ray_ckpt.state.load_plan import Claim, LoadPlan, SavedState
 from ray_ckpt.state.replicated_parts import claim_under, gathered, handed_over, is_whole
 
@@ -56,7 +57,7 @@ class RankPart:
         known = saved.under(self.section)
         saved_ranks = {match[1] for name in known if (match := re.match(rf"{self.section}\.rank(\d+)", name))}
         if not saved_ranks:
-            return LoadPlan({self.section: Claim(self.section)}, lambda loaded: None)
+            return self._plan_foreign(saved) if known else LoadPlan({self.section: Claim(self.section)}, _nothing)
         num_saved = saved.values.get(f"{self.section}.{_NUM_RANKS}", len(saved_ranks))
         if num_saved == num_ranks and saved.layout == self._layout:
             name = f"{self.section}.rank{rank}"
@@ -83,6 +84,20 @@ class RankPart:
         return LoadPlan(
             {seed: Claim(seed)}, lambda loaded: owner.reseed(*seeds), taken=known, notes={self.section: RESEEDED}
         )
+
+    def _plan_foreign(self, saved: SavedState) -> LoadPlan:
+        """Of what another program saved: all of it goes to the object, which takes its own rank's part."""
+        rebuilt = rebuild(saved, self.section, self._owner.state_dict(), may_grow=True)
+        claims = rebuilt.claims(saved.under(self.section))
+        if not rebuilt.is_whole:
+            return LoadPlan(claims, _nothing, notes={self.section: LEFT})
+        return LoadPlan(
+            claims, lambda loaded: self._owner.load_state_dict(rebuilt.value), notes={self.section: RESTORED}
+        )
+
+
+def _nothing(loaded: Mapping[str, torch.Tensor]) -> None:
+    """What a plan does that takes nothing."""
 
 
 class Rng:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ray_ckpt.errors import FormatError
 from ray_ckpt.format.manifest import Chunk, Manifest, ObjectEntry, TensorEntry
 from ray_ckpt.storage.files import InputFile, Storage
-from ray_ckpt.text import quoted
+from ray_ckpt.text import listed, quoted
 
-__all__ = ["Found", "below", "join", "prefixed", "read_range"]
+__all__ = ["Found", "below", "check_parts", "join", "prefixed", "read_range"]
+
+_PART = re.compile(r"-([0-9]{1,9})-of-([0-9]{1,9})\.")
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,22 @@ def join(manifests: Iterable[Manifest], storage: Storage) -> Manifest:
         objects |= manifest.objects
         files |= manifest.files
     return Manifest(tensors, objects, files)
+
+
+def check_parts(where: str, names: Sequence[str]) -> None:
+    """Whether files that count themselves, as `model-00001-of-00003.safetensors` does, are all there.
+
+    Raises:
+        FormatError: one is not.
+    """
+    counted = [match for name in names if (match := _PART.search(name))]
+    totals = {int(match[2]) for match in counted}
+    if len(totals) > 1:
+        raise FormatError(f"{where} holds parts of several checkpoints: {listed(sorted(names), at_most=4)}")
+    for total in totals:
+        if lacking := sorted(set(range(1, min(total, 10**5) + 1)) - {int(match[1]) for match in counted}):
+            numbers = listed([str(number) for number in lacking], at_most=4)
+            raise FormatError(f"{where} lacks part {numbers} of {total}: the checkpoint is incomplete")
 
 
 def read_range(file: InputFile, offset: int, length: int) -> bytes:

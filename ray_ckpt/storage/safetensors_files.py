@@ -9,7 +9,7 @@ from ray_ckpt.format import safetensors
 from ray_ckpt.format.manifest import Manifest
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.foreign_names import Listing
-from ray_ckpt.storage.foreign_parts import Found, read_range
+from ray_ckpt.storage.foreign_parts import Found, check_parts, read_range
 from ray_ckpt.text import listed
 
 __all__ = ["open_directory", "open_files", "open_indexed"]
@@ -25,7 +25,9 @@ def open_directory(storage: Storage, listing: Listing, *, trusted: bool) -> Foun
         raise FormatError(f"{storage.address} holds {len(indexes)} checkpoints: name one of {listed(indexes)}")
     if indexes:
         return Found("a sharded safetensors checkpoint", storage, open_indexed(storage, indexes[0]))
-    return Found("a safetensors directory", storage, open_files(storage, listing.ending(safetensors.SUFFIX)))
+    files = listing.ending(safetensors.SUFFIX)
+    check_parts(storage.address, files)
+    return Found("a safetensors directory", storage, open_files(storage, files))
 
 
 def open_indexed(storage: Storage, index_name: str) -> Manifest:

@@ -9,14 +9,15 @@ from typing import NamedTuple
 import torch
 
 from ray_ckpt.errors import FormatError
-from ray_ckpt.format import limits, torch_file, zip_directory
+from ray_ckpt.format import limits, safetensors, torch_file, zip_directory
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.manifest import Manifest
 from ray_ckpt.storage.files import InputFile, Storage
-from ray_ckpt.storage.foreign_parts import read_range
+from ray_ckpt.storage.foreign_parts import join, read_range
 from ray_ckpt.storage.ranged_reads import Piece, Source, Tuning, fetch, tuning_for
+from ray_ckpt.text import quoted
 
-__all__ = ["LEGACY_MAGIC", "open_file", "read_file", "refuse_legacy"]
+__all__ = ["LEGACY_MAGIC", "open_file", "open_indexed", "read_file", "refuse_legacy"]
 
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """A file of torch before 1.6 begins with this."""
@@ -41,6 +42,26 @@ def open_file(storage: Storage, name: str, num_bytes: int) -> Manifest:
     """
     content, places = read_file(storage, name, num_bytes)
     return torch_file.to_manifest(content, places, name, num_bytes)
+
+
+def open_indexed(storage: Storage, index_name: str) -> Manifest:
+    """Files of one model with their index, as transformers wrote them before safetensors.
+
+    Raises:
+        FormatError: one of them is missing or damaged, or does not hold what the index says.
+        UnsafeCheckpointError: one of them is not safe to read.
+    """
+    index = safetensors.parse_index(storage.read_bytes(index_name), index_name)
+    parts: dict[str, Manifest] = {}
+    for name in sorted(set(index.values())):
+        num_bytes = storage.size(name)
+        if num_bytes is None:
+            raise FormatError(f"{index_name} names {name}, which is not there; the checkpoint is incomplete")
+        parts[name] = open_file(storage, name, num_bytes)
+    for name, file in index.items():
+        if name not in parts[file].tensors:
+            raise FormatError(f"the index says that {quoted(name)} lies in {quoted(file)}, which does not hold it")
+    return join(parts.values(), storage)
 
 
 def read_file(storage: Storage, name: str, num_bytes: int, below: str = "") -> Opened:

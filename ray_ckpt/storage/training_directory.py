@@ -7,16 +7,31 @@ optimizer   `optimizer.pt`, `optimizer.bin`: the optimizer's own state dict; `op
 
 from __future__ import annotations
 
-from ray_ckpt.errors import FormatError
-from ray_ckpt.format import safetensors
+import json
+import re
+
+from ray_ckpt.errors import FormatError, UnsafeCheckpointError
+from ray_ckpt.format import limits, safetensors
 from ray_ckpt.format.dcp_metadata import METADATA_NAME
-from ray_ckpt.format.manifest import Manifest
+from ray_ckpt.format.manifest import Inline, Manifest, ObjectEntry
 from ray_ckpt.storage import safetensors_files, stock_dcp, torch_files
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.foreign_names import ACCELERATE_MODEL, ACCELERATE_OPTIMIZER, Listing
-from ray_ckpt.storage.foreign_parts import Found, below, join, prefixed
+from ray_ckpt.storage.foreign_parts import Found, below, check_parts, join, prefixed
 
 __all__ = ["open_directory", "open_fsdp"]
+
+_OPTIMIZER = re.compile(r"optimizer\.(pt|bin)")
+_SAFETENSORS = re.compile(r"model(-[0-9]+-of-[0-9]+)?\.safetensors")
+_BINS = re.compile(r"pytorch_model(-[0-9]+-of-[0-9]+|_fsdp)?\.bin")
+_BIN_INDEX = "pytorch_model.bin.index.json"
+_SIDES = re.compile(
+    r"(scheduler|sampler)(_[0-9]+)?\.(pt|bin)|scaler\.pt|dl_state_dict\.bin"
+    r"|rng_state(_[0-9]+)?\.pth|random_states_[0-9]+\.pkl|custom_checkpoint_[0-9]+\.pkl"
+)
+"""Files that `torch.save` wrote beside model and optimizer. `training_args.bin` is none: it holds nothing but code."""
+
+_TRAINER_STATE = "trainer_state.json"
 
 
 def open_fsdp(storage: Storage, listing: Listing, *, trusted: bool) -> Found:
@@ -42,7 +57,8 @@ def open_fsdp(storage: Storage, listing: Listing, *, trusted: bool) -> Found:
             with storage.open_input(f"{name}/{METADATA_NAME}"):
                 pass  # the directory may be a link that leaves this one
             parts.append(below(name, stock_dcp.open_directory(inside, trusted=trusted).manifest))
-    return Found("accelerate's FSDP directory", storage, join(parts, storage))
+    sides, notes = _beside(storage, listing)
+    return Found("accelerate's FSDP directory", storage, join([*parts, *sides], storage), notes)
 
 
 def open_directory(storage: Storage, listing: Listing, *, trusted: bool) -> Found:
@@ -52,16 +68,63 @@ def open_directory(storage: Storage, listing: Listing, *, trusted: bool) -> Foun
         FormatError, UnsafeCheckpointError: a part is damaged, or not safe to read.
     """
     parts = [prefixed("model", _model(storage, listing))]
-    for name in ("optimizer.pt", "optimizer.bin"):
-        if name in listing.files:
-            parts.append(prefixed("optim", torch_files.open_file(storage, name, listing.files[name])))
-    return Found("a training directory", storage, join(parts, storage))
+    parts += [
+        prefixed("optim", torch_files.open_file(storage, name, listing.files[name]))
+        for name in listing.matching(_OPTIMIZER)
+    ]
+    sides, notes = _beside(storage, listing)
+    return Found("a training directory", storage, join([*parts, *sides], storage), notes)
 
 
 def _model(storage: Storage, listing: Listing) -> Manifest:
-    if f"model{safetensors.INDEX_SUFFIX}" in listing.files:
-        return safetensors_files.open_indexed(storage, f"model{safetensors.INDEX_SUFFIX}")
-    if files := [name for name in listing.ending(safetensors.SUFFIX) if name.startswith("model")]:
+    """
+    Raises:
+        FormatError: a part is missing or damaged, or there are files of several models.
+    """
+    for index in (f"model{safetensors.INDEX_SUFFIX}", _BIN_INDEX):
+        if index in listing.files:
+            open_indexed = torch_files.open_indexed if index == _BIN_INDEX else safetensors_files.open_indexed
+            return open_indexed(storage, index)
+    files = listing.matching(_SAFETENSORS) or listing.matching(_BINS)
+    check_parts(storage.address, files)
+    if files[0].endswith(safetensors.SUFFIX):
         return safetensors_files.open_files(storage, files)
-    files = [name for name in listing.ending(".bin") if name.startswith("pytorch_model")]
     return join((torch_files.open_file(storage, name, listing.files[name]) for name in files), storage)
+
+
+def _beside(storage: Storage, listing: Listing) -> tuple[list[Manifest], tuple[str, ...]]:
+    """What lies beside model and optimizer, and what of it is left out.
+
+    Raises:
+        FormatError: a file is damaged.
+    """
+    parts, notes = [], []
+    for name in listing.matching(_SIDES):
+        try:
+            parts.append(prefixed(_label(name), torch_files.open_file(storage, name, listing.files[name])))
+        except UnsafeCheckpointError as error:
+            notes.append(f"{name} is left out: {error}")
+    if _TRAINER_STATE in listing.files:
+        parts.append(_counters(storage, listing.files[_TRAINER_STATE]))
+    return parts, tuple(notes)
+
+
+def _label(file: str) -> str:
+    """What a file's entries are called: its name, without what tells that it is one of several of one kind."""
+    label = file.rpartition(".")[0]
+    return re.sub(r"^(scheduler|sampler)_([0-9]+)$", r"\1s.\2", label).replace("scheduler.0", "schedulers.0")
+
+
+def _counters(storage: Storage, num_bytes: int) -> Manifest:
+    """The numbers in `trainer_state.json`; the history in it is the logger's."""
+    limits.RECORD_BYTES.check(num_bytes, _TRAINER_STATE)
+    try:
+        state = json.loads(storage.read_bytes(_TRAINER_STATE))
+        numbers = {str(key): value for key, value in state.items() if type(value) in (int, float)}
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise FormatError(f"{_TRAINER_STATE} holds no JSON object: {str(error)[:200]}") from error
+    objects = {
+        f"trainer_state.{key}": ObjectEntry(_TRAINER_STATE, 0, 0, inline=Inline(value), path=("trainer_state", key))
+        for key, value in numbers.items()
+    }
+    return Manifest({}, objects, {_TRAINER_STATE: num_bytes})

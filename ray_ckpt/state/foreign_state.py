@@ -1,0 +1,153 @@
+"""State of a scheduler or a data loader that another program saved, given back through the object's own load.
+
+    names below `schedulers.0`, what the live scheduler shows ── rebuild ──> Rebuilt: a state dict of the same structure
+
+Others save `state_dict()` as it is, flattened: neither the class nor what the lists in it belong to is recorded. So the
+live object says what its state looks like, and what is saved has to fit it, key for key.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ray_ckpt.state.group_lists import PER_GROUP
+from ray_ckpt.state.load_plan import Claim, SavedState
+from ray_ckpt.text import listed
+
+__all__ = ["Rebuilt", "fit_groups", "misplaced", "rebuild"]
+
+_OF_VERSIONS = frozenset({"verbose", "_get_lr_called_within_step", "_is_initial", "_initial_step", "_init_lr"})
+"""Keys of schedulers' state that some versions of torch have and others lack. Nothing depends on them after a step."""
+
+
+@dataclass
+class Rebuilt:
+    """A state as its object would show it."""
+
+    value: Any = None
+    missing: list[str] = field(default_factory=list)
+    """Names that the live object has and the checkpoint lacks."""
+    unknown: list[str] = field(default_factory=list)
+    """Names that the checkpoint has and the live object does not know."""
+
+    @property
+    def is_whole(self) -> bool:
+        return not self.missing and not self.unknown
+
+    def claims(self, taken: Iterable[str]) -> dict[str, Claim]:
+        """What is wanted of the checkpoint: what was taken, and what is missing."""
+        return {name: Claim(name) for name in (*taken, *self.missing)}
+
+
+def rebuild(saved: SavedState, place: str, live: Any, *, may_grow: bool = False) -> Rebuilt:
+    """
+    Args:
+        live: what the object shows now.
+        may_grow: whether the saved state may have keys that a fresh object does not show.
+    """
+    rebuilt = Rebuilt()
+    rebuilt.value = _fitted(saved, place, live, rebuilt, may_grow)
+    return rebuilt
+
+
+def _fitted(saved: SavedState, place: str, live: Any, rebuilt: Rebuilt, may_grow: bool) -> Any:
+    if place in saved.values:
+        return copy.deepcopy(saved.values[place])
+    parts = list(dict.fromkeys(name[len(place) + 1 :].partition(".")[0] for name in saved.under(place)))
+    if place in saved.tensors:
+        rebuilt.unknown.append(place)
+        return live
+    if not parts:
+        if not _is_leafless(live):
+            rebuilt.missing.append(place)
+        return copy.deepcopy(live)
+    if isinstance(live, Mapping):
+        known = {str(key): key for key in live}
+        has_numbers = bool(live) and all(type(key) is int for key in live)
+        found = {}
+        for part in dict.fromkeys((*known, *parts)):
+            below = f"{place}.{part}"
+            is_there = bool(saved.under(below))
+            if part in _OF_VERSIONS and (part not in known or not is_there):
+                continue
+            if part not in known and not may_grow and not has_numbers:
+                rebuilt.unknown.append(below)
+            elif is_there or not has_numbers:
+                key = known.get(part, int(part) if has_numbers and part.isdecimal() else part)
+                found[key] = _fitted(saved, below, live.get(key, {}), rebuilt, may_grow)
+        kind: Any = type(live)
+        return kind(found)
+    if all(part.isdecimal() for part in parts) and isinstance(live, (list, tuple)):
+        items = [_fitted(saved, f"{place}.{n}", live[n] if n < len(live) else {}, rebuilt, True) for n in _up_to(parts)]
+        return items if isinstance(live, list) else tuple(items)
+    if may_grow:
+        return {part: _fitted(saved, f"{place}.{part}", {}, rebuilt, True) for part in parts}
+    rebuilt.unknown.append(place)
+    return live
+
+
+def _up_to(parts: Sequence[str]) -> range:
+    return range(1 + max(map(int, parts)))
+
+
+def _is_leafless(value: Any) -> bool:
+    """Whether nothing is left of it when it is flattened."""
+    if isinstance(value, Mapping):
+        return all(_is_leafless(item) for item in value.values())
+    return isinstance(value, (list, tuple)) and all(isinstance(item, Mapping) and _is_leafless(item) for item in value)
+
+
+def fit_groups(name: str, state: Any, num_groups: int, origins: Sequence[int]) -> tuple[Any, list[str]]:
+    """A scheduler's state with its lists fitted to the groups of the live optimizer, and what does not fit.
+
+    Args:
+        num_groups: groups of the optimizer before the load.
+        origins: for each of its groups, which one it was before.
+    """
+    problems: list[str] = []
+    fitted = dict(state)
+    for key, value in state.items():
+        if (
+            isinstance(value, list)
+            and value
+            and all(isinstance(item, Mapping) and "last_epoch" in item for item in value)
+        ):
+            within = [fit_groups(f"{name}.{key}.{n}", item, num_groups, origins) for n, item in enumerate(value)]
+            fitted[key] = [inner for inner, _ in within]
+            problems += [problem for _, misfits in within for problem in misfits]
+        elif key in PER_GROUP and isinstance(value, (list, tuple)):
+            if len(value) == num_groups:
+                fitted[key] = [value[origin] for origin in origins]
+            elif value and all(item == value[0] for item in value):
+                fitted[key] = [value[0]] * len(origins)
+            else:
+                problems.append(
+                    f"{name}.{key} was saved for {len(value)} parameter groups ({listed(list(value), at_most=4)}), "
+                    f"the optimizer has {num_groups}: give it the groups that were saved"
+                )
+    return fitted, problems
+
+
+def misplaced(name: str, state: Any, groups: Sequence[Sequence[str]], saved: SavedState) -> list[str]:
+    """Lists whose order is not that of the optimizer's groups, as the saved hyper-parameters of their members tell.
+
+    Args:
+        groups: saved names of the members of each group of the live optimizer.
+    """
+    problems = []
+    for key, hyperparameter in (("base_lrs", "initial_lr"), ("_last_lr", "lr")):
+        items = state.get(key) if isinstance(state, Mapping) else None
+        if not isinstance(items, list) or len(items) != len(groups) or all(item == items[0] for item in items):
+            continue
+        for item, members in zip(items, groups, strict=True):
+            places = [f"optim.param_groups.{member}.{hyperparameter}" for member in members]
+            if wrong := [saved.values[place] for place in places if saved.values.get(place, item) != item]:
+                problems.append(
+                    f"{name}.{key} has {item} where the parameter group was saved with {hyperparameter} {wrong[0]}: "
+                    "the groups are in another order; give the optimizer the order that was saved"
+                )
+                break
+    return problems

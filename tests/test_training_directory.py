@@ -1,0 +1,214 @@
+"""Directories of whole runs, written by transformers' Trainer and accelerate themselves: all of it, or named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ray_ckpt import TrainState, load, verify
+from ray_ckpt.errors import FormatError, RayCkptError, StateMismatchError
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+class Net(nn.Module):
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first, self.norm, self.last = nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        logits = self.last(self.norm(self.first(x)))
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    decay = [p for p in model.parameters() if p.dim() > 1]
+    rest = [p for p in model.parameters() if p.dim() == 1]
+    return torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": rest, "lr": 0.02}], lr=0.1)
+
+
+def schedule_of(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    from transformers import get_linear_schedule_with_warmup
+
+    return get_linear_schedule_with_warmup(optimizer, 1, 10)
+
+
+def write_trainer(root: Path) -> tuple[Net, torch.optim.Optimizer, Any]:
+    from transformers import Trainer, TrainingArguments
+
+    model = Net()
+    optimizer = optimizer_of(model)
+    scheduler = schedule_of(optimizer)
+    data = [{"x": torch.full((4,), float(n)), "labels": torch.tensor(n % 3)} for n in range(12)]
+    arguments = TrainingArguments(
+        output_dir=str(root),
+        max_steps=3,
+        save_steps=3,
+        per_device_train_batch_size=2,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    Trainer(model=model, args=arguments, train_dataset=data, optimizers=(optimizer, scheduler)).train()
+    return model, optimizer, scheduler
+
+
+def write_accelerate(root: Path) -> tuple[Net, torch.optim.Optimizer, Any]:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    model = Net()
+    optimizer = optimizer_of(model)
+    scheduler = schedule_of(optimizer)
+    model, wrapped, schedule = accelerator.prepare(model, optimizer, scheduler)
+    for _ in range(3):
+        accelerator.backward(model(torch.ones(2, 4), torch.tensor([0, 1]))["loss"])
+        wrapped.step()
+        schedule.step()
+        wrapped.zero_grad()
+    accelerator.save_state(str(root / "checkpoint-3"))
+    accelerator.free_memory()
+    return model, optimizer, scheduler
+
+
+WRITERS: dict[str, Callable[[Path], Any]] = {"transformers": write_trainer, "accelerate": write_accelerate}
+
+
+@pytest.fixture(scope="module", params=WRITERS)
+def written(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    root = tmp_path_factory.mktemp("run")
+    return request.param, root / "checkpoint-3", *WRITERS[request.param](root)
+
+
+def same_state(one: torch.optim.Optimizer, other: torch.optim.Optimizer) -> bool:
+    states = [[optimizer.state[p] for g in optimizer.param_groups for p in g["params"]] for optimizer in (one, other)]
+    return all(
+        a.keys() == b.keys() and all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a)
+        for a, b in zip(*states, strict=True)
+    )
+
+
+def test_model_optimizer_scheduler_and_counters_arrive(written: Any) -> None:
+    kind, directory, model, optimizer, scheduler = written
+    other = Net(1)
+    fresh = optimizer_of(other)
+    schedule = schedule_of(fresh)
+    counted: dict[str, Any] = {"step": 0, "counters": {"epoch": 0}} if kind == "transformers" else {}
+    state = TrainState(other, fresh, schedulers=schedule, **counted)
+    assert not torch.equal(other.last.weight, model.last.weight)
+    report = load(state, directory)
+    assert all(map(torch.equal, other.state_dict().values(), model.state_dict().values()))
+    assert same_state(fresh, optimizer)
+    assert schedule.state_dict() == scheduler.state_dict()
+    assert schedule.last_epoch == 3
+    assert [group["lr"] for group in fresh.param_groups] == [group["lr"] for group in optimizer.param_groups]
+    if kind == "transformers":
+        assert state.step == 3
+        assert "trainer_state.max_steps" in report.lost
+    assert "random generators left out" in report.lost
+    assert report.missing == report.unexpected == ()
+
+
+def test_what_the_state_does_not_have_is_named(written: Any) -> None:
+    _, directory, model, *_ = written
+    other = Net(1)
+    report = load(TrainState(other, optimizer_of(other)), directory)
+    assert "schedulers left out: schedule" in report.lost
+    assert torch.equal(other.last.weight, model.last.weight)
+
+
+def test_another_scheduler_is_refused_before_anything_changes(written: Any) -> None:
+    _, directory, *_ = written
+    other = Net(1)
+    fresh = optimizer_of(other)
+    before = other.last.weight.clone()
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(fresh, 10)
+    with pytest.raises(StateMismatchError, match=r"schedulers\.0"):
+        load(TrainState(other, fresh, schedulers=cosine), directory)
+    assert torch.equal(other.last.weight, before)
+    assert not fresh.state
+
+
+def test_groups_in_another_order_are_refused(written: Any) -> None:
+    _, directory, *_ = written
+    other = Net(1)
+    fresh = optimizer_of(other)
+    fresh.param_groups.reverse()
+    with pytest.raises(StateMismatchError):
+        load(TrainState(other, fresh, schedulers=schedule_of(fresh)), directory)
+
+
+def test_verify_reads_all_of_it_and_damage_is_named(written: Any, tmp_path: Path) -> None:
+    _, directory, model, optimizer, _ = written
+    assert verify(directory).damages == ()
+    copy = tmp_path / "copy"
+    shutil.copytree(directory, copy)
+    file = next(path for path in copy.iterdir() if path.name.startswith("optimizer"))
+    data = bytearray(file.read_bytes())
+    data[data.index(optimizer.state[model.last.weight]["exp_avg"].numpy().tobytes()) + 5] ^= 1
+    file.write_bytes(data)
+    [damage] = verify(copy).damages
+    assert damage.file == file.name
+    file.write_bytes(data[:-40])
+    other = Net(1)
+    with pytest.raises(FormatError, match=r"optimizer\.(pt|bin)"):
+        load(TrainState(other, optimizer_of(other)), copy)
+
+
+def test_a_model_in_parts(tmp_path: Path) -> None:
+    from huggingface_hub import save_torch_state_dict
+
+    model = Net()
+    for name, options in {"safe": {}, "bin": {"safe_serialization": False}}.items():
+        directory = tmp_path / name
+        directory.mkdir()
+        save_torch_state_dict(model.state_dict(), directory, max_shard_size=150, **options)
+        torch.save(optimizer_of(model).state_dict(), directory / "optimizer.pt")
+        other = Net(1)
+        load(TrainState(other), directory, only=("model",))
+        assert all(map(torch.equal, other.state_dict().values(), model.state_dict().values())), name
+        part = sorted(path for path in directory.iterdir() if "-of-" in path.name)[0]
+        kept = part.read_bytes()
+        part.unlink()
+        with pytest.raises(FormatError, match=rf"names {part.name}, which is not there"):
+            load(TrainState(other), directory, only=("model",))
+        index = next(directory.glob("*.index.json"))
+        index_text = index.read_text()
+        index.unlink()
+        with pytest.raises(FormatError, match=r"lacks part 1 of "):
+            load(TrainState(other), directory, only=("model",))
+        part.write_bytes(kept)
+        other = Net(1)
+        load(TrainState(other), directory, only=("model",))  # without the index
+        assert all(map(torch.equal, other.state_dict().values(), model.state_dict().values())), name
+        entries = json.loads(index_text)
+        entries["weight_map"] = dict.fromkeys(entries["weight_map"], part.name)
+        index.write_text(json.dumps(entries))
+        with pytest.raises(RayCkptError, match=r"which does not hold it"):
+            load(TrainState(other), directory, only=("model",))
+
+
+def test_tied_weights_may_be_saved_under_either_name(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    class Tied(nn.Module):
+        def __init__(self, seed: int) -> None:
+            super().__init__()
+            torch.manual_seed(seed)
+            self.embed, self.head = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+            self.head.weight = self.embed.weight
+
+    weight = Tied(0).embed.weight.detach()
+    for number, names in enumerate((["embed.weight"], ["head.weight"], ["embed.weight", "head.weight"])):
+        save_file({name: weight.clone() for name in names}, tmp_path / f"{number}.safetensors")
+        other = Tied(1)
+        load(TrainState(other), tmp_path / f"{number}.safetensors")
+        assert torch.equal(other.head.weight, weight), names
