@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import sys
 from typing import Any
 
 import pytest
@@ -163,4 +165,20 @@ def test_a_bit_that_flips_in_the_copy_is_found_and_the_tensor_is_named(name: str
     host_copy.check()
     flip_a_bit_of(smaller["small"], 4)
     with pytest.raises(CommitError, match="'small' has changed"):
+        host_copy.check()
+
+
+@pytest.mark.parametrize("name", ["betas", "size"])
+def test_a_bit_that_flips_in_a_copied_value_is_found(name: str) -> None:
+    host_copy = HostCopy()
+    copied = by_name(host_copy.take(hold({"lr": 0.1, "betas": [0.9, [0.999]], "size": torch.Size([2, 3])})))
+    host_copy.check()
+    saved: Any = copied[name]
+    if name == "betas":
+        saved.inline.value[1][0] = 0.998
+    else:
+        assert saved.inline is None
+        header = sys.getsizeof(b"") - 1
+        ctypes.memset(id(saved.container) + header + 500, saved.container[500] ^ 1, 1)
+    with pytest.raises(CommitError, match=f"the copy in host memory of '{name}' has changed since it was made"):
         host_copy.check()

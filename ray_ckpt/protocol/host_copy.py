@@ -2,12 +2,13 @@
 
 HostCopy.take(holdings, skipped) ─┬─ tensors   into one buffer of host memory, used again by the next copy
                                    └─ objects   numbers and texts as they are, anything else as its bytes on disk
-HostCopy.check()                       once it is written: whether the buffer still holds what was copied
+HostCopy.check()                       once it is written: whether buffer and objects still hold what was copied
 
 A copy may wait for minutes until it is written. A bit that flips in its memory meanwhile would be saved with a valid
 checksum, as that is made while writing. So `take` starts a thread that digests the buffer, in 0.06 s per GiB. It waits
 for that thread only where the buffer is no more than a window: the digest of a large copy takes about as long as the
-copy itself, and the trainer would stand still for as long.
+copy itself, and the trainer would stand still for as long. A bit that flips there within that time is not seen. Objects
+are digested at once.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import contextlib
 import copy
 import functools
 import mmap
+import pickle
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,7 +35,7 @@ from ray_ckpt.format.torch_internals import copy_each
 from ray_ckpt.protocol.holdings import Holdings
 from ray_ckpt.protocol.messages import Item, TensorSpec, num_bytes
 from ray_ckpt.rounding import round_up
-from ray_ckpt.storage.objects import saved_object
+from ray_ckpt.storage.objects import SavedObject, saved_object
 from ray_ckpt.storage.staging import bytes_of, plain
 from ray_ckpt.text import listed
 
@@ -49,9 +51,8 @@ _UNCHANGING = (int, float, complex, bool, str, bytes, type(None))
 class HostCopy:
     """Host memory that one rank's saves share: what `take` returns is valid until `take` is called again.
 
-    It holds as many bytes as the largest copy so far, plus at most 64 per tensor; pinned once it has held tensors of a
-    CUDA device. While names, shapes and dtypes stay the same, so do the tensors it gives.
-    """
+    It holds as many bytes as the largest copy so far, plus at most 64 per tensor, and the last copy's objects; pinned
+    once it has held tensors of a CUDA device. While names, shapes and dtypes stay the same, so do the tensors it gives.
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
@@ -61,6 +62,8 @@ class HostCopy:
         self._places: list[torch.Tensor | None] = []
         self._taken: Future[list[int]] | None = None
         """XXH3-64 of each window of the buffer as `take` left it."""
+        self._objects: dict[int, tuple[str, object, tuple[int, int]]] = {}
+        """Identity of a value -> name of the first object that it is, its copy, and the digest of that."""
 
     @property
     def num_bytes(self) -> int:
@@ -80,7 +83,7 @@ class HostCopy:
         self._lay_out(holdings, skipped)
         left_out = set(skipped)
         devices = set()
-        frozen: dict[int, object] = {}  # by identity: parameters of one group share each hyper-parameter
+        self._objects = frozen = {}  # by identity: parameters of one group share each hyper-parameter
         values: list[Any] = []
         places, sources = [], []
         for position, value in enumerate(holdings.values):
@@ -88,8 +91,9 @@ class HostCopy:
                 values.append(None)
             elif holdings.items[position].spec is None:
                 if id(value) not in frozen:
-                    frozen[id(value)] = _frozen(value)
-                values.append(frozen[id(value)])
+                    kept = _frozen(value)
+                    frozen[id(value)] = holdings.items[position].name, kept, _digest_object(kept)
+                values.append(frozen[id(value)][1])
             else:
                 if wrong := fault(value):
                     raise UsageError(f"{holdings.items[position].name!r} {wrong}")
@@ -118,11 +122,9 @@ class HostCopy:
         taken = self._taken.result()
         for window, (found, expected) in enumerate(zip(_digest(self._buffer), taken, strict=True)):
             if found != expected:
-                names = listed(self._names_in(window))
-                raise CommitError(
-                    f"refusing to commit: the copy in host memory of {names} has changed since it was made. Save once "
-                    "more; if it happens again, have the machine's memory tested"
-                )
+                raise _changed(self._names_in(window))
+        if names := [repr(name) for name, kept, digest in self._objects.values() if _digest_object(kept) != digest]:
+            raise _changed(names)
 
     def _start_digest(self) -> None:
         digester = ThreadPoolExecutor(1, thread_name_prefix="ray_ckpt-digest")
@@ -170,6 +172,20 @@ class HostCopy:
             raw = None if spec is None else part[:size]
             self._places.append(None if spec is None or raw is None else _shaped(raw, spec))
         self._items, self._skipped = holdings.items, skipped
+
+
+def _changed(names: Sequence[str]) -> CommitError:
+    return CommitError(
+        f"refusing to commit: the copy in host memory of {listed(names)} has changed since it was made. Save once "
+        "more; if it happens again, have the machine's memory tested"
+    )
+
+
+def _digest_object(kept: object) -> tuple[int, int]:
+    """XXH3-64 of the container, if there is one yet, and of the value."""
+    if isinstance(kept, SavedObject):
+        return kept.checksum, xxhash.xxh3_64_intdigest(pickle.dumps(kept.inline))
+    return 0, xxhash.xxh3_64_intdigest(pickle.dumps(kept))
 
 
 def _digest(buffer: torch.Tensor) -> list[int]:
