@@ -53,6 +53,7 @@ class HostCopy:
 
     It holds as many bytes as the largest copy so far, plus at most 64 per tensor, and the last copy's objects; pinned
     once it has held tensors of a CUDA device. While names, shapes and dtypes stay the same, so do the tensors it gives.
+    """
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
