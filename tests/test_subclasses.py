@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +13,33 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.testing._internal.two_tensor import TwoTensor
 
 import ray_ckpt
 from ray_ckpt import ArrowStorageReader, ArrowStorageWriter, TrainState
+from ray_ckpt.errors import CheckpointError, StateMismatchError, UsageError
 from ray_ckpt.format.manifest import MANIFEST_NAME
 from ray_ckpt.format.snapshot import compare
+from ray_ckpt.format.torch_internals import local_tensor
 from ray_ckpt.format.torch_internals import placed as sharded
 from tests.support.ranks import run_ranks
-from tests.support.subclasses import KINDS, Packed4, RowInt8, same
+from tests.support.records import edit_record
+from tests.support.subclasses import (
+    KINDS,
+    BlockInt8,
+    Hidden,
+    Packed4,
+    Range,
+    Rounding,
+    RowInt8,
+    Scheme,
+    inner_bits,
+    same,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -118,12 +138,17 @@ MESHES: dict[str, tuple[int, Any, Any]] = {
 }
 
 
+@functools.cache
+def mesh_of(shape: tuple[int, ...]) -> DeviceMesh:
+    return init_device_mesh("cpu", shape)
+
+
 def placed(name: str, kind: str, whole: torch.Tensor) -> torch.Tensor:
     """Each rank's rows, as a subclass of their own."""
     _, shape, placements = MESHES[name]
     if shape is None:
         return KINDS[kind](whole)
-    mesh = init_device_mesh("cpu", shape)
+    mesh = mesh_of(shape)
     parts = torch.chunk(whole, shape[-1])
     rank = mesh.get_local_rank(mesh.ndim - 1)
     local = KINDS[kind](parts[rank] if rank < len(parts) else whole[:0])
@@ -136,20 +161,20 @@ def kinds(name: str) -> set[str]:
 
 
 def save_rows(rank: int, name: str, directory: Path) -> None:
-    for kind in kinds(name):
-        ray_ckpt.save({"w": placed(name, kind, values(0))}, directory / name / kind)
+    ray_ckpt.save({kind: placed(name, kind, values(0)) for kind in kinds(name)}, directory / name)
 
 
 def load_rows(rank: int, name: str, sources: list[str], directory: Path) -> int:
     count = 0
     for source in sources:
-        for kind in kinds(source) & kinds(name):
-            live, expected = placed(name, kind, values(1)), placed(name, kind, values(0))
-            parts = [t._local_tensor if isinstance(t, DTensor) else t for t in (live, expected)]
-            assert not same(*parts)
-            ray_ckpt.load({"w": live}, directory / source / kind)
-            assert same(*parts), (kind, source, name)
-            count += 1
+        common = sorted(kinds(source) & kinds(name))
+        live = {kind: placed(name, kind, values(1)) for kind in common}
+        expected = {kind: placed(name, kind, values(0)) for kind in common}
+        parts = [(local_tensor(live[kind]), local_tensor(expected[kind])) for kind in common]
+        assert not any(same(*pair) for pair in parts)
+        ray_ckpt.load(live, directory / source, only=common)
+        assert all(same(*pair) for pair in parts), (source, name)
+        count += len(common)
     return count
 
 
@@ -160,3 +185,199 @@ def test_inner_tensors_are_resharded_with_the_outer_one(tmp_path: Path) -> None:
     for name in names:
         count = sum(len(kinds(source) & kinds(name)) for source in names)
         assert set(run_ranks(load_rows, MESHES[name][0], tmp_path, name, names, tmp_path)) == {count}
+
+
+class Stepper(torch.optim.Optimizer):
+    """Keeps momentum in 8 bits, as blocks or rows of each rank's shard, made when it first steps."""
+
+    def __init__(self, parameters: Any, kind: str) -> None:
+        super().__init__(parameters, {"lr": 0.1, "kind": kind})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+                before = self.state[parameter].get("momentum")
+                kept = before._local_tensor if isinstance(before, DTensor) else before
+                momentum = (0 if kept is None else kept.values() * 0.9) + local * 0.5
+                made = KINDS[group["kind"]](momentum)
+                if isinstance(parameter, DTensor):
+                    made = sharded(made, parameter.device_mesh, parameter.placements, parameter.shape)
+                self.state[parameter]["momentum"] = made
+                local.sub_(momentum, alpha=group["lr"])
+
+
+def trained(kind: str, seed: int, *, shards: bool, steps: int) -> TrainState:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(16, 8, bias=False), nn.Linear(8, 16, bias=False))
+    if shards:
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    optimizer = Stepper(model.parameters(), kind)
+    for _ in range(steps):
+        optimizer.step()
+    return TrainState(model, optimizer)
+
+
+def train_sharded(rank: int, kind: str, source: Path | None, target: Path) -> Any:
+    """Load into a fresh optimizer, and one more step; or train from the beginning, and save."""
+    state = trained(kind, 1 if source else 0, shards=True, steps=0 if source else 2)
+    if source is None:
+        ray_ckpt.save(state, target)
+    else:
+        ray_ckpt.load(state, source)
+    before = state.snapshot(rank)
+    state.optimizer.step()
+    return before, state.snapshot(rank)
+
+
+@pytest.mark.parametrize("kind", ["block", "packed", "doubled", "hidden"])
+def test_a_fresh_optimizer_gets_the_kind_that_was_saved_in_any_layout(tmp_path: Path, kind: str) -> None:
+    from_ranks = run_ranks(train_sharded, 2, tmp_path, kind, None, tmp_path / "two")
+    alone = trained(kind, 0, shards=False, steps=2)
+    ray_ckpt.save(alone, tmp_path / "one")
+    assert compare([before for before, _ in from_ranks], [alone.snapshot(0)]).mismatches == ()
+    fresh = trained(kind, 1, shards=False, steps=0)
+    ray_ckpt.load(fresh, tmp_path / "two")
+    assert compare([alone.snapshot(0)], [fresh.snapshot(0)]).mismatches == ()
+    for state in (alone, fresh):
+        state.optimizer.step()
+    to_ranks = run_ranks(train_sharded, 2, tmp_path, kind, tmp_path / "one", tmp_path)
+    for after in (fresh.snapshot(0),), [after for _, after in from_ranks], [after for _, after in to_ranks]:
+        assert compare([alone.snapshot(0)], after).mismatches == ()
+
+
+REFUSED_IN_A_SAVE: dict[str, tuple[Any, str]] = {
+    "an odd context": (
+        lambda: RowInt8(*inner_bits(RowInt8.of(values(0))), object()),
+        r"'w' is a tests\.support\.subclasses\.RowInt8, .* a builtins\.object is neither a plain value",
+    ),
+    "a lambda": (lambda: RowInt8(*inner_bits(RowInt8.of(values(0))), lambda: 0), "a builtins.function is neither"),
+    "meta": (lambda: RowInt8(torch.empty(2, 2, device="meta"), torch.ones(2, 1)), "'w.codes' is on the meta device"),
+    "jagged": (
+        lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+        r"'w' is a torch\.\S+NestedTensor, .*its shape is not fixed",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", list(REFUSED_IN_A_SAVE))
+@pytest.mark.parametrize("blocking", [True, False])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_what_no_record_can_hold_is_refused_by_name(tmp_path: Path, what: str, blocking: bool) -> None:
+    make, message = REFUSED_IN_A_SAVE[what]
+
+    def save() -> None:
+        handle = ray_ckpt.save({"w": make()}, tmp_path, blocking=blocking)
+        if not blocking:
+            handle.result()
+
+    with pytest.raises(UsageError, match=message):
+        save()
+
+
+def test_a_name_that_is_taken_is_refused(tmp_path: Path) -> None:
+    for state in ({"w": RowInt8.of(values(0)), "w.codes": 1}, {"w.$subclass": 1, "w": RowInt8.of(values(0))}):
+        with pytest.raises(UsageError, match=r"'w' is made of a tensor '\S+', whose name w\.\S+ another entry has"):
+            ray_ckpt.save(state, tmp_path)
+    model = nn.Module()
+    model.register_buffer("w", RowInt8.of(values(0)))
+    extra = {"w": RowInt8.of(values(0)), "w.scale": torch.ones(1)}
+    with pytest.raises(UsageError, match=r"w\.scale"):
+        ray_ckpt.save(TrainState(model, extra=extra), tmp_path)
+
+
+def with_context(context: Any) -> Any:
+    return RowInt8(*inner_bits(RowInt8.of(values(1))), context)
+
+
+MISFITS: dict[str, tuple[Any, str]] = {
+    "another class": (lambda: Packed4.of(values(1)), r"w: saved RowInt8 of float32\[8, 16\], wanted Packed4 of"),
+    "a plain tensor": (lambda: values(1), r"w: saved RowInt8 of float32\[8, 16\], wanted float32\[8, 16\]"),
+    "another shape": (lambda: RowInt8.of(values(1, rows=4)), r"saved RowInt8 of float32\[8, 16\], wanted RowInt8 of "),
+    "another range": (lambda: with_context(Scheme(range=Range(-7, 7))), r"range\[0\]: saved -127, wanted -7"),
+    "another member": (
+        lambda: with_context(Scheme(Rounding.STOCHASTIC)),
+        r"rounding: saved Rounding\.NEAREST, wanted Rounding\.STOCHASTIC",
+    ),
+    "another kind of context": (lambda: with_context(None), "context: saved .*Scheme.*, wanted None"),
+    "another scale": (
+        lambda: RowInt8(torch.ones(8, 16, dtype=torch.int8), torch.ones(8, 2)),
+        r"scale: saved float32\[8, 1\], wanted float32\[8, 2\]",
+    ),
+    "another dtype inside": (
+        lambda: RowInt8(torch.ones(8, 16, dtype=torch.uint8), torch.ones(8, 1)),
+        r"codes: saved int8\[8, 16\], wanted uint8\[8, 16\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", list(MISFITS))
+def test_another_recipe_is_refused_by_name_and_changes_nothing(tmp_path: Path, what: str) -> None:
+    ray_ckpt.save({"a": torch.ones(3), "w": RowInt8.of(values(0))}, tmp_path)
+    make, message = MISFITS[what]
+    target = {"a": torch.zeros(3), "w": make()}
+    for options in ({}, {"strict": False, "cast": True}):
+        with pytest.raises(StateMismatchError, match=message):
+            ray_ckpt.load(target, tmp_path, **options)
+    assert not target["a"].any()
+    before = make()
+    assert torch.equal(before, target["w"]) if what == "a plain tensor" else same(before, target["w"])
+
+
+def test_a_plain_tensor_does_not_become_one_that_is_made_of_others(tmp_path: Path) -> None:
+    ray_ckpt.save({"w": values(0)}, tmp_path)
+    with pytest.raises(StateMismatchError, match=r"w: saved as a plain tensor, wanted RowInt8 of float32\[8, 16\]"):
+        ray_ckpt.load({"w": RowInt8.of(values(1))}, tmp_path)
+
+
+def test_a_class_that_is_not_loaded_is_not_imported(tmp_path: Path) -> None:
+    ray_ckpt.save(trained("row", 0, shards=False, steps=1), tmp_path)
+
+    def rename(record: dict[str, Any]) -> None:
+        kind = record["objects"]["optim.state.0.weight.momentum.$subclass"]["value"]["$tuple"][0]["$tuple"]
+        assert kind == ["tests.support.subclasses", "RowInt8"]
+        kind[:] = ["antigravity", "Flying"]
+
+    edit_record(tmp_path, rename)
+    fresh = trained("row", 1, shards=False, steps=0)
+    before = fresh.snapshot(0)
+    with pytest.raises(StateMismatchError, match=r"'antigravity\.Flying' is no tensor subclass that this process has"):
+        ray_ckpt.load(fresh, tmp_path)
+    assert compare([before], [fresh.snapshot(0)]).mismatches == ()
+    assert "antigravity" not in sys.modules
+
+
+def save_what_does_not_follow(rank: int, what: str, directory: Path) -> str:
+    mesh = init_device_mesh("cpu", (2,))
+    whole = values(0)
+    rows = whole[rank * 4 :][:4]
+    if what == "uneven blocks":
+        rows = whole[:3][2 * rank :][: 2 - rank]
+        local, shape = BlockInt8.of(rows), (3, 16)
+    else:
+        scale = rows.abs().max()
+        local, shape = Hidden((rows / scale * 127).round().to(torch.int8), scale), (8, 16)
+    with pytest.raises((CheckpointError, UsageError)) as caught:
+        ray_ckpt.save({"w": sharded(local, mesh, [Shard(0)], shape)}, directory)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("uneven blocks", r"'w' is a \S+BlockInt8, .*its scale does not follow its sharding"),
+        ("one scale per shard", r"'w' is a \S+Hidden, .*its scale \[\] has no part for each part of dim 0"),
+    ],
+)
+def test_inner_tensors_that_do_not_follow_are_refused_by_name(tmp_path: Path, what: str, message: str) -> None:
+    for text in run_ranks(save_what_does_not_follow, 2, tmp_path, what, tmp_path / "run"):
+        assert re.search(message, text)
+    assert not (tmp_path / "run" / MANIFEST_NAME).exists()
+
+
+def test_dcp_itself_does_not_get_a_tensor_without_memory(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointException, match="'w' is a TwoTensor, which has no elements of its own"):
+        dcp.save(
+            {"w": TwoTensor(torch.ones(2), torch.ones(2))}, storage_writer=ArrowStorageWriter(tmp_path), no_dist=True
+        )

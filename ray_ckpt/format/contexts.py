@@ -100,7 +100,7 @@ def differences(saved: Plain, live: Plain, where: str = "") -> Iterator[str]:
     elif tag in ("$dict", "$dataclass"):
         one, other = dict(saved[-1]), dict(live[-1])
         for key in dict.fromkeys([*one, *other]):
-            inner = f"{where}.{shown(key)}".lstrip(".")
+            inner = f"{where}.{key if type(key) is str else shown(key)}".lstrip(".")
             if key in one and key in other:
                 yield from differences(one[key], other[key], inner)
             else:
