@@ -18,7 +18,14 @@ from ray_ckpt.errors import CheckpointNotFoundError, FormatError, RayCkptError
 from ray_ckpt.format import safetensors, zip_directory
 from ray_ckpt.format.dcp_metadata import METADATA_NAME
 from ray_ckpt.format.manifest import MANIFEST_NAME
-from ray_ckpt.storage import rank_directory, safetensors_files, stock_dcp, torch_files, training_directory
+from ray_ckpt.storage import (
+    deepspeed_directory,
+    rank_directory,
+    safetensors_files,
+    stock_dcp,
+    torch_files,
+    training_directory,
+)
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.foreign_names import ACCELERATE_MODEL, KINDS, Listing, kind_of, list_target
 from ray_ckpt.storage.foreign_parts import Found, read_range
@@ -36,6 +43,7 @@ _OPENERS: dict[str, Opener] = {
     "files of ranks": rank_directory.open_directory,
     "accelerate's FSDP directory": training_directory.open_fsdp,
     "a training directory": training_directory.open_directory,
+    "DeepSpeed's directory": deepspeed_directory.open_directory,
     "safetensors": safetensors_files.open_directory,
 }
 

@@ -36,6 +36,12 @@ _BESIDE_MODEL = re.compile(r"(optimizer|scheduler)\.(pt|bin)|trainer_state\.json
 """Files that transformers' `Trainer` and accelerate's `save_state` put beside the model."""
 
 
+_DEEPSPEED = re.compile(
+    r"(zero_pp_rank_\d+_)?mp_rank_\d+_model_states\.pt|(\w+_)?zero_pp_rank_\d+_\w+_optim_states\.pt"
+)
+"""Files of one step by DeepSpeed."""
+
+
 @dataclass(frozen=True)
 class Listing:
     """What lies directly in a directory."""
@@ -72,6 +78,12 @@ def _is_training_directory(listing: Listing) -> bool:
     return bool(models and listing.matching(_BESIDE_MODEL)) or any(".bin" in name for name in models)
 
 
+def _is_deepspeed_directory(listing: Listing) -> bool:
+    """One step's, or the one above, which names the newest step."""
+    above = {"latest", "zero_to_fp32.py"} <= listing.files.keys()
+    return above or any(_DEEPSPEED.fullmatch(name) for name in listing.files)
+
+
 def _is_safetensors_directory(listing: Listing) -> bool:
     return bool(listing.ending(safetensors.SUFFIX) or listing.ending(safetensors.INDEX_SUFFIX))
 
@@ -84,6 +96,7 @@ KINDS = (
     Kind("files of ranks", _are_rank_files),
     Kind("accelerate's FSDP directory", _is_fsdp_directory),
     Kind("a training directory", _is_training_directory),
+    Kind("DeepSpeed's directory", _is_deepspeed_directory),
     Kind("safetensors", _is_safetensors_directory),
 )
 """Asked in this order: one whose names are a part of another's comes after it."""

@@ -1,0 +1,108 @@
+"""Directories of Megatron-core and DeepSpeed: what is read of them, and what is named that is not."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+
+import ray_ckpt
+from ray_ckpt import Saved, TrainState
+from ray_ckpt.errors import FormatError, StateMismatchError, UnsafeCheckpointError
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
+
+
+class MCoreSavePlan:
+    """Stands for a class that only Megatron has."""
+
+
+def _megatron(directory: Path) -> None:
+    """Layers stacked along a first dim, a record with plans in it, and the common part beside."""
+    state = {"decoder.layers.mlp.weight": torch.arange(24.0).reshape(4, 2, 3), "embedding.weight": torch.ones(5, 2)}
+    dcp.save(state, checkpoint_id=directory)
+    planner = DefaultSavePlanner()
+    planner.set_up_planner(state, is_coordinator=True)
+    metadata = pickle.loads((directory / ".metadata").read_bytes())
+    metadata.planner_data = planner.create_local_plan()
+    metadata.all_local_plans = [planner.create_local_plan(), MCoreSavePlan()]
+    metadata.mcore_data = {"decoder.layers.mlp.weight": {"nd_reformulated_orig_global_shape": (4, 2, 3)}}
+    (directory / ".metadata").write_bytes(pickle.dumps(metadata))
+    torch.save({"iteration": 7, "args": argparse.Namespace(lr=0.5)}, directory / "common.pt")
+
+
+def _stack() -> nn.Module:
+    model = nn.Module()
+    model.layers = nn.ModuleList(nn.Linear(3, 2, bias=False) for _ in range(4))
+    model.embedding = nn.Embedding(5, 2)
+    return model
+
+
+def test_stacked_layers_of_megatron_by_a_key_map(tmp_path: Path) -> None:
+    _megatron(tmp_path)
+    stacked = Saved("model.decoder.layers.mlp.weight")
+    key_map = {f"model.layers.{layer}.weight": stacked.select(0, layer) for layer in range(4)}
+    model = _stack()
+    ray_ckpt.load(TrainState(model), tmp_path, key_map=key_map, only=("model",))
+    for layer in range(4):
+        assert torch.equal(model.layers[layer].weight, torch.arange(24.0).reshape(4, 2, 3)[layer])
+    assert (model.embedding.weight == 1).all()
+    common = {"common": {"iteration": 0}}
+    ray_ckpt.load(common, tmp_path, only=("common.iteration",))
+    assert common["common"]["iteration"] == 7
+    with pytest.raises(UnsafeCheckpointError, match=r"argparse\.Namespace"):
+        ray_ckpt.load({"common": {"args": None}}, tmp_path, strict=False)
+    with pytest.raises(StateMismatchError, match=r"common\.iteration"):
+        ray_ckpt.load(TrainState(model), tmp_path, key_map=key_map)
+
+
+def _deepspeed(directory: Path, *, names: tuple[str, ...] = ("mp_rank_00_model_states.pt",)) -> nn.Module:
+    model = nn.Linear(3, 2)
+    step = directory / "global_step10"
+    step.mkdir(parents=True)
+    for name in names:
+        torch.save({"module": model.state_dict(), "ds_version": "0.18", "lr_scheduler": {"x": 1}}, step / name)
+    torch.save({"optimizer_state_dict": {}}, step / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    (directory / "latest").write_text("global_step10")
+    (directory / "zero_to_fp32.py").write_text("")
+    return model
+
+
+def test_the_module_of_zero_1_and_2_is_read(tmp_path: Path) -> None:
+    saved = _deepspeed(tmp_path)
+    for target in (tmp_path, tmp_path / "global_step10"):
+        model = nn.Linear(3, 2)
+        report = ray_ckpt.load(TrainState(model), target, only=("model",))
+        assert torch.equal(model.weight, saved.weight)
+        assert "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt" in report.lost
+        assert "zero_to_fp32.py" in report.lost
+    model = nn.Linear(3, 2)
+    with pytest.raises(StateMismatchError, match=r"optim\.param_groups"):
+        ray_ckpt.load(TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1)), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("zero_pp_rank_0_mp_rank_00_model_states.pt",), "ZeRO-3"),
+        (("mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt"), "the models of 2 ranks"),
+    ],
+)
+def test_what_is_not_read_says_the_way_out(tmp_path: Path, names: tuple[str, ...], message: str) -> None:
+    _deepspeed(tmp_path, names=names)
+    with pytest.raises(FormatError, match=message) as caught:
+        ray_ckpt.load(TrainState(nn.Linear(3, 2)), tmp_path)
+    assert "python zero_to_fp32.py . OUTPUT" in str(caught.value)
+
+
+def test_latest_stays_inside(tmp_path: Path) -> None:
+    _deepspeed(tmp_path)
+    (tmp_path / "latest").write_text("../elsewhere")
+    with pytest.raises(FormatError, match=r"names '\.\./elsewhere', which is no directory there"):
+        ray_ckpt.load(TrainState(nn.Linear(3, 2)), tmp_path)
