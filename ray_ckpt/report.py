@@ -28,6 +28,9 @@ class SaveReport:
     """Time from the first plan to the commit, on this rank."""
     step: int | None = None
     """The checkpoint's step in its store; None where the target is no store."""
+    differing_buffers: tuple[str, ...] = ()
+    """Names of the modules' buffers in which ranks differed, such as the statistics of a BatchNorm under data
+    parallelism. What the first rank holds was saved, as `DistributedDataParallel` goes on with it."""
 
 
 @dataclass(frozen=True)

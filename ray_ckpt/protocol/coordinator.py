@@ -40,6 +40,7 @@ class PlanCache:
     def __init__(self) -> None:
         self.merged: GlobalPlan | None = None
         self._items: list[tuple[Item, ...]] = []
+        self._buffers: list[frozenset[str]] = []
         self._tokens: list[str] = []
 
     @property
@@ -56,11 +57,12 @@ class PlanCache:
         """Merge these plans, or return the last result where no token has changed."""
         tokens = [plan.token for plan in plans]
         if self.merged is None or tokens != self._tokens:
-            known = dict(zip(self._tokens, self._items, strict=True))
-            self._items = [known[plan.token] if plan.items is None else plan.items for plan in plans]
+            known = dict(zip(self._tokens, zip(self._items, self._buffers, strict=True), strict=True))
+            parts = [known[plan.token] if plan.items is None else (plan.items, plan.buffers) for plan in plans]
+            self._items, self._buffers = [items for items, _ in parts], [buffers for _, buffers in parts]
             self._tokens = tokens
             self.merged = None
-            self.merged = merge(self._items)
+            self.merged = merge(self._items, frozenset().union(*self._buffers))
         return self.merged
 
 
@@ -102,6 +104,7 @@ class Coordinator:
         self._called = called
         self._plan: GlobalPlan | None = None
         self._manifest: Manifest | None = None
+        self._differing: tuple[str, ...] = ()
         self.attempt = attempt or uuid.uuid4().hex[:12]
 
     def merge(self, plans: Sequence[LocalPlan]) -> list[Assignment]:
@@ -174,6 +177,7 @@ class Coordinator:
             num_files=len(manifest.files),
             seconds=time.monotonic() - self._start,
             step=self._step,
+            differing_buffers=self._differing,
         )
         _logger.info(
             "committed %s: %d bytes in %d files, %.1f s",
@@ -188,7 +192,7 @@ class Coordinator:
         for rank, record in enumerate(records):
             _check_reported(plan, rank, record)
         written = _collect(plan, records)
-        _check_replicas(plan, records, written.digests)
+        self._differing = _check_replicas(plan, records, written.digests)
         tensors = {
             name: TensorEntry(spec.dtype, spec.shape, _sorted(written.chunks[name]), path)
             for name, (path, spec) in plan.names.items()
@@ -271,21 +275,29 @@ def _check_reported(plan: GlobalPlan, rank: int, record: RankRecord) -> None:
 
 def _check_replicas(
     plan: GlobalPlan, records: Sequence[RankRecord], digests: Mapping[Key, tuple[TensorSpec | None, bytes]]
-) -> None:
-    """Replicas are saved once; here each of the others proves that nothing else was lost with it."""
-    size, conflicts = REPLICA_DIGEST_BYTES, []
+) -> tuple[str, ...]:
+    """Replicas are saved once; here each of the others proves that nothing else was lost with it.
+
+    Returns:
+        Names of the buffers in which ranks differ.
+    """
+    size, conflicts, buffers = REPLICA_DIGEST_BYTES, [], set()
     for rank, record in enumerate(records):
         for number, position in enumerate(plan.skipped[rank]):
             item = plan.items[rank][position]
             found, writer = record.replicas[size * number : size * (number + 1)], plan.writers.get(key_of(item))
             # Without a writer it is no part of the checkpoint: a planner of DCP's may leave something out.
             if writer is not None and digests.get(key_of(item)) != (item.spec, found):
-                conflicts.append(f"{item.name!r} on ranks {writer} and {rank}")
+                if item.name in plan.buffers:
+                    buffers.add(item.name)
+                else:
+                    conflicts.append(f"{item.name!r} on ranks {writer} and {rank}")
     if conflicts:
         raise CommitError(
             "refusing to commit: ranks hold different things under one name, of which only one would survive: "
             f"{listed(conflicts)}; give them different names, or make the ranks agree"
         )
+    return tuple(sorted(buffers))
 
 
 def _chunks(file: FileRecord, items: Sequence[Item]) -> Iterator[tuple[Item, Chunk]]:

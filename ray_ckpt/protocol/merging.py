@@ -36,13 +36,19 @@ class GlobalPlan:
     writers: Mapping[Key, int]
     """The rank that writes each part that several ranks hold."""
     names: Names
+    buffers: Collection[str] = frozenset()
+    """Names of which the first rank's are saved, although other ranks may hold something else."""
 
 
-def merge(plans: Sequence[Sequence[Item]]) -> GlobalPlan:
+def merge(plans: Sequence[Sequence[Item]], buffers: Collection[str] = frozenset()) -> GlobalPlan:
     """Decide who writes what. Linear in the number of parts that all ranks hold together.
 
     A part that only one rank holds is that rank's to write. The others go, one after the other, to the holder that has
-    the fewest bytes to write so far.
+    the fewest bytes to write so far; buffers to the first that holds them.
+
+    Args:
+        plans: what each rank holds, by rank.
+        buffers: names in which ranks may differ.
 
     Raises:
         CommitError: the ranks' parts do not cover a tensor exactly once, or contradict each other.
@@ -62,8 +68,8 @@ def merge(plans: Sequence[Sequence[Item]]) -> GlobalPlan:
             holders.setdefault(key_of(item), []).append((rank, position))
     _check_replicas_alike(plans, holders)
     _check_cover(plans[rank][position] for (rank, position), *_ in holders.values())
-    skipped, writers = _assign(plans, holders)
-    return GlobalPlan(plans, skipped, writers, names)
+    skipped, writers = _assign(plans, holders, buffers)
+    return GlobalPlan(plans, skipped, writers, names, buffers)
 
 
 def adopt(
@@ -138,7 +144,7 @@ def _check_cover(parts: Iterable[Item]) -> None:
 
 
 def _assign(
-    plans: Sequence[Sequence[Item]], holders: Mapping[Key, Sequence[_Holder]]
+    plans: Sequence[Sequence[Item]], holders: Mapping[Key, Sequence[_Holder]], buffers: Collection[str]
 ) -> tuple[list[tuple[int, ...]], dict[Key, int]]:
     """What each rank skips, and who writes each replicated part."""
     sizes = {key: _size(plans[held[0][0]][held[0][1]].spec) for key, held in holders.items()}
@@ -152,7 +158,8 @@ def _assign(
     for key, held in holders.items():
         if len(held) == 1:
             continue
-        writer = writers[key] = min((rank for rank, _ in held), key=loads.__getitem__)
+        ranks = [rank for rank, _ in held]
+        writer = writers[key] = min(ranks) if key[0] in buffers else min(ranks, key=loads.__getitem__)
         loads[writer] += sizes[key]
         for rank, position in held:
             if rank != writer:

@@ -85,6 +85,8 @@ class LocalPlan:
     """Id of this plan: a rank that holds the same things again sends the same token."""
     items: tuple[Item, ...] | None
     """What the rank holds; None for the items that were sent before under this token."""
+    buffers: frozenset[str] = frozenset()
+    """Names in which ranks may differ, as in the statistics of a BatchNorm: the first rank's are saved."""
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from ray_ckpt.protocol.messages import (
     digest_tensor,
     num_bytes,
 )
+from ray_ckpt.state.buffers import buffers_of
 from ray_ckpt.storage.data_file import MAX_FILE_BYTES, Packed, hash_tensors, pack_file, share_out, write_in_threads
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.objects import SavedObject, saved_object
@@ -47,15 +48,18 @@ class PlanMemory:
         """Token of the last plan."""
         self.items: tuple[Item, ...] | None = None
 
-    def plan(self, holdings: Holdings, known: frozenset[str]) -> LocalPlan:
+    def plan(self, state: object, holdings: Holdings, known: frozenset[str]) -> LocalPlan:
         """The plan of these holdings.
 
         Args:
+            state: what they were made from.
             known: tokens that the coordinator still has the items of.
         """
         if self.items != holdings.items:
             self.token, self.items = uuid.uuid4().hex, holdings.items
-        return LocalPlan(self.token, None if self.token in known else holdings.items)
+        if self.token in known:
+            return LocalPlan(self.token, None)
+        return LocalPlan(self.token, holdings.items, buffers_of(state))
 
 
 class RankSave:
@@ -90,7 +94,7 @@ class RankSave:
         """
         with collector_paused():
             holdings = hold(state.state_dict() if isinstance(state, Stateful) else state)
-            plan = memory.plan(holdings, known)
+            plan = memory.plan(state, holdings, known)
             # If the plan is equal, the same items as before, so that comparing them next time costs nothing.
             self._holdings = Holdings(memory.items or (), holdings.values)
             return plan

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -159,6 +159,11 @@ class NamedModel:
         """Canonical name -> tensor in the modules' state dicts."""
         values = {name: held[0].value for name, held in self._entries().items()}
         return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+
+    def names_of(self, module: nn.Module, keys: Iterable[str]) -> set[str]:
+        """Canonical names of parameters or buffers of one of the modules."""
+        canonical = self.aliases()
+        return {canonical.get(name, name) for key in keys for name in self._names(module, key)}
 
     @property
     def flat(self) -> FullyShardedDataParallel | None:

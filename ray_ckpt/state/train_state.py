@@ -141,6 +141,11 @@ class TrainState:
         return _only(self.optimizers, "optimizers", "optimizers")
 
     @property
+    def named_models(self) -> list[NamedModel]:
+        """The model, and its average if that is a module."""
+        return [part for part in self._parts if isinstance(part, NamedModel)]
+
+    @property
     def sections(self) -> frozenset[str]:
         """First components of the names that this state saves and loads."""
         return frozenset(part.section for part in self._parts)
