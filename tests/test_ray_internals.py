@@ -116,3 +116,29 @@ def test_a_local_rays_monitor_is_found() -> None:
     node = ray._private.worker._global_node
     [monitor] = node.all_processes[ray_constants.PROCESS_TYPE_MONITOR]
     assert monitor.process.poll() is None
+
+
+JOIN = """
+import contextlib, signal, sys
+import ray
+from ray_ckpt.cluster.deferral import signals_deferred
+
+handler = lambda number, frame: None
+signal.signal(signal.SIGTERM, handler)
+with signals_deferred() if sys.argv[2] == "ours" else contextlib.nullcontext():
+    ray.init(sys.argv[1], logging_level="ERROR", log_to_driver=False)
+caught = int(next(line for line in open("/proc/self/status") if line.startswith("SigCgt")).split()[1], 16)
+print(bool(caught >> (signal.SIGTRAP - 1) & 1), signal.getsignal(signal.SIGTERM) is handler)
+"""
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize(("how", "expected"), [("ours", "False True"), ("Ray's", "True False")])
+def test_a_driver_keeps_its_signal_handlers_while_it_joins(how: str, expected: str) -> None:
+    """`RAY_DISABLE_FAILURE_SIGNAL_HANDLER` and `set_sigterm_handler` are looked up when they are used.
+
+    SIGTRAP tells whether the handler of Ray's core is there, as it takes that signal too.
+    """
+    command = [sys.executable, "-c", JOIN, ray.get_runtime_context().gcs_address, how]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == expected

@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 import pytest
 
+from ray_ckpt.cluster.deferral import signals_deferred
 from ray_ckpt.errors import UsageError
 from ray_ckpt.recipes.json_output import json_alone, write_json
 from ray_ckpt.recipes.pipeline_to_fsdp.command import pipeline_to_fsdp
@@ -51,6 +52,25 @@ def test_a_signal_is_not_lost_where_python_cannot_raise(number: signal.Signals, 
     )
     assert done.returncode == code
     assert done.stderr.strip() == line
+
+
+def test_signals_wait_while_ray_connects() -> None:
+    handled: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: handled.append(number))
+    ours = signal.getsignal(signal.SIGTERM)
+    try:
+        with signals_deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert handled == []
+        assert handled == [signal.SIGTERM]
+        with signals_deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert len(handled) == 2  # who insists is heard at once
+        assert len(handled) == 3
+        assert signal.getsignal(signal.SIGTERM) is ours
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +124,34 @@ def test_the_temporary_directory_is_nobody_elses(tmp_path: Path, monkeypatch: py
         assert os.stat(directory).st_mode & 0o777 == 0o700
         assert Path(directory).parent == tmp_path
     assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import os, signal, sys
+from ray_ckpt.recipes.setting import storage_of
+
+with storage_of(None) as directory:
+    open(os.path.join(directory, "manifest.json"), "w").close()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_temporary_directory_of_a_killed_job_goes_with_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = [sys.executable, "-c", KILLED]
+    subprocess.run(killed, cwd=REPOSITORY, env={**os.environ, "TMPDIR": str(tmp_path)}, timeout=30, check=False)
+    [left] = tmp_path.iterdir()
+    somebody_elses = tmp_path / "ray-ckpt-mine"
+    somebody_elses.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with storage_of(None) as first, storage_of(None) as second:
+        assert {*tmp_path.iterdir()} == {Path(first), Path(second), somebody_elses}
+        assert left not in {Path(first), Path(second)}
+    assert list(tmp_path.iterdir()) == [somebody_elses]
+
+
+def test_no_temporary_directory_is_wrong_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", "/proc/self/nothing")
     with pytest.raises(UsageError, match=r"cannot make a temporary directory: .*; give --storage, or set TMPDIR"):
         storage_of(None).__enter__()

@@ -13,15 +13,13 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
 
+from ray_ckpt.cluster.deferral import signals_deferred
 from ray_ckpt.cluster.ray_internals import (
     RefusedError,
     check_alive,
@@ -73,37 +71,37 @@ def connect(address: str | None = None, *, num_cpus: int = 1, verbose: bool = Fa
         try:
             yield False
         finally:
-            ray.shutdown()
+            with signals_deferred():
+                ray.shutdown()
 
 
 @contextmanager
 def _local_ray(num_cpus: int, options: dict[str, Any]) -> Iterator[None]:
-    _init(
-        "local",
-        options
-        | {
-            "num_cpus": max(num_cpus, os.cpu_count() or 1),
-            "include_dashboard": False,
-            "object_store_memory": LOCAL_OBJECT_STORE_BYTES,
-        },
-    )
+    options |= {
+        "num_cpus": max(num_cpus, os.cpu_count() or 1),
+        "include_dashboard": False,
+        "object_store_memory": LOCAL_OBJECT_STORE_BYTES,
+    }
+    _init("local", options)
     try:
         yield
     finally:
-        end_monitor()
-        ray.shutdown()
+        with signals_deferred():
+            end_monitor()
+            ray.shutdown()
 
 
 def _init(address: str, options: dict[str, Any]) -> None:
-    handler = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address=address, **options)
-    except (RayError, OSError, RuntimeError, ValueError) as error:
+        with signals_deferred():
+            ray.init(address=address, **options)
+    except Exception as error:  # Ray raises that very class when its processes do not come up
         doing = "start a local Ray" if address == "local" else f"join the Ray cluster at {address}"
         advice = "; set RAY_TMPDIR to a short path that has room and can be written" if address == "local" else ""
         raise UsageError(f"cannot {doing}: {_first_line(error)}{advice}") from error
-    if callable(handler) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)  # Ray has put its own in its place
+    except BaseException:  # a signal that came meanwhile
+        ray.shutdown()
+        raise
 
 
 def _first_line(error: Exception) -> str:

@@ -7,6 +7,7 @@ held_resources           Ray's public interface refuses to answer a driver
 without_daemon_messages  Ray's daemons write paragraphs to the driver's standard output
 end_monitor              a local Ray's shutdown waits a second for a process that does nothing
 reread_authentication    Ray reads mode and token once per process
+without_signal_handlers  Ray's core takes SIGTERM for a crash while it starts, and may abort
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 import grpc
 import ray
-from ray._private import ray_constants, services
+from ray._private import ray_constants, services, utils
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.ray_logging import stdout_deduplicator
 from ray._private.state import available_resources_per_node
@@ -85,6 +86,26 @@ def without_daemon_messages() -> Iterator[None]:
         yield
     finally:
         stdout_deduplicator.skip_re = before
+
+
+@contextmanager
+def without_signal_handlers() -> Iterator[list[Any]]:
+    """Within the block, neither Ray's Python nor its C++ core takes SIGTERM for itself.
+
+    The core's handler, which prints the stack of a crash, takes SIGTERM until Python puts its own back: what comes in
+    between is printed as a crash, or aborts the process. The environment variable that leaves it out is read when Ray
+    is imported, and would reach Ray's daemons and workers as well.
+
+    Yields:
+        The handlers that Ray's Python would have set, in order.
+    """
+    wished: list[Any] = []
+    installed, set_handler = ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER, utils.set_sigterm_handler
+    ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER, utils.set_sigterm_handler = True, wished.append
+    try:
+        yield wished
+    finally:
+        ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER, utils.set_sigterm_handler = installed, set_handler
 
 
 def end_monitor() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -14,6 +12,7 @@ from ray_ckpt.errors import CheckpointExistsError, StorageError, UsageError, Wor
 from ray_ckpt.parallel.layout import Layout
 from ray_ckpt.recipes import probe
 from ray_ckpt.recipes.screen import Line, Screen
+from ray_ckpt.recipes.temporary import temporary_directory
 from ray_ckpt.recipes.workload import Workload
 from ray_ckpt.storage.files import Storage
 
@@ -63,14 +62,8 @@ def storage_of(storage: str | None) -> Iterator[str]:
     if storage is not None:
         yield Storage(storage).uri  # absolute, as a relative path would mean another directory on every worker
         return
-    try:
-        directory = tempfile.mkdtemp(prefix="ray-ckpt-")  # of mode 0700: others have no business in it
-    except OSError as error:
-        raise UsageError(f"cannot make a temporary directory: {error}; give --storage, or set TMPDIR") from error
-    try:
+    with temporary_directory() as directory:
         yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 def unshared(place: str, seen: str) -> UsageError:
