@@ -237,7 +237,7 @@ def test_errors_say_what_was_found_and_what_to_do(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
     torch.save({}, tmp_path / "late.pt")
     assert "neither a checkpoint's directory, nor a file by torch.save" in _refused(tmp_path / "notes.txt")
-    assert "name the file: late.pt" in _refused(tmp_path, CheckpointNotFoundError)
+    assert "it holds late.pt: files that torch.save may have written" in _refused(tmp_path, CheckpointNotFoundError)
     assert "and is no file" in _refused(tmp_path / "nowhere.pt", CheckpointNotFoundError)
     torch.save({"weight": torch.zeros(6)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     assert "before 1.6" in _refused(tmp_path / "old.pt")

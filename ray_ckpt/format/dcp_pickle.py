@@ -35,7 +35,7 @@ _MAX_WITHOUT_PLACE = 50_000
 _MAX_SAME_HASH = 16
 """Chunks that may share their hash with others. No two of a million do by chance."""
 
-_ADVICE = "if you trust its author, read it with trusted=True"
+_ADVICE = "if you trust its author, read it by DCP with ArrowStorageReader(..., trusted=True)"
 
 
 def read_metadata(data: bytes) -> dcp.Metadata:

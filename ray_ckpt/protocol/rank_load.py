@@ -254,6 +254,11 @@ class RankLoad:
 
     def _refuse_leftovers(self, verdict: LoadOffer) -> None:
         left = marked(self._names, verdict.unwanted)
+        if verdict.missing and len(left) == sum(map(self._saved.wants, self._names)):
+            raise StateMismatchError(
+                f"nothing would be loaded: {self._source.label} has nothing that is wanted. It holds {listed(left)}; "
+                f"wanted are {listed(list(verdict.missing))}"
+            )
         if left and self._options.strict:
             texts = [f"{name}: saved {self._source.describe(name)}, not wanted" for name in left]
             raise StateMismatchError(

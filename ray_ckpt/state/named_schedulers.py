@@ -185,7 +185,9 @@ class _Scheduler:
         claims = {kind: Claim(kind)}
         found = saved.values.get(kind)
         if found is None:
-            return self._plan_foreign(saved) if saved.under(name) else (claims, [])
+            # Only we record what belongs to parameters: then the class is lost.
+            is_foreign = saved.under(name) and not saved.under(f"{name}.{_GROUPS}")
+            return self._plan_foreign(saved) if is_foreign else (claims, [])
         found, *recorded = found if isinstance(found, (list, tuple)) else [found]
         live = self._scheduler.state_dict()
         inner = self._inner(live)

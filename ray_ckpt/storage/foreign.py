@@ -11,7 +11,6 @@ runs from any of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Protocol
 
 from ray_ckpt.errors import CheckpointNotFoundError, FormatError, RayCkptError
@@ -25,9 +24,10 @@ from ray_ckpt.storage import (
     stock_dcp,
     torch_files,
     training_directory,
+    unread,
 )
 from ray_ckpt.storage.files import Storage
-from ray_ckpt.storage.foreign_names import ACCELERATE_MODEL, KINDS, Listing, kind_of, list_target
+from ray_ckpt.storage.foreign_names import KINDS, Listing, kind_of, list_target
 from ray_ckpt.storage.foreign_parts import Found, read_range
 
 __all__ = ["Found", "recognize"]
@@ -81,15 +81,13 @@ def _recognize(storage: Storage, *, trusted: bool) -> Found:
     listing = list_target(storage)
     if kind := kind_of(listing):
         return _OPENERS[kind.name](storage, listing, trusted=trusted)
-    raise _not_found(storage, listing.files)
+    raise _not_found(storage, listing)
 
 
-def _not_found(storage: Storage, files: Iterable[str]) -> CheckpointNotFoundError:
-    single = sorted(name for name in files if name.endswith((".pt", ".pth", ".bin", ".ckpt")))
-    advice = f"; to load a file that torch.save wrote, name the file: {', '.join(single[:3])}" if single else ""
+def _not_found(storage: Storage, listing: Listing) -> CheckpointNotFoundError:
     return CheckpointNotFoundError(
-        f"no checkpoint in {storage.address}: it holds neither {MANIFEST_NAME} nor {METADATA_NAME}, nor safetensors "
-        f"files, nor accelerate's {ACCELERATE_MODEL}, and is no file{advice}"
+        f"no checkpoint in {storage.address}: it holds neither {MANIFEST_NAME} nor {METADATA_NAME}, nor other files "
+        f"that are known, and is no file; {unread.in_directory(listing)}"
     )
 
 
@@ -98,12 +96,14 @@ def _file(directory: Storage, name: str, num_bytes: int) -> Found:
     if name.endswith(safetensors.INDEX_SUFFIX):
         return Found("a sharded safetensors checkpoint", directory, safetensors_files.open_indexed(directory, name))
     with directory.open_input(name) as file:
-        start = read_range(file, 0, min(num_bytes, len(torch_files.LEGACY_MAGIC)))
+        beginning = read_range(file, 0, min(num_bytes, unread.FILE_START_BYTES))
+    start = beginning[: len(torch_files.LEGACY_MAGIC)]
     if start.startswith(zip_directory.MAGIC):
         return Found("a file that torch.save wrote", directory, torch_files.open_file(directory, name, num_bytes))
     torch_files.refuse_legacy(name, start)
     if name.endswith(safetensors.SUFFIX) or start[safetensors.LENGTH_BYTES :].lstrip().startswith(b"{"):
         return Found("a safetensors file", directory, safetensors_files.open_files(directory, [name]))
     raise FormatError(
-        f"{directory.address}/{name} is neither a checkpoint's directory, nor a file by torch.save or safetensors"
+        f"{directory.address}/{name} is neither a checkpoint's directory, nor a file by torch.save or safetensors: "
+        f"{unread.of_file(name, beginning)}"
     )

@@ -187,7 +187,8 @@ def _explain(error: Exception, name: str) -> Exception:
     if isinstance(error, pickle.UnpicklingError) and named:
         return UnsafeCheckpointError(
             f"reading {quoted(name)} would run {named.group(1)[:200]} from the checkpoint; if you trust its author, "
-            "read it with trusted=True, or admit that one name with torch.serialization.add_safe_globals"
+            "read it by DCP with ArrowStorageReader(..., trusted=True), or admit that one name with "
+            "torch.serialization.add_safe_globals"
         )
     return FormatError(f"{quoted(name)} cannot be read: {type(error).__name__}: {str(error)[:300]}")
 

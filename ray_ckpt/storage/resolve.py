@@ -9,9 +9,14 @@ from typing import NamedTuple
 from ray_ckpt.errors import CheckpointNotFoundError, UsageError
 from ray_ckpt.format.manifest import MANIFEST_NAME
 from ray_ckpt.storage.files import Storage
-from ray_ckpt.storage.foreign_names import is_file, is_foreign
-from ray_ckpt.storage.publish import STOCK_RECORD_NAME
+from ray_ckpt.storage.foreign_names import Listing, is_file, is_foreign, kind_of, list_target
+from ray_ckpt.storage.publish import DATA_FILE, STOCK_RECORD_NAME
+from ray_ckpt.storage.steps import directory_of, parse_steps
 from ray_ckpt.storage.store import CheckpointStore
+from ray_ckpt.storage.unread import in_directory
+
+RUN_CHECKPOINTS = "checkpoint"
+"""Where torchtitan's run folder keeps its steps, unless told otherwise."""
 
 Target = str | os.PathLike[str] | Storage | CheckpointStore
 """A local path, a URI as `Storage` takes it, a `Storage`, or a store."""
@@ -82,9 +87,31 @@ def _found_at(target: Target, step: int | None, latest_of: Callable[[CheckpointS
     latest = latest_of(store)
     if latest is not None:
         return Location(store.location(latest), latest)
-    if directory is not None and is_foreign(directory):
+    if directory is None:
+        raise CheckpointNotFoundError(f"no committed checkpoint at {store.address}, nor in a step-<N> below it")
+    listing = list_target(directory)
+    if kind_of(listing):
         return Location(directory, None)
-    raise CheckpointNotFoundError(f"no committed checkpoint at {store.address}, nor in a step-<N> below it")
+    if found := _latest_of_others(directory, listing):
+        return found
+    raise CheckpointNotFoundError(
+        f"no committed checkpoint at {store.address}, nor in a step-<N> below it; {in_directory(listing)}"
+    )
+
+
+def _latest_of_others(directory: Storage, listing: Listing) -> Location | None:
+    """The highest `step-<N>` that another program finished, as in torchtitan's run folder: here or in `checkpoint/`."""
+    for folder in (
+        (directory, directory.child(RUN_CHECKPOINTS)) if RUN_CHECKPOINTS in listing.directories else (directory,)
+    ):
+        directories = listing.directories if folder is directory else folder.list_directories()
+        for step in sorted(parse_steps(directories), reverse=True):
+            named = folder.child(directory_of(step))
+            found = list_target(named)
+            is_dcp = STOCK_RECORD_NAME in found.files and not found.matching(DATA_FILE)
+            if is_dcp or (STOCK_RECORD_NAME not in found.files and kind_of(found)):
+                return Location(named, step)
+    return None
 
 
 def _is_recorded(directory: Storage) -> bool:

@@ -22,6 +22,9 @@ from ray_ckpt.storage.foreign_parts import Found, below, check_parts, join, pref
 __all__ = ["open_directory", "open_fsdp"]
 
 _OPTIMIZER = re.compile(r"optimizer\.(pt|bin)")
+_FURTHER = re.compile(r"(model_[0-9]+\.safetensors|pytorch_model_[0-9]+\.bin|optimizer_[0-9]+\.(pt|bin))")
+"""accelerate's names of a second model or optimizer."""
+
 _SAFETENSORS = re.compile(r"model(-[0-9]+-of-[0-9]+)?\.safetensors")
 _BINS = re.compile(r"pytorch_model(-[0-9]+-of-[0-9]+|_fsdp)?\.bin")
 _BIN_INDEX = "pytorch_model.bin.index.json"
@@ -30,6 +33,9 @@ _SIDES = re.compile(
     r"|rng_state(_[0-9]+)?\.pth|random_states_[0-9]+\.pkl|custom_checkpoint_[0-9]+\.pkl"
 )
 """Files that `torch.save` wrote beside model and optimizer. `training_args.bin` is none: it holds nothing but code."""
+
+_DEEPSPEED = re.compile(r"global_step[0-9]+")
+"""Directories of DeepSpeed's, in which its optimizer lies."""
 
 _TRAINER_STATE = "trainer_state.json"
 
@@ -67,6 +73,10 @@ def open_directory(storage: Storage, listing: Listing, *, trusted: bool) -> Foun
     Raises:
         FormatError, UnsafeCheckpointError: a part is damaged, or not safe to read.
     """
+    if several := listing.matching(_FURTHER):
+        raise FormatError(
+            f"{storage.address} holds several models or optimizers, among them {several[0]}: name the files of one"
+        )
     parts = [prefixed("model", _model(storage, listing))]
     parts += [
         prefixed("optim", torch_files.open_file(storage, name, listing.files[name]))
@@ -106,6 +116,7 @@ def _beside(storage: Storage, listing: Listing) -> tuple[list[Manifest], tuple[s
             notes.append(f"{name} is left out: {error}")
     if _TRAINER_STATE in listing.files:
         parts.append(_counters(storage, listing.files[_TRAINER_STATE]))
+    notes += [f"{name} is left out: DeepSpeed's" for name in sorted(listing.directories) if _DEEPSPEED.fullmatch(name)]
     return parts, tuple(notes)
 
 
