@@ -16,7 +16,7 @@ from pathlib import Path
 from ray_ckpt.errors import UsageError
 
 PREFIX = "ray-ckpt-job-"
-"""Of directories that are locked; one gets this name only after its lock, so that it is never taken for an old one."""
+"""Begins the name of a directory that is locked: it gets this name after its lock, or another job might remove it."""
 
 
 @contextlib.contextmanager
