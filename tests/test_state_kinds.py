@@ -146,3 +146,19 @@ def test_memory_is_put_on_the_module_that_owns_it(tmp_path: Path) -> None:
     ray_ckpt.load(TrainState(target), tmp_path / "run")
     assert not any(tensor.is_meta for tensor in target.state_dict().values())
     assert torch.equal(target[0].running_mean, torch.full((3,), 5.0))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_a_recurrent_module_on_meta_is_loaded_with_its_optimizer(tmp_path: Path, kind: Any) -> None:
+    """It holds weak references to its weights, and a list of them besides."""
+    source = kind(4, 5, 2)
+    ray_ckpt.save(TrainState(source, torch.optim.SGD(source.parameters(), lr=0.1)), tmp_path / "run")
+    with torch.device("meta"):
+        target = kind(4, 5, 2)
+    optimizer = torch.optim.SGD(target.parameters(), lr=0.2)
+    ray_ckpt.load(TrainState(target, optimizer), tmp_path / "run")
+    inputs = torch.ones(3, 4)
+    assert torch.equal(source(inputs)[0], target(inputs)[0])
+    target(inputs)[0].sum().backward()
+    optimizer.step()
+    assert not torch.equal(source(inputs)[0], target(inputs)[0])

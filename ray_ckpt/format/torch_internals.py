@@ -4,13 +4,14 @@ DCP      StorageInfo, ExtensionRegistry, StreamTransformExtension, ShardedTensor
          flatten_state_dict, set_element, names_of
 DTensor  local_tensor, locate_shard, placed, StridedShard
 tensors  is_wrapper, STORAGE_TYPES, TENSOR_CLASSES, rebuild_tensor_v2, rebuild_tensor_v3, narrow, copy_each
-modules  replace_tensors, with_own_tensors, has_entry
+modules  replace_tensors, with_own_tensors, has_entry, without_weak_references
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
 import torch.serialization
@@ -55,6 +56,7 @@ __all__ = [
     "replace_tensors",
     "set_element",
     "with_own_tensors",
+    "without_weak_references",
 ]
 
 STORAGE_TYPES: Mapping[torch.dtype, str] = torch.storage._dtype_to_storage_type_map()
@@ -104,6 +106,19 @@ def replace_tensors(module: nn.Module, replace: Callable[[torch.Tensor], torch.T
 def has_entry(module: nn.Module, name: str) -> bool:
     """Whether a module itself has a parameter or buffer of that name, were it None."""
     return name in module._parameters or name in module._buffers
+
+
+@contextlib.contextmanager
+def without_weak_references(module: nn.Module) -> Iterator[None]:
+    """Within this block a recurrent module holds no weak references to its weights, which would forbid to swap them."""
+    if not isinstance(module, nn.RNNBase):
+        yield
+        return
+    module._flat_weight_refs = []
+    try:
+        yield
+    finally:
+        module._init_flat_weights()
 
 
 def with_own_tensors(module: nn.Module, make: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
 from ray_ckpt.errors import StateMismatchError, UsageError
-from ray_ckpt.format.torch_internals import has_entry, names_of
+from ray_ckpt.format.torch_internals import has_entry, names_of, without_weak_references
 from ray_ckpt.format.wrappers import FilledInPlace, are_same, is_made_of_others, with_memory
 from ray_ckpt.state import sealing
 from ray_ckpt.state.load_plan import Claim, Handover, LoadPlan, SavedState, Spec
@@ -382,17 +382,18 @@ def _memory_of(entry: _Entry) -> torch.Tensor:
     live = _live(entry)
     if live.is_meta:
         memory = with_memory(live.detach(), _device_of(entry.module))
+        owner, name = _owner(entry)
         if isinstance(live, nn.Parameter):
             try:
                 # Whoever holds the parameter, such as an optimizer, shall hold the same one afterwards.
-                torch.utils.swap_tensors(live, nn.Parameter(memory, requires_grad=live.requires_grad))
+                with without_weak_references(owner):
+                    torch.utils.swap_tensors(live, nn.Parameter(memory, requires_grad=live.requires_grad))
             except RuntimeError as error:
                 raise UsageError(
                     f"{entry.key!r} is on the meta device and cannot be given memory ({error}): call "
                     "to_empty(device=...) before the optimizer is made"
                 ) from error
         else:
-            owner, name = _owner(entry)
             setattr(owner, name, memory)
     return _live(entry).detach()
 
