@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import copy
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ray_ckpt.format.initial_values import initializer
 from ray_ckpt.format.shards import local_boxes
 from ray_ckpt.format.torch_internals import local_tensor, replace_tensors, with_own_tensors
 
@@ -99,22 +100,6 @@ def values_of(skeleton: nn.Module, name: str, seed: int, device: torch.device) -
 
 def owns_state(module: nn.Module) -> bool:
     return any(True for _ in module.parameters(recurse=False)) or any(True for _ in module.buffers(recurse=False))
-
-
-def initializer(model: nn.Module, module: nn.Module) -> Callable[[], object] | None:
-    """The function that sets a module's initial values; None if there is none.
-
-    By the model's own `_init_weights(module)`, which transformers' models have; else by the module's
-    `reset_parameters()`, as torch's have, a few of them (MultiheadAttention) under the private name.
-    """
-    own: Callable[[nn.Module], object] | None = getattr(model, "_init_weights", None)
-    if own is not None:
-        return lambda: own(module)
-    for name in ("reset_parameters", "_reset_parameters"):
-        reset: Callable[[], object] | None = getattr(module, name, None)
-        if callable(reset):
-            return reset
-    return None
 
 
 @torch.no_grad()

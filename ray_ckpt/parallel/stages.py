@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from ray_ckpt.errors import UsageError
-from ray_ckpt.parallel.materialize import initializer, owns_state
+from ray_ckpt.format.initial_values import initializer
+from ray_ckpt.parallel.materialize import owns_state
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 

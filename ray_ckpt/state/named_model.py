@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
 from ray_ckpt.errors import StateMismatchError, UsageError
+from ray_ckpt.format.initial_values import buffers_without_memory, computed_buffers
 from ray_ckpt.format.torch_internals import has_entry, names_of, without_weak_references
 from ray_ckpt.format.wrappers import FilledInPlace, are_same, is_made_of_others, with_memory
 from ray_ckpt.state import sealing
@@ -143,7 +144,9 @@ class NamedModel:
                 if owner := _ExtraState.of(first):
                     handovers += handed_over(saved, source, owner, below)
             entries[name] = held
-        return LoadPlan(claims, partial(self._apply, saved, entries), _without_values(waiting), handovers=handovers)
+        unsaved = _Unsaved(waiting)
+        apply = partial(self._apply, saved, entries, unsaved)
+        return LoadPlan(claims, apply, unsaved.problems, handovers=handovers)
 
     def parameters(self) -> dict[nn.Parameter, tuple[str, ...]]:
         """Each parameter's canonical name; several names, if it is a flat one of FSDP1's."""
@@ -174,8 +177,13 @@ class NamedModel:
         return roots[0] if roots else None  # type: ignore[return-value]
 
     def _apply(
-        self, saved: SavedState, entries: Mapping[str, Sequence[_Entry]], loaded: Mapping[str, torch.Tensor]
+        self,
+        saved: SavedState,
+        entries: Mapping[str, Sequence[_Entry]],
+        unsaved: _Unsaved,
+        loaded: Mapping[str, torch.Tensor],
     ) -> None:
+        unsaved.restore()
         of_module: dict[nn.Module, dict[str, Any]] = {module: {} for module in self.modules}
         for name, held in entries.items():
             wanted = f"{self.section}.{name}"
@@ -340,21 +348,30 @@ def _presence(module: nn.Module) -> _Presence:
     )
 
 
-def _without_values(modules: set[nn.Module]) -> list[str]:
-    """Problems: non-persistent buffers on meta, which no checkpoint holds, in modules that this load gives memory."""
-    lost = [
-        key
-        for module in modules
-        for prefix, child in module.named_modules()
-        for key in (f"{prefix}.{name}".lstrip(".") for name in sorted(child._non_persistent_buffers_set))
-        if (buffer := module.get_buffer(key)) is not None and buffer.is_meta
-    ]
-    if not lost:
-        return []
-    return [
-        f"{', '.join(lost)} have neither memory nor a place in the checkpoint, as they are not persistent: give them "
-        "both before the load"
-    ]
+class _Unsaved:
+    """Non-persistent buffers on meta, which no checkpoint holds, of modules that this load gives memory.
+
+    Those that the modules compute by their own means get these values; for others there is no way but the caller's.
+    """
+
+    def __init__(self, modules: set[nn.Module]) -> None:
+        self._values: list[tuple[nn.Module, str, torch.Tensor, torch.device]] = []
+        self.problems: list[str] = []
+        for module in modules:
+            owners = buffers_without_memory(module)
+            values = computed_buffers(module, owners)
+            for key, value in values.items():
+                self._values.append((owners[key], key.rpartition(".")[2], value, _device_of(module)))
+            if lost := [key for key in owners if key not in values]:
+                self.problems.append(
+                    f"{', '.join(lost)} have neither memory nor a place in the checkpoint, as they are not persistent, "
+                    "nor does their module compute them in reset_parameters() or _init_weights(): give them both "
+                    "before the load"
+                )
+
+    def restore(self) -> None:
+        for owner, name, value, device in self._values:
+            setattr(owner, name, value.to(device))
 
 
 def _live(entry: _Entry) -> torch.Tensor:

@@ -61,7 +61,9 @@ class TrainState:
     Args:
         model: the wrapped model, or the chunks of it that this rank holds (interleaved pipeline stages). A plain tensor
             on the meta device belongs to another rank. A DTensor on the meta device, or a module that is there as a
-            whole, gets memory when it is loaded: on the CPU, or on its mesh's device.
+            whole, gets memory when it is loaded: on the CPU, or on its mesh's device. So do its buffers; those that are
+            not persistent are computed by the module's own `reset_parameters()` or the model's `_init_weights(module)`,
+            and refused by name where neither sets them.
         optimizers: one, several, or several by name. Each parameter has at most one of them.
         schedulers: LR schedulers of these optimizers: one, several, or several by name.
         scaler: a `torch.amp.GradScaler`, or anything else with `state_dict` and `load_state_dict`.
