@@ -23,10 +23,10 @@ from ray_ckpt.report import VerifyReport
 from ray_ckpt.storage.audit import PIECE_BYTES
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.store import CheckpointStore
-from tests.support import faulty
+from tests.support import faulty, hostile
 from tests.support.faulty import Fault, FaultyStorage
 from tests.support.ranks import run_ranks
-from tests.support.records import sealed
+from tests.support.records import edit_record, sealed
 from tests.support.s3 import run_s3
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -294,3 +294,23 @@ def test_on_s3_everything_is_read_once(tmp_path: Path) -> None:
         report = ray_ckpt.verify(storage)
         assert report.verified
         assert s3.sent_bytes < 1.1 * report.total_bytes + 20_000
+
+
+def test_what_lies_over_something_else_is_damaged_and_read_once(tmp_path: Path) -> None:
+    ray_ckpt.save({"lr": 0.5, "w": torch.ones(1000)}, tmp_path / "run")
+
+    def lay_over(record: dict[str, Any]) -> None:
+        other = dict(record["objects"]["lr"], start=record["objects"]["lr"]["start"] + 1, path=["other"])
+        record["objects"]["other"] = other
+
+    edit_record(tmp_path / "run", lay_over)
+    damages = ray_ckpt.verify(tmp_path / "run").damages
+    assert ("other", "lies over what is before it in the file") in {(d.name, d.problem) for d in damages}
+
+
+def test_containers_of_a_stock_checkpoint_that_lie_over_each_other_are_read_once(tmp_path: Path) -> None:
+    """Twenty thousand of a megabyte each, in a file of one."""
+    hostile.KNOWN["objects over each other"](tmp_path)
+    report = ray_ckpt.verify(tmp_path)
+    assert report.total_bytes < 2 << 20
+    assert sum("lies over" in damage.problem for damage in report.damages) == 20_000 - 40

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import xxhash
 
@@ -80,6 +81,9 @@ class _Stretch:
         return self.parts[-1].end - self.parts[0].start
 
 
+P = TypeVar("P", _Span, Archive)
+
+
 def verify_share(storage: Storage, *, rank: int = 0, num_ranks: int = 1) -> VerifyReport:
     """Read and check one rank's share of whatever checkpoint is there; `VerifyReport.merge` joins the shares.
 
@@ -106,19 +110,13 @@ def audit(storage: Storage, manifest: Manifest, *, rank: int = 0, num_ranks: int
     started = time.monotonic()
     sizes, parts = storage.sizes(manifest.files), _parts(manifest)
     zipped = [] if manifest.attempt else archives(storage, manifest, sizes)
-    in_archives = {archive.file for archive in zipped}
-    stretches = [
-        stretch
-        for file, of_file in parts.items()
-        if file not in in_archives
-        for stretch in _stretches(file, of_file, sizes.get(file, 0))
-    ]
-    work: list[_Stretch | Archive] = [*stretches, *zipped]
+    work, overlaps = _share_out(parts, zipped, sizes)
     mine = work[rank::num_ranks]
     tuning = tuning_for(storage)
     with ThreadPoolExecutor(tuning.threads, thread_name_prefix="ray_ckpt-verify") as pool:
         damages = [damage for found in pool.map(lambda part: _check(storage, part), mine) for damage in found]
     if rank == 0:
+        damages += overlaps
         for file, of_file in parts.items():
             damages += _misfits(manifest, file, of_file, sizes.get(file))
         if manifest.attempt:
@@ -210,6 +208,47 @@ def _sums_of(data: bytes) -> BlockSums:
     return BlockSums(max(1, len(data)), xxhash.xxh3_64_intdigest(data).to_bytes(8, "little"))
 
 
+def _share_out(
+    parts: Mapping[str, Sequence[_Span]], zipped: Sequence[Archive], sizes: Mapping[str, int]
+) -> tuple[list[_Stretch | Archive], list[Damage]]:
+    """Pieces of work, in which no byte is read twice; and what lies over something else, of which no save is guilty.
+
+    Args:
+        zipped: archives, whose files are read by them alone.
+        sizes: bytes of the files that are there.
+    """
+    of_file: dict[str, list[Archive]] = {}
+    for archive in zipped:
+        of_file.setdefault(archive.file, []).append(archive)
+    work: list[_Stretch | Archive] = []
+    damages: list[Damage] = []
+    for file, spans in parts.items():
+        if file not in of_file:
+            kept, over = _apart(file, spans)
+            work += _stretches(file, kept, sizes.get(file, 0))
+            damages += over
+    for file, archives_there in of_file.items():
+        whole, over = _apart(file, archives_there)
+        work += whole
+        damages += over
+    return work, damages
+
+
+def _apart(file: str, parts: Sequence[P]) -> tuple[list[P], list[Damage]]:
+    """The parts of a file by position, without those that lie over one before them; these are damaged."""
+    kept: list[P] = []
+    damages: list[Damage] = []
+    at = 0
+    for part in sorted(parts, key=_position):
+        if part.start < min(at, part.end):
+            problem = "lies over what is before it in the file"
+            damages += [Damage(file, part.start, part.end, name, problem) for name in part.names or ("",)]
+        else:
+            kept.append(part)
+            at = max(at, part.end)
+    return kept, damages
+
+
 def _stretches(file: str, parts: Sequence[_Span], num_bytes: int) -> Iterator[_Stretch]:
     """The parts that lie within the file as it is."""
     taken: list[_Span] = []
@@ -224,7 +263,7 @@ def _stretches(file: str, parts: Sequence[_Span], num_bytes: int) -> Iterator[_S
         yield _Stretch(file, taken)
 
 
-def _position(part: _Span) -> tuple[int, int]:
+def _position(part: _Span | Archive) -> tuple[int, int]:
     return part.start, part.end
 
 
