@@ -239,9 +239,18 @@ def test_metadata_of_something_else(tmp_path: Path) -> None:
     (tmp_path / "metadata.pkl").write_bytes(b"\x80\x04}.")
     with pytest.raises(FormatError, match=r"metadata\.pkl is none of torch_checkpointing's"):
         load({}, tmp_path)
-    (tmp_path / "metadata.pkl").unlink()
-    with pytest.raises(CheckpointNotFoundError):
-        load({}, tmp_path)
+
+
+def test_numbered_files_without_metadata(written: Any, copied: Path, tmp_path: Path) -> None:
+    _as_torch_checkpointing(copied)
+    (copied / "metadata.pkl").unlink()
+    assert _same(_loaded(copied, only=("model", "optim", "my_optimizer")), written["fsdp2"][1])
+    epochs = tmp_path / "epochs"
+    epochs.mkdir()
+    for epoch in range(2):
+        torch.save({"weight": torch.full((2,), epoch)}, epochs / f"epoch_{epoch}.pt")
+    with pytest.raises(CheckpointNotFoundError, match=r"name the file: epoch_0\.pt, epoch_1\.pt"):
+        load({"weight": torch.zeros(2)}, epochs)
 
 
 def test_sizes_that_no_shard_has_cost_nothing() -> None:

@@ -2,7 +2,8 @@
 
     verl                  `model_world_size_4_rank_0.pt`, `optim_...`, `extra_state_...`
     accelerate            `pytorch_model_fsdp_0_rank0.bin`, `optimizer_0_rank0.bin`, by `use_dcp=False`
-    torch_checkpointing   `model_0.pt`, `optimizer_0.pt`, ... beside `metadata.pkl`
+    torch_checkpointing   `model_0.pt`, `optimizer_0.pt`, ...; beside `metadata.pkl` unless it was told to write none,
+                          and declares that nothing can be resharded then
 
 Source of the names: verl's `utils/checkpoint/fsdp_checkpoint_manager.py`, accelerate's `utils/fsdp_utils.py`,
 torch_checkpointing 0.1.1.
@@ -20,7 +21,7 @@ from ray_ckpt.errors import FormatError
 from ray_ckpt.format.pickle_reader import Unpickler
 from ray_ckpt.text import listed, quoted
 
-__all__ = ["METADATA_NAME", "RankFile", "RankFiles", "are_rank_files", "find", "read_world_size"]
+__all__ = ["METADATA_NAME", "RankFile", "RankFiles", "are_numbered_files", "are_rank_files", "find", "read_world_size"]
 
 METADATA_NAME = "metadata.pkl"
 """What torch_checkpointing writes beside the files of the ranks."""
@@ -57,12 +58,20 @@ def are_rank_files(names: Collection[str]) -> bool:
     return own or any(_VERL.fullmatch(name) or _ACCELERATE.fullmatch(name) for name in names)
 
 
+def are_numbered_files(names: Collection[str]) -> bool:
+    """Whether files may be torch_checkpointing's without its `metadata.pkl`, as far as names tell: those of epochs may
+    have such names, too."""
+    matches = [match for name in names if (match := _TORCH_CHECKPOINTING.fullmatch(name))]
+    numbers = {int(match[2]) for match in matches}
+    return bool(numbers) and numbers == set(range(len(numbers))) and "0" in {match[2] for match in matches}
+
+
 def find(names: Collection[str], world_size: int | None = None) -> RankFiles | None:
     """The files of ranks in a directory; None when there are none.
 
     Args:
         names: of the files there.
-        world_size: number of ranks that wrote them, where `metadata.pkl` lies beside them.
+        world_size: number of ranks that wrote them, where torch_checkpointing's `metadata.pkl` tells.
 
     Raises:
         FormatError: a rank's file is missing, or they are those of several saves.
@@ -88,6 +97,9 @@ def find(names: Collection[str], world_size: int | None = None) -> RankFiles | N
             )
         found = [RankFile(_ITEMS[match[1]], int(match[3]), match[0]) for match in accelerate]
         return _complete("accelerate's checkpoint of one file per rank", found, 1 + max(file.rank for file in found))
+    if are_numbered_files(names):
+        ranks = [int(match[2]) for name in names if (match := _TORCH_CHECKPOINTING.fullmatch(name))]
+        return find(names, 1 + max(ranks))
     return None
 
 

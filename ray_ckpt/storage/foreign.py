@@ -45,6 +45,7 @@ _OPENERS: dict[str, Opener] = {
     "a training directory": training_directory.open_directory,
     "DeepSpeed's directory": deepspeed_directory.open_directory,
     "safetensors": safetensors_files.open_directory,
+    "numbered files": rank_directory.open_numbered,
 }
 
 if missing := {kind.name for kind in KINDS} ^ _OPENERS.keys():

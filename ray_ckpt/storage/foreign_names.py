@@ -92,12 +92,17 @@ def _are_rank_files(listing: Listing) -> bool:
     return rank_names.are_rank_files(listing.files)
 
 
+def _are_numbered_files(listing: Listing) -> bool:
+    return rank_names.are_numbered_files(listing.files)
+
+
 KINDS = (
     Kind("files of ranks", _are_rank_files),
     Kind("accelerate's FSDP directory", _is_fsdp_directory),
     Kind("a training directory", _is_training_directory),
     Kind("DeepSpeed's directory", _is_deepspeed_directory),
     Kind("safetensors", _is_safetensors_directory),
+    Kind("numbered files", _are_numbered_files),
 )
 """Asked in this order: one whose names are a part of another's comes after it."""
 
