@@ -7,10 +7,11 @@ silently take stage 0's learning rate. Here groups are split until each holds on
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ray_ckpt.format.torch_internals import local_tensor
@@ -27,6 +28,12 @@ IMPLEMENTATION = frozenset({"foreach", "fused", "capturable", "differentiable"})
 
 IDENTIFYING = frozenset({"decoupled_weight_decay"})
 """Hyper-parameters that tell one kind of optimizer from another (Adam from AdamW): saved and live ones must agree."""
+
+
+def members(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
+    """All parameters of an optimizer, in the order in which its own state dict numbers them."""
+    for group in optimizer.param_groups:
+        yield from group["params"]
 
 
 def of_group(group: Mapping[str, Any]) -> dict[str, Any]:

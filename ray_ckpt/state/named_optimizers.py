@@ -4,6 +4,7 @@
     param_groups.<parameter>.<hyper-parameter>    the values of the group that the parameter is in
     kinds.<parameter>                             class name of the optimizer, and the keys of that state
     shards.<parameter>.<box>.<key>                plain tensors of a shard: shard_state.py
+    others.<n>. ...                               what an optimizer shows beside that: own_optimizers.py
 
 Nothing here takes a step: an optimizer without state saves none, and a parameter that was saved without state loses
 its own in the load. A fresh optimizer gets its state from the checkpoint: a tensor of the parameter's shape is sharded
@@ -12,28 +13,27 @@ as the parameter is, any other is whole on every rank.
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from ray_ckpt.errors import UsageError
-from ray_ckpt.state import hyperparameters, sealing
+from ray_ckpt.state import hyperparameters, own_optimizers, sealing
+from ray_ckpt.state.flat_optimizers import check_elementwise, flat_states, load_flat
 from ray_ckpt.state.load_plan import Claim, LoadPlan, SavedState
-from ray_ckpt.state.named_model import NamedModel, sharded_state_dicts
+from ray_ckpt.state.named_model import NamedModel
+from ray_ckpt.state.own_optimizers import OtherState, check_shows_all, pack_others, states_in
 from ray_ckpt.state.saved_optimizers import KINDS, PARAM_GROUPS, STATE, SavedOptimizers, flatten, key_name
 from ray_ckpt.state.shard_state import Owner, pack_shard
-from ray_ckpt.state.wrappers import stepping_optimizer
+from ray_ckpt.state.wrappers import Partitions
 from ray_ckpt.text import listed
 
 _FRESH_ADVICE = "Load into a fresh optimizer, whose groups are split to match, or give each set its own group"
+_PARTITIONED_ADVICE = "ZeroRedundancyOptimizer keeps its groups: give each set its own"
 _SCHEDULED_ADVICE = (
     "They would be split, but an LR scheduler counts them: name it in TrainState(schedulers=...), or make it after the "
     "load"
@@ -44,7 +44,8 @@ class NamedOptimizers:
     section = "optim"
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer], model: NamedModel) -> None:
-        self.optimizers = tuple(map(stepping_optimizer, optimizers))
+        self._partitions = Partitions()
+        self.optimizers = tuple(inner for given in optimizers for inner in self._partitions.stepping(given))
         self._model = model
         self.scheduled: frozenset[int] = frozenset()
         """Ids of optimizers whose schedulers can follow when groups are split."""
@@ -59,11 +60,15 @@ class NamedOptimizers:
         """
         names = self.names()
         leaves: dict[str, Any] = {}
-        for optimizer in self.optimizers:
+        for nth, optimizer in enumerate(self.optimizers):
             kind = type(optimizer).__qualname__
+            check_shows_all(optimizer)
+            self._partitions.take_groups(optimizer)
+            shown = optimizer.state_dict()
+            leaves |= pack_others(nth, optimizer, shown, _order(optimizer, names))
             keys: dict[str, tuple[str, ...]] = {}
             owners = self._sharded_owners(optimizer, names)
-            for parameter, state in self._states(optimizer, names).items():
+            for parameter, state in self._states(optimizer, names, shown).items():
                 flat = flatten(f"{STATE}.{parameter}", state)
                 if (owner := owners.get(parameter)) is None:
                     keys[parameter] = (kind, *sorted(flat))
@@ -94,7 +99,7 @@ class NamedOptimizers:
         is_torchs = _is_torchs(optimizer)
         return {
             names[parameter][0]: Owner(parameter, is_torchs=is_torchs)
-            for parameter in _members(optimizer)
+            for parameter in hyperparameters.members(optimizer)
             if isinstance(parameter, DTensor)
         }
 
@@ -108,7 +113,7 @@ class NamedOptimizers:
         found: dict[nn.Parameter, tuple[str, ...]] = {}
         owner: dict[nn.Parameter, int] = {}
         for number, optimizer in enumerate(self.optimizers):
-            for parameter in _members(optimizer):
+            for parameter in hyperparameters.members(self._partitions.whole(optimizer)):
                 if parameter not in known:
                     raise UsageError(
                         f"optimizer {number} ({type(optimizer).__name__}) has a parameter of shape "
@@ -128,7 +133,7 @@ class NamedOptimizers:
         names = self.names()
         flat = self._model.flat is not None
         for optimizer in self.optimizers if flat else ():
-            _check_elementwise(optimizer)
+            check_elementwise(optimizer)
         # Pieces of flattened parameters are saved and loaded as the model's state dict shows them.
         shown = self._model.tensors() if flat else {}
         index = SavedOptimizers(saved)
@@ -138,17 +143,26 @@ class NamedOptimizers:
         doubts: list[str] = []
         taken: list[str] = []
         owners: dict[str, Owner] = {}
-        for optimizer in self.optimizers:
+        others: list[OtherState] = []
+        for place, optimizer in enumerate(self.optimizers):
+            self._partitions.take_groups(optimizer)
+            live_states = {} if flat else _by_parameter(optimizer)
+            order = tuple(saved.name_of(f"model.{n}").removeprefix("model.") for n in _order(optimizer, names))
+            others.append(OtherState(place, optimizer, optimizer.state_dict(), order, saved))
+            claims |= others[-1].claims
+            problems += others[-1].problems
             misfits = self._check_groups(optimizer, names, index)
             problems += misfits
             doubts += [] if misfits else _other_kinds(optimizer, names, index)
             expected = _expected_keys(optimizer, names, index)
-            shared = index.hyperparameter_names(name for parameter in _members(optimizer) for name in names[parameter])
+            shared = index.hyperparameter_names(
+                name for parameter in hyperparameters.members(optimizer) for name in names[parameter]
+            )
             for group in optimizer.param_groups:
                 shared_here = shared & group.keys()
                 for parameter in group["params"]:
                     for name in names[parameter]:
-                        live = {} if flat else flatten(name, optimizer.state.get(parameter, {}))
+                        live = {} if flat else flatten(name, live_states.get(parameter, {}))
                         tensor, is_torchs = shown.get(name, parameter), _is_torchs(optimizer)
                         owner = owners[name] = Owner(tensor, _steps_on_device(group), is_torchs)
                         if index.has_shards:
@@ -156,7 +170,7 @@ class NamedOptimizers:
                             taken += index.shards(name)
                         claims |= index.claim_values(name, shared_here)
                         claims |= index.claim_state(name, owner, live, expected.get(name, ()), twins[parameter])
-        return LoadPlan(claims, partial(self._apply, names, index, owners), problems, doubts, taken)
+        return LoadPlan(claims, partial(self._apply, names, index, owners, others), problems, doubts, taken)
 
     def _check_groups(
         self, optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, Sequence[str]], index: SavedOptimizers
@@ -169,7 +183,9 @@ class NamedOptimizers:
             wrong = hyperparameters.find_problems(kind, group, required, saved)
             parts = hyperparameters.grouped_by_values(saved)
             if len(parts) > 1 and not wrong:
-                if _has_stepped(optimizer):
+                if self._partitions.whole(optimizer) is not optimizer:
+                    wrong = [hyperparameters.conflict(parts, _PARTITIONED_ADVICE)]
+                elif _has_stepped(optimizer):
                     wrong = [hyperparameters.conflict(parts, _FRESH_ADVICE)]
                 elif _is_scheduled(optimizer) and id(optimizer) not in self.scheduled:
                     wrong = [hyperparameters.conflict(parts, _SCHEDULED_ADVICE)]
@@ -183,24 +199,31 @@ class NamedOptimizers:
         names: Mapping[nn.Parameter, Sequence[str]],
         index: SavedOptimizers,
         owners: Mapping[str, Owner],
+        others: Sequence[OtherState],
         loaded: Mapping[str, torch.Tensor],
     ) -> None:
         twins = _twins(names)
-        for optimizer in self.optimizers:
+        for optimizer, other in zip(self.optimizers, others, strict=True):
             self._fit_groups(optimizer, names, index)
+            groups = [hyperparameters.of_group(group) for group in optimizer.param_groups]
+            beside = other.of(loaded)
             if (flat := self._model.flat) is not None:
-                members = (name for parameter in _members(optimizer) for name in names[parameter])
-                _load_flat(flat, optimizer, names, {n: index.state(n, owners[n], loaded) or {} for n in members})
+                members = (name for parameter in hyperparameters.members(optimizer) for name in names[parameter])
+                states = {name: index.state(name, owners[name], loaded) or {} for name in members}
+                load_flat(flat, optimizer, names, states, beside)
                 continue
-            for parameter in _members(optimizer):
+            given = {}
+            for number, parameter in enumerate(hyperparameters.members(optimizer)):
                 [name] = names[parameter]
-                if state := index.state(name, owners[name], loaded, twins[parameter]):
-                    optimizer.state[parameter] = state
-                elif state is not None:
-                    # It was saved without state.
-                    optimizer.state.pop(parameter, None)
-            # Each kind of optimizer completes here what another version of torch may not have saved.
-            optimizer.__setstate__({"state": optimizer.state, "param_groups": optimizer.param_groups})
+                state = index.state(name, owners[name], loaded, twins[parameter])
+                if state is not None:
+                    given[number] = state
+            if own_optimizers.has_own_load(optimizer):
+                own_optimizers.give(optimizer, given, beside)
+            else:
+                _set(optimizer, given)
+            own_optimizers.check_shown(optimizer, given, beside, groups)
+            self._partitions.give_groups(optimizer)
 
     def _fit_groups(
         self, optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, Sequence[str]], index: SavedOptimizers
@@ -219,13 +242,16 @@ class NamedOptimizers:
         self.origins[id(optimizer)] = origins
 
     def _states(
-        self, optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, Sequence[str]]
+        self,
+        optimizer: torch.optim.Optimizer,
+        names: Mapping[nn.Parameter, Sequence[str]],
+        shown: Mapping[str, Any],
     ) -> dict[str, Mapping[str, Any]]:
         """Parameter name -> the optimizer's state of it."""
         if (flat := self._model.flat) is not None:
-            return _flat_states(flat, optimizer, names)
+            return flat_states(flat, optimizer, names)
         # As the optimizer itself would save it: some keep less, or other things, than they work with.
-        remembered = optimizer.state_dict()["state"]
+        remembered = states_in(shown)
         if others := [key for key in remembered if type(key) is not int]:
             keys = listed([repr(key) for key in others], at_most=4)
             raise UsageError(
@@ -233,7 +259,7 @@ class NamedOptimizers:
                 "name in another layout: keep it per parameter, or in TrainState(extra=...)"
             )
         states: dict[str, Mapping[str, Any]] = {}
-        for number, parameter in enumerate(_members(optimizer)):
+        for number, parameter in enumerate(hyperparameters.members(optimizer)):
             [name] = names[parameter]
             state = remembered.get(number)
             if state and not hyperparameters.same(states.setdefault(name, state), state):
@@ -243,10 +269,26 @@ class NamedOptimizers:
         return states
 
 
-def _members(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
-    """All parameters of an optimizer, in the order in which its own state dict numbers them."""
-    for group in optimizer.param_groups:
-        yield from group["params"]
+def _order(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, Sequence[str]]) -> tuple[str, ...]:
+    return tuple(name for parameter in hyperparameters.members(optimizer) for name in names[parameter])
+
+
+def _by_parameter(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, Mapping[str, Any]]:
+    """The state that it shows of each of its parameters."""
+    shown = states_in(optimizer.state_dict())
+    return {p: shown[n] for n, p in enumerate(hyperparameters.members(optimizer)) if n in shown}
+
+
+def _set(optimizer: torch.optim.Optimizer, states: Mapping[int, dict[str, Any]]) -> None:
+    """Set the state of parameters as it is: torch's own `load_state_dict` would cast it to their dtype."""
+    for number, parameter in enumerate(hyperparameters.members(optimizer)):
+        if state := states.get(number):
+            optimizer.state[parameter] = state
+        elif state is not None:
+            # It was saved without state.
+            optimizer.state.pop(parameter, None)
+    # Each kind of optimizer completes here what another version of torch may not have saved.
+    optimizer.__setstate__({"state": optimizer.state, "param_groups": optimizer.param_groups})
 
 
 def _other_kinds(
@@ -255,7 +297,7 @@ def _other_kinds(
     """What was saved by optimizers of another class."""
     own = type(optimizer).__qualname__
     found: dict[str, list[str]] = {}
-    for parameter in _members(optimizer):
+    for parameter in hyperparameters.members(optimizer):
         for name in names[parameter]:
             if (kind := index.kind(name)) and kind != own:
                 found.setdefault(kind, []).append(name)
@@ -273,7 +315,7 @@ def _expected_keys(
     Without a record: torch's own optimizers keep the same keys for all parameters of equal hyper-parameters that they
     have stepped; Adafactor also goes by the number of dims.
     """
-    members = [name for parameter in _members(optimizer) for name in names[parameter]]
+    members = [name for parameter in hyperparameters.members(optimizer) for name in names[parameter]]
     if index.has_kinds or not _is_torchs(optimizer):
         return {name: list(index.recorded_keys(name)) for name in members}
     expected: dict[str, Sequence[str]] = {}
@@ -334,74 +376,3 @@ def _fitting(
         own |= {key: [group[key][place] for place in chosen] for key in hyperparameters.MEMBERS if key in group}
         fitting.append((own, values))
     return fitting
-
-
-def _flat_states(
-    flat: FullyShardedDataParallel, optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, Sequence[str]]
-) -> dict[str, Mapping[str, Any]]:
-    """Original name -> state as DTensors, of an optimizer of parameters that FSDP1 has flattened. Collective."""
-    _check_elementwise(optimizer)
-    state_dict = optimizer.state_dict()
-    blank = _fill_blanks(optimizer, state_dict["state"], names)
-    with sharded_state_dicts(flat), _quiet():
-        converted = FullyShardedDataParallel.optim_state_dict(flat, optimizer, state_dict)
-    states = {name.replace("_orig_mod.", ""): state for name, state in converted["state"].items() if state}
-    return {name: state for name, state in states.items() if name not in blank}
-
-
-def _fill_blanks(
-    optimizer: torch.optim.Optimizer,
-    states: dict[int, dict[str, Any]],
-    names: Mapping[nn.Parameter, Sequence[str]],
-) -> set[str]:
-    """Put a stand-in where no rank remembers anything of a parameter, and return the names of such parameters.
-
-    torch converts the state of what was flattened together all at once, or not at all.
-    """
-    remembered = {name for number, p in enumerate(_members(optimizer)) if states.get(number) for name in names[p]}
-    of_ranks: list[set[str]] = [set()] * dist.get_world_size()
-    dist.all_gather_object(of_ranks, remembered)
-    anywhere = set().union(*of_ranks)
-    example: dict[str, Any] = next((state for state in states.values() if state), {})
-    blank: set[str] = set()
-    for number, parameter in enumerate(_members(optimizer)):
-        if anywhere and not anywhere.intersection(names[parameter]):
-            blank.update(names[parameter])
-            states[number] = {
-                key: torch.zeros_like(parameter) if isinstance(value, torch.Tensor) and value.dim() else value
-                for key, value in example.items()
-            }
-    return blank
-
-
-def _check_elementwise(optimizer: torch.optim.Optimizer) -> None:
-    if isinstance(optimizer, torch.optim.Adafactor):
-        raise UsageError(
-            "under FSDP1 Adafactor works on flattened pieces of the parameters, and what it remembers of them fits no "
-            "other layout: use DDP, or another optimizer"
-        )
-
-
-def _load_flat(
-    flat: FullyShardedDataParallel,
-    optimizer: torch.optim.Optimizer,
-    names: Mapping[nn.Parameter, Sequence[str]],
-    states: Mapping[str, Mapping[str, Any]],
-) -> None:
-    """The inverse of `_flat_states`. Collective."""
-    groups = [
-        {**hyperparameters.of_group(group), "params": [name for member in group["params"] for name in names[member]]}
-        for group in optimizer.param_groups
-    ]
-    state_dict = {"state": {name: state for name, state in states.items() if state}, "param_groups": groups}
-    with sharded_state_dicts(flat), _quiet():
-        converted = FullyShardedDataParallel.optim_state_dict_to_load(flat, optimizer, state_dict)
-    optimizer.load_state_dict(converted)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torch's warnings about its own use of what it has deprecated."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        yield

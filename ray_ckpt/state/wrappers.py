@@ -6,6 +6,7 @@ A wrapper that shows the state of what it wraps and nothing else, such as accele
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from ray_ckpt.errors import UsageError
-from ray_ckpt.state.hyperparameters import same
+from ray_ckpt.state.hyperparameters import MEMBERS, same
 
 _METHODS = ("state_dict", "load_state_dict", "step")
 
@@ -50,11 +51,67 @@ def stepping_schedulers(given: Any) -> list[Any]:
 
 
 def stepping_optimizer(given: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer that has the state, within wrappers that add nothing to it."""
+    """The optimizer that has the state, within wrappers that add nothing to it.
+
+    Raises:
+        UsageError: a `ZeroRedundancyOptimizer` has not made it yet.
+    """
+    if _is_partitioned(given):
+        if not isinstance(part := getattr(given, "optim", None), torch.optim.Optimizer):
+            raise UsageError(
+                "ZeroRedundancyOptimizer(overlap_with_ddp=True) steps by what is no optimizer with a state_dict: use "
+                "overlap_with_ddp=False"
+            )
+        return part
     for inner in vars(given).values():
         if isinstance(inner, torch.optim.Optimizer) and _shows_only(given, inner):
             return stepping_optimizer(inner)
     return given
+
+
+class Partitions:
+    """The optimizers that really step, and the `ZeroRedundancyOptimizer`s that they are each a rank's part of."""
+
+    def __init__(self) -> None:
+        self._wholes: dict[int, torch.optim.Optimizer] = {}
+
+    def stepping(self, given: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+        """Those within wrappers, containers and partitions. A container is an optimizer that has a list of others.
+
+        Raises:
+            UsageError: a partition is not known yet.
+        """
+        for several in vars(given).values():
+            if isinstance(several, list) and several and all(isinstance(o, torch.optim.Optimizer) for o in several):
+                return [inner for optimizer in several for inner in self.stepping(optimizer)]
+        inner = stepping_optimizer(given)
+        if inner is not given and _is_partitioned(given):
+            self._wholes[id(inner)] = given
+        return [inner]
+
+    def whole(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """The optimizer that has all parameters, of which it has some; itself, if that has them."""
+        return self._wholes.get(id(optimizer), optimizer)
+
+    def take_groups(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give a part the hyper-parameters of the whole, as the whole itself does before it steps."""
+        _copy_groups(self.whole(optimizer), optimizer)
+
+    def give_groups(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give the whole the hyper-parameters of its part."""
+        _copy_groups(optimizer, self.whole(optimizer))
+
+
+def _copy_groups(source: torch.optim.Optimizer, target: torch.optim.Optimizer) -> None:
+    if source is not target:
+        for one, other in zip(source.param_groups, target.param_groups, strict=True):
+            if one["params"] and other["params"]:
+                other |= {key: value for key, value in one.items() if key not in MEMBERS}
+
+
+def _is_partitioned(given: torch.optim.Optimizer) -> bool:
+    zero = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    return zero is not None and isinstance(given, zero.ZeroRedundancyOptimizer)
 
 
 def _shows_only(wrapper: torch.optim.Optimizer, inner: torch.optim.Optimizer) -> bool:

@@ -1,0 +1,269 @@
+"""Optimizers with a `state_dict` and `load_state_dict` of their own, and those that step by others."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import ray_ckpt
+from ray_ckpt import TrainState
+from ray_ckpt.errors import StateMismatchError, UsageError
+from tests.support.ranks import run_ranks
+
+
+class Wrapping(torch.optim.AdamW):
+    """Shows a part of its state of each parameter below a key of its own, as bitsandbytes does."""
+
+    def state_dict(self) -> dict[str, Any]:
+        shown = super().state_dict()
+        shown["state"] = {
+            number: {"step": state["step"], "wrapped": {k: v for k, v in state.items() if k != "step"}}
+            for number, state in shown["state"].items()
+        }
+        return shown
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        plain = {n: {"step": each["step"], **each["wrapped"]} for n, each in state["state"].items()}
+        super().load_state_dict({**state, "state": plain})
+
+
+class Counting(torch.optim.AdamW):
+    """Shows numbers of its own beside its state, as Ranger21 does."""
+
+    calls = 0
+
+    def step(self, closure: Any = None) -> None:
+        self.calls += 1
+        super().step()
+        for parameter in (p for group in self.param_groups for p in group["params"]):
+            parameter.data.mul_(1 - 0.01 * self.calls)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "calls": self.calls, "a.b": (1, None)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.calls = state["calls"]
+
+
+class Lookahead(torch.optim.Optimizer):
+    """Averages what another optimizer steps; its state dict has a form of its own."""
+
+    def __init__(self, base: torch.optim.Optimizer) -> None:
+        self.base, self.slow, self.defaults = base, {}, base.defaults
+
+    state = property(lambda self: self.base.state)
+    param_groups = property(lambda self: self.base.param_groups)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.base.zero_grad(set_to_none)
+
+    def step(self, closure: Any = None) -> None:
+        self.base.step()
+        for number, parameter in enumerate(p for group in self.param_groups for p in group["params"]):
+            slow = self.slow.setdefault(number, torch.zeros_like(parameter))
+            slow.lerp_(parameter.detach(), 0.5)
+            parameter.data.copy_(slow)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"slow": {(0, number): slow for number, slow in self.slow.items()}, "base": self.base.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.slow = {number: slow.clone() for (_, number), slow in state["slow"].items()}
+        self.base.load_state_dict(state["base"])
+
+
+def hooked(params: Any) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW(params, lr=0.1)
+    optimizer.register_state_dict_post_hook(
+        lambda _, shown: {**shown, "state": {n: {"in": dict(s)} for n, s in shown["state"].items()}}
+    )
+    optimizer.register_load_state_dict_pre_hook(
+        lambda _, state: {**state, "state": {n: s["in"] for n, s in state["state"].items()}}
+    )
+    return optimizer
+
+
+class Halved(torch.optim.SGD):
+    """Keeps its momentum in another dtype than the parameter's, and has a load_state_dict that changes nothing."""
+
+    def step(self, closure: Any = None) -> None:
+        super().step()
+        for state in self.state.values():
+            state["momentum_buffer"] = state["momentum_buffer"].double()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+
+
+OWN: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "wrapping": lambda params: Wrapping(params, lr=0.1),
+    "counting": lambda params: Counting(params, lr=0.1),
+    "lookahead": lambda params: Lookahead(torch.optim.AdamW(params, lr=0.1)),
+    "hooks": hooked,
+    "another dtype": lambda params: Halved(params, lr=0.1, momentum=0.9),
+    "accelerate": lambda params: Accelerator(cpu=True).prepare(torch.optim.AdamW(params, lr=0.1)),
+}
+
+
+def made(seed: int, kind: Callable[[Any], torch.optim.Optimizer]) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    return model, kind(model.parameters())
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    model(torch.ones(2, 3)).square().sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("kind", OWN)
+@pytest.mark.parametrize("steps", [0, 1])
+def test_it_trains_on_where_it_was(tmp_path: Path, kind: str, steps: int) -> None:
+    """Loaded into a fresh optimizer, and into one that has stepped."""
+    (model, optimizer), (target, other) = (made(seed, OWN[kind]) for seed in range(2))
+    for _ in range(3):
+        step(model, optimizer)
+    for _ in range(steps):
+        step(target, other)
+    ray_ckpt.save(TrainState(model, optimizer), tmp_path / "run")
+    report = ray_ckpt.load(TrainState(target, other), tmp_path / "run")
+    assert report.missing == report.unexpected == ()
+    for _ in range(2):
+        step(model, optimizer)
+        step(target, other)
+    pairs = zip(model.parameters(), target.parameters(), strict=True)
+    assert all(torch.equal(one, two) for one, two in pairs)
+
+
+def test_a_wrapper_that_adds_nothing_is_what_it_wraps(tmp_path: Path) -> None:
+    model, optimizer = made(0, OWN["accelerate"])
+    step(model, optimizer)
+    ray_ckpt.save(TrainState(model, optimizer), tmp_path / "run")
+    target, bare = made(1, lambda params: torch.optim.AdamW(params, lr=0.3))
+    ray_ckpt.load(TrainState(target, bare), tmp_path / "run")
+    assert torch.equal(bare.state[target[0].weight]["exp_avg"], optimizer.state[model[0].weight]["exp_avg"])
+
+
+def test_state_by_order_fits_the_same_order_only(tmp_path: Path) -> None:
+    model, optimizer = made(0, OWN["lookahead"])
+    step(model, optimizer)
+    ray_ckpt.save(TrainState(model, optimizer), tmp_path / "run")
+    target, other = made(1, lambda params: OWN["lookahead"](list(params)[::-1]))
+    with pytest.raises(StateMismatchError, match=r"the Lookahead at optim\.others\.0 was saved .* in another order"):
+        ray_ckpt.load(TrainState(target, other), tmp_path / "run")
+
+
+class Deaf(Wrapping):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        for own in self.state.values():
+            own["exp_avg"] = own["exp_avg"] + 1
+
+
+class Broken(Wrapping):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise KeyError("absmax")
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        (Deaf, r"after the load Deaf does not show what was read as state\.0\.wrapped"),
+        (Broken, r"Broken\.load_state_dict does not take what was read: KeyError: 'absmax'"),
+    ],
+)
+def test_an_optimizer_that_does_not_take_its_state_is_an_error(tmp_path: Path, kind: Any, expected: str) -> None:
+    model, optimizer = made(0, kind)
+    step(model, optimizer)
+    ray_ckpt.save(TrainState(model, optimizer), tmp_path / "run")
+    with pytest.raises(StateMismatchError, match=expected):
+        ray_ckpt.load(TrainState(*made(1, kind)), tmp_path / "run")
+
+
+class Hiding(torch.optim.Optimizer):
+    """Steps by another optimizer that its state dict does not show."""
+
+    def __init__(self, params: Any) -> None:
+        params = list(params)
+        super().__init__(params, {"lr": 0.1})
+        self.inner = torch.optim.AdamW(params, lr=0.1)
+
+    def step(self, closure: Any = None) -> None:
+        self.inner.step()
+
+
+def test_state_that_is_not_shown_is_refused(tmp_path: Path) -> None:
+    model, optimizer = made(0, Hiding)
+    step(model, optimizer)
+    with pytest.raises(UsageError, match=r"Hiding steps by the AdamW in its attribute 'inner', whose state is not in"):
+        ray_ckpt.save(TrainState(model, optimizer), tmp_path / "run")
+    ray_ckpt.save(TrainState(model, optimizer.inner), tmp_path / "run")
+    model, numbered = made(0, torch.optim.AdamW)
+    numbered.state[7] = {"steps": 1}  # type: ignore[index]
+    with pytest.raises(UsageError, match=r"AdamW keeps state under 7, which its state_dict does not tell from the"):
+        ray_ckpt.save(TrainState(model, numbered), tmp_path / "numbered")
+
+
+def zero_trained(rank: int, directory: str) -> list[bool]:
+    """Each rank has the state of some parameters. Whether a fresh one goes on alike, and what one process had."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # importing it warns
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    states = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+        groups = [{"params": list(layer.parameters()), "lr": 0.1 + 0.1 * n} for n, layer in enumerate(model)]
+        optimizer = ZeroRedundancyOptimizer(groups, torch.optim.AdamW)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        states.append((DistributedDataParallel(model), optimizer, scheduler))
+    (model, optimizer, scheduler), (target, fresh, follower) = states
+    step(model, optimizer)
+    scheduler.step()
+    ray_ckpt.save(TrainState(model, optimizer, schedulers=scheduler), f"{directory}/zero")
+    report = ray_ckpt.load(TrainState(target, fresh, schedulers=follower), f"{directory}/zero")
+    for each in states:
+        step(*each[:2])
+        each[2].step()
+    pairs = zip(model.parameters(), target.parameters(), strict=True)
+    good = [torch.equal(one, two) for one, two in pairs] + [not report.missing, not report.unexpected]
+    bare, adam, decay = single(2)
+    ray_ckpt.load(TrainState(model, optimizer, schedulers=scheduler), f"{directory}/single")
+    ray_ckpt.load(TrainState(bare, adam, schedulers=decay), f"{directory}/single")
+    step(bare, adam)
+    step(model, optimizer)
+    return good + [torch.equal(one, two) for one, two in zip(model.parameters(), bare.parameters(), strict=True)]
+
+
+def single(seed: int) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    groups = [{"params": list(layer.parameters()), "lr": 0.1 + 0.1 * n} for n, layer in enumerate(model)]
+    optimizer = torch.optim.AdamW(groups)
+    return model, optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+
+def test_each_rank_of_a_zero_redundancy_optimizer_saves_its_part(tmp_path: Path) -> None:
+    model, optimizer, scheduler = single(0)
+    step(model, optimizer)
+    scheduler.step()
+    ray_ckpt.save(TrainState(model, optimizer, schedulers=scheduler), tmp_path / "single")
+    assert all(map(all, run_ranks(zero_trained, 2, tmp_path, str(tmp_path))))
+    target, fresh, follower = single(1)
+    ray_ckpt.load(TrainState(target, fresh, schedulers=follower), tmp_path / "zero")
+    pairs = zip(model.parameters(), target.parameters(), strict=True)
+    assert all(torch.equal(one, two) for one, two in pairs)
+    states = zip(optimizer.state.values(), fresh.state.values(), strict=True)
+    assert all(torch.equal(one["exp_avg"], two["exp_avg"]) for one, two in states)
+    assert [group["lr"] for group in fresh.param_groups] == [0.05, 0.1]
