@@ -61,8 +61,8 @@ def test_state_comes_back_as_it_was(tmp_path: Path, kind: str) -> None:
 def test_state_that_belongs_to_no_parameter_is_refused(tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    optimizer.state["global"] = {"steps": 3}  # type: ignore[index]
-    with pytest.raises(UsageError, match=r"SGD keeps state under 'global', which is not one of its parameters"):
+    optimizer.state[0, (2, 2)] = {"steps": 3}  # type: ignore[index]
+    with pytest.raises(UsageError, match=r"SGD keeps state under \(0, \(2, 2\)\), which is not one of its parameters"):
         ray_ckpt.save(TrainState(model, optimizer), tmp_path / "run")
 
 

@@ -104,12 +104,24 @@ class Halved(torch.optim.SGD):
         super().load_state_dict(state)
 
 
+class Shared(torch.optim.SGD):
+    """Counts its steps for all parameters together, as MADGRAD does."""
+
+    def step(self, closure: Any = None) -> None:
+        super().step()
+        seen = self.state["seen"].setdefault("steps", torch.zeros(()))
+        seen += 1
+        for parameter in (p for group in self.param_groups for p in group["params"]):
+            parameter.data.mul_(1 - 0.1 * seen)
+
+
 OWN: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "wrapping": lambda params: Wrapping(params, lr=0.1),
     "counting": lambda params: Counting(params, lr=0.1),
     "lookahead": lambda params: Lookahead(torch.optim.AdamW(params, lr=0.1)),
     "hooks": hooked,
     "another dtype": lambda params: Halved(params, lr=0.1, momentum=0.9),
+    "of all": lambda params: Shared(params, lr=0.1, momentum=0.9),
     "accelerate": lambda params: Accelerator(cpu=True).prepare(torch.optim.AdamW(params, lr=0.1)),
 }
 
@@ -210,7 +222,7 @@ def test_state_that_is_not_shown_is_refused(tmp_path: Path) -> None:
     ray_ckpt.save(TrainState(model, optimizer.inner), tmp_path / "run")
     model, numbered = made(0, torch.optim.AdamW)
     numbered.state[7] = {"steps": 1}  # type: ignore[index]
-    with pytest.raises(UsageError, match=r"AdamW keeps state under 7, which its state_dict does not tell from the"):
+    with pytest.raises(UsageError, match=r"AdamW keeps state under 7, which is not one of its parameters"):
         ray_ckpt.save(TrainState(model, numbered), tmp_path / "numbered")
 
 

@@ -61,7 +61,7 @@ def find_problems(
     lacking: dict[str, list[str]] = {}
     for name, values in saved.items():
         for key in required:
-            if key not in values:
+            if key in group and key not in values:
                 lacking.setdefault(key, []).append(name)
     for key, names in lacking.items():
         problems.append(

@@ -62,9 +62,9 @@ class NamedOptimizers:
         leaves: dict[str, Any] = {}
         for nth, optimizer in enumerate(self.optimizers):
             kind = type(optimizer).__qualname__
-            check_shows_all(optimizer)
             self._partitions.take_groups(optimizer)
             shown = optimizer.state_dict()
+            check_shows_all(optimizer, shown)
             leaves |= pack_others(nth, optimizer, shown, _order(optimizer, names))
             keys: dict[str, tuple[str, ...]] = {}
             owners = self._sharded_owners(optimizer, names)
@@ -221,7 +221,7 @@ class NamedOptimizers:
             if own_optimizers.has_own_load(optimizer):
                 own_optimizers.give(optimizer, given, beside)
             else:
-                _set(optimizer, given)
+                _set(optimizer, given, beside)
             own_optimizers.check_shown(optimizer, given, beside, groups)
             self._partitions.give_groups(optimizer)
 
@@ -252,12 +252,6 @@ class NamedOptimizers:
             return flat_states(flat, optimizer, names)
         # As the optimizer itself would save it: some keep less, or other things, than they work with.
         remembered = states_in(shown)
-        if others := [key for key in remembered if type(key) is not int]:
-            keys = listed([repr(key) for key in others], at_most=4)
-            raise UsageError(
-                f"{type(optimizer).__name__} keeps state under {keys}, which is not one of its parameters and has no "
-                "name in another layout: keep it per parameter, or in TrainState(extra=...)"
-            )
         states: dict[str, Mapping[str, Any]] = {}
         for number, parameter in enumerate(hyperparameters.members(optimizer)):
             [name] = names[parameter]
@@ -279,7 +273,7 @@ def _by_parameter(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, Mappin
     return {p: shown[n] for n, p in enumerate(hyperparameters.members(optimizer)) if n in shown}
 
 
-def _set(optimizer: torch.optim.Optimizer, states: Mapping[int, dict[str, Any]]) -> None:
+def _set(optimizer: torch.optim.Optimizer, states: Mapping[int, dict[str, Any]], others: Mapping[str, Any]) -> None:
     """Set the state of parameters as it is: torch's own `load_state_dict` would cast it to their dtype."""
     for number, parameter in enumerate(hyperparameters.members(optimizer)):
         if state := states.get(number):
@@ -287,6 +281,7 @@ def _set(optimizer: torch.optim.Optimizer, states: Mapping[int, dict[str, Any]])
         elif state is not None:
             # It was saved without state.
             optimizer.state.pop(parameter, None)
+    optimizer.state.update(others.get("state", {}))
     # Each kind of optimizer completes here what another version of torch may not have saved.
     optimizer.__setstate__({"state": optimizer.state, "param_groups": optimizer.param_groups})
 

@@ -1,7 +1,7 @@
 """What an optimizer shows of itself by `state_dict`, and takes by `load_state_dict`, where these are its own.
 
     {"state": {number: ...}, "param_groups": [...]}    torch's form: saved by the names of the parameters
-    everything else in it                              others.<n>.state. ...
+    everything else in it, and state under texts       others.<n>.state. ...
 
 A state dict in another form, such as that of a wrapper with state of its own, is all of the second kind. The tensors in
 it belong to the parameters in their order, so that it fits only an optimizer with the same ones in the same order.
@@ -43,9 +43,9 @@ def states_in(shown: Mapping[str, Any]) -> Mapping[Any, Any]:
     return shown["state"] if _is_torchs_form(shown) else {}
 
 
-def check_shows_all(optimizer: torch.optim.Optimizer) -> None:
+def check_shows_all(optimizer: torch.optim.Optimizer, shown: Mapping[str, Any]) -> None:
     """Raises:
-    UsageError: it steps by another optimizer whose state it does not show, or keeps state under numbers.
+    UsageError: it steps by another optimizer whose state it does not show, or keeps state under what is no text.
     """
     kind = type(optimizer).__name__
     for name, inner in vars(optimizer).items():
@@ -56,10 +56,14 @@ def check_shows_all(optimizer: torch.optim.Optimizer) -> None:
                 f"{kind} steps by the {type(inner).__name__} in its attribute {name!r}, whose state is not in its "
                 "state_dict: give that optimizer, or a state_dict and load_state_dict to the class"
             )
-    if numbers := [key for key in getattr(optimizer, "state", {}) if type(key) is int]:
+    own = (
+        () if has_own_load(optimizer) else (key for key in optimizer.state if not isinstance(key, (str, torch.Tensor)))
+    )
+    keys = dict.fromkeys((*own, *(key for key in states_in(shown) if type(key) not in (int, str))))
+    if keys:
         raise UsageError(
-            f"{kind} keeps state under {listed(list(map(str, numbers)), at_most=4)}, which its state_dict does not "
-            "tell from the numbers of its parameters: keep it per parameter"
+            f"{kind} keeps state under {listed(list(map(repr, keys)), at_most=4)}, which is not one of its parameters "
+            "and has no name in another layout: keep it per parameter, or in TrainState(extra=...)"
         )
 
 
@@ -108,7 +112,7 @@ class OtherState:
         self._order = saved.values.get(f"{self._name}.order")
         is_there = bool(saved.under(self._name))
         self.claims: dict[str, Claim] = {}
-        if is_there or _others(shown):
+        if is_there or _others(shown).keys() - {"state"}:
             self.claims = claim_under(saved, f"{self._name}.state")
             self.claims[f"{self._name}.order"] = Claim(f"{self._name}.order")
         self.problems: list[str] = []
@@ -135,17 +139,19 @@ def give(optimizer: torch.optim.Optimizer, states: States, others: Mapping[str, 
     Raises:
         StateMismatchError: it does not take it.
     """
-    state_dict = {**optimizer.state_dict(), **others}
-    if _is_torchs_form(state_dict):
-        chosen = {**state_dict["state"], **states}
-        state_dict["state"] = {number: dict(state) for number, state in chosen.items() if state}
+    shown = optimizer.state_dict()
+    state_dict = {**shown, **others}
+    if _is_torchs_form(shown):
+        chosen = {**shown["state"], **states}
+        chosen = {number: dict(state) for number, state in chosen.items() if state and type(number) is int}
+        state_dict["state"] = {**chosen, **others.get("state", {})}
     try:
         optimizer.load_state_dict(state_dict)
     except Exception as error:  # whatever the optimizer's own code raises
         raise StateMismatchError(
             f"{type(optimizer).__name__}.load_state_dict does not take what was read: {type(error).__name__}: {error}"
         ) from error
-    if _is_torchs_form(state_dict):
+    if _is_torchs_form(shown):
         _undo_casts(optimizer, states)
 
 
@@ -173,7 +179,7 @@ def check_shown(
     shown = optimizer.state_dict()
     found = states_in(shown)
     wrong = [f"state.{n}.{key}" for n, state in states.items() for key in _differing(state, found.get(n, {}))]
-    wrong += _differing(others, shown)
+    wrong += _differing(others, _others(shown))
     if _is_torchs_form(shown):
         for number, (given, group) in enumerate(zip(groups, shown["param_groups"], strict=False)):
             of_group = {key: group.get(key) for key in given}
@@ -197,7 +203,9 @@ def _differing(read: Mapping[str, Any], shown: Mapping[str, Any]) -> list[str]:
 def _others(shown: Mapping[str, Any]) -> dict[Any, Any]:
     if not _is_torchs_form(shown):
         return dict(shown)
-    return {key: value for key, value in shown.items() if key not in ("state", "param_groups")}
+    others = {key: value for key, value in shown.items() if key not in ("state", "param_groups")}
+    of_all = {key: value for key, value in shown["state"].items() if isinstance(key, str)}
+    return others | ({"state": of_all} if of_all else {})
 
 
 def _is_torchs_form(shown: Mapping[str, Any]) -> bool:
