@@ -25,7 +25,7 @@ test-jobs: .venv/.installed-dev
 test-slow: .venv/.installed-dev
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-# Every layout saved and loaded in every other, three models.
+# Every layout saved and loaded in every other, five models.
 test-matrix: .venv/.installed-dev
 	$(BIN)/python -m pytest -m matrix $(ARGS)
 

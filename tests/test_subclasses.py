@@ -26,6 +26,7 @@ from ray_ckpt.format.manifest import MANIFEST_NAME
 from ray_ckpt.format.snapshot import compare
 from ray_ckpt.format.torch_internals import local_tensor
 from ray_ckpt.format.torch_internals import placed as sharded
+from ray_ckpt.format.wrappers import with_memory
 from tests.support.ranks import run_ranks
 from tests.support.records import edit_record
 from tests.support.subclasses import (
@@ -381,3 +382,43 @@ def test_dcp_itself_does_not_get_a_tensor_without_memory(tmp_path: Path) -> None
         dcp.save(
             {"w": TwoTensor(torch.ones(2), torch.ones(2))}, storage_writer=ArrowStorageWriter(tmp_path), no_dist=True
         )
+
+
+def test_dcp_does_not_load_another_recipe_into_a_training_state(tmp_path: Path) -> None:
+    model, other = nn.Module(), nn.Module()
+    model.register_buffer("w", RowInt8.of(values(0)))
+    other.register_buffer("w", with_context(Scheme(range=Range(-7, 7))))
+    ray_ckpt.save({"run": TrainState(model)}, tmp_path)
+    with pytest.raises(StateMismatchError, match=r"model\.w: range\[0\]: saved -127, wanted -7"):
+        dcp.load({"run": TrainState(other)}, storage_reader=ArrowStorageReader(tmp_path), no_dist=True)
+
+
+class Stiff(RowInt8):
+    """Cannot be copied."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.copy_.default:
+            raise NotImplementedError("a Stiff cannot be copied")
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def test_a_parameter_that_cannot_be_copied_is_filled_where_it_lies(tmp_path: Path) -> None:
+    model, other = nn.Module(), nn.Module()
+    model.weight = nn.Parameter(Stiff.of(values(0)), requires_grad=False)
+    other.weight = nn.Parameter(Stiff.of(values(1)), requires_grad=False)
+    ray_ckpt.save(TrainState(model), tmp_path)
+    ray_ckpt.load(TrainState(other), tmp_path)
+    assert same(other.weight.data, Stiff.of(values(0)))
+
+
+@KIND
+def test_a_model_on_meta_gets_the_memory_of_its_inner_tensors(tmp_path: Path, kind: str) -> None:
+    ray_ckpt.save(TrainState(Frozen(kind, 0)), tmp_path)
+    model, meta = Frozen(kind, 1), torch.device("meta")
+    model.weight = nn.Parameter(with_memory(model.weight.detach(), meta), requires_grad=False)
+    model.table = with_memory(model.table, meta)
+    model.trained = nn.Parameter(model.trained.detach().to(meta))
+    ray_ckpt.load(TrainState(model), tmp_path)
+    assert same(model.weight.data, KINDS[kind](values(0)))
+    assert same(model.table, KINDS[kind](values(1)))

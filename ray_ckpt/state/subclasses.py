@@ -104,6 +104,7 @@ def expand(plan: LoadPlan, seen: SavedState, saved: SavedState) -> LoadPlan:
     if seen is saved and not any(live for _, live in recipes.values()):
         return plan
     claims: dict[str, Claim] = {}
+    origins: dict[str, str] = {}
     made: dict[str, _Whole] = {}
     problems = list(plan.problems)
     for wanted, claim in plan.claims.items():
@@ -116,6 +117,7 @@ def expand(plan: LoadPlan, seen: SavedState, saved: SavedState) -> LoadPlan:
             is_empty = any(leaf.shape is None for leaf in live.leaves.values()) if live else False
             inner = made[wanted].claims(is_empty=is_empty)
             claims |= {f"{wanted}.{below}": of_inner for below, of_inner in inner.items()}
+            origins |= {f"{wanted}.{below}": wanted for below in inner}
         else:
             claims[wanted] = claim
 
@@ -126,11 +128,7 @@ def expand(plan: LoadPlan, seen: SavedState, saved: SavedState) -> LoadPlan:
         plan.apply(joined(loaded))
 
     def expanded(handover: Handover) -> Handover:
-        own = {
-            name: claim
-            for name, claim in claims.items()
-            if any(name == wanted or name.startswith(f"{wanted}.") for wanted in handover.claims)
-        }
+        own = {name: claim for name, claim in claims.items() if origins.get(name, name) in handover.claims}
         return replace(handover, claims=own, state_of=lambda loaded: handover.state_of(joined(loaded)))
 
     handovers = [expanded(handover) for handover in plan.handovers]

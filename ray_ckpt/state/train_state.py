@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 
-from ray_ckpt.errors import UsageError
+from ray_ckpt.errors import StateMismatchError, UsageError
 from ray_ckpt.format.fingerprinting import fingerprint
 from ray_ckpt.format.snapshot import Snapshot
 from ray_ckpt.format.translate import HYPERPARAMETERS
@@ -174,7 +174,11 @@ class TrainState:
         return {section: leaves for section, leaves in sections.items() if leaves}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load what `state_dict` returned, of this state or of another one in the same layout."""
+        """Load what `state_dict` returned, of this state or of another one in the same layout.
+
+        Raises:
+            StateMismatchError: it does not fit: other hyper-parameters in one group, another recipe of a subclass.
+        """
         flat = {f"{section}.{name}": value for section, leaves in state_dict.items() for name, value in leaves.items()}
         tensors = {name: value for name, value in flat.items() if isinstance(value, torch.Tensor)}
         values = {name: value for name, value in flat.items() if not isinstance(value, torch.Tensor)}
@@ -199,6 +203,8 @@ class TrainState:
             return loaded
 
         plans = self.plans(saved)
+        if problems := [problem for plan in plans for problem in plan.problems]:
+            raise StateMismatchError("; ".join(problems[:8]))
         early = handing_over.early(plans)
         handing_over.Taken().take(early, lambda: fill({k: c for handover in early for k, c in handover.claims.items()}))
         for plan in plans:

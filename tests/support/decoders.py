@@ -1,4 +1,5 @@
-"""Models of the layout matrix: an odd-sized perceptron, and two decoders of transformers with tiny random weights."""
+"""Models of the layout matrix: odd-sized perceptrons, one with tensor subclasses and one whose hooks split entries, and
+two decoders of transformers with tiny random weights."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from tests.support.models import Scale
+from tests.support.subclasses import RowInt8
 
 VOCABULARY, SEQUENCE = 31, 7
 
@@ -34,6 +36,67 @@ class OddPerceptron(nn.Sequential):
         columns = ColwiseParallel(output_layouts=Replicate())
         rows = RowwiseParallel(input_layouts=Replicate())
         return {"0": columns, "1.1": rows, "2.1": columns, "3.1": rows, "4": columns, "5": rows}
+
+
+class Offset(nn.Module):
+    """Adds what a persistent buffer says that is made of an int8 tensor and of a scale per row."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("offset", RowInt8(torch.empty(dim, 4, dtype=torch.int8), torch.empty(dim, 1)))
+
+    def reset_parameters(self) -> None:
+        self.offset.copy_(RowInt8.of(torch.randn(self.offset.shape)))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden + self.offset.values().mean(1)
+
+
+class Quantized(OddPerceptron):
+    """With buffers that are tensor subclasses; it is trained with momentum that is, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self[2] = nn.Sequential(Scale(113), nn.Linear(113, 61), Offset(61))
+        self[3] = nn.Sequential(nn.Tanh(), nn.Linear(61, 37), Offset(37))
+
+
+class Fused(nn.Module):
+    """Has one weight, and shows it as three: hooks split it in its state dict, and join it in a load."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.register_state_dict_post_hook(_split)
+        self.register_load_state_dict_pre_hook(_join)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.1)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        query, key, value = nn.functional.linear(hidden, self.weight).chunk(3, -1)
+        return hidden + query.tanh() * key + value
+
+
+def _split(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, metadata: object) -> None:
+    parts = state.pop(f"{prefix}weight").chunk(3)
+    state |= {f"{prefix}{name}": part for name, part in zip("qkv", parts, strict=True)}
+
+
+def _join(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: object) -> None:
+    if all(f"{prefix}{name}" in state for name in "qkv"):
+        state[f"{prefix}weight"] = torch.cat([state.pop(f"{prefix}{name}") for name in "qkv"])
+
+
+class Hooked(OddPerceptron):
+    """With weights that its state dict shows otherwise than it has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self[3] = nn.Sequential(Fused(61), nn.Linear(61, 37))
+
+    def tp_plan(self) -> dict[str, ParallelStyle]:
+        return {name: style for name, style in super().tp_plan().items() if name != "3.1"}
 
 
 class Decoder(nn.Module):
@@ -98,4 +161,10 @@ def mixtral() -> Decoder:
     return Decoder(MixtralForCausalLM(config))
 
 
-MODELS = {"perceptron": OddPerceptron, "llama": llama, "mixtral": mixtral}
+MODELS = {
+    "perceptron": OddPerceptron,
+    "quantized": Quantized,
+    "hooked": Hooked,
+    "llama": llama,
+    "mixtral": mixtral,
+}

@@ -15,8 +15,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_map
+
+from ray_ckpt.format.torch_internals import local_tensor, placed
 
 aten = torch.ops.aten
 
@@ -81,6 +84,10 @@ class Wrapper(torch.Tensor):
             return return_and_correct_aliasing(func, args, kwargs, made)
         if func is aten._to_copy.default and kwargs.get("dtype") in (None, self.dtype):
             return self.each(lambda part: part.to(kwargs.get("device"), copy=True))
+        if func is aten.add_.Tensor:
+            for part in inner_bits(self):
+                part.add_(args[1] if part.is_floating_point() else 1)
+            return self
         if func is aten.slice.Tensor and (cut := self.cut(*args[1:])) is not None:
             return cut
         plain = [tree_map(lambda x: x.values() if isinstance(x, Wrapper) else x, part) for part in (args, kwargs)]
@@ -186,6 +193,55 @@ class Doubled(Wrapper):
 
     def values(self) -> torch.Tensor:
         return self.first.values() + self.second.values()
+
+
+class Halves(Wrapper):
+    """Values as the sum of two halves of half the bits, element by element: it can be cut anywhere."""
+
+    inner = ("high", "low")
+
+    def __new__(cls, high: torch.Tensor, low: torch.Tensor, context: Any = None, size: Any = None) -> Any:
+        return Wrapper.wrap(cls, high.shape, high.device)
+
+    def __init__(self, high: torch.Tensor, low: torch.Tensor, context: Any = None, size: Any = None) -> None:
+        self.high, self.low, self.context = high, low, context
+
+    @classmethod
+    def of(cls, values: torch.Tensor) -> Any:
+        high = values.bfloat16()
+        return cls(high, (values - high.float()).bfloat16())
+
+    def values(self) -> torch.Tensor:
+        return self.high.float() + self.low.float()
+
+    def cut(self, dim: int = 0, start: int = 0, end: int = 2**63 - 1, step: int = 1) -> Any:
+        return self.each(lambda part: aten.slice.Tensor(part, dim, start, end, step))
+
+
+class HalvesSGD(torch.optim.Optimizer):
+    """Momentum in `Halves`: of a DTensor, a DTensor of those."""
+
+    def __init__(self, parameters: Any, lr: float = 1e-3, weight_decay: float = 0.0) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": 0.9, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step(parameter, parameter.grad, group)
+
+    def _step(self, parameter: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> None:
+        before = self.state[parameter].get("momentum")
+        if isinstance(parameter, DTensor):
+            gradient = gradient.redistribute(placements=parameter.placements)
+        kept = 0 if before is None else local_tensor(before).values() * group["momentum"]
+        momentum = kept + local_tensor(gradient)
+        made = Halves.of(momentum)
+        if isinstance(parameter, DTensor):
+            made = placed(made, parameter.device_mesh, parameter.placements, parameter.shape)
+        self.state[parameter]["momentum"] = made
+        local_tensor(parameter).sub_(momentum, alpha=group["lr"])
 
 
 KINDS: dict[str, Callable[[torch.Tensor], Any]] = {
