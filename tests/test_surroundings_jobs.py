@@ -1,0 +1,82 @@
+"""The main job as a process in poor surroundings: it is done, or one line says what to do, and nothing is left."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from tests.conftest import REPOSITORY
+from tests.support.clusters import JOB, Sandbox, Started, wait_until
+from tests.support.commands import assert_one_line
+
+TINY = ("--from", "single", "--to", "single", "--steps", "1", "--dim", "8", "--layers", "1")
+PROXIES = ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+RAY_ENDS_S = 90
+"""Ray's own agents end by themselves, seen up to 50 s after their raylet."""
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
+
+
+@pytest.fixture
+def sandbox() -> Iterator[Sandbox]:
+    with Sandbox() as sandbox:
+        yield sandbox
+
+
+def run(sandbox: Sandbox, setting: str, **extra: str) -> Started:
+    """Run the job from a shell that has set its surroundings up, with mounts of its own where it may make any."""
+    alone = ("unshare", "--mount") if os.geteuid() == 0 else ()
+    shell = (*alone, "sh", "-ec", f'{setting}\nexec "$@"', "sh")
+    started = sandbox.start(*shell, sys.executable, JOB, *TINY, PYTHONPATH=str(REPOSITORY), **extra)
+    started.wait(110)
+    return started
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "setting",
+    [
+        pytest.param("\n".join(f"export {name}=http://127.0.0.1:9" for name in PROXIES), id="proxies-that-are-dead"),
+        pytest.param("unset HOME", id="no-home"),
+        pytest.param("export HOME=/proc/nothing", id="home-that-cannot-be-written"),
+        pytest.param("ulimit -n 256", id="256-file-handles"),
+        pytest.param("exec <&-", id="closed-stdin"),
+        pytest.param("mount -t tmpfs -o size=1m x /dev/shm", id="tiny-shm", marks=needs_root),
+        pytest.param("mount -t tmpfs -o ro x /dev/shm", id="read-only-shm", marks=needs_root),
+        pytest.param('mount -t tmpfs -o noexec x "$TMPDIR"', id="noexec-tmpdir", marks=needs_root),
+    ],
+)
+def test_the_job_is_done(sandbox: Sandbox, setting: str) -> None:
+    job = run(sandbox, setting)
+    assert job.process.returncode == 0, job.stderr
+    assert "verified: continuation: " in job.stdout
+    assert job.stderr == ""
+    assert list(sandbox.tmp.glob("ray-ckpt-*")) == []
+    wait_until(lambda: not sandbox.processes(), RAY_ENDS_S, sandbox.processes)
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        pytest.param("", "AF_UNIX path length cannot exceed 107 bytes", id="long"),
+        pytest.param('mount -t tmpfs -o ro x "$RAY_TMPDIR"', "Read-only file system", id="read-only", marks=needs_root),
+        pytest.param(
+            'mount -t tmpfs -o size=64k x "$RAY_TMPDIR"',
+            "timed out during startup",
+            id="full",
+            marks=[needs_root, pytest.mark.slow],
+        ),
+    ],
+)
+def test_a_directory_that_ray_cannot_use_is_told_in_one_line(sandbox: Sandbox, setting: str, reason: str) -> None:
+    directory = sandbox.root / ("r" if setting else "r" * 100)
+    directory.mkdir()
+    job = run(sandbox, setting, RAY_TMPDIR=str(directory))
+    assert job.process.returncode == 2
+    assert_one_line(job.stderr, reason)
+    assert "; set RAY_TMPDIR to a short path that has room and can be written" in job.stderr
+    wait_until(lambda: not sandbox.processes(), RAY_ENDS_S, sandbox.processes)
