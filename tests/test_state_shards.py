@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 import ray_ckpt
 from ray_ckpt import TrainState
-from ray_ckpt.errors import StateMismatchError
+from ray_ckpt.errors import CommitError, StateMismatchError
 from ray_ckpt.format.torch_internals import local_tensor
 from ray_ckpt.state import sealing
 from tests.support.ranks import run_ranks
@@ -148,3 +148,27 @@ def test_plain_state_of_one_process_is_plain_beside_shards(tmp_path: Path) -> No
     optimizer.step()
     ray_ckpt.save(TrainState(model, optimizer), tmp_path / "one")
     assert all(map(all, run_ranks(from_one_process, 2, tmp_path, str(tmp_path))))
+
+
+def step_on_one_rank(rank: int, directory: str) -> list[str]:
+    model, optimizer = sharded(0, lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9))
+    texts = []
+    for gradient in (None, torch.zeros_like(model[0].weight)):
+        give_gradients(model, alike=True)
+        if rank == 1:
+            model[0].weight.grad = gradient
+        optimizer.step()
+        try:
+            ray_ckpt.save(TrainState(model, optimizer), f"{directory}/{len(texts)}")
+            texts.append("saved")
+        except CommitError as error:
+            texts.append(str(error))
+    return texts
+
+
+def test_state_on_some_ranks_only_is_refused_with_the_ranks(tmp_path: Path) -> None:
+    for refused, saved in run_ranks(step_on_one_rank, 2, tmp_path, str(tmp_path)):
+        assert "'optim.state.0.weight.momentum_buffer' is not covered exactly once" in refused
+        assert "ranks 0 hold parts of it, ranks 1 none" in refused
+        assert "give the parameter a gradient on every rank before the step (zeros will do)" in refused
+        assert saved == "saved"

@@ -67,7 +67,7 @@ def merge(plans: Sequence[Sequence[Item]], buffers: Collection[str] = frozenset(
                 )
             holders.setdefault(key_of(item), []).append((rank, position))
     _check_replicas_alike(plans, holders)
-    _check_cover(plans[rank][position] for (rank, position), *_ in holders.values())
+    _check_cover((plans[rank][position] for (rank, position), *_ in holders.values()), holders, len(plans))
     skipped, writers = _assign(plans, holders, buffers)
     return GlobalPlan(plans, skipped, writers, names, buffers)
 
@@ -129,8 +129,14 @@ def _check_replicas_alike(plans: Sequence[Sequence[Item]], holders: Mapping[Key,
                 )
 
 
-def _check_cover(parts: Iterable[Item]) -> None:
-    """Whether the distinct parts of each tensor cover it exactly once."""
+def _check_cover(
+    parts: Iterable[Item], holders: Mapping[Key, Sequence[_Holder]] | None = None, num_ranks: int = 0
+) -> None:
+    """Whether the distinct parts of each tensor cover it exactly once.
+
+    Args:
+        holders: who holds each part, to name the ranks that hold none of a tensor.
+    """
     specs: dict[str, list[TensorSpec]] = {}
     for name, _, spec in parts:
         if spec is not None:
@@ -140,7 +146,23 @@ def _check_cover(parts: Iterable[Item]) -> None:
         if len(of_name) == 1 and first.sizes == first.shape:
             continue
         if problem := check_cover(first.shape, [shared_box(spec.offsets, spec.sizes) for spec in of_name]):
-            raise CommitError(f"refusing to save: tensor {name!r} is not covered exactly once: {problem}")
+            without = _ranks_without(name, holders or {}, num_ranks)
+            raise CommitError(f"refusing to save: tensor {name!r} is not covered exactly once: {problem}{without}")
+
+
+def _ranks_without(name: str, holders: Mapping[Key, Sequence[_Holder]], num_ranks: int) -> str:
+    """The ranks that hold nothing of a tensor, and what to do if it is an optimizer's."""
+    holding = {rank for (held, _), of_part in holders.items() if held == name for rank, _ in of_part}
+    if not holding or len(holding) == num_ranks:
+        return ""
+    lacking = listed([str(rank) for rank in range(num_ranks) if rank not in holding], at_most=8)
+    text = f"; ranks {listed(sorted(map(str, holding)), at_most=8)} hold parts of it, ranks {lacking} none"
+    if name.startswith("optim."):
+        text += (
+            ". An optimizer has no state of a parameter that it has not stepped: give the parameter a gradient on "
+            "every rank before the step (zeros will do)"
+        )
+    return text
 
 
 def _assign(
