@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
 from ray_ckpt.errors import StateMismatchError, UsageError
+from ray_ckpt.format.flat_mesh import with_device_mesh
 from ray_ckpt.format.initial_values import buffers_without_memory, computed_buffers
 from ray_ckpt.format.torch_internals import has_entry, names_of, without_weak_references
 from ray_ckpt.format.wrappers import FilledInPlace, are_same, is_made_of_others, with_memory
@@ -252,11 +253,11 @@ class NamedModel:
 
 @contextlib.contextmanager
 def sharded_state_dicts(module: nn.Module) -> Iterator[None]:
-    """Under FSDP1 a state dict holds DTensors within this block, if the module was given a device mesh."""
+    """Under FSDP1 a state dict holds DTensors within this block, also if the module was not given a device mesh."""
     if not FullyShardedDataParallel.fsdp_modules(module):
         yield
         return
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), with_device_mesh(module):
         warnings.filterwarnings("ignore", category=FutureWarning)
         with FullyShardedDataParallel.state_dict_type(
             module,
