@@ -42,6 +42,8 @@ HYPERPARAMETERS = f"{OPTIM}.param_groups."
 """Prefix of the names of hyper-parameters."""
 
 _HYPERPARAMETER = re.compile(r"(.+?\.)??param_groups\.")
+_FEW = 8
+
 _NUMBER = re.compile(r"[0-9]{1,9}")
 
 _PREFERRED = (f"{MODEL}.", "", "state_dict.")
@@ -146,6 +148,8 @@ def translate(manifest: Manifest, lists: Mapping[str, Any], names: Names) -> Tra
     if not is_optimizer_alone:
         renamed.rename_model(manifest, model, names.aliases, of_optimizers)
     left_out = renamed.rename_sides(manifest, names.others) if not manifest.attempt else []
+    if renamed.twice:
+        left_out.append(f"tied weights are taken from their other name, not from {listed(renamed.twice)}")
     return Translation(_without_aliases(renamed.manifest(manifest), names.model), "; ".join(lost), left_out)
 
 
@@ -193,6 +197,8 @@ class _Renamed:
     def __init__(self) -> None:
         self._new: dict[str, list[str]] = {}
         self._further: dict[str, ObjectEntry] = {}
+        self.twice: list[str] = []
+        """Saved names of tied weights that were saved under another name too, which is taken."""
 
     def _put(self, old: str, *new: str) -> None:
         self._new.setdefault(old, []).extend(new)
@@ -243,6 +249,7 @@ class _Renamed:
                 else:
                     # A tied weight that was saved twice is taken from where the target has it.
                     self._put(old)
+                    self.twice.append(old)
             elif (rest := model.rest(old)) and (model.prefix or (old in manifest.tensors and model.wanted)):
                 self._put(old, f"{MODEL}.{rest}")
 
@@ -269,7 +276,7 @@ class _Renamed:
             else:
                 self._put(old)
                 left.setdefault(side.what, []).append(old)
-        return [f"{what} left out: {listed(sorted(names), at_most=4)}" for what, names in left.items()]
+        return [f"{what} left out: {_summed_up(names)}" for what, names in left.items()]
 
     def manifest(self, manifest: Manifest) -> Manifest:
         """The manifest with all entries under their new names.
@@ -291,6 +298,13 @@ class _Renamed:
                 raise FormatError(f"the checkpoint holds {quoted(twice[0])} twice, the second time as {quoted(old)}")
             applied |= new
         return applied
+
+
+def _summed_up(names: Collection[str]) -> str:
+    """A few names as they are, many by what they begin with."""
+    if len(names) > _FEW:
+        names = {name.partition(".")[0] for name in names}
+    return listed(sorted(names), at_most=_FEW)
 
 
 def _path(name: str) -> tuple[str, str]:
