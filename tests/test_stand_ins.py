@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import array
 import collections
 import datetime
 import enum
 import io
+import logging
 import os
 import pathlib
 import pickle
 import random
+import re
+import zoneinfo
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +48,10 @@ class Nested(dict):  # type: ignore[type-arg]
     """A dict of somebody's own."""
 
 
+class lower_case:
+    """A class that is spelled like a function."""
+
+
 HARMLESS: dict[str, Any] = {
     "arguments": argparse.Namespace(lr=0.1, out=pathlib.Path("/runs")),
     "color": Color.RED,
@@ -54,6 +62,11 @@ HARMLESS: dict[str, Any] = {
     "plan": SavePlan([]),
     "own": Nested(a=1),
     "queue": collections.deque([1, 2]),
+    "pattern": re.compile("a+"),
+    "numbers": array.array("d", [1.0]),
+    "lower": lower_case(),
+    "zone": zoneinfo.ZoneInfo("UTC"),
+    "log": logging.getLogger("ray_ckpt"),
 }
 
 

@@ -128,7 +128,7 @@ class Unpickler:
                 push(())
             elif op in (_REDUCE, _NEWOBJ):
                 args = stack.pop()
-                stack[-1] = self._make(stack[-1], args)
+                stack[-1] = self._make(stack[-1], args, is_class=op == _NEWOBJ)
             elif op == _BUILD:
                 state = stack.pop()
                 instance = stack[-1]
@@ -155,7 +155,11 @@ class Unpickler:
             self._names[text] = Name(text) if constant is None else constant
         return self._names[text]
 
-    def _make(self, name: Any, args: Any) -> Any:
+    def _make(self, name: Any, args: Any, *, is_class: bool) -> Any:
+        """
+        Args:
+            is_class: whether a new object of a class is made, which calls no function, however the class is spelled.
+        """
         if type(name) is Instance and type(args) is tuple:
             return Instance(name.name, args)
         if type(name) is not Name or type(args) is not tuple:
@@ -166,7 +170,7 @@ class Unpickler:
         call = CALLS.get(name.text)
         if call is not None:
             return call(self._keys, *args)
-        if self._trust_advice is not None and not is_harmless(name.text):
+        if self._trust_advice is not None and not is_class and not is_harmless(name.text):
             raise UnsafeCheckpointError(
                 f"{self._what} asks for {name.text[:200]}, which is no part of plain state and could run code; "
                 f"{self._trust_advice}"

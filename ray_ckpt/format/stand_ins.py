@@ -31,7 +31,9 @@ _WIDEST_PLAIN_KEY = 1 << 60
 _HARMLESS = (
     *("builtins.getattr", "builtins.range", "builtins.slice", "builtins.object", "builtins.list", "builtins.tuple"),
     *("builtins.str", "builtins.int", "builtins.float", "builtins.type", "copyreg._reconstructor"),
-    *("collections.deque", "functools.partial", "datetime.", "numpy.", "torch."),
+    *("builtins.xrange", "array.array", "logging.getLogger", "re._compile"),
+    *("collections.deque", "functools.partial", "operator.itemgetter", "operator.attrgetter"),
+    *("datetime.", "numpy.", "torch.", "pandas.", "zoneinfo.", "uuid.", "decimal.", "fractions.", "pathlib."),
 )
 """Names that occur in state although they are not spelled like a class. Those that end in a dot are modules."""
 
