@@ -62,7 +62,8 @@ class LoadReport:
     dataloader: str | None
     """Data loader: `restored`; `left as it was` when another layout saved it; None when it was not loaded."""
     lost: str = ""
-    """What another program's checkpoint had already lost when it was saved, and why; empty when nothing."""
+    """What of another program's checkpoint was not loaded: what it had already lost when it was saved, and what lies
+    beside the model and the optimizer and is not translated, or not part of the state. Empty when nothing."""
     step: int | None = None
     """The checkpoint's step in its store; None where the target is no store."""
     passed_over: tuple[str, ...] = ()

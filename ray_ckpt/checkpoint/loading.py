@@ -63,8 +63,9 @@ def load(
             in place: its tensors are filled, its other values replaced.
         target: the checkpoint's directory, or a store: a local path, a URI, a `Storage` or a `CheckpointStore`. For a
             `TrainState` also what others wrote: stock DCP (also where the optimizer's state is keyed by index, or its
-            groups are), accelerate's and Lightning's FSDP directories, a file by `torch.save` or safetensors, or a
-            directory of the latter. Their names are translated.
+            groups are), directories of torchtitan, accelerate, transformers, Lightning, verl and more, a file
+            by `torch.save` or safetensors, or a directory of the latter. Names are translated, and in a run folder
+            without a checkpoint of ours the highest finished `step-<N>` is taken, there or in its `checkpoint/`.
         step: number of the step in the store; None loads the checkpoint at `target` itself, or else the latest
             committed step of the store there.
         strict: refuse a checkpoint that lacks something wanted, or holds something that no rank wants. Otherwise both

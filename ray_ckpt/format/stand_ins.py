@@ -31,7 +31,7 @@ _WIDEST_PLAIN_KEY = 1 << 60
 _HARMLESS = (
     *("builtins.getattr", "builtins.range", "builtins.slice", "builtins.object", "builtins.list", "builtins.tuple"),
     *("builtins.str", "builtins.int", "builtins.float", "builtins.type", "copyreg._reconstructor"),
-    *("builtins.xrange", "array.array", "logging.getLogger", "re._compile"),
+    *("builtins.xrange", "array.array", "array._array_reconstructor", "logging.getLogger", "re._compile"),
     *("collections.deque", "functools.partial", "operator.itemgetter", "operator.attrgetter"),
     *("datetime.", "numpy.", "torch.", "pandas.", "zoneinfo.", "uuid.", "decimal.", "fractions.", "pathlib."),
 )
