@@ -46,6 +46,9 @@ if TYPE_CHECKING:
     from ray_ckpt.format.fingerprinting import fingerprint
     from ray_ckpt.format.manifest import Manifest
     from ray_ckpt.format.saved import Saved
+    from ray_ckpt.inspection.contents import CheckpointContents, inspect
+    from ray_ckpt.inspection.listing import StoreListing, list_steps
+    from ray_ckpt.inspection.statistics import NonFinite, TensorStatistics, scan_nonfinite, tensor_statistics
     from ray_ckpt.parallel.layout import Layout
     from ray_ckpt.protocol.save_handle import SaveHandle
     from ray_ckpt.report import Damage, LoadReport, RemovalReport, SaveReport, VerifyReport
@@ -57,6 +60,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ArrowStorageReader",
     "ArrowStorageWriter",
+    "CheckpointContents",
     "CheckpointError",
     "CheckpointExistsError",
     "CheckpointNotFoundError",
@@ -71,6 +75,7 @@ __all__ = [
     "Layout",
     "LoadReport",
     "Manifest",
+    "NonFinite",
     "PlacementError",
     "Policy",
     "RankFailure",
@@ -84,6 +89,8 @@ __all__ = [
     "StateMismatchError",
     "Storage",
     "StorageError",
+    "StoreListing",
+    "TensorStatistics",
     "TrainState",
     "UnsafeCheckpointError",
     "UsageError",
@@ -94,24 +101,30 @@ __all__ = [
     "__version__",
     "cluster",
     "fingerprint",
+    "inspect",
     "keep",
     "keep_every",
     "keep_last",
+    "list_steps",
     "load",
     "resume",
     "save",
+    "scan_nonfinite",
+    "tensor_statistics",
     "verify",
 ]
 
 _HOMES = {
     "ArrowStorageReader": "ray_ckpt.dcp.reader",
     "ArrowStorageWriter": "ray_ckpt.dcp.writer",
+    "CheckpointContents": "ray_ckpt.inspection.contents",
     "CheckpointStore": "ray_ckpt.storage.store",
     "Damage": "ray_ckpt.report",
     "Fingerprint": "ray_ckpt.format.fingerprint",
     "Layout": "ray_ckpt.parallel.layout",
     "LoadReport": "ray_ckpt.report",
     "Manifest": "ray_ckpt.format.manifest",
+    "NonFinite": "ray_ckpt.inspection.statistics",
     "Policy": "ray_ckpt.storage.retention",
     "RemovalReport": "ray_ckpt.report",
     "RetryPolicy": "ray_ckpt.storage.files",
@@ -119,18 +132,24 @@ _HOMES = {
     "SaveReport": "ray_ckpt.report",
     "Saved": "ray_ckpt.format.saved",
     "Storage": "ray_ckpt.storage.files",
+    "StoreListing": "ray_ckpt.inspection.listing",
+    "TensorStatistics": "ray_ckpt.inspection.statistics",
     "TrainState": "ray_ckpt.state.train_state",
     "VerifyReport": "ray_ckpt.report",
     "WorkerContext": "ray_ckpt.cluster.worker",
     "WorkerGroup": "ray_ckpt.cluster.group",
     "cluster": "ray_ckpt",
     "fingerprint": "ray_ckpt.format.fingerprinting",
+    "inspect": "ray_ckpt.inspection.contents",
     "keep": "ray_ckpt.storage.retention",
     "keep_every": "ray_ckpt.storage.retention",
     "keep_last": "ray_ckpt.storage.retention",
+    "list_steps": "ray_ckpt.inspection.listing",
     "load": "ray_ckpt.checkpoint.loading",
     "resume": "ray_ckpt.checkpoint.loading",
     "save": "ray_ckpt.checkpoint.saving",
+    "scan_nonfinite": "ray_ckpt.inspection.statistics",
+    "tensor_statistics": "ray_ckpt.inspection.statistics",
     "verify": "ray_ckpt.checkpoint.verifying",
 }
 """Public name -> module, as the imports above say it to type checkers; `tests/test_public_face.py` compares the two."""

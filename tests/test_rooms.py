@@ -19,10 +19,12 @@ FLOORS = {
     "report": 0,
     "rounding": 0,
     "text": 0,
+    "text_units": 0,
     "format": 1,
     "storage": 2,
     "parallel": 2,
     "state": 2,
+    "inspection": 3,
     "protocol": 3,
     "checkpoint": 4,
     "cluster": 4,
@@ -30,14 +32,16 @@ FLOORS = {
     "recipes": 5,
     "__init__": 6,
     "integrations": 7,
+    "cli": 6,
+    "__main__": 7,
 }
 """Rooms and single modules. Those on one floor know nothing of each other."""
 
 ONLY_HOMES = {
     "ray": {"cluster"},
     "pyarrow": {"storage.files", "storage.file_objects"},
-    "click": {"recipes"},
-    "rich": {"recipes"},
+    "click": {"cli", "recipes"},
+    "rich": {"cli", "recipes"},
 }
 """Who may import a library: a room, or one module of it."""
 

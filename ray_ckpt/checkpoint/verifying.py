@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from ray_ckpt.checkpoint.exchange import TrainersExchange
@@ -10,7 +11,13 @@ from ray_ckpt.storage.audit import verify_share
 from ray_ckpt.storage.resolve import Target, committed_at
 
 
-def verify(target: Target, step: int | None = None, *, timeout_s: float | None = None) -> VerifyReport:
+def verify(
+    target: Target,
+    step: int | None = None,
+    *,
+    timeout_s: float | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> VerifyReport:
     """Read every byte of a committed checkpoint and compare it with what was recorded when it was saved.
 
     Elements and objects have checksums; everything else in our files (the containers around the elements, `.metadata`)
@@ -34,6 +41,7 @@ def verify(target: Target, step: int | None = None, *, timeout_s: float | None =
             committed step of the store there.
         timeout_s: time limit for waiting for other ranks; by default the process group's own. It does not limit this
             rank's own work, such as reading.
+        progress: called with the bytes that this rank has read, and all that it will.
 
     Returns:
         What was read, and everything that is damaged or missing, by name. What other programs wrote carries at most
@@ -49,5 +57,7 @@ def verify(target: Target, step: int | None = None, *, timeout_s: float | None =
     ranks = TrainersExchange("verify", timeout_s)
     found = ranks.broadcast(lambda: committed_at(target, step))
 
-    shares = ranks.gather(lambda: verify_share(found.storage, rank=ranks.rank, num_ranks=ranks.num_ranks))
+    shares = ranks.gather(
+        lambda: verify_share(found.storage, rank=ranks.rank, num_ranks=ranks.num_ranks, progress=progress)
+    )
     return replace(ranks.broadcast(lambda: VerifyReport.merge(shares)), step=found.step)

@@ -10,6 +10,10 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.status import Status
 
+from ray_ckpt.text_units import format_bytes
+
+__all__ = ["Line", "Screen", "format_bytes"]
+
 LOG_INTERVAL_S = 15.0
 """Least time between two reports of the same wait in a log."""
 
@@ -66,12 +70,3 @@ class Screen:
 def _print_plain(console: Console, text: str) -> None:
     """One line however long, as it is: paths and numbers are neither wrapped, nor colored, nor taken for markup."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-def format_bytes(count: float) -> str:
-    """Binary units, three significant digits: `12.1 MiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if count < 1000 or unit == "TiB":
-            break
-        count /= 1024
-    return f"{count:.3g} {unit}"

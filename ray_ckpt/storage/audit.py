@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -84,7 +84,15 @@ class _Stretch:
 P = TypeVar("P", _Span, Archive)
 
 
-def verify_share(storage: Storage, *, rank: int = 0, num_ranks: int = 1) -> VerifyReport:
+Progress = Callable[[int, int], None]
+"""Takes the bytes that are done, and those that there are."""
+
+
+def _unseen(done: int, total: int) -> None:
+    """Progress that nobody asked for."""
+
+
+def verify_share(storage: Storage, *, rank: int = 0, num_ranks: int = 1, progress: Progress = _unseen) -> VerifyReport:
     """Read and check one rank's share of whatever checkpoint is there; `VerifyReport.merge` joins the shares.
 
     Raises:
@@ -94,11 +102,13 @@ def verify_share(storage: Storage, *, rank: int = 0, num_ranks: int = 1) -> Veri
     """
     reader = CheckpointReader(storage)
     manifest = reader.read_manifest()
-    report = audit(reader.files, manifest, rank=rank, num_ranks=num_ranks)
+    report = audit(reader.files, manifest, rank=rank, num_ranks=num_ranks, progress=progress)
     return replace(report, uri=reader.address, notes=(*report.notes, *reader.notes))
 
 
-def audit(storage: Storage, manifest: Manifest, *, rank: int = 0, num_ranks: int = 1) -> VerifyReport:
+def audit(
+    storage: Storage, manifest: Manifest, *, rank: int = 0, num_ranks: int = 1, progress: Progress = _unseen
+) -> VerifyReport:
     """Check one rank's share of the files that a manifest describes; `VerifyReport.merge` joins the shares.
 
     Holds one buffer of `PIECE_BYTES` per thread, and a few records per entry of the manifest.
@@ -113,8 +123,13 @@ def audit(storage: Storage, manifest: Manifest, *, rank: int = 0, num_ranks: int
     work, overlaps = _share_out(parts, zipped, sizes)
     mine = work[rank::num_ranks]
     tuning = tuning_for(storage)
+    damages: list[Damage] = []
+    total, done = sum(part.num_bytes for part in mine), 0
     with ThreadPoolExecutor(tuning.threads, thread_name_prefix="ray_ckpt-verify") as pool:
-        damages = [damage for found in pool.map(lambda part: _check(storage, part), mine) for damage in found]
+        for part, found in zip(mine, pool.map(lambda part: _check(storage, part), mine), strict=True):
+            damages += found
+            done += part.num_bytes
+            progress(done, total)
     if rank == 0:
         damages += overlaps
         for file, of_file in parts.items():
@@ -130,7 +145,7 @@ def audit(storage: Storage, manifest: Manifest, *, rank: int = 0, num_ranks: int
         num_files=len(manifest.files),
         num_tensors=len(manifest.tensors),
         num_objects=len(manifest.objects),
-        total_bytes=sum(part.num_bytes for part in mine),
+        total_bytes=total,
         seconds=time.monotonic() - started,
         damages=tuple(damages),
         unchecked=tuple(sorted(unchecked)),

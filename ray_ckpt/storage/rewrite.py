@@ -28,7 +28,7 @@ from ray_ckpt.storage.objects import Decoder, SavedObject, decoded_containers, s
 from ray_ckpt.storage.ranged_reads import tuning_for
 from ray_ckpt.storage.staging import bytes_of
 
-__all__ = ["BATCH_BYTES", "WantedTensor", "rewrite"]
+__all__ = ["BATCH_BYTES", "TensorPieces", "WantedTensor", "rewrite"]
 
 BATCH_BYTES = 16 << 20
 """Size of the buffer: so many bytes of tensors are read before they are written."""
@@ -70,12 +70,18 @@ def rewrite(
         IntegrityError: what was read differs from its checksum.
         CheckpointError, StorageError: something cannot be read, or not be written.
     """
-    reading = _Reading(source)
+    reading = TensorPieces(source)
     saved = reading.objects(objects)
     return pack_pieces(target, file, saved, reading.pieces(tensors))
 
 
-class _Reading:
+class TensorPieces:
+    """The bytes of a checkpoint's tensors and objects, for whoever writes or compares them.
+
+    Args:
+        source: the directory of the checkpoint's files.
+    """
+
     def __init__(self, source: Storage) -> None:
         self._storage = source
         self._reader = CheckpointReader(source)

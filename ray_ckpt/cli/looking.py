@@ -1,0 +1,133 @@
+"""ls, inspect, verify: what is there, and whether it is whole."""
+
+from __future__ import annotations
+
+import click
+
+from ray_ckpt.cli.output import as_json, clock, count, json_option, printable, step_option, table, uri_argument
+from ray_ckpt.text_units import format_bytes
+
+_PAGE = 40
+"""Lines of one part of what `inspect` prints."""
+
+
+@click.command()
+@uri_argument()
+@json_option
+def ls(uri: str, in_json: bool) -> int:
+    """List the steps of a store, or the one checkpoint at URI.
+
+    \b
+    ray-ckpt ls /mnt/run
+    ray-ckpt ls s3://bucket/run --json
+    """
+    from ray_ckpt.inspection.listing import list_steps
+
+    found = list_steps(uri)
+    is_damaged = any(step.damage for step in found.steps)
+    if in_json:
+        as_json(found)
+        return int(is_damaged)
+    rows = [
+        [
+            "-" if step.step is None else step.step,
+            "damaged" if step.damage else "committed",
+            clock(step.saved_s),
+            format_bytes(step.total_bytes),
+            step.layout or "-",
+            step.saved_by.get("torch", "-"),
+            step.kind,
+            " ".join(filter(None, ["pinned" * step.pinned, "latest" * (step.step == found.latest is not None)])),
+        ]
+        for step in found.steps
+    ]
+    table(rows, head=["step", "state", "saved", "size", "layout", "torch", "written by", ""], right=[0, 3])
+    for step in found.steps:
+        if step.damage:
+            click.echo(click.style(f"damaged: {printable(step.damage)}", fg="red"))
+    if found.orphans:
+        click.echo(
+            f"{len(found.orphans)} files with {format_bytes(found.orphan_bytes)} belong to no step: of a save that "
+            "failed or is under way; `ray-ckpt clean` shows those that are old enough to go"
+        )
+    return int(is_damaged)
+
+
+@click.command()
+@uri_argument()
+@step_option
+@click.option("--tree", "view", flag_value="tree", help="All modules, with shape, dtype and chunks.")
+@click.option("--files", "view", flag_value="files", help="Which rank wrote which file.")
+@click.option("--layout", "view", flag_value="layout", help="How the tensors are cut, and by what layout.")
+@click.option("--tensor", metavar="NAME", help="One tensor: its chunks, and statistics of its elements.")
+@json_option
+def inspect(uri: str, step: int | None, view: str | None, tensor: str | None, in_json: bool) -> int:
+    """Show what a checkpoint holds. Only `--tensor` reads more than its record.
+
+    \b
+    ray-ckpt inspect /mnt/run --step 100
+    ray-ckpt inspect model.safetensors --tree
+    ray-ckpt inspect /mnt/run --tensor model.embed.weight
+    """
+    from ray_ckpt.cli import pages
+    from ray_ckpt.inspection.contents import inspect as inspect_checkpoint
+
+    if tensor is not None:
+        from ray_ckpt.inspection.statistics import tensor_statistics
+
+        statistics = tensor_statistics(uri, tensor, step)
+        as_json(statistics) if in_json else pages.show_tensor(statistics)
+        return 0
+    contents = inspect_checkpoint(uri, step)
+    if in_json:
+        as_json(pages.contents_as_data(contents))
+    elif view == "tree":
+        pages.show_tree(contents, max_lines=10 * _PAGE)
+    elif view == "files":
+        pages.show_files(contents)
+    elif view == "layout":
+        pages.show_layout(contents, max_lines=_PAGE)
+    else:
+        pages.show_overview(contents, max_lines=_PAGE)
+    return 0
+
+
+@click.command()
+@uri_argument()
+@step_option
+@click.option("--scan-nan", is_flag=True, help="Also name the tensors that hold NaN or Inf (reads them once more).")
+@json_option
+def verify(uri: str, step: int | None, scan_nan: bool, in_json: bool) -> int:
+    """Read every byte of a checkpoint, and compare it with what was recorded when it was saved.
+
+    The answer is no (exit code 1) when something is damaged, or with --scan-nan when a tensor holds NaN or Inf. What
+    other programs wrote has few checksums or none: what could not be compared is said, and is no damage.
+
+    \b
+    ray-ckpt verify /mnt/run --step 100
+    ray-ckpt verify s3://bucket/run --scan-nan
+    """
+    from ray_ckpt.checkpoint.verifying import verify as verify_checkpoint
+    from ray_ckpt.cli.progress import shown
+    from ray_ckpt.inspection.statistics import NonFinite, scan_nonfinite
+
+    with shown("verify", quiet=in_json) as progress:
+        report = verify_checkpoint(uri, step, progress=progress)
+    odd: dict[str, NonFinite] = {}
+    if scan_nan and not report.damages:
+        with shown("scan", quiet=in_json) as progress:
+            odd = dict(scan_nonfinite(uri, step, progress=progress))
+    if in_json:
+        as_json({"report": report, "verified": report.verified, "nonfinite": odd})
+    else:
+        for damage in report.damages:
+            click.echo(click.style(f"damaged: {printable(damage)}", fg="red"))
+        for name, found in odd.items():
+            click.echo(f"{printable(name)}: {count(found.num_nan)} NaN, {count(found.num_inf)} Inf")
+        click.echo(
+            printable(report if not report.damages else f"DAMAGED: {len(report.damages)} ranges of {report.uri}")
+        )
+    return int(bool(report.damages or odd))
+
+
+COMMANDS = (ls, inspect, verify)

@@ -1,0 +1,85 @@
+"""How commands print: aligned plain text, or one JSON object.
+
+Colors appear on a terminal alone, and what a checkpoint's names contain cannot move the cursor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+__all__ = ["as_json", "clock", "count", "json_option", "printable", "step_option", "table", "uri_argument"]
+
+json_option = click.option(
+    "--json", "in_json", is_flag=True, help="Print one JSON object (docs/cli.md has its fields)."
+)
+step_option = click.option("--step", type=click.IntRange(min=0), help="Step of the store.  [default: the highest]")
+
+
+def uri_argument(name: str = "uri") -> Callable[[F], F]:
+    """The place that a command is about."""
+    return click.argument(name, metavar=name.upper())
+
+
+def as_json(value: Any) -> None:
+    """Print a value: dataclasses as objects, and what JSON has no word for, such as NaN, as text."""
+    click.echo(json.dumps(_plain(value), indent=2))
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)
+    return value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)
+
+
+def printable(value: object, *, at_most: int = 10_000) -> str:
+    """One line without control characters."""
+    text = str(value)
+    text = text if len(text) <= at_most else f"{text[: at_most - 3]}..."
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def table(rows: Sequence[Sequence[object]], *, head: Sequence[str] = (), right: Sequence[int] = ()) -> None:
+    """Print rows in aligned columns.
+
+    Args:
+        right: columns that are aligned to the right, as numbers are.
+    """
+    cells = [[printable(cell) for cell in row] for row in rows]
+    lines = [list(head), *cells] if head else cells
+    if not lines:
+        return
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    for number, line in enumerate(lines):
+        padded = [
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        text = "  ".join(padded).rstrip()
+        click.echo(click.style(text, bold=True) if head and number == 0 else text)
+
+
+def count(number: int) -> str:
+    """`1 234 567`, as text."""
+    return f"{number:,}".replace(",", " ")
+
+
+def clock(seconds: float | None) -> str:
+    """A time since the epoch, in UTC, so that it means the same everywhere."""
+    if seconds is None:
+        return "-"
+    return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%SZ")

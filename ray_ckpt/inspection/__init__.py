@@ -1,0 +1,1 @@
+"""Looking at checkpoints without a model: what is in a store, in a checkpoint, in a tensor, and how two differ."""

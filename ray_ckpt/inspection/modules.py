@@ -1,0 +1,97 @@
+"""module_tree(contents): the names of tensors as a tree that fits on a page.
+
+layers.0, layers.1, ... of one structure  ──>  one line, `layers.[0-31]`
+too many lines                            ──>  the deepest levels are left out, largest depth that fits
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ray_ckpt.format.manifest import TensorEntry
+
+__all__ = ["TreeLine", "module_tree"]
+
+
+@dataclass(frozen=True)
+class TreeLine:
+    """A module, or a tensor."""
+
+    depth: int
+    name: str
+    """The last part of its name; `[0-31]` for numbered siblings of one structure."""
+    num_tensors: int
+    num_elements: int
+    num_bytes: int
+    text: str
+    """Dtype, shape and number of chunks of a tensor; empty for a module."""
+
+
+@dataclass
+class _Node:
+    children: dict[str, _Node] = field(default_factory=dict)
+    text: str = ""
+    totals: tuple[int, int, int] = (0, 0, 0)
+    signature: int = 0
+
+    def finish(self) -> None:
+        """Add up what is below, and find out what it is made of."""
+        for child in self.children.values():
+            child.finish()
+        if self.children:
+            own = self.totals
+            self.totals = tuple(map(sum, zip(own, *(c.totals for c in self.children.values()), strict=True)))  # type: ignore[assignment]
+        self.signature = hash((self.text, tuple((name, child.signature) for name, child in self.children.items())))
+
+
+def module_tree(tensors: Mapping[str, TensorEntry], *, max_lines: int) -> tuple[TreeLine, ...]:
+    """The tree of all tensors, in at most so many lines, the deepest levels left out where there are more.
+
+    Args:
+        max_lines: at least 1. The top level is shown whatever it has, cut after so many lines.
+    """
+    root = _Node()
+    for name, entry in tensors.items():
+        node = root
+        for part in name.split("."):
+            node = node.children.setdefault(part, _Node())
+        node.text = f"{entry.dtype} {list(entry.shape)}" + _chunks(len(entry.chunks))
+        node.totals = (1, math.prod(entry.shape), entry.num_bytes)
+    root.finish()
+    lines: list[TreeLine] = []
+    for depth in range(1, 64):
+        deeper = list(_lines(root, 0, depth))
+        if (len(deeper) > max_lines and lines) or len(deeper) == len(lines):
+            break
+        lines = deeper
+    return tuple(lines[:max_lines])
+
+
+def _lines(node: _Node, depth: int, max_depth: int) -> Iterator[TreeLine]:
+    if depth == max_depth:
+        return
+    for names in _runs(node.children):
+        child, count = node.children[names[0]], len(names)
+        label = names[0] if count == 1 else f"[{names[0]}-{names[-1]}]"
+        num_tensors, num_elements, num_bytes = (count * total for total in child.totals)
+        yield TreeLine(depth, label, num_tensors, num_elements, num_bytes, child.text)
+        yield from _lines(child, depth + 1, max_depth)
+
+
+def _runs(children: Mapping[str, _Node]) -> list[Sequence[str]]:
+    """Consecutive numbers of one structure together; everything else by itself."""
+    numbered = sorted((name for name in children if name.isdecimal()), key=int)
+    runs: list[list[str]] = []
+    for name in numbered:
+        last = runs[-1][-1] if runs else None
+        if last is not None and int(name) == int(last) + 1 and children[name].signature == children[last].signature:
+            runs[-1].append(name)
+        else:
+            runs.append([name])
+    return [*([name] for name in children if not name.isdecimal()), *runs]
+
+
+def _chunks(count: int) -> str:
+    return "" if count == 1 else f", {count} chunks"

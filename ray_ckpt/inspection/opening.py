@@ -1,0 +1,43 @@
+"""open_record(storage): what a checkpoint says that it holds. One of ours needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ray_ckpt.format.manifest import MANIFEST_NAME, Manifest
+from ray_ckpt.storage.files import Storage
+from ray_ckpt.storage.record_files import parse_or_take
+
+__all__ = ["Opened", "open_record"]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint whose record has been read."""
+
+    address: str
+    """The checkpoint, without credentials and options."""
+    manifest: Manifest
+    files: Storage
+    """Where the manifest's files are."""
+    kind: str
+    """`ray_ckpt`, or what program wrote it."""
+    notes: tuple[str, ...] = ()
+    """What had to be left out, and why."""
+
+
+def open_record(storage: Storage) -> Opened:
+    """Read the record of one checkpoint, whoever wrote it.
+
+    Raises:
+        CheckpointNotFoundError: there is none.
+        CheckpointError, StorageError: it is damaged, not safe to read, or the storage does not answer.
+    """
+    if storage.exists(MANIFEST_NAME):  # also where the target is a file, in which nothing can be looked for
+        manifest = parse_or_take(storage.read_bytes(MANIFEST_NAME), f"{storage.address}/{MANIFEST_NAME}")
+        return Opened(storage.address, manifest, storage, "ray_ckpt")
+    from ray_ckpt.storage.checkpoint_reader import CheckpointReader  # it loads torch
+
+    reader = CheckpointReader(storage)
+    manifest = reader.read_manifest()
+    return Opened(reader.address, manifest, reader.files, reader.kind, reader.notes)

@@ -1,0 +1,271 @@
+"""The command `ray-ckpt`: what it prints, its exit codes and its JSON, on checkpoints of ours and of others."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click.testing
+import pytest
+import safetensors.torch
+import torch
+import torch.distributed.checkpoint as dcp
+
+from ray_ckpt import CheckpointStore, UsageError, save
+from ray_ckpt.cli.main import cli
+from ray_ckpt.recipes import command
+from tests.conftest import REPOSITORY
+from tests.support.commands import assert_one_line
+from tests.support.foreign import weights
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+def state(scale: float = 1.0) -> dict[str, Any]:
+    groups = {f"{name}.{key}": value for name in ("weight", "bias") for key, value in (("lr", 0.1), ("eps", 1e-8))}
+    layers = {f"layers.{i}.{part}": torch.ones(3, 2) * i for i in range(50) for part in ("up", "down")}
+    return {
+        "model": {"weight": torch.arange(1500.0).reshape(50, 30) * scale, "bias": torch.ones(5), **layers},
+        "optim": {"param_groups": groups},
+        "counters": {"tokens": 12},
+    }
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    for step in (1, 2, 3):
+        save(state(step), tmp_path / "run", step=step, layout="single")
+    return tmp_path / "run"
+
+
+def call(*arguments: object) -> tuple[int, str]:
+    found = click.testing.CliRunner().invoke(cli, [*map(str, arguments)], standalone_mode=False)
+    if found.exception is not None:
+        raise found.exception
+    return int(found.return_value or 0), found.stdout
+
+
+def data_of(*arguments: object) -> Any:
+    return json.loads(call(*arguments, "--json")[1])
+
+
+def flip(path: Path) -> str:
+    file = next(path.glob("*.distcp"))
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    return file.name
+
+
+def cut(path: Path) -> str:
+    file = next(path.glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:-100])
+    return file.name
+
+
+def remove(path: Path) -> str:
+    file = next(path.glob("*.distcp"))
+    file.unlink()
+    return file.name
+
+
+def test_ls_shows_steps_pins_the_latest_and_orphans(run: Path) -> None:
+    CheckpointStore(run).pin(2)
+    (run / "step-3" / "__0_9-0123456789ab.distcp").write_bytes(b"x" * 50)
+    code, text = call("ls", run)
+    assert code == 0
+    [line] = [line for line in text.splitlines() if line.split()[0] == "3"]
+    assert "committed" in line
+    assert "single" in line
+    assert torch.__version__ in line
+    assert line.endswith("latest")
+    assert "1 files with 50 B belong to no step" in text
+    found = data_of("ls", run)
+    assert [(step["step"], step["pinned"]) for step in found["steps"]] == [(1, False), (2, True), (3, False)]
+    assert found["latest"] == 3
+    assert found["orphans"] == {"step-3/__0_9-0123456789ab.distcp": 50}
+
+
+@pytest.mark.parametrize("damage", [cut, remove])
+def test_ls_names_what_is_damaged_and_answers_no(run: Path, damage: Callable[[Path], str]) -> None:
+    file = damage(run / "step-3")
+    code, text = call("ls", run)
+    assert code == 1
+    assert re.search(rf"damaged: .*{file}", text)
+    assert data_of("ls", run)["latest"] == 2
+
+
+@pytest.mark.parametrize("damage", [flip, cut, remove])
+def test_verify_names_file_range_and_tensor_and_answers_no(run: Path, damage: Callable[[Path], str]) -> None:
+    assert call("verify", run)[0] == 0
+    file = damage(run / "step-3")
+    code, text = call("verify", run, "--step", 3)
+    assert code == 1
+    assert re.search(rf"damaged: {re.escape(file)} \[\d+, \d+\) '[\w.]*'", text)
+    assert call("verify", run, "--step", 2)[0] == 0
+
+
+def test_verify_tells_how_far_it_is(run: Path) -> None:
+    from ray_ckpt import verify
+
+    told: list[tuple[int, int]] = []
+    report = verify(run, progress=lambda done, total: told.append((done, total)))
+    assert told[-1] == (report.total_bytes, report.total_bytes)
+    assert told == sorted(told)
+
+
+def test_verify_scans_for_nan(tmp_path: Path) -> None:
+    odd = torch.ones(9)
+    odd[3:5] = torch.tensor([float("nan"), float("-inf")])
+    save({"good": torch.ones(3), "odd": odd, "small": torch.ones(2).to(torch.float8_e4m3fn)}, tmp_path)
+    assert call("verify", tmp_path)[0] == 0
+    code, text = call("verify", tmp_path, "--scan-nan")
+    assert code == 1
+    assert "odd: 1 NaN, 1 Inf" in text
+    assert data_of("verify", tmp_path, "--scan-nan")["nonfinite"] == {"odd": {"num_nan": 1, "num_inf": 1}}
+
+
+def test_inspect_prints_a_page(run: Path) -> None:
+    code, text = call("inspect", run)
+    assert code == 0
+    assert len(text.splitlines()) < 30
+    assert "[0-49]" in text
+    assert "lr=0.1, eps=1e-08" in text
+    assert "of 2 parameters: weight, bias" in text
+    assert "counters.tokens = 12" in text
+    found = data_of("inspect", run, "--step", 2)
+    assert {tensor["name"] for tensor in found["tensors"]} == {f"model.{name}" for name in state()["model"]}
+    assert found["sections"][0] == {
+        "name": "model", "num_tensors": 102, "num_elements": 2105, "num_bytes": 8420, "num_values": 0
+    }  # fmt: skip
+    assert [(file["rank"], file["num_tensors"]) for file in found["files"]] == [(0, 102)]
+
+
+@pytest.mark.parametrize("view", ["--tree", "--files", "--layout"])
+def test_inspect_has_views(run: Path, view: str) -> None:
+    code, text = call("inspect", run, view)
+    assert code == 0
+    assert {"--tree": "float32 [50, 30]", "--files": ".distcp", "--layout": "by ranks 0"}[view] in text
+
+
+@pytest.mark.parametrize("values", [[1.0, 2.0, 4.0], [5.0, 5.0], [3e38, -3e38, 1.0], [float("nan")] * 3])
+def test_the_statistics_of_a_tensor(tmp_path: Path, values: list[float]) -> None:
+    tensor = torch.tensor(values).repeat(2)
+    save({"t": tensor}, tmp_path)
+    found = data_of("inspect", tmp_path, "--tensor", "t")
+    finite = tensor[tensor.isfinite()].double()
+    assert found["num_nan"] == len(tensor) - len(finite)
+    assert sum(number for _, _, number in found["histogram"]) == len(finite)
+    if len(finite):
+        assert (found["minimum"], found["maximum"]) == (finite.min(), finite.max())
+        assert found["mean"] == pytest.approx(float(finite.mean()))
+        assert found["std"] == pytest.approx(float(finite.std(correction=0)))
+
+
+def write_foreign(kind: str, path: Path) -> Path:
+    if kind == "dcp":
+        dcp.save(weights(), checkpoint_id=path, no_dist=True)
+        return path
+    path = path.with_suffix(f".{kind}")
+    torch.save(weights(), path) if kind == "pt" else safetensors.torch.save_file(weights(), path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["dcp", "pt", "safetensors"])
+def test_other_programs_checkpoints_are_looked_at_too(tmp_path: Path, kind: str) -> None:
+    path = write_foreign(kind, tmp_path / "foreign")
+    assert len(data_of("ls", path)["steps"]) == 1
+    assert {tensor["name"] for tensor in data_of("inspect", path)["tensors"]} == weights().keys()
+    assert data_of("inspect", path, "--tensor", "layer61.bias")["shape"] == [61]
+    code, text = call("verify", path, "--scan-nan")
+    assert code == 0
+    assert "read, but not verified" in text
+
+
+def test_what_would_go_is_shown_and_goes_with_yes(run: Path) -> None:
+    store = CheckpointStore(run)
+    _, text = call("prune", run, "--keep-last", 1, "--keep-every", 2)
+    assert "would remove" in text
+    assert store.steps() == (1, 2, 3)
+    assert data_of("prune", run, "--keep-last", 1, "--keep-every", 2, "--yes")["removed"] == [1]
+    assert store.steps() == (2, 3)
+    call("pin", run, 2)
+    with pytest.raises(UsageError, match=r"step 2 .* is pinned"):
+        call("delete", run, 3, 2, "--yes")
+    assert store.steps() == (2, 3)
+    call("unpin", run, 2)
+    assert "would remove" in call("delete", run, 2)[1]
+    call("delete", run, 2, "--yes")
+    assert store.steps() == (3,)
+    orphan = run / "step-3" / "__0_9-0123456789ab.distcp"
+    orphan.write_bytes(b"x")
+    call("clean", run, "--older-than", 0)
+    assert orphan.exists()
+    call("clean", run, "--older-than", 0, "--yes")
+    assert not orphan.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["ls", "/no/such/place"], 1, "no committed checkpoint at /no/such/place"),
+        (["prune", "RUN"], 2, "say what to keep"),
+        (["inspect", "RUN", "--tensor", "weigth"], 2, "has no tensor 'weigth'"),
+        (["inspect", "RUN", "--step", "9"], 1, "step 9 is not committed"),
+        (["inspect"], 2, "Missing argument"),
+        (["nothing"], 2, "No such command"),
+    ],
+)
+def test_errors_are_one_line(
+    run: Path, arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["ray-ckpt", *(str(run) if word == "RUN" else word for word in arguments)])
+    assert command._run("ray_ckpt.cli.main:cli") == code
+    assert_one_line(capsys.readouterr().err, message)
+
+
+def test_what_needs_no_torch_loads_none(run: Path) -> None:
+    code = (
+        "import sys; from ray_ckpt.cli.main import cli\n"
+        "for words in (['--help'], ['ls', sys.argv[1]], ['inspect', sys.argv[1]], ['pin', sys.argv[1], '1'],"
+        " ['prune', sys.argv[1], '--keep-last', '1'], ['delete', sys.argv[1], '2'], ['demo', '--help']):\n"
+        "    cli.main(words, standalone_mode=False)\n"
+        "print({'torch', 'ray', 'numpy.random'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code, run], capture_output=True, text=True, check=True, timeout=60)
+    assert "torch" not in done.stdout.splitlines()[-1]
+    assert "'ray'" not in done.stdout.splitlines()[-1]
+
+
+def test_a_log_has_no_colors_and_no_bar(run: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ray_ckpt", "verify", run], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.startswith("verified: ")
+    assert len(done.stdout.splitlines()) == 1
+    assert "\x1b" not in done.stdout
+    assert done.stderr == ""
+
+
+def test_what_a_file_is_called_cannot_move_the_cursor(tmp_path: Path) -> None:
+    save({"evil\x1b[2Jname": torch.ones(2)}, tmp_path)
+    for view in ([], ["--tree"], ["--layout"]):
+        assert "\x1b" not in call("inspect", tmp_path, *view)[1]
+
+
+def test_the_commands_in_the_document_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (REPOSITORY / "docs" / "cli.md").read_text()
+    [block] = re.findall(r"```text\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(run.parent)
+    for line in block.splitlines():
+        program, *arguments = shlex.split(line)
+        assert program == "ray-ckpt"
+        assert call(*arguments)[0] == 0, line
+    assert {name for name in cli.list_commands(click.Context(cli)) if f"`{name}" not in text} == set()
