@@ -44,6 +44,9 @@ class Spec:
         """Raises:
         UsageError: it is made of other tensors in a way that cannot be saved or loaded.
         """
+        is_plain = type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter
+        if is_plain and not tensor.is_nested:  # nearly all are, and there may be many thousands of them
+            return cls(dtype_name(tensor.dtype), tuple(tensor.shape))
         if tensor.is_nested:
             raise UsageError(f"{name!r} is a nested tensor: give its values and offsets names of their own")
         recipe = take_apart(name, tensor).recipe if is_made_of_others(tensor) else None
