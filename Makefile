@@ -9,13 +9,13 @@ PIP := $(BIN)/pip install --disable-pip-version-check -q --no-compile -c constra
 # they are imported: most of what they bring never is, and pip would take a third of its time for it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-jobs test-slow test-matrix test-faults bench bench-async bench-planning lint format clean constraints
+.PHONY: demo test test-jobs test-slow test-matrix test-faults test-frameworks bench bench-async bench-planning lint format clean constraints
 
 demo: .venv/.installed
 	$(BIN)/python jobs/pipeline_to_fsdp.py $(ARGS)
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest -m "not jobs and not slow and not matrix and not faults" $(ARGS)
+	$(BIN)/python -m pytest -m "not jobs and not slow and not matrix and not faults and not frameworks" $(ARGS)
 
 # The jobs as a person runs them, on `ray start` clusters and by `ray job submit`; the README's Python.
 test-jobs: .venv/.installed-dev
@@ -32,6 +32,10 @@ test-matrix: .venv/.installed-dev
 # Twenty seeded runs of the elastic job, whose workers and nodes are killed.
 test-faults: .venv/.installed-dev
 	$(BIN)/python -m pytest -m faults $(ARGS)
+
+# What other frameworks write, read here; they are installed beside, in .venv-frameworks.
+test-frameworks: .venv-frameworks/.installed
+	.venv-frameworks/bin/python -m pytest -m frameworks tests/test_frameworks.py $(ARGS)
 
 # All measurements, one after the other; ARGS are those of the first.
 bench: .venv/.installed-dev
@@ -57,7 +61,7 @@ format: .venv/.installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-frameworks build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # Installs again only when what is to be installed has changed.
 .venv/.installed: pyproject.toml constraints.txt
@@ -67,6 +71,11 @@ clean:
 
 .venv/.installed-dev: .venv/.installed
 	$(PIP) -e '.[dev]'
+	touch $@
+
+.venv-frameworks/.installed: pyproject.toml constraints-frameworks.txt
+	$(PYTHON) -m venv .venv-frameworks
+	.venv-frameworks/bin/pip install --disable-pip-version-check -q --no-compile -c constraints-frameworks.txt -e '.[frameworks]'
 	touch $@
 
 # Chooses the newest versions that go together. torch and ray are pinned by hand: everything here is measured with them.

@@ -74,7 +74,11 @@ def test_the_demo_needs_no_test_dependencies(installed: Path) -> None:
 @pytest.mark.parametrize(
     ("target", "arguments", "expected"),
     [
-        ("test", "-k fingerprint -x", '-m "not jobs and not slow and not matrix and not faults" -k fingerprint -x'),
+        (
+            "test",
+            "-k fingerprint -x",
+            '-m "not jobs and not slow and not matrix and not faults and not frameworks" -k fingerprint -x',
+        ),
         ("test-jobs", "-x", '.venv/bin/python -m pytest -m "jobs and not slow and not faults" -x'),
         ("test-slow", "-k s3", ".venv/bin/python -m pytest -m slow -k s3"),
         ("test-matrix", "-k llama", ".venv/bin/python -m pytest -m matrix -k llama"),

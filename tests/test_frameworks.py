@@ -1,0 +1,234 @@
+"""Round trips with what the frameworks write themselves; `make test-frameworks` installs them."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from ray_ckpt import Saved, TrainState, load, save
+from tests.support.ranks import run_ranks
+
+pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
+
+
+def net(seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 6))
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, times: int = 2) -> None:
+    for _ in range(times):
+        optimizer.zero_grad()
+        model(torch.linspace(-1, 1, 16).reshape(2, 8)).square().sum().backward()
+        optimizer.step()
+
+
+def same_model(found: nn.Module, expected: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(value, expected[name]) for name, value in found.state_dict().items())
+
+
+# ------------------------------------------------------------------------------------------- by two ranks, into one
+
+
+def write_torch_checkpointing(rank: int, directory: str) -> dict[str, torch.Tensor]:
+    """Without its metadata manager, whose collectives want CUDA: it declares the save not reshardable."""
+    import torch_checkpointing
+    from torch_checkpointing.storage.filesystem import LocalFileSystemStorageConfig
+
+    warnings.simplefilter("ignore")
+    model = fully_shard(net(0), mesh=init_device_mesh("cpu", (2,)))
+
+    class Checkpoint(torch_checkpointing.CheckpointBase):
+        def get_items(self) -> dict[str, Any]:
+            return {
+                "model": torch_checkpointing.CheckpointItem(model.state_dict()),
+                "step": torch_checkpointing.CheckpointItem(7),
+            }
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            raise NotImplementedError
+
+    saver = torch_checkpointing.make_sync_checkpoint_saver(
+        storage_config=LocalFileSystemStorageConfig(use_direct_io=False)
+    )
+    saver.save(directory, Checkpoint())
+    return {name: value.full_tensor() for name, value in model.state_dict().items()}
+
+
+def test_torch_checkpointing(tmp_path: Path) -> None:
+    pytest.importorskip("torch_checkpointing")
+    expected = run_ranks(write_torch_checkpointing, 2, tmp_path, str(tmp_path / "at"))[0]
+    model = net(1)
+    load(TrainState(model), tmp_path / "at", only=("model",))
+    assert same_model(model, expected)
+
+
+def write_megatron(rank: int, directory: str) -> None:
+    """Two layers per rank, stacked along a first dim."""
+    from megatron.core import dist_checkpointing, parallel_state
+
+    torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]  # it copies from a GPU that is not there
+    torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment, return-value]
+    parallel_state.initialize_model_parallel()
+    sharded = dist_checkpointing.ShardedTensor.from_rank_offsets
+    layers = {
+        f"layers.{layer}": sharded(
+            "decoder.layers.mlp.weight",
+            torch.full((4, 3), 2.0 * rank + layer),
+            (0, 2 * rank + layer, 4),
+            prepend_axis_num=1,
+        )
+        for layer in range(2)
+    }
+    embedding = sharded("embedding.weight", torch.full((3, 2), 1.0 * rank), (0, rank, 2))
+    dist_checkpointing.save({**layers, "embedding": embedding, "iteration": 7}, directory)
+
+
+def test_megatron_core(tmp_path: Path) -> None:
+    pytest.importorskip("megatron.core")
+    (tmp_path / "at").mkdir()
+    run_ranks(write_megatron, 2, tmp_path, str(tmp_path / "at"))
+    state = {"embedding.weight": torch.zeros(6, 2)} | {f"layers.{layer}": torch.zeros(4, 3) for layer in range(4)}
+    key_map = {f"layers.{layer}": Saved("decoder.layers.mlp.weight").select(0, layer) for layer in range(4)}
+    load(state, tmp_path / "at", key_map=key_map, only=("embedding.weight", *key_map))
+    assert [int(state[f"layers.{layer}"][0, 0]) for layer in range(4)] == [0, 1, 2, 3]
+    assert state["embedding.weight"][:, 0].tolist() == [0, 0, 0, 1, 1, 1]
+
+
+# ------------------------------------------------------------------------------------------------------- alone
+
+
+def test_lightning(tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning")
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net(0)
+
+        def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
+            return self.net(batch).square().sum()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters(), lr=0.125)
+
+    trainer = lightning.Trainer(
+        max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
+    module = Module()
+    trainer.fit(module, torch.utils.data.DataLoader(torch.ones(4, 8), batch_size=2))
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    model = net(1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    load(TrainState(model, optimizer), tmp_path / "run.ckpt", only=("model", "optim"))
+    assert same_model(model, module.net.state_dict())
+    assert optimizer.param_groups[0]["lr"] == 0.125
+
+
+def test_transformers_trainer(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = transformers.LlamaForCausalLM(config)
+    data = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 4
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, save_steps=2, use_cpu=True, report_to=[], per_device_train_batch_size=2
+    )
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data)
+    trainer.train()
+    target = transformers.LlamaForCausalLM(config)
+    load(TrainState(target), tmp_path / "checkpoint-2", only=("model",))
+    assert same_model(target, model.state_dict())
+
+
+def test_peft(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+
+    def adapted(seed: int) -> Any:
+        return peft.get_peft_model(net(seed), peft.LoraConfig(target_modules=["0", "1"], r=2))
+
+    model = adapted(0)
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=0.125)
+    step(model, optimizer)
+    save(TrainState(model, optimizer), tmp_path / "at")
+    target = adapted(1)
+    others = torch.optim.AdamW([each for each in target.parameters() if each.requires_grad])
+    load(TrainState(target, others), tmp_path / "at")
+    assert same_model(target, model.state_dict())
+
+
+OPTIMIZERS = [
+    "schedulefree.AdamWScheduleFree",
+    "pytorch_optimizer.Lion",
+    "pytorch_optimizer.SOAP",
+    "pytorch_optimizer.Adan",
+]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_of_others(tmp_path: Path, name: str) -> None:
+    module, _, kind = name.partition(".")
+    make = getattr(pytest.importorskip(module), kind)
+
+    def built(seed: int) -> tuple[nn.Module, Any]:
+        model = net(seed)
+        optimizer = make(model.parameters(), lr=0.01)
+        if hasattr(optimizer, "train"):
+            optimizer.train()
+        return model, optimizer
+
+    model, optimizer = built(0)
+    step(model, optimizer)
+    save(TrainState(model, optimizer), tmp_path / "at")
+    target, others = built(1)
+    load(TrainState(target, others), tmp_path / "at")
+    assert same_model(target, model.state_dict())
+    step(model, optimizer)
+    step(target, others)
+    assert same_model(target, model.state_dict())
+
+
+def test_torchao(tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    from torchao.optim import AdamW8bit
+
+    def built(seed: int) -> tuple[nn.Module, Any]:
+        torch.manual_seed(seed)
+        model = nn.Linear(64, 128, bias=False)  # smaller tensors it does not quantize
+        return model, AdamW8bit(model.parameters(), lr=0.125)
+
+    def stepped(model: nn.Module, optimizer: Any) -> None:
+        model.weight.grad = torch.linspace(-1, 1, 64 * 128).reshape(128, 64)
+        optimizer.step()
+
+    model, optimizer = built(0)
+    stepped(model, optimizer)
+    save(TrainState(model, optimizer), tmp_path / "at")
+    target, others = built(1)
+    load(TrainState(target, others), tmp_path / "at")
+    stepped(model, optimizer)
+    stepped(target, others)
+    assert same_model(target, model.state_dict())
+
+
+def test_torchdata(tmp_path: Path) -> None:
+    stateful = pytest.importorskip("torchdata.stateful_dataloader")
+
+    def loader() -> Any:
+        return stateful.StatefulDataLoader(list(range(8)), batch_size=2)
+
+    model, running = net(0), loader()
+    batches = iter(running)
+    next(batches)
+    save(TrainState(model, dataloader=running), tmp_path / "at")
+    target, others = net(1), loader()
+    load(TrainState(target, dataloader=others), tmp_path / "at")
+    assert [batch.tolist() for batch in others] == [batch.tolist() for batch in batches]
