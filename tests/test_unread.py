@@ -88,7 +88,7 @@ def titan_state(model: nn.Module, optimizer: torch.optim.Optimizer, schedule: An
         "optimizer": flat,
         "lr_scheduler": schedule.state_dict(),
         "dataloader": {"dp_rank_0": b"of rank 0", "dp_rank_1": b"of rank 1", "world_size": 2},
-        "train_state": {"step": step, "ntokens_seen": 100 * step},
+        "train_state": {"step": torch.tensor(step, dtype=torch.int32), "ntokens_seen": torch.tensor(100 * step)},
     }
 
 
@@ -150,7 +150,7 @@ def test_damage_in_a_run_folder_is_named(titan: Any, tmp_path: Path) -> None:
     root, *_ = titan
     shutil.copytree(root, tmp_path / "copy")
     file = tmp_path / "copy/checkpoint/step-10/__0_0.distcp"
-    file.write_bytes(file.read_bytes()[:-3000])
+    file.write_bytes(file.read_bytes()[:3000])
     other, fresh, _ = run_of(1)
     assert ray_ckpt.verify(tmp_path / "copy").damages
     with pytest.raises(RayCkptError, match=r"__0_0\.distcp"):

@@ -250,7 +250,7 @@ class _Renamed:
                     # A tied weight that was saved twice is taken from where the target has it.
                     self._put(old)
                     self.twice.append(old)
-            elif (rest := model.rest(old)) and (model.prefix or (old in manifest.tensors and model.wanted)):
+            elif (rest := model.rest(old)) and (model.prefix or _may_be_model(old, manifest, model)):
                 self._put(old, f"{MODEL}.{rest}")
 
     def rename_sides(self, manifest: Manifest, wanted: Collection[str]) -> list[str]:
@@ -298,6 +298,11 @@ class _Renamed:
                 raise FormatError(f"the checkpoint holds {quoted(twice[0])} twice, the second time as {quoted(old)}")
             applied |= new
         return applied
+
+
+def _may_be_model(name: str, manifest: Manifest, model: Spelling) -> bool:
+    """Whether a name that is not wanted may be the model's, when that has no prefix."""
+    return name in manifest.tensors and bool(model.wanted) and section_of(name, (), ()) is None
 
 
 def _summed_up(names: Collection[str]) -> str:

@@ -36,6 +36,8 @@ class LoadSource:
     def __init__(self, storage: Storage) -> None:
         self._reader = CheckpointReader(storage)
         self.manifest = Manifest({}, {}, {})
+        self._is_adapted = False
+        """Whether it is another program's, under our names."""
         self.lost = ""
         """Why another program's checkpoint lacks the optimizer's hyper-parameters; empty when it has them."""
         self._views: Mapping[str, View] = {}
@@ -71,6 +73,7 @@ class LoadSource:
         lists: dict[str, Any] = dict.fromkeys(translate.group_lists(self.manifest))
         self.read(lists)
         translation = translate.translate(self.manifest, lists, names)
+        self._is_adapted = not self.manifest.attempt
         self.lost = translation.lost
         self.left_out = "; ".join([*self._reader.notes, *translation.left_out, *([self.lost] if self.lost else [])])
         self.manifest = translation.manifest
@@ -115,11 +118,20 @@ class LoadSource:
             if is_hyperparameter(name) and needed(name):
                 spec = tensors.pop(name)
                 elsewhere[name] = torch.empty(spec.shape, dtype=parse_dtype(spec.dtype))
+        counted = [name for name, spec in tensors.items() if self._is_counter(name, spec)]
+        for name in counted:
+            spec = tensors.pop(name)
+            elsewhere[name] = torch.empty(spec.shape, dtype=parse_dtype(spec.dtype))
         self.read(elsewhere)
+        elsewhere |= {name: elsewhere[name].item() for name in counted}
         values |= elsewhere | dict(further or {})
         paths = {name: entry.path for name, entry in manifest.tensors.items() if entry.path is not None}
         paths |= {name: entry.path for name, entry in manifest.objects.items() if entry.path is not None}
         return SavedState(tensors, values, layout=manifest.layout, paths=paths, only=only, key_map=key_map)
+
+    def _is_counter(self, name: str, spec: Spec) -> bool:
+        """Whether a tensor is a counter of another program's, such as torchtitan's: we have them as numbers."""
+        return self._is_adapted and name.startswith("counters.") and spec.shape in ((), (1,))
 
     def read(self, wanted: dict[str, Any]) -> None:
         """Fill the tensors of these names, and replace other entries by their values."""
