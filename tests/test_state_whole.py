@@ -145,3 +145,27 @@ def test_another_kind_of_optimizer_is_refused_unless_asked(tmp_path: Path) -> No
     assert not other.state
     ray_ckpt.load(TrainState(model, other), tmp_path / "run", strict=False)
     assert torch.equal(other.state[model.weight]["exp_avg"], adam.state[model.weight]["exp_avg"])
+
+
+class Lion(torch.optim.Optimizer):
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr, "betas": (0.9, 0.99), "weight_decay": 0.0})
+
+
+@pytest.mark.parametrize(
+    ("saved", "wanted", "telling"),
+    [(torch.optim.Adam, torch.optim.RAdam, "amsgrad"), (torch.optim.AdamW, Lion, "amsgrad, eps")],
+)
+def test_without_a_record_the_hyperparameters_tell_another_kind(
+    tmp_path: Path, saved: Any, wanted: Any, telling: str
+) -> None:
+    model = nn.Linear(2, 2)
+    adam = saved(model.parameters(), lr=0.1)
+    model(torch.ones(2)).sum().backward()
+    adam.step()
+    source = TrainState(model, adam)
+    save_without(source, {name for name in flat(source) if ".kinds." in name}, tmp_path / "run")
+    expected = rf"another kind of optimizer than {wanted.__name__} was saved, as it has {telling} for"
+    with pytest.raises(StateMismatchError, match=expected):
+        ray_ckpt.load(TrainState(model, wanted(model.parameters(), lr=0.2)), tmp_path / "run")
+    ray_ckpt.load(TrainState(model, saved(model.parameters(), lr=0.2)), tmp_path / "run")

@@ -6,6 +6,8 @@ silently take stage 0's learning rate. Here groups are split until each holds on
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -74,6 +76,26 @@ def find_problems(
                 f"another kind of optimizer than {kind} was saved: {key}={found} for {listed(names, at_most=4)}"
             )
     return problems
+
+
+def find_doubts(kind: str, group: Mapping[str, Any], saved: Mapping[str, Values]) -> list[str]:
+    """Say why the saved values may be another kind's: it has hyper-parameters of torch's that this one has not."""
+    found = {key: name for name, values in saved.items() for key in values if key in _telling() and key not in group}
+    if not found:
+        return []
+    return [
+        f"another kind of optimizer than {kind} was saved, as it has {listed(sorted(found), at_most=4)} for "
+        f"{listed(sorted(set(found.values())), at_most=4)}"
+    ]
+
+
+@functools.cache
+def _telling() -> frozenset[str]:
+    """The hyper-parameters by which torch's kinds of optimizers differ, without those that later versions added."""
+    kinds = [kind for kind in vars(torch.optim).values() if isinstance(kind, type)]
+    kinds = [kind for kind in kinds if issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer]
+    names = {name for kind in kinds for name in inspect.signature(kind).parameters}
+    return frozenset(names - IMPLEMENTATION - IDENTIFYING - {"params", "lr", "weight_decay", "maximize"})
 
 
 def grouped_by_values(saved: Mapping[str, Values]) -> list[tuple[list[str], Values]]:

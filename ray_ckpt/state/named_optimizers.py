@@ -296,10 +296,15 @@ def _other_kinds(
         for name in names[parameter]:
             if (kind := index.kind(name)) and kind != own:
                 found.setdefault(kind, []).append(name)
-    return [
+    doubts = [
         f"another kind of optimizer than {own} was saved: {kind} for {listed(members, at_most=4)}"
         for kind, members in found.items()
     ]
+    if not index.has_kinds:
+        for group in optimizer.param_groups:
+            saved = index.hyperparameters(name for parameter in group["params"] for name in names[parameter])
+            doubts += hyperparameters.find_doubts(own, group, saved)
+    return doubts
 
 
 def _expected_keys(

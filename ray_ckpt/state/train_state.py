@@ -3,6 +3,8 @@
     model.<parameter or buffer>                          named_model.py
     optim.state.<parameter>.<key>                        named_optimizers.py
     optim.param_groups.<parameter>.<hyper-parameter>     hyperparameters.py
+    optim.shards.<parameter>.<box>.<key>                 shard_state.py
+    optim.others.<n>. ...                                own_optimizers.py
     schedulers.<scheduler>. ...                          named_schedulers.py
     scaler.state. ...  counters. ...  extra. ...         replicated_parts.py
     ema.<parameter or buffer>                            named_model.py, replicated_parts.py
