@@ -14,6 +14,8 @@ from torch import nn
 
 from ray_ckpt import TrainState, load, verify
 from ray_ckpt.errors import FormatError, RayCkptError, StateMismatchError
+from tests.support import foreign_ranks, states, trainer_ranks
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -291,3 +293,19 @@ def test_tied_weights_that_dcp_saved_twice(tmp_path: Path) -> None:
     report = load(TrainState(other), tmp_path)
     assert torch.equal(other["head"].weight, model.weight)
     assert "tied weights are taken from their other name, not from model.head.weight" in report.lost
+
+
+# ------------------------------------------------------------------------------------------------ other layouts
+
+
+def test_a_trainer_directory_into_shards_and_stages(tmp_path: Path) -> None:
+    held = run_ranks(trainer_ranks.write_as_trainer, 1, tmp_path, str(tmp_path))
+    path = str(tmp_path / "checkpoint-2")
+    outcomes = run_ranks(foreign_ranks.load_all, 2, tmp_path, "fsdp2x2", {path: {}})
+    before, after, reports = zip(*(of_rank[path] for of_rank in outcomes), strict=True)
+    assert reports[0] is not None, after[0]
+    assert len(states.differing(held, list(before))) >= 10
+    assert states.differing(held, list(after)) == []
+    # Ranks of a pipeline know the order of their own parameters only, and safetensors sorts its names.
+    for of_rank in run_ranks(foreign_ranks.load_all, 2, tmp_path, "pp2", {path: {}}):
+        assert "hold parts and do not know their order" in of_rank[path][1]
