@@ -162,3 +162,41 @@ def test_a_recurrent_module_on_meta_is_loaded_with_its_optimizer(tmp_path: Path,
     target(inputs)[0].sum().backward()
     optimizer.step()
     assert not torch.equal(source(inputs)[0], target(inputs)[0])
+
+
+class Renamed(nn.Module):
+    """Its hooks show its weight under a name that is no attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+        self.register_state_dict_post_hook(_rename)
+        self.register_load_state_dict_pre_hook(_rename_back)
+
+
+def _rename(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    state[f"{prefix}old.weight"] = state.pop(f"{prefix}inner.weight")
+
+
+def _rename_back(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    if f"{prefix}old.weight" in state:
+        state[f"{prefix}inner.weight"] = state.pop(f"{prefix}old.weight")
+
+
+def test_what_hooks_rename_on_the_meta_device_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    source, target = nn.Sequential(Renamed()), nn.Sequential(Renamed())
+    ray_ckpt.save(TrainState(source), tmp_path / "run")
+    ray_ckpt.load(TrainState(target), tmp_path / "run")
+    assert torch.equal(source[0].inner.weight, target[0].inner.weight)
+    with torch.device("meta"):
+        bare = nn.Sequential(Renamed())
+    with pytest.raises(StateMismatchError, match=r"0\.old\.weight are on the meta device, .* by to_empty"):
+        ray_ckpt.load(TrainState(bare), tmp_path / "run")
+    assert bare[0].inner.bias.is_meta
+    ray_ckpt.load(TrainState(bare.to_empty(device="cpu")), tmp_path / "run")
+    assert torch.equal(source[0].inner.weight, bare[0].inner.weight)
+
+
+def test_a_lazy_module_is_refused_until_it_has_a_shape(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"'0\.weight' of a lazy module has no shape yet"):
+        ray_ckpt.save(TrainState(nn.Sequential(nn.LazyLinear(3))), tmp_path / "run")

@@ -23,6 +23,7 @@ from torch.distributed.fsdp import (
     StateDictType,
 )
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
 from ray_ckpt.errors import StateMismatchError, UsageError
@@ -147,7 +148,14 @@ class NamedModel:
             entries[name] = held
         unsaved = _Unsaved(waiting)
         apply = partial(self._apply, saved, entries, unsaved)
-        return LoadPlan(claims, apply, unsaved.problems, handovers=handovers)
+        made = [name for name, held in entries.items() if any(_has_no_place(entry) for entry in held)]
+        problems = list(unsaved.problems)
+        if made:
+            problems.append(
+                f"{listed(made, at_most=4)} are on the meta device, and no parameter or buffer has that name, as a "
+                "hook has made it: give the model memory by to_empty(device=...) before the load"
+            )
+        return LoadPlan(claims, apply, problems, handovers=handovers)
 
     def parameters(self) -> dict[nn.Parameter, tuple[str, ...]]:
         """Each parameter's canonical name; several names, if it is a flat one of FSDP1's."""
@@ -217,6 +225,8 @@ class NamedModel:
             with sharded_state_dicts(module):
                 state = module.state_dict()
             for key, value in state.items():
+                if is_lazy(value):
+                    raise UsageError(f"{key!r} of a lazy module has no shape yet: call the model once before")
                 [name] = self._names(module, key)
                 found.setdefault(canonical.get(name, name), []).append(_Entry(module, key, value))
         return found
@@ -379,6 +389,17 @@ def _live(entry: _Entry) -> torch.Tensor:
     """The parameter or buffer itself."""
     owner, name = _owner(entry)
     return getattr(owner, name)  # type: ignore[no-any-return]
+
+
+def _has_no_place(entry: _Entry) -> bool:
+    """Whether an entry on meta is none of its module's own tensors, so that nothing can be given memory for it."""
+    if entry.is_opaque or not entry.value.is_meta:
+        return False
+    try:
+        owner, name = _owner(entry)
+    except AttributeError:
+        return True
+    return not has_entry(owner, name)
 
 
 def _owner(entry: _Entry) -> tuple[nn.Module, str]:
