@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.conftest import REPOSITORY
-from tests.support.clusters import JOB, Sandbox, Started, wait_until
+from tests.support.clusters import JOB, Head, Sandbox, Started, wait_until, wait_until_free
 from tests.support.commands import assert_one_line
 
 TINY = ("--from", "single", "--to", "single", "--steps", "1", "--dim", "8", "--layers", "1")
@@ -80,3 +81,35 @@ def test_a_directory_that_ray_cannot_use_is_told_in_one_line(sandbox: Sandbox, s
     assert_one_line(job.stderr, reason)
     assert "; set RAY_TMPDIR to a short path that has room and can be written" in job.stderr
     wait_until(lambda: not sandbox.processes(), RAY_ENDS_S, sandbox.processes)
+
+
+PAIR = ("--from", "pp2", "--to", "fsdp2x2", "--steps", "1", "--dim", "64", "--layers", "2", "--cpus-per-worker", "0.5")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_driver_that_is_killed_in_any_phase_leaves_nothing_in_a_shared_cluster(head: Head, tmp_path: Path) -> None:
+    for phase in ("group", "train", "save", "regroup", "load", "verify"):
+        storage = str(tmp_path / phase)
+        job = head.sandbox.start_job(*PAIR, "--address", head.address, "--storage", storage, PYTHONPATH=str(REPOSITORY))
+        job.wait_for(f"{phase}: ", 60)
+        job.process.kill()
+        job.wait(10)
+        wait_until_free(30)
+    # Each is as good as no checkpoint, or committed whole: the next job may go on there.
+    again = head.sandbox.run_job(
+        *PAIR, "--address", head.address, "--storage", storage, "--overwrite", PYTHONPATH=str(REPOSITORY)
+    )
+    assert again.process.returncode == 0, again.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_of_two_jobs_at_one_storage_one_is_done_and_one_is_refused(head: Head, tmp_path: Path) -> None:
+    flags = (*PAIR, "--address", head.address, "--storage", str(tmp_path / "same"))
+    jobs = [head.sandbox.start_job(*flags, PYTHONPATH=str(REPOSITORY)) for _ in range(2)]
+    done, refused = sorted(jobs, key=lambda job: job.wait(110))
+    assert (done.process.returncode, refused.process.returncode) == (0, 2), (done.stderr, refused.stderr)
+    assert "verified: continuation: " in done.stdout
+    assert_one_line(refused.stderr, "already holds a committed checkpoint")
+    wait_until_free(30)
