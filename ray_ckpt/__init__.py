@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from ray_ckpt.format.manifest import Manifest
     from ray_ckpt.format.saved import Saved
     from ray_ckpt.inspection.contents import CheckpointContents, inspect
+    from ray_ckpt.inspection.differing import DiffReport, TensorDifference, diff
     from ray_ckpt.inspection.listing import StoreListing, list_steps
     from ray_ckpt.inspection.statistics import NonFinite, TensorStatistics, scan_nonfinite, tensor_statistics
     from ray_ckpt.parallel.layout import Layout
@@ -67,6 +68,7 @@ __all__ = [
     "CheckpointStore",
     "CommitError",
     "Damage",
+    "DiffReport",
     "Fingerprint",
     "FormatError",
     "GroupError",
@@ -90,6 +92,7 @@ __all__ = [
     "Storage",
     "StorageError",
     "StoreListing",
+    "TensorDifference",
     "TensorStatistics",
     "TrainState",
     "UnsafeCheckpointError",
@@ -100,6 +103,7 @@ __all__ = [
     "WorkerGroup",
     "__version__",
     "cluster",
+    "diff",
     "fingerprint",
     "inspect",
     "keep",
@@ -120,6 +124,7 @@ _HOMES = {
     "CheckpointContents": "ray_ckpt.inspection.contents",
     "CheckpointStore": "ray_ckpt.storage.store",
     "Damage": "ray_ckpt.report",
+    "DiffReport": "ray_ckpt.inspection.differing",
     "Fingerprint": "ray_ckpt.format.fingerprint",
     "Layout": "ray_ckpt.parallel.layout",
     "LoadReport": "ray_ckpt.report",
@@ -133,12 +138,14 @@ _HOMES = {
     "Saved": "ray_ckpt.format.saved",
     "Storage": "ray_ckpt.storage.files",
     "StoreListing": "ray_ckpt.inspection.listing",
+    "TensorDifference": "ray_ckpt.inspection.differing",
     "TensorStatistics": "ray_ckpt.inspection.statistics",
     "TrainState": "ray_ckpt.state.train_state",
     "VerifyReport": "ray_ckpt.report",
     "WorkerContext": "ray_ckpt.cluster.worker",
     "WorkerGroup": "ray_ckpt.cluster.group",
     "cluster": "ray_ckpt",
+    "diff": "ray_ckpt.inspection.differing",
     "fingerprint": "ray_ckpt.format.fingerprinting",
     "inspect": "ray_ckpt.inspection.contents",
     "keep": "ray_ckpt.storage.retention",
