@@ -52,7 +52,7 @@ class Side(NamedTuple):
     """Something beside model and optimizer."""
 
     what: str
-    """For the report."""
+    """Kind of thing, as the report calls it."""
     ours: str = ""
     """Our name of it; empty when it has none."""
 

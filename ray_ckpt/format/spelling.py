@@ -20,7 +20,7 @@ __all__ = ["Spelling", "plain", "prefixes_of", "spell"]
 _WRAPPERS = frozenset(
     {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module", "module", "_module"}
 )
-"""Of torch.compile, activation checkpointing, FSDP1, Lightning Fabric, DDP and its kind, Opacus."""
+"""Names that torch.compile, activation checkpointing, FSDP1, Lightning Fabric, DDP and its kind, and Opacus put in."""
 
 
 @dataclass(frozen=True)
