@@ -8,12 +8,10 @@ Needs `pip install "ray[train]"`. `docs/ray_train.md` goes through it.
 
 import argparse
 import json
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import ray.train
-from ray.train import Checkpoint, RunConfig, ScalingConfig
+from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 
@@ -21,17 +19,16 @@ def train_loop(config: dict[str, Any]) -> None:
     import torch
     from torch.distributed.fsdp import fully_shard
 
-    from ray_ckpt import CheckpointStore, TrainState, load, save
+    from ray_ckpt import TrainState
+    from ray_ckpt.integrations.ray_train import report, resume
 
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1))
     fully_shard(model)
     state = TrainState(model, torch.optim.Adam(model.parameters()))
-    store, ranks, first = CheckpointStore(f"{config['storage']}/steps"), ray.train.get_context(), 0
-    if reference := ray.train.get_checkpoint():
-        with reference.as_directory() as directory:
-            first = json.loads(Path(directory, "step.json").read_text())["step"]
-        load(state, store, first)
+    store, ranks = f"{config['storage']}/steps", ray.train.get_context()
+    resumed = resume(state, store)
+    first = (resumed and resumed.step) or 0
     for step in range(first, config["steps"]):
         batch = torch.randn(60, 8, generator=torch.Generator().manual_seed(step))
         inputs = batch.chunk(ranks.get_world_size())[ranks.get_world_rank()]
@@ -39,12 +36,7 @@ def train_loop(config: dict[str, Any]) -> None:
         (model(inputs) - inputs.sum(1, keepdim=True)).square().mean().backward()
         state.optimizer.step()
         if (step + 1) % config["save_every"] == 0:
-            # Overwrites steps that were saved, but that Ray Train had not noted before a kill.
-            save(state, store, step=step + 1, overwrite=True)
-            with tempfile.TemporaryDirectory() as directory:
-                Path(directory, "step.json").write_text(json.dumps({"step": step + 1}))
-                reference = Checkpoint.from_directory(directory) if ranks.get_world_rank() == 0 else None
-                ray.train.report({"step": step + 1, "first": first}, checkpoint=reference)
+            report(state, store, step + 1, {"step": step + 1, "first": first})
 
 
 if __name__ == "__main__":

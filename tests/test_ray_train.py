@@ -11,9 +11,14 @@ from pathlib import Path
 
 import pytest
 import ray
+import ray.train
 import torch
+from ray.train import Checkpoint, RunConfig
+from ray.train.torch import TorchTrainer
 
 import ray_ckpt
+from ray_ckpt.errors import FormatError
+from ray_ckpt.integrations.ray_train import resume
 from ray_ckpt.state.train_state import TrainState
 from ray_ckpt.storage.store import CheckpointStore
 from tests.conftest import REPOSITORY
@@ -24,9 +29,20 @@ pytestmark = [
     pytest.mark.timeout(600),
     pytest.mark.usefixtures("local_ray"),
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
+    # Ray Train sets options of Ray Data itself that Ray Data calls deprecated.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data"),
 ]
 
 SAVE_EVERY = 2
+
+
+def metrics_of(job: subprocess.Popen[str]) -> dict[str, int]:
+    output, _ = job.communicate(timeout=300)
+    assert job.returncode == 0, output
+    # Ray's own processes may print after it.
+    [printed] = [line for line in output.splitlines() if line.startswith("{")]
+    metrics: dict[str, int] = json.loads(printed)
+    return metrics
 
 
 def start(storage: Path, workers: int, steps: int) -> subprocess.Popen[str]:
@@ -74,12 +90,7 @@ def test_a_killed_run_goes_on_with_another_number_of_workers(tmp_path: Path) -> 
     latest = store.latest()
     assert latest is not None
     final = latest + 3 * SAVE_EVERY
-    second = start(tmp_path, workers=2, steps=final)
-    output, _ = second.communicate(timeout=300)
-    assert second.returncode == 0, output
-    # Ray's own processes may print after it.
-    [printed] = [line for line in output.splitlines() if line.startswith("{")]
-    metrics = json.loads(printed)
+    metrics = metrics_of(start(tmp_path, workers=2, steps=final))
     # It went on from a reported step. The store has those too that were saved and not noted any more.
     assert metrics["step"] == final
     assert 0 < metrics["first"] <= latest
@@ -93,3 +104,19 @@ def test_a_killed_run_goes_on_with_another_number_of_workers(tmp_path: Path) -> 
     for name, parameter in resumed.model.named_parameters():
         assert not torch.equal(parameter, differ[name])
         torch.testing.assert_close(parameter, reference.model.get_parameter(name), rtol=1e-4, atol=1e-4)
+
+
+def test_without_a_note_the_latest_step_of_the_store_is_loaded(tmp_path: Path) -> None:
+    ray_ckpt.save(trained_without_interruption(4), tmp_path / "steps", 4)
+    assert metrics_of(start(tmp_path, workers=2, steps=6)) == {"step": 6, "first": 4}
+
+
+def test_a_checkpoint_of_ray_train_that_something_else_wrote_is_refused(tmp_path: Path) -> None:
+    def loop() -> None:
+        ray.train.report({}, checkpoint=Checkpoint.from_directory(tmp_path / "other"))
+        with pytest.raises(FormatError, match=r"has no ray_ckpt\.json: ray_ckpt's report did not write it"):
+            resume(new_state(), tmp_path / "steps")
+
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model.pt").write_bytes(b"1")
+    TorchTrainer(loop, run_config=RunConfig("other", str(tmp_path / "runs"))).fit()

@@ -31,14 +31,14 @@ FLOORS = {
     "dcp": 4,
     "recipes": 5,
     "__init__": 6,
-    "integrations": 7,
     "cli": 6,
     "__main__": 7,
+    "integrations": 7,
 }
 """Rooms and single modules. Those on one floor know nothing of each other."""
 
 ONLY_HOMES = {
-    "ray": {"cluster"},
+    "ray": {"cluster", "integrations.ray_train"},
     "pyarrow": {"storage.files", "storage.file_objects"},
     "click": {"cli", "recipes"},
     "rich": {"cli", "recipes"},
