@@ -83,6 +83,7 @@ def test_the_demo_needs_no_test_dependencies(installed: Path) -> None:
         ("test-slow", "-k s3", ".venv/bin/python -m pytest -m slow -k s3"),
         ("test-matrix", "-k llama", ".venv/bin/python -m pytest -m matrix -k llama"),
         ("test-faults", "-x", ".venv/bin/python -m pytest -m faults -x"),
+        ("test-frameworks", "-x", ".venv-frameworks/bin/python -m pytest -m frameworks tests/test_frameworks.py -x"),
         ("bench", "--sizes 0.1", ".venv/bin/python benchmarks/storage.py --sizes 0.1"),
         ("bench", "", ".venv/bin/python benchmarks/planning.py"),
         ("bench-async", "--repeats 3", ".venv/bin/python benchmarks/async_save.py --repeats 3"),

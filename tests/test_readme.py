@@ -19,6 +19,7 @@ RUN_BY = {
     "make test-slow": "tests/test_makefile.py::test_arguments_reach_the_commands",
     "make test-matrix": "tests/test_makefile.py::test_arguments_reach_the_commands",
     "make test-faults": "tests/test_makefile.py::test_arguments_reach_the_commands",
+    "make test-frameworks": "tests/test_makefile.py::test_arguments_reach_the_commands",
     "make lint": ".ci/run",
     'make bench ARGS="--sizes 0.1"': "tests/test_makefile.py::test_arguments_reach_the_commands",
     "make bench-async": "tests/test_makefile.py::test_arguments_reach_the_commands",
