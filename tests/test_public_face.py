@@ -24,9 +24,11 @@ import torch
 
 import ray_ckpt
 from ray_ckpt import (
-    ArrowStorageReader, ArrowStorageWriter, CheckpointStore, Damage, Fingerprint, Layout, LoadReport, Manifest, Policy,
-    RemovalReport, RetryPolicy, SaveHandle, SaveReport, Storage, TrainState, VerifyReport, WorkerContext, WorkerError,
-    WorkerGroup, cluster, fingerprint, keep, keep_every, keep_last, load, resume, save, verify,
+    ArrowStorageReader, ArrowStorageWriter, CheckpointContents, CheckpointStore, Damage, DiffReport, Fingerprint,
+    Layout, LoadReport, Manifest, NonFinite, Policy, RemovalReport, RetryPolicy, SaveHandle, SaveReport, Saved, Storage,
+    StoreListing, TensorDifference, TensorStatistics, TrainState, VerifyReport, WorkerContext, WorkerError, WorkerGroup,
+    cluster, diff, fingerprint, inspect, keep, keep_every, keep_last, list_steps, load, resume, save, scan_nonfinite,
+    tensor_statistics, verify,
 )
 
 
@@ -51,6 +53,17 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     part: Fingerprint = fingerprint(torch.ones(2))
     ArrowStorageWriter(Path("run")), ArrowStorageReader("run")
     print(loaded.missing, damages, removed.kept, manifest.total_bytes, part.digest, ray_ckpt.__version__)
+
+
+def look() -> None:
+    listing: StoreListing = list_steps("run")
+    contents: CheckpointContents = inspect("run", 1)
+    numbers: TensorStatistics = tensor_statistics("run", "model.weight", 1)
+    nonfinite: dict[str, NonFinite] = dict(scan_nonfinite("run", 1))
+    report: DiffReport = diff("run", "other", left_step=1, right_step=1, values=True)
+    differences: tuple[TensorDifference, ...] = report.tensors
+    print(listing.latest, contents.kind, numbers.mean, nonfinite, differences)
+    load({"gate": torch.ones(2)}, "run", 1, key_map={"gate": Saved("gate_up").narrow(0, 0, 2)})
 
 
 def drive() -> None:
