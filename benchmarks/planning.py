@@ -135,7 +135,7 @@ def _save_with_ours(case: Case, cost: Cost, cache: PlanCache, memories: Sequence
 
         def plan(state: Any = state, memory: PlanMemory = memories[rank], known: Any = known) -> tuple[int, bytes]:
             holdings = hold(state)
-            return len(holdings.items), pickle.dumps(memory.plan(holdings, known))
+            return len(holdings.items), pickle.dumps(memory.plan(state, holdings, known))
 
         seconds, (count, data) = _timed(plan)
         by_rank.append(seconds)

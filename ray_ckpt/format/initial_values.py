@@ -31,8 +31,8 @@ def buffers_without_memory(root: nn.Module) -> dict[str, nn.Module]:
     return {
         f"{prefix}.{name}".lstrip("."): child
         for prefix, child in root.named_modules()
-        for name in sorted(child._non_persistent_buffers_set)
-        if (buffer := child._buffers.get(name)) is not None and buffer.is_meta
+        for name, buffer in child.named_buffers(recurse=False, remove_duplicate=False)
+        if name in child._non_persistent_buffers_set and buffer.is_meta
     }
 
 

@@ -34,10 +34,10 @@ def buffers_of(state: object) -> frozenset[str]:
 
 def _own_buffers(module: nn.Module) -> Iterable[str]:
     for prefix, child in module.named_modules():
-        if child._buffers and not _is_split(child):
-            for name, buffer in child._buffers.items():
-                persistent = buffer is not None and name not in child._non_persistent_buffers_set
-                if persistent and not isinstance(buffer, DTensor):
+        buffers = dict(child.named_buffers(recurse=False, remove_duplicate=False))
+        if buffers and not _is_split(child):
+            for name, buffer in buffers.items():
+                if name not in child._non_persistent_buffers_set and not isinstance(buffer, DTensor):
                     yield f"{prefix}.{name}" if prefix else name
 
 
