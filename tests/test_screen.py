@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 
 from ray_ckpt.recipes import screen as screen_module
-from ray_ckpt.recipes.screen import Screen, format_bytes
+from ray_ckpt.recipes.screen import Screen
+from ray_ckpt.text_units import format_bytes
 
 
 def show(terminal: bool) -> tuple[str, Screen]:

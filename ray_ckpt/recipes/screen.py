@@ -10,9 +10,7 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.status import Status
 
-from ray_ckpt.text_units import format_bytes
-
-__all__ = ["Line", "Screen", "format_bytes"]
+__all__ = ["Line", "Screen"]
 
 LOG_INTERVAL_S = 15.0
 """Least time between two reports of the same wait in a log."""

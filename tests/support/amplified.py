@@ -6,7 +6,6 @@ KNOWN    name -> function that writes one into a directory and returns what to r
 from __future__ import annotations
 
 import json
-import pickle
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,17 +17,14 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
-    Metadata,
     MetadataIndex,
-    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
 
 import ray_ckpt
+from tests.support.hostile import Writer, stock
 from tests.support.records import edit_record
-
-Writer = Callable[[Path], Path]
 
 _INFO = _StorageInfo("__0_0.distcp", 0, 1024)
 _POINT = torch.Size((0,)), torch.Size((2,))
@@ -61,10 +57,6 @@ def _metadata(make: Callable[[], bytes]) -> Writer:
     return write
 
 
-def _stock(entries: dict[str, Any], storage: dict[Any, Any], **more: Any) -> bytes:
-    return pickle.dumps(Metadata(entries, storage_data=storage, storage_meta=StorageMeta(), **more))
-
-
 def _tensor(shape: Sequence[int], chunks: list[ChunkStorageMetadata]) -> TensorStorageMetadata:
     return TensorStorageMetadata(TensorProperties(torch.float32), torch.Size(shape), chunks)
 
@@ -72,25 +64,25 @@ def _tensor(shape: Sequence[int], chunks: list[ChunkStorageMetadata]) -> TensorS
 def _half_of_the_chunks_collide() -> bytes:
     offsets = [*colliding(30_000), *((number, 0) for number in range(30_002))]
     places = {MetadataIndex("x", torch.Size(place)): _INFO for place in offsets}
-    return _stock({"x": _tensor((4,), [ChunkStorageMetadata(*_POINT)])}, places)
+    return stock({"x": _tensor((4,), [ChunkStorageMetadata(*_POINT)])}, places)
 
 
 def _one_list_of_chunks() -> bytes:
     shared = _tensor((2,), [ChunkStorageMetadata(*_POINT)] * 10_000)
     names = [str(number) for number in range(10_000)]
-    return _stock(dict.fromkeys(names, shared), {MetadataIndex(name, _POINT[0]): _INFO for name in names})
+    return stock(dict.fromkeys(names, shared), {MetadataIndex(name, _POINT[0]): _INFO for name in names})
 
 
 def _one_long_shape() -> bytes:
     shared = _tensor((1,) * 100_000, [])
-    return _stock({str(number): shared for number in range(10_000)}, {})
+    return stock({str(number): shared for number in range(10_000)}, {})
 
 
 def _objects(info: _StorageInfo, path: Any = None) -> bytes:
     names = [str(number) for number in range(10_000)]
     paths = None if path is None else dict.fromkeys(names, path)
     entries = {name: BytesStorageMetadata() for name in names}
-    return _stock(entries, {MetadataIndex(name): info for name in names}, planner_data=paths)
+    return stock(entries, {MetadataIndex(name): info for name in names}, planner_data=paths)
 
 
 def _extensions(descriptors: Any) -> _StorageInfo:
@@ -121,7 +113,7 @@ def _colliding_boxes(*, as_saved: bool) -> Writer:
 def _many_frames(directory: Path) -> Path:
     data = zstandard.ZstdCompressor(level=19).compress(bytes(1 << 24)) * 40
     info = _StorageInfo("__0_0.distcp", 0, len(data), ["stream.zstd/1"])
-    _metadata(lambda: _stock({"x": BytesStorageMetadata()}, {MetadataIndex("x"): info}))(directory)
+    _metadata(lambda: stock({"x": BytesStorageMetadata()}, {MetadataIndex("x"): info}))(directory)
     (directory / "__0_0.distcp").write_bytes(data)
     return directory
 

@@ -40,13 +40,14 @@ NESTED_40_TIMES = b"K\1\x85" + b"2\x86" * 40
 """A tuple of two times the same tuple, and so on: 2^40 numbers for whoever visits them all."""
 
 
-def _stock(entries: dict[str, Any], storage: dict[Any, Any], **more: Any) -> bytes:
+def stock(entries: dict[str, Any], storage: dict[Any, Any], **more: Any) -> bytes:
+    """A `.metadata` as stock DCP writes it."""
     return pickle.dumps(Metadata(entries, storage_data=storage, storage_meta=StorageMeta(), **more))
 
 
 def _object(name: str, length: int, transforms: Sequence[str] | None = None) -> bytes:
     info = _StorageInfo("__0_0.distcp", 0, length, transforms)
-    return _stock({name: BytesStorageMetadata()}, {MetadataIndex(name): info})
+    return stock({name: BytesStorageMetadata()}, {MetadataIndex(name): info})
 
 
 def _tensor(
@@ -55,7 +56,7 @@ def _tensor(
     described = [ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes in chunks]
     entry = TensorStorageMetadata(TensorProperties(torch.float32), torch.Size(shape), described)
     storage = {MetadataIndex("x", chunk.offsets): _StorageInfo("__0_0.distcp", 0, length) for chunk in described}
-    return _stock({"x": entry}, storage)
+    return stock({"x": entry}, storage)
 
 
 def container(
@@ -171,7 +172,7 @@ def _link_out(path: Path) -> None:
 
 
 def _link_out_by_directory(directory: Path) -> Path:
-    _metadata(_stock({"x": BytesStorageMetadata()}, {MetadataIndex("x"): _StorageInfo("up/secret", 0, 6)}))(directory)
+    _metadata(stock({"x": BytesStorageMetadata()}, {MetadataIndex("x"): _StorageInfo("up/secret", 0, 6)}))(directory)
     (directory.parent / "secret").write_bytes(b"secret")
     (directory / "up").symlink_to("..")
     return directory
@@ -181,7 +182,7 @@ def _over_one_place(directory: Path) -> Path:
     """Twenty thousand objects of a megabyte each, in a file of one."""
     names = [str(number) for number in range(20_000)]
     infos = {MetadataIndex(n): _StorageInfo("__0_0.distcp", k % 500, 1 << 20) for k, n in enumerate(names)}
-    return _metadata_and_data(_stock({n: BytesStorageMetadata() for n in names}, infos), bytes((1 << 20) + 500))(
+    return _metadata_and_data(stock({n: BytesStorageMetadata() for n in names}, infos), bytes((1 << 20) + 500))(
         directory
     )
 

@@ -22,10 +22,11 @@ from ray_ckpt.parallel.layout import Layout
 from ray_ckpt.recipes import probe
 from ray_ckpt.recipes.pipeline_to_fsdp.continuation import Continuation, ModelTrial, StepTrace, compare_runs
 from ray_ckpt.recipes.pipeline_to_fsdp.report import JobReport
-from ray_ckpt.recipes.screen import Screen, format_bytes
+from ray_ckpt.recipes.screen import Screen
 from ray_ckpt.recipes.setting import check_storage, connected, describe_group, show_wait, storage_of
 from ray_ckpt.recipes.workload import Workload
 from ray_ckpt.storage.files import Storage
+from ray_ckpt.text_units import format_bytes
 
 RANKS = "ray_ckpt.recipes.pipeline_to_fsdp.ranks"
 """Module of the rank functions. By name, so that the driver loads neither torch nor what is built on it."""

@@ -13,7 +13,7 @@ from rich.table import Table
 from ray_ckpt.format.snapshot import Mismatch
 from ray_ckpt.parallel.layout import Layout
 from ray_ckpt.recipes.pipeline_to_fsdp.continuation import Closeness, Continuation
-from ray_ckpt.recipes.screen import format_bytes
+from ray_ckpt.text_units import format_bytes
 
 SHOWN_MISMATCHES = 40
 """Rows of the mismatch table on the screen; the JSON has all."""

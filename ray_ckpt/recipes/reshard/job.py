@@ -26,7 +26,7 @@ from ray_ckpt.protocol.coordinator import Coordinator
 from ray_ckpt.protocol.messages import FileRecord, Item, LocalPlan, RankRecord, TensorSpec
 from ray_ckpt.recipes.reshard.plan import partition
 from ray_ckpt.recipes.reshard.task import RankFile
-from ray_ckpt.recipes.screen import Screen, format_bytes
+from ray_ckpt.recipes.screen import Screen
 from ray_ckpt.recipes.setting import connected, unshared
 from ray_ckpt.report import SaveReport
 from ray_ckpt.storage.checkpoint_reader import CheckpointReader
@@ -34,6 +34,7 @@ from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.publish import refuse_if_taken
 from ray_ckpt.storage.resolve import checkpoint_at
 from ray_ckpt.storage.rewrite import WantedTensor
+from ray_ckpt.text_units import format_bytes
 
 WRITE_RANK = "ray_ckpt.recipes.reshard.task:write_rank"
 
