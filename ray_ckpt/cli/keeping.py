@@ -84,10 +84,9 @@ def delete(uri: str, steps: tuple[int, ...], yes: bool, in_json: bool) -> int:
     ray-ckpt delete /mnt/run 300 400
     ray-ckpt delete /mnt/run 300 400 --yes
     """
-    from ray_ckpt.storage.removing import delete_steps
     from ray_ckpt.storage.store import CheckpointStore
 
-    _show(delete_steps(CheckpointStore(uri), steps, dry_run=not yes), in_json, "the named steps")
+    _show(CheckpointStore(uri).delete(*steps, dry_run=not yes), in_json, "the named steps")
     return 0
 
 

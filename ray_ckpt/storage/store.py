@@ -169,22 +169,39 @@ class CheckpointStore:
         """
         return self._steps.location(step)
 
-    def delete(self, step: int) -> RemovalReport:
-        """Remove a committed step: the commit record first, durably, then the files that it names. Others stay.
+    def delete(self, *steps: int, dry_run: bool = False) -> RemovalReport:
+        """Remove committed steps, the lowest first: the commit record, durably, then the files that it names.
+
+        All are looked at before the first is removed. Other files stay.
+
+        Args:
+            dry_run: only say what would go.
 
         Raises:
-            CheckpointNotFoundError: the step is not committed.
-            UsageError: it is pinned.
+            CheckpointNotFoundError: one of the steps is not committed; nothing was removed.
+            UsageError: one is pinned, or lies behind a link; nothing was removed, except before a step that was pinned
+                at the same time.
         """
-        found = self._steps.look(step)
-        if found is None:
-            raise self._steps.not_found(step)
-        if not self._removal.is_possible(step):
-            raise UsageError(f"step {step} of {self.address} lies behind a link, through which nothing is removed")
-        files = self._removal.remove(step, found)
-        if files is None:
-            raise UsageError(f"step {step} of {self.address} is pinned and stays; unpin({step}) first")
-        return self._report([step], (), files, dry_run=False)
+        pins, looks = self._pins.list().pins, dict[int, Look]()
+        for step in sorted(set(steps)):
+            found = self._steps.look(step)
+            if found is None:
+                raise self._steps.not_found(step)
+            if not self._removal.is_possible(step):
+                raise UsageError(f"step {step} of {self.address} lies behind a link, through which nothing is removed")
+            if step in pins:
+                raise self._pinned(step)
+            looks[step] = found
+        kept, files = [step for step in self.steps() if step not in looks], dict[str, int]()
+        for step, found in looks.items():
+            gone = self._removal.files(step, found) if dry_run else self._removal.remove(step, found)
+            if gone is None:
+                raise self._pinned(step)
+            files |= gone
+        return self._report(list(looks), kept, files, dry_run=dry_run)
+
+    def _pinned(self, step: int) -> UsageError:
+        return UsageError(f"step {step} of {self.address} is pinned and stays; unpin({step}) first")
 
     def prune(self, *policies: Policy, dry_run: bool = False) -> RemovalReport:
         """Remove the committed steps that no policy keeps, the lowest first.
