@@ -9,7 +9,8 @@ import pytest
 from ray_ckpt.errors import FormatError, StateMismatchError
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.manifest import Chunk, Manifest, ObjectEntry, TensorEntry
-from ray_ckpt.format.translate import Names, Translation, group_lists, join_names, may_be_foreign, translate
+from ray_ckpt.format.translate import Translation, group_lists, may_be_foreign, translate
+from ray_ckpt.format.wanted_names import Names, join_names
 
 ADAM = ("exp_avg", "exp_avg_sq", "step")
 

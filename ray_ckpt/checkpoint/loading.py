@@ -16,7 +16,7 @@ from typing import Literal
 from ray_ckpt.checkpoint.exchange import TrainersExchange
 from ray_ckpt.errors import CheckpointNotFoundError, RayCkptError, UsageError
 from ray_ckpt.format.saved import Saved
-from ray_ckpt.format.translate import join_names
+from ray_ckpt.format.wanted_names import join_names
 from ray_ckpt.protocol.agreement import agree
 from ray_ckpt.protocol.rank_load import LoadOptions, RankLoad, State
 from ray_ckpt.report import LoadReport

@@ -27,7 +27,7 @@ from ray_ckpt.cluster import worker_side
 from ray_ckpt.cluster.group import WorkerGroup
 from ray_ckpt.errors import RayCkptError, UsageError
 from ray_ckpt.format.saved import Saved
-from ray_ckpt.format.translate import join_names
+from ray_ckpt.format.wanted_names import join_names
 from ray_ckpt.protocol.agreement import agree
 from ray_ckpt.report import LoadReport
 from ray_ckpt.storage.resolve import Target, checkpoint_at

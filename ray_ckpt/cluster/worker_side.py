@@ -11,7 +11,7 @@ from ray_ckpt.cluster.group import WorkerGroup
 from ray_ckpt.cluster.worker import WorkerContext, resolve
 from ray_ckpt.errors import GroupError
 from ray_ckpt.format.manifest import Manifest
-from ray_ckpt.format.translate import Names
+from ray_ckpt.format.wanted_names import Names
 from ray_ckpt.protocol.messages import Assignment, LoadOffer, LocalPlan, RankRecord
 from ray_ckpt.report import LoadReport, VerifyReport
 

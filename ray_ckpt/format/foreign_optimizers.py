@@ -17,9 +17,10 @@ from ray_ckpt.errors import FormatError, StateMismatchError
 from ray_ckpt.format.manifest import Manifest
 from ray_ckpt.format.safetensors import SUFFIX
 from ray_ckpt.format.spelling import Spelling, prefixes_of, spell
+from ray_ckpt.format.wanted_names import Names
 from ray_ckpt.text import listed, quoted
 
-__all__ = ["MEMBERS", "Members", "Optimizer", "Parameters", "find_optimizers", "group_lists"]
+__all__ = ["MEMBERS", "Members", "Optimizer", "find_optimizers", "group_lists"]
 
 _OPTIMIZER = re.compile(r"(.+?\.)??param_groups\.")
 _LIST = re.compile(r"(.+?\.)??param_groups\.([0-9]{1,9})\.(params|param_names)")
@@ -31,23 +32,6 @@ _LIKE_THE_PARAMETER = (
     *("sum", "square_avg", "grad_avg", "acc_delta"),
 )
 """Optimizer state that has the shape of its parameter."""
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """The parameters of the optimizers that are loaded into."""
-
-    groups: Sequence[Sequence[str]]
-    is_order_known: bool
-    """Whether each group is in the order that one optimizer has."""
-    shapes: Mapping[str, tuple[int, ...]]
-    """Shape of each parameter, where it is known."""
-    aliases: Mapping[str, str]
-    """Another name of a tied weight -> the name of it in `groups`."""
-
-    @property
-    def names(self) -> list[str]:
-        return [name for group in self.groups for name in group]
 
 
 @dataclass(frozen=True)
@@ -129,7 +113,7 @@ class Members:
     """As `names`, for those that have state, but are in no group."""
 
     @classmethod
-    def of(cls, optimizer: Optimizer, manifest: Manifest, parameters: Parameters, model: Spelling) -> Members:
+    def of(cls, optimizer: Optimizer, manifest: Manifest, wanted: Names, model: Spelling) -> Members:
         """
         Args:
             model: how the model's names are spelled in the checkpoint.
@@ -143,11 +127,11 @@ class Members:
         if len(set(listed_members)) < len(listed_members):
             raise FormatError(f"{optimizer.prefix}param_groups lists a parameter twice among {listed(listed_members)}")
         if optimizer.is_indexed:
-            names = _names_of_numbers(optimizer, manifest, parameters, model)
+            names = _names_of_numbers(optimizer, manifest, wanted, model)
             with_state = {rest.partition(".")[0] for rest in optimizer.below("state", manifest)}
             unlisted = {number: number for number in with_state - names.keys() if number.isdecimal()}
         else:
-            names, unlisted = _spelled_members(optimizer, manifest, parameters, listed_members)
+            names, unlisted = _spelled_members(optimizer, manifest, wanted, listed_members)
         of_group = {number: [names[str(member)] for member in group] for number, group in groups.items()}
         return cls(names, of_group, unlisted)
 
@@ -161,23 +145,21 @@ class Members:
 
 
 def _spelled_members(
-    optimizer: Optimizer, manifest: Manifest, parameters: Parameters, members: Collection[int | str]
+    optimizer: Optimizer, manifest: Manifest, wanted: Names, members: Collection[int | str]
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Saved name -> name of the parameter, of those that groups list (or of all, when it is flat), and of others."""
     listed_names = {str(member) for member in members}
     parts = ("state", "param_groups") if optimizer.groups is None else ("state",)
     candidates = {prefix for part in parts for rest in optimizer.below(part, manifest) for prefix in prefixes_of(rest)}
-    spelling = spell(sorted(listed_names | candidates), [*parameters.names, *parameters.aliases])
-    found = {saved: parameters.aliases.get(name, name) for saved, name in spelling.wanted.items()}
+    spelling = spell(sorted(listed_names | candidates), [*wanted.parameters, *wanted.aliases])
+    found = {saved: wanted.aliases.get(name, name) for saved, name in spelling.wanted.items()}
     if optimizer.groups is None:
         return found, {}
     names = {name: found.get(name, name) for name in listed_names}
     return names, {saved: name for saved, name in found.items() if saved not in names}
 
 
-def _names_of_numbers(
-    optimizer: Optimizer, manifest: Manifest, parameters: Parameters, model: Spelling
-) -> dict[str, str]:
+def _names_of_numbers(optimizer: Optimizer, manifest: Manifest, wanted: Names, model: Spelling) -> dict[str, str]:
     groups = optimizer.groups or {}
     members = [member for group in groups.values() for member in group]
     if all(len(optimizer.member_names.get(number, ())) == len(group) for number, group in groups.items()):
@@ -186,29 +168,29 @@ def _names_of_numbers(
             for number, group in groups.items()
             for member, name in zip(group, optimizer.member_names[number], strict=True)
         }
-        spelled = spell(saved.values(), [*parameters.names, *parameters.aliases]).wanted
+        spelled = spell(saved.values(), [*wanted.parameters, *wanted.aliases]).wanted
         order = {
-            member: parameters.aliases.get(spelled.get(name, name), spelled.get(name, name))
+            member: wanted.aliases.get(spelled.get(name, name), spelled.get(name, name))
             for member, name in saved.items()
         }
     else:
-        names = _order(parameters, groups, manifest, model)
+        names = _order(wanted, groups, manifest, model)
         if not members or members != list(range(len(names))):
             raise StateMismatchError(
                 f"the optimizer at {optimizer.label} was saved by index, in groups of "
                 f"{[len(group) for group in groups.values()]} parameters, which are not those of the optimizers that "
-                f"it is loaded into ({[len(group) for group in parameters.groups]}, on ranks that "
-                f"{'know' if parameters.is_order_known else 'hold parts and do not know'} their order): which is which "
+                f"it is loaded into ({[len(group) for group in wanted.groups]}, on ranks that "
+                f"{'know' if wanted.is_order_known else 'hold parts and do not know'} their order): which is which "
                 "cannot be told. Give them the groups that were saved; or, if several pipeline stages saved under the "
                 "same indices, so that the state of all but one is lost, load the model alone, by only=('model',)"
             )
         order = {str(number): name for number, name in enumerate(names)}
-    _check_shapes(optimizer, manifest, order, parameters.shapes)
+    _check_shapes(optimizer, manifest, order, wanted.shapes)
     return order
 
 
 def _order(
-    parameters: Parameters, saved: Mapping[int, Sequence[int | str]], manifest: Manifest, model: Spelling
+    wanted: Names, saved: Mapping[int, Sequence[int | str]], manifest: Manifest, model: Spelling
 ) -> Sequence[str]:
     """The parameters by index: group after group, each in the order of the target's optimizer, or where its ranks hold
     parts of it only, in the order of the saved model.
@@ -216,17 +198,17 @@ def _order(
     Returns:
         Nothing when the groups are not those of the target, or no order is known. (Safetensors files sort their names.)
     """
-    if [len(saved[number]) for number in sorted(saved)] != [len(group) for group in parameters.groups]:
+    if [len(saved[number]) for number in sorted(saved)] != [len(group) for group in wanted.groups]:
         return ()
-    if parameters.is_order_known:
-        return parameters.names
+    if wanted.is_order_known:
+        return wanted.parameters
     place: dict[str, int] = {}
     for number, (name, entry) in enumerate(manifest.tensors.items()):
         if name in model.wanted and not any(chunk.file.endswith(SUFFIX) for chunk in entry.chunks):
-            place.setdefault(parameters.aliases.get(model.wanted[name], model.wanted[name]), number)
-    if not place.keys() >= set(parameters.names):
+            place.setdefault(wanted.aliases.get(model.wanted[name], model.wanted[name]), number)
+    if not place.keys() >= set(wanted.parameters):
         return ()
-    return [name for group in parameters.groups for name in sorted(group, key=place.__getitem__)]
+    return [name for group in wanted.groups for name in sorted(group, key=place.__getitem__)]
 
 
 def _check_shapes(

@@ -19,21 +19,21 @@ The second and third lose hyper-parameters when pipeline stages are saved togeth
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ray_ckpt.errors import FormatError
-from ray_ckpt.format.foreign_optimizers import MEMBERS, Members, Optimizer, Parameters, find_optimizers, group_lists
+from ray_ckpt.format.foreign_optimizers import MEMBERS, Members, Optimizer, find_optimizers, group_lists
 from ray_ckpt.format.foreign_sections import section_of, wanted_schedulers
 from ray_ckpt.format.manifest import Manifest, ObjectEntry, Path, TensorEntry
 from ray_ckpt.format.nested_state import seal_lists
 from ray_ckpt.format.spelling import Spelling, spell
+from ray_ckpt.format.wanted_names import Names
 from ray_ckpt.text import listed, quoted
 
-__all__ = ["HYPERPARAMETERS", "Names", "Translation", "group_lists", "join_names", "may_be_foreign", "translate"]
+__all__ = ["HYPERPARAMETERS", "Translation", "group_lists", "may_be_foreign", "translate"]
 
 MODEL, OPTIM = "model", "optim"
 """Sections that our names begin with."""
@@ -53,28 +53,6 @@ E = TypeVar("E", TensorEntry, ObjectEntry)
 
 
 @dataclass(frozen=True)
-class Names:
-    """The names in the state that is loaded into, on one rank or on all together."""
-
-    model: Collection[str]
-    """Names of the model's tensors, as the model itself calls them."""
-    groups: Sequence[Sequence[str]]
-    """Parameters of each group of its optimizers; empty where no optimizer is wanted."""
-    is_order_known: bool = True
-    """Whether each group is in the order that one optimizer has. It matters to a checkpoint that keys by index."""
-    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Shapes of the model's tensors."""
-    aliases: Mapping[str, str] = field(default_factory=dict)
-    """Other names of tied weights -> their names in `model`."""
-    others: Collection[str] = ()
-    """What else is wanted, such as `counters.step`."""
-
-    @property
-    def parameters(self) -> list[str]:
-        return [name for group in self.groups for name in group]
-
-
-@dataclass(frozen=True)
 class Translation:
     """A checkpoint under our names."""
 
@@ -83,30 +61,6 @@ class Translation:
     """Why the checkpoint lacks the optimizer's hyper-parameters; empty when it has them."""
     left_out: Sequence[str] = ()
     """What lies beside model and optimizer that the state does not want, or that has no name of ours."""
-
-
-def join_names(offers: Sequence[Names | None]) -> Names | None:
-    """What all ranks together hold. Ranks of a pipeline know the order of their own parameters only.
-
-    Returns:
-        None when no rank has names of ours.
-    """
-    names_of_ranks = [names for names in offers if names is not None]
-    if not names_of_ranks:
-        return None
-    model = dict.fromkeys(name for names in names_of_ranks for name in names.model)
-    groups = [
-        list(dict.fromkeys(name for group in of_ranks for name in group))
-        for of_ranks in itertools.zip_longest(*(names.groups for names in names_of_ranks), fillvalue=())
-    ]
-    is_order_known = all([list(group) for group in names.groups] == groups for names in names_of_ranks)
-    shapes: dict[str, tuple[int, ...]] = {}
-    aliases: dict[str, str] = {}
-    for names in names_of_ranks:
-        shapes |= names.shapes
-        aliases |= names.aliases
-    others = dict.fromkeys(name for names in names_of_ranks for name in names.others)
-    return Names(tuple(model), groups, is_order_known, shapes, aliases, tuple(others))
 
 
 def may_be_foreign(manifest: Manifest) -> bool:
@@ -139,9 +93,9 @@ def translate(manifest: Manifest, lists: Mapping[str, Any], names: Names) -> Tra
     renamed = _Renamed()
     lost: list[str] = []
     shapes = {name: manifest.tensors[old].shape for old, name in model.wanted.items()}
-    parameters = Parameters(names.groups, names.is_order_known, {**shapes, **names.shapes}, names.aliases)
+    wanted = dataclasses.replace(names, shapes={**shapes, **names.shapes})
     for optimizer in optimizers if names.groups else ():
-        members = Members.of(optimizer, manifest, parameters, model)
+        members = Members.of(optimizer, manifest, wanted, model)
         reason = _what_is_lost(optimizer, members)
         lost += [reason] if reason else []
         renamed.rename_optimizer(manifest, optimizer, members, keep_hyperparameters=not reason)

@@ -18,6 +18,7 @@ from ray_ckpt.format.saved import Saved
 from ray_ckpt.format.torch_container import parse_dtype
 from ray_ckpt.format.torch_internals import narrow, set_element
 from ray_ckpt.format.views import Piece, View
+from ray_ckpt.format.wanted_names import Names
 from ray_ckpt.gc_pause import collector_paused
 from ray_ckpt.protocol.holdings import hold
 from ray_ckpt.protocol.messages import TensorSpec
@@ -64,7 +65,7 @@ class LoadSource:
         """Whether the names in it may need a translation; the same on all ranks."""
         return translate.may_be_foreign(self.manifest)
 
-    def adapt(self, names: translate.Names) -> None:
+    def adapt(self, names: Names) -> None:
         """Rename everything to what a `TrainState` calls it.
 
         Raises:

@@ -32,7 +32,8 @@ from ray_ckpt.errors import CheckpointError, StateMismatchError, UsageError
 from ray_ckpt.format.manifest import itemsize
 from ray_ckpt.format.saved import Saved
 from ray_ckpt.format.torch_internals import local_tensor
-from ray_ckpt.format.translate import HYPERPARAMETERS, Names
+from ray_ckpt.format.translate import HYPERPARAMETERS
+from ray_ckpt.format.wanted_names import Names
 from ray_ckpt.gc_pause import collector_paused
 from ray_ckpt.protocol.agreement import mark, marked
 from ray_ckpt.protocol.load_source import LoadSource
