@@ -44,6 +44,7 @@ bench: .venv/.installed-dev
 	PYTHONPATH=. $(BIN)/python benchmarks/s3.py
 	PYTHONPATH=. $(BIN)/python benchmarks/async_save.py
 	PYTHONPATH=. $(BIN)/python benchmarks/planning.py
+	PYTHONPATH=. $(BIN)/python benchmarks/fingerprints.py
 
 bench-async: .venv/.installed-dev
 	PYTHONPATH=. $(BIN)/python benchmarks/async_save.py $(ARGS)

@@ -28,6 +28,7 @@ from ray_ckpt.errors import (
     UsageError,
     WorkerError,
 )
+from ray_ckpt.format.fingerprinting import fingerprint
 from ray_ckpt.format.manifest import MANIFEST_NAME
 from ray_ckpt.recipes import probe
 from ray_ckpt.storage.files import Storage
@@ -101,8 +102,12 @@ def test_workers_without_a_process_group_save_one_checkpoint(group: WorkerGroup,
     assert group.run(rank_states.held_saves) == [0] * NUM_WORKERS
     # Unchanged plans travel as tokens now; what they are filled with is new.
     group.run(rank_functions.remember, 6)
-    cluster.save(group, "tests.support.rank_states:stage_of", tmp_path / "b")
+    cluster.save(group, "tests.support.rank_states:stage_of", tmp_path / "b", fingerprints=True)
     assert load_step(tmp_path / "b", 6)
+    digests = ArrowStorageReader(tmp_path / "b").read_manifest().fingerprints
+    assert digests["stage2"] == fingerprint(torch.arange(1002.0) + 6).digest
+    assert digests.keys() == {"common", *(f"stage{rank}" for rank in range(NUM_WORKERS))}
+    assert ArrowStorageReader(tmp_path / "a").read_manifest().fingerprints == {}
     assert load_step(tmp_path / "a", 5)
 
 

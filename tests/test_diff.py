@@ -10,9 +10,10 @@ import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from ray_ckpt import IntegrityError, diff, save
+from ray_ckpt import IntegrityError, SaveHandle, diff, fingerprint, save
+from ray_ckpt.storage.checkpoint_reader import CheckpointReader
 from tests.support.foreign import weights
 from tests.support.ranks import run_ranks
 from tests.test_cli import call, flip
@@ -52,6 +53,39 @@ def test_layouts_do_not_matter(tmp_path: Path) -> None:
     [found] = report.tensors
     assert (found.name, found.num_different) == ("layer61.weight", 1)
     assert found.max_absolute == pytest.approx(1, rel=1e-5)
+
+
+def save_with_fingerprints(rank: int, path: str, dim: int | None, blocking: bool) -> None:
+    """Sharded along a dim, or replicated; one name is replicated anyway."""
+    mesh = init_device_mesh("cpu", (2,))
+    placement = Replicate() if dim is None else Shard(dim)
+    matrix, steps = torch.arange(7 * 9.0).reshape(7, 9), torch.arange(3)
+    state = {"matrix": distribute_tensor(matrix, mesh, [placement]), "steps": steps}
+    saved = save(state, path, fingerprints=True, blocking=blocking)
+    if isinstance(saved, SaveHandle):
+        state["matrix"].zero_()
+        saved.result(timeout_s=60)
+
+
+def test_with_fingerprints_no_tensor_is_read(tmp_path: Path) -> None:
+    matrix, steps = torch.arange(7 * 9.0).reshape(7, 9), torch.arange(3)
+    save({"matrix": matrix, "steps": steps}, tmp_path / "whole", fingerprints=True)
+    assert CheckpointReader(tmp_path / "whole").read_manifest().fingerprints == {
+        "matrix": fingerprint(matrix).digest,
+        "steps": fingerprint(steps).digest,
+    }
+    for number, (dim, blocking) in enumerate([(0, True), (1, False), (None, True)]):
+        run_ranks(save_with_fingerprints, 2, tmp_path, str(tmp_path / f"{number}"), dim, blocking)
+        report = diff(tmp_path / "whole", tmp_path / f"{number}")
+        assert (report.equal, report.num_by_fingerprint, report.bytes_read) == (True, 2, 0)
+    matrix[6, 8] = -1
+    save({"matrix": matrix, "steps": steps}, tmp_path / "changed", fingerprints=True)
+    report = diff(tmp_path / "whole", tmp_path / "changed")
+    assert ([found.name for found in report.tensors], report.bytes_read) == (["matrix"], 0)
+    save({"matrix": matrix, "steps": steps}, tmp_path / "without")
+    report = diff(tmp_path / "changed", tmp_path / "without")
+    assert (report.equal, report.num_by_fingerprint) == (True, 0)
+    assert report.bytes_read == 2 * (matrix.nbytes + steps.nbytes)
 
 
 def test_what_differs_is_named(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ray_ckpt.errors import FormatError
-from ray_ckpt.format import fingerprinting
+from ray_ckpt.format import fingerprinting, word_sums
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.fingerprint import Fingerprint, merge
 from ray_ckpt.format.fingerprinting import fingerprint
@@ -38,10 +38,8 @@ def fingerprint_part(whole: torch.Tensor, box: Box) -> Fingerprint:
     part = whole
     for dim, (offset, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
         part = part.narrow(dim, offset, size)
-    sums = [fingerprinting._sum_part(p, b, whole.shape) for p, b in fingerprinting._contiguous_parts(part, box)]
-    return Fingerprint(
-        str(whole.dtype).removeprefix("torch."), tuple(whole.shape), {box: sum(sums) & fingerprinting.WORD_MASK}
-    )
+    total = fingerprinting.sum_of_part(part, box, whole.shape)
+    return Fingerprint(str(whole.dtype).removeprefix("torch."), tuple(whole.shape), {box: total})
 
 
 @st.composite
@@ -128,6 +126,26 @@ def _plain_sum(values: list[float]) -> int:
 
     words = [struct.unpack("<i", struct.pack("<f", value))[0] for value in values]
     return sum(mix((mix(i + 1) + word * 0x9E3779B97F4A7C15) % 2**64) for i, word in enumerate(words)) % 2**64
+
+
+@given(tensor_and_parts(), st.sampled_from([5, 64, 1 << 16]))
+@settings(max_examples=100, deadline=None)
+def test_torch_and_numpy_add_up_to_the_same(case: tuple[torch.Tensor, list[Box]], chunk: int) -> None:
+    """GPUs take torch's operations, which run here too."""
+    whole, boxes = case
+    for box in boxes:
+        part = whole[tuple(slice(o, o + s) for o, s in zip(box.offsets, box.sizes, strict=True))].contiguous()
+        words, dims = fingerprinting._words_and_dims(part, box, whole.shape)
+        assert word_sums.sum_words(words.numpy(), dims, chunk) == fingerprinting._sum_on_device(words, dims)
+
+
+def test_parts_of_any_width_are_the_formula_too() -> None:
+    """Narrow and wide rows, of more words than are mixed at once."""
+    whole = torch.arange(40 * 3000, dtype=torch.float32).reshape(40, 3000)
+    expected = "float32[40, 3000]:" + format(_plain_sum(whole.flatten().tolist()), "016x")
+    for cut in (1, 2, 1700):
+        boxes = [Box((0, 0), (40, cut)), Box((0, cut), (40, 3000 - cut))]
+        assert merge([fingerprint_part(whole, box) for box in boxes]).digest == expected
 
 
 def test_fingerprinting_leaves_the_tensor_alone() -> None:

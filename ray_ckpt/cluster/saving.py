@@ -39,6 +39,7 @@ def save(
     step: int | None = ...,
     *,
     overwrite: bool = ...,
+    fingerprints: bool = ...,
     layout: str | None = ...,
     retries: int = ...,
     blocking: Literal[True] = ...,
@@ -52,6 +53,7 @@ def save(
     step: int | None = ...,
     *,
     overwrite: bool = ...,
+    fingerprints: bool = ...,
     layout: str | None = ...,
     retries: int = ...,
     blocking: Literal[False],
@@ -64,6 +66,7 @@ def save(
     step: int | None = None,
     *,
     overwrite: bool = False,
+    fingerprints: bool = False,
     layout: str | None = None,
     retries: int = 0,
     blocking: bool = True,
@@ -94,6 +97,7 @@ def save(
             the store to save into: the same, or a `CheckpointStore`.
         step: number of the step in the store, from 0.
         overwrite: replace a committed checkpoint; it stays valid until the new one is committed.
+        fingerprints: also record the fingerprint of every tensor, as for `ray_ckpt.save`.
         layout: how the state lies across the workers, for the manifest; by default what rank 0's `TrainState` says.
         retries: how often a worker whose write failed writes again, without the others.
         blocking: whether to wait for the commit. Otherwise the handle, or else the next `save`, reports a failure.
@@ -124,7 +128,7 @@ def save(
         called="the driver",
     )
     attempt = _Attempt(group, storage, coordinator, retries, deadline)
-    assignments = attempt.plan(state_of, memory.plans.tokens)
+    assignments = attempt.plan(state_of, memory.plans.tokens, fingerprints)
     if blocking:
         return attempt.finish(assignments)
     attempt.stage(assignments)
@@ -172,14 +176,17 @@ class _Attempt:
         self._retries = retries
         self._deadline = deadline
 
-    def plan(self, state_of: worker_side.StateOf | str, known: frozenset[str]) -> Sequence[Assignment]:
+    def plan(
+        self, state_of: worker_side.StateOf | str, known: frozenset[str], fingerprints: bool
+    ) -> Sequence[Assignment]:
         """Let the workers look through their states; who writes what.
 
         Args:
             known: tokens of plans that need not be sent again.
+            fingerprints: whether they will take those of what they write.
         """
         coordinator = self._coordinator
-        args = (coordinator.attempt, state_of, self._storage, known)
+        args = (coordinator.attempt, state_of, self._storage, known, fingerprints)
         with self._discarding():
             offers = self._call(worker_side.plan, dict.fromkeys(range(self._group.num_workers), args))
             coordinator.layout = coordinator.layout or offers[0].layout

@@ -46,20 +46,26 @@ class SaveOffer:
 
 
 def plan(
-    ctx: WorkerContext, attempt: str, state_of: StateOf | str, storage: Storage, known: frozenset[str]
+    ctx: WorkerContext,
+    attempt: str,
+    state_of: StateOf | str,
+    storage: Storage,
+    known: frozenset[str],
+    fingerprints: bool,
 ) -> SaveOffer:
     """Look through the state and plan how to write it.
 
     Args:
         attempt: names the save: an earlier one that failed may still be writing here, on the worker's other thread.
         known: tokens of plans that the driver still has.
+        fingerprints: whether `write` takes those of what it writes.
     """
     # The driver loads this module too, and goes without torch.
     from ray_ckpt.protocol.rank_save import PlanMemory, RankSave
     from ray_ckpt.state.train_state import TrainState
 
     memory: PlanMemory = ctx.objects.setdefault(_MEMORY, PlanMemory())
-    save = RankSave(storage)
+    save = RankSave(storage, fingerprints=fingerprints)
     _saves(ctx)[attempt] = save
     state = resolve(state_of)(ctx)
     return SaveOffer(save.plan(state, memory, known), state.layout if isinstance(state, TrainState) else None)

@@ -12,7 +12,7 @@ Here are the values, which need no torch; `fingerprinting.py` computes them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ray_ckpt.errors import FormatError
@@ -71,8 +71,12 @@ class Fingerprint:
         """
         if problem := check_cover(self.shape, list(self.parts)):
             raise FormatError(f"incomplete fingerprint: {problem}")
-        total = sum(self.parts.values()) & WORD_MASK
-        return f"{self.dtype}{list(self.shape)}:{total:016x}"
+        return digest_of(self.dtype, self.shape, self.parts.values())
+
+
+def digest_of(dtype: str, shape: Sequence[int], sums: Iterable[int]) -> str:
+    """`Fingerprint.digest` of a tensor from the sums of parts that are known to cover it exactly once."""
+    return f"{dtype}{list(shape)}:{sum(sums) & WORD_MASK:016x}"
 
 
 def merge(fingerprints: Iterable[Fingerprint]) -> Fingerprint:

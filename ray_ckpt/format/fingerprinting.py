@@ -4,6 +4,8 @@
 
 `mix` is a bijection of 64-bit words, so for a fixed index two different elements never contribute the same. Source of
 the constants: Steele, Lea, Flood, "Fast splittable pseudorandom number generators" (OOPSLA 2014).
+
+On the CPU `word_sums.py` adds up; elsewhere torch does, by the same formula.
 """
 
 from __future__ import annotations
@@ -18,17 +20,19 @@ from ray_ckpt.format.fingerprint import WORD_MASK, Fingerprint
 from ray_ckpt.format.memory import fault
 from ray_ckpt.format.shards import local_boxes
 from ray_ckpt.format.torch_internals import local_tensor
+from ray_ckpt.format.word_sums import FIRST_FACTOR, GOLDEN, SECOND_FACTOR, sum_words
 
-CHUNK_WORDS = 1 << 18
-"""Words mixed at once: 2 MiB per temporary, so that the temporaries stay in the cache."""
+CHUNK_WORDS = 1 << 15
+"""Words mixed at once on the CPU: 256 KiB per temporary, so that the temporaries stay in the cache."""
 
-_GOLDEN = 0x9E3779B97F4A7C15
+_DEVICE_CHUNK_WORDS = 1 << 22
+"""The same on another device, where each operation takes as long to start as to mix many words."""
 
 
 def fingerprint(tensor: torch.Tensor) -> Fingerprint:
     """Compute the fingerprint of what this process holds of `tensor`: a plain tensor, or the local shard of a DTensor.
 
-    Runs where the tensor lives, on CPU or GPU, in bounded memory (a few temporaries of 2 MiB).
+    Runs where the tensor lives, on CPU or GPU, in bounded memory: half a MiB of temporaries, or 32 MiB each on a GPU.
 
     Example:
         >>> import torch
@@ -48,9 +52,19 @@ def fingerprint(tensor: torch.Tensor) -> Fingerprint:
     if wrong := fault(local_tensor(tensor)):
         raise ValueError(f"there are no bits to fingerprint: what was given {wrong}")
     for box, local in _local_parts(tensor.detach()):
-        total = sum(_sum_part(part, part_box, tensor.shape) for part, part_box in _contiguous_parts(local, box))
-        parts[box] = total & WORD_MASK
+        parts[box] = sum_of_part(local, box, tensor.shape)
     return Fingerprint(dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape), parts=parts)
+
+
+def sum_of_part(part: torch.Tensor, box: Box, shape: Sequence[int]) -> int:
+    """Sum of the contributions of a part of a tensor, modulo 2^64.
+
+    Args:
+        part: a plain tensor, of any strides.
+        box: where it lies in the whole tensor.
+        shape: the whole tensor's.
+    """
+    return sum(_sum_contiguous(each, at, shape) for each, at in _contiguous_parts(part.detach(), box)) & WORD_MASK
 
 
 def _local_parts(tensor: torch.Tensor) -> list[tuple[Box, torch.Tensor]]:
@@ -75,23 +89,32 @@ def _contiguous_parts(tensor: torch.Tensor, box: Box) -> Iterator[tuple[torch.Te
         offset += half.shape[dim]
 
 
-def _sum_part(part: torch.Tensor, box: Box, shape: Sequence[int]) -> int:
-    """Sum of the contributions of a contiguous part, in chunks."""
+def _sum_contiguous(part: torch.Tensor, box: Box, shape: Sequence[int]) -> int:
+    words, dims = _words_and_dims(part, box, shape)
+    if words.device.type == "cpu":
+        return sum_words(words.numpy(), dims, CHUNK_WORDS)
+    return _sum_on_device(words, dims)
+
+
+def _words_and_dims(
+    part: torch.Tensor, box: Box, shape: Sequence[int]
+) -> tuple[torch.Tensor, list[tuple[int, int, int]]]:
+    """The bits of a contiguous part, and how they lie in the whole: see `_index_dims`."""
     words = _as_words(part)
-    words_per_element = max(1, words.numel() // max(1, part.numel()))
-    dims = _index_dims(box, tuple(shape))
-    total = torch.zeros((), dtype=torch.int64, device=part.device)
-    for start in range(0, words.numel(), CHUNK_WORDS):
-        chunk = words[start : start + CHUNK_WORDS].to(torch.int64)
-        flat = torch.arange(start, start + chunk.numel(), device=part.device)
-        if words_per_element > 1:
-            word, flat = flat % words_per_element, flat // words_per_element
-            index = _global_index(flat, dims) * words_per_element + word
-        else:
-            index = _global_index(flat, dims)
-        mixed = _mix(_mix(index.add_(1)).add_(chunk * _signed(_GOLDEN)))
+    if (per_element := words.numel() // max(1, part.numel())) > 1:  # the words of an element are one more dim
+        box, shape = Box((*box.offsets, 0), (*box.sizes, per_element)), (*shape, per_element)
+    return words, _index_dims(box, tuple(shape))
+
+
+def _sum_on_device(words: torch.Tensor, dims: Sequence[tuple[int, int, int]]) -> int:
+    """The same as `sum_words`, by torch's operations."""
+    total = torch.zeros((), dtype=torch.int64, device=words.device)
+    for start in range(0, words.numel(), _DEVICE_CHUNK_WORDS):
+        chunk = words[start : start + _DEVICE_CHUNK_WORDS].to(torch.int64)
+        flat = torch.arange(start, start + chunk.numel(), device=words.device)
+        mixed = _mix(_mix(_global_index(flat, dims).add_(1)).add_(chunk * _signed(GOLDEN)))
         total += mixed.sum()
-    return int(total.item())
+    return int(total.item()) & WORD_MASK
 
 
 def _as_words(part: torch.Tensor) -> torch.Tensor:
@@ -117,8 +140,8 @@ def _index_dims(box: Box, shape: tuple[int, ...]) -> list[tuple[int, int, int]]:
     return dims
 
 
-def _global_index(flat: torch.Tensor, dims: list[tuple[int, int, int]]) -> torch.Tensor:
-    """Row-major index in the global tensor of the elements at these flat positions of a part."""
+def _global_index(flat: torch.Tensor, dims: Sequence[tuple[int, int, int]]) -> torch.Tensor:
+    """Row-major index in the global tensor of the words at these flat positions of a part."""
     if len(dims) <= 1:
         return flat + sum(offset * stride for _, offset, stride in dims)
     index = torch.zeros_like(flat)
@@ -130,7 +153,7 @@ def _global_index(flat: torch.Tensor, dims: list[tuple[int, int, int]]) -> torch
 
 def _mix(words: torch.Tensor) -> torch.Tensor:
     """SplitMix64's finalizer, in place. int64 arithmetic wraps, which is what modulo 2^64 asks for."""
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+    for shift, factor in ((30, FIRST_FACTOR), (27, SECOND_FACTOR)):
         words.bitwise_xor_(_shift_right(words, shift)).mul_(_signed(factor))
     return words.bitwise_xor_(_shift_right(words, 31))
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from ray_ckpt.errors import CommitError
 from ray_ckpt.format.boxes import Box, shared_box
+from ray_ckpt.format.fingerprint import digest_of
 from ray_ckpt.format.manifest import Chunk, Manifest, ObjectEntry, TensorEntry
 from ray_ckpt.gc_pause import collector_paused
 from ray_ckpt.protocol.merging import GlobalPlan, Key, key_of, merge
@@ -199,9 +200,15 @@ class Coordinator:
             if spec is not None
         }
         objects = {name: written.objects[name] for name, (_, spec) in plan.names.items() if spec is None}
+        taken = {
+            name: digest_of(tensors[name].dtype, tensors[name].shape, sums)
+            for name, sums in written.sums.items()
+            if len(sums) == len(tensors[name].chunks)
+        }
         if strangers := sorted(self._fingerprints.keys() - tensors.keys()):
             raise CommitError(f"refusing to commit: fingerprints of tensors that were not saved: {listed(strangers)}")
-        return Manifest(tensors, objects, written.files, self.attempt, self.layout, self._saved_by, self._fingerprints)
+        fingerprints = {**taken, **self._fingerprints}
+        return Manifest(tensors, objects, written.files, self.attempt, self.layout, self._saved_by, fingerprints)
 
     def _check_files(self, files: Mapping[str, int]) -> None:
         """Refuse to commit unless this process sees the files that the ranks report, with their sizes.
@@ -239,6 +246,8 @@ class _Reported:
     objects: dict[str, ObjectEntry] = field(default_factory=dict)
     files: dict[str, int] = field(default_factory=dict)
     """Name -> bytes."""
+    sums: dict[str, list[int]] = field(default_factory=dict)
+    """Tensor name -> fingerprints' sums of the chunks of which they were taken."""
     digests: dict[Key, tuple[TensorSpec | None, bytes]] = field(default_factory=dict)
     """Part that several ranks hold -> its spec, and the digest that `RankRecord.replicas` has for an equal one."""
 
@@ -249,6 +258,8 @@ def _collect(plan: GlobalPlan, records: Sequence[RankRecord]) -> _Reported:
         items = plan.items[rank]
         for file in record.files:
             written.files[file.name] = _end(file)
+            for position, part_sum in zip(file.positions if file.sums else (), file.sums, strict=True):
+                written.sums.setdefault(items[position].name, []).append(part_sum)
             for item, chunk in _chunks(file, items):
                 written.chunks[item.name].append(chunk)
                 if plan.writers and (key := key_of(item)) in plan.writers and chunk.checksums is not None:

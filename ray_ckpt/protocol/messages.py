@@ -109,6 +109,8 @@ class FileRecord:
     """Position in the rank's plan of each row of `tensors`."""
     objects: Mapping[int, ObjectEntry]
     """Position in the rank's plan -> entry."""
+    sums: Sequence[int] = ()
+    """Fingerprint's sum of each row of `tensors`; empty where none were asked for."""
 
     @property
     def name(self) -> str:

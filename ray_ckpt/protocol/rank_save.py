@@ -8,12 +8,15 @@ import itertools
 import uuid
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.stateful import Stateful
 
 from ray_ckpt.errors import StorageError, UsageError
+from ray_ckpt.format.boxes import shared_box
+from ray_ckpt.format.fingerprinting import sum_of_part
 from ray_ckpt.format.manifest import ObjectEntry
 from ray_ckpt.format.memory import fault
 from ray_ckpt.format.torch_container import parse_dtype
@@ -69,12 +72,21 @@ class RankSave:
         storage: the checkpoint's directory.
         threads: number of files written at the same time.
         max_file_bytes: another file is started before one grows past this; a single tensor may be larger.
+        fingerprints: whether to take the fingerprint of each tensor that is written.
     """
 
-    def __init__(self, storage: Storage, *, threads: int = 1, max_file_bytes: int = MAX_FILE_BYTES) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        *,
+        threads: int = 1,
+        max_file_bytes: int = MAX_FILE_BYTES,
+        fingerprints: bool = False,
+    ) -> None:
         self._storage = storage
         self._threads = threads
         self._max_file_bytes = max_file_bytes
+        self._fingerprints = fingerprints
         self._holdings = Holdings((), ())
         self._staged: Holdings | None = None
         self._host_copy: HostCopy | None = None
@@ -153,7 +165,15 @@ class RankSave:
         items, values = self._holdings.items, self._holdings.values
         saved = _Saving()
         objects = ((p, saved(values[p])) for p in positions if items[p].spec is None)
-        return file_record(pack_file(self._storage, name, objects, self._tensors(positions)))
+        record = file_record(pack_file(self._storage, name, objects, self._tensors(positions)))
+        if not self._fingerprints:
+            return record
+        return replace(record, sums=[self._sum(position) for position in record.positions])
+
+    def _sum(self, position: int) -> int:
+        spec = self._holdings.items[position].spec
+        assert spec is not None, "only tensors have rows"
+        return sum_of_part(self._holdings.values[position], shared_box(spec.offsets, spec.sizes), spec.shape)
 
     def _tensors(self, positions: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
         items, values = self._holdings.items, self._holdings.values
