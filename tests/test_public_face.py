@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -116,8 +115,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _run([sys.executable, "-m", "venv", "--without-pip", str(environment)], directory)
     python = environment / "bin" / "python"
     packages = next(environment.glob("lib/python*/site-packages"))
-    # What stands in a .pth of that directory is not followed: an editable install there is not seen.
-    (packages / "of_the_tests.pth").write_text(sysconfig.get_path("purelib"))
+    # What stands in a .pth of these directories is not followed: an editable install there is not seen.
+    of_the_tests = [path for path in sys.path if Path(path).name == "site-packages"]
+    (packages / "of_the_tests.pth").write_text("\n".join(of_the_tests))
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python), "install"]
     _run([*pip, "--no-index", "--no-deps", "--no-build-isolation", "."], source)
     return python
