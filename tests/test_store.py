@@ -249,6 +249,25 @@ def test_clean_takes_orphans_when_they_are_old_enough(store):
         store.clean(older_than_s=-1)
 
 
+def test_a_checkpoint_without_a_store_is_cleaned_up_after_too(tmp_path):
+    """As the main job saves it: in the very directory that it was given."""
+    steps = CheckpointStore(tmp_path)
+    ray_ckpt.save(_state(1), tmp_path)
+    for attempt in (ATTEMPT, "f" * 12):
+        _write(steps, f"__0_0-{attempt}.distcp", b"orphan")
+    for name in (f"manifest.json.{ATTEMPT}.tmp", f"probe-{ATTEMPT}-3", "__0_0.distcp", "notes.txt"):
+        _write(steps, name, b"left")
+    committed = {path.name for path in tmp_path.iterdir()} - {".pins"}
+    assert steps.clean().files == ()
+    ours = {f"__0_0-{ATTEMPT}.distcp", f"__0_0-{'f' * 12}.distcp", f"manifest.json.{ATTEMPT}.tmp", f"probe-{ATTEMPT}-3"}
+    assert set(steps.clean(older_than_s=0).files) == ours
+    assert {path.name for path in tmp_path.iterdir()} - {".pins"} == committed - ours
+    assert loads(Storage(tmp_path), 1)
+    (tmp_path / MANIFEST_NAME).unlink()
+    steps.clean(older_than_s=0)
+    assert {path.name for path in tmp_path.iterdir()} - {".pins"} == {"__0_0.distcp", "notes.txt"}
+
+
 def test_an_attempt_is_as_old_as_its_youngest_file(tmp_path):
     store = CheckpointStore(tmp_path)
     for number in range(2):

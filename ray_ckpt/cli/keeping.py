@@ -59,7 +59,8 @@ def prune(
 @_yes
 @json_option
 def clean(uri: str, hours: float, yes: bool, in_json: bool) -> int:
-    """Remove what failed saves and deletes have left: files of ours that no manifest names.
+    """Remove what failed saves and deletes have left: files of ours that no manifest names. URI is a store, or the
+    directory of one checkpoint.
 
     \b
     ray-ckpt clean /mnt/run

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ray_ckpt.cluster.worker import WorkerContext, load_module
 from ray_ckpt.format.manifest import MANIFEST_NAME
+from ray_ckpt.storage.cleaning import probe_name
 from ray_ckpt.storage.files import Storage
 
 
@@ -23,7 +24,7 @@ def load_code(ctx: WorkerContext, module: str) -> None:
 
 
 def write_probe(ctx: WorkerContext, uri: str, token: str) -> None:
-    Storage(uri).write_atomic(_probe_name(token, ctx.rank), b"probe")
+    Storage(uri).write_atomic(probe_name(token, ctx.rank), b"probe")
 
 
 def view_storage(ctx: WorkerContext, uri: str, token: str) -> StorageView:
@@ -33,13 +34,9 @@ def view_storage(ctx: WorkerContext, uri: str, token: str) -> StorageView:
 def look(uri: str, token: str, num_ranks: int) -> StorageView:
     """The storage as this process sees it, on a worker or on the driver."""
     storage = Storage(uri)
-    seen = tuple(rank for rank in range(num_ranks) if storage.exists(_probe_name(token, rank)))
+    seen = tuple(rank for rank in range(num_ranks) if storage.exists(probe_name(token, rank)))
     return StorageView(seen, storage.exists(MANIFEST_NAME))
 
 
 def remove_probe(ctx: WorkerContext, uri: str, token: str) -> None:
-    Storage(uri).delete(_probe_name(token, ctx.rank))
-
-
-def _probe_name(token: str, rank: int) -> str:
-    return f"probe-{token}-{rank}"
+    Storage(uri).delete(probe_name(token, ctx.rank))

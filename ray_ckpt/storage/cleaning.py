@@ -4,6 +4,8 @@ run ─┬─ deletes that have begun        finished, unless the step is the hi
      ├─ files that no manifest names   removed when their attempt is old; before that `.metadata` is restored where an
      │                                 interrupted overwrite has left one that names them
      └─ empty directories of steps     removed
+
+A checkpoint that lies in the store's own directory, rather than in one of a step, is cleaned up after as well.
 """
 
 from __future__ import annotations
@@ -19,13 +21,25 @@ from ray_ckpt.storage.pins import Pins, Wishes
 from ray_ckpt.storage.publish import DATA_FILE, STOCK_RECORD_NAME, is_ours, restore_stock_record
 from ray_ckpt.storage.record_files import read_if_there
 from ray_ckpt.storage.removal import Removal
-from ray_ckpt.storage.steps import Look, Steps, directory_of, parse_steps
+from ray_ckpt.storage.steps import Look, Steps, directory_of, look_at, name_in, parse_steps
 
-__all__ = ["Cleaning"]
+__all__ = ["Cleaning", "probe_name"]
 
 _logger = logging.getLogger("ray_ckpt")
 
-_TEMPORARY = re.compile(rf"(?:{re.escape(MANIFEST_NAME)}|{re.escape(STOCK_RECORD_NAME)})\.[0-9a-f]{{12}}\.tmp")
+_PROBE = re.compile(r"probe-[0-9a-f]{12}-[0-9]+(?:\.[0-9a-f]{12}\.tmp)?")
+_TEMPORARY = re.compile(
+    rf"(?:{re.escape(MANIFEST_NAME)}|{re.escape(STOCK_RECORD_NAME)})\.[0-9a-f]{{12}}\.tmp|{_PROBE.pattern}"
+)
+
+
+def probe_name(token: str, rank: int) -> str:
+    """The name of a file by which a job finds out who can write. One that a killed job leaves goes with the next clean.
+
+    Args:
+        token: 12 hexadecimal digits.
+    """
+    return f"probe-{token}-{rank}"
 
 
 class Cleaning:
@@ -48,22 +62,23 @@ class Cleaning:
         """Clean up. Attempts younger than `older_than_s` are left alone; 0 takes everything."""
         by_step: dict[str, dict[str, Scanned]] = {}
         for name, scanned in self._storage.scan().items():
-            directory, _, file = name.partition("/")
-            by_step.setdefault(directory, {})[file] = scanned
+            directory, slash, file = name.partition("/")
+            by_step.setdefault(directory if slash else "", {})[file if slash else name] = scanned
         horizon = self._horizon(older_than_s, by_step)
         self._finish_deletes(horizon)
+        self._clean_files(None, by_step.get("", {}), horizon)
         for step in sorted(parse_steps(by_step)):
-            self._clean_step(step, by_step[directory_of(step)], horizon)
+            self._clean_files(step, by_step[directory_of(step)], horizon)
         if not self._dry_run:
             for step in parse_steps(self._storage.list_directories()):
                 self._storage.delete_empty_directory(directory_of(step))
         committed = [step for step in parse_steps(by_step) if MANIFEST_NAME in by_step[directory_of(step)]]
         self.kept = sorted(set(committed) - set(self.removed))
 
-    def _clean_step(self, step: int, found: Mapping[str, Scanned], horizon: float) -> None:
+    def _clean_files(self, step: int | None, found: Mapping[str, Scanned], horizon: float) -> None:
         old = _old_files(found, horizon)
         # Read after the listing, so that a save which was committed in between is seen.
-        record = self._steps.look(step) if old else None
+        record = look_at(self._location(step)) if old else None
         orphans = self._orphans(step, found, old, record)
         if self._dry_run:
             self.files |= orphans
@@ -89,7 +104,7 @@ class Cleaning:
         now = self._pins.now()
         return (max(times) if now is None else now) - older_than_s
 
-    def _restore_stock_record(self, step: int, found: Mapping[str, Scanned], *, needed: bool) -> bool:
+    def _restore_stock_record(self, step: int | None, found: Mapping[str, Scanned], *, needed: bool) -> bool:
         """Restore the `.metadata` of the manifest before the files are removed that one of an interrupted overwrite
         names. Returns whether they may be removed.
 
@@ -101,11 +116,13 @@ class Cleaning:
         if not self._removal.is_possible(step):
             return True
         try:
-            if restore_stock_record(self._steps.location(step)):
-                _logger.info("restored %s of step %d in %s", STOCK_RECORD_NAME, step, self._storage.address)
+            if restore_stock_record(self._location(step)):
+                _logger.info("restored %s/%s", self._location(step).address, STOCK_RECORD_NAME)
         except StorageError as error:
             _logger.warning(
-                "step %d keeps the files of an interrupted save, since stock DCP reads them: %s", step, error
+                "%s keeps the files of an interrupted save, since stock DCP reads them: %s",
+                self._location(step).address,
+                error,
             )
             return False
         return True
@@ -142,8 +159,11 @@ class Cleaning:
         the time may be gone or damaged by now, and the highest good step is nothing to be removed by the way."""
         return step != self._steps.highest_good() and self._removal.is_possible(step)
 
-    def _orphans(self, step: int, found: Mapping[str, Scanned], old: set[str], record: Look | None) -> dict[str, int]:
-        """Files of a step's directory that an attempt left and no manifest names: name in the store -> bytes.
+    def _orphans(
+        self, step: int | None, found: Mapping[str, Scanned], old: set[str], record: Look | None
+    ) -> dict[str, int]:
+        """What an attempt left and no manifest names, in a step's directory or the store's own (None): name in the
+        store -> bytes.
 
         Args:
             old: names of files of attempts that have ended.
@@ -156,14 +176,17 @@ class Cleaning:
         if record is not None or not self._is_our_stock_record(step, old):
             old.discard(STOCK_RECORD_NAME)
         named = set() if record is None else set(record.files)
-        orphans = {f"{directory_of(step)}/{file}": found[file].num_bytes for file in sorted(old - named)}
+        orphans = {name_in(step, file): found[file].num_bytes for file in sorted(old - named)}
         return {name: size for name, size in orphans.items() if self._storage.may_delete(name)}
 
-    def _is_our_stock_record(self, step: int, candidates: set[str]) -> bool:
+    def _location(self, step: int | None) -> Storage:
+        return self._storage if step is None else self._steps.location(step)
+
+    def _is_our_stock_record(self, step: int | None, candidates: set[str]) -> bool:
         if STOCK_RECORD_NAME not in candidates:
             return False
         try:
-            data = read_if_there(self._steps.location(step), STOCK_RECORD_NAME)
+            data = read_if_there(self._location(step), STOCK_RECORD_NAME)
         except CheckpointError:
             return False  # no file, or none that a save writes
         return data is not None and is_ours(data)

@@ -16,7 +16,7 @@ from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.pins import Pins
 from ray_ckpt.storage.publish import STOCK_RECORD_NAME, names_attempt
 from ray_ckpt.storage.record_files import read_if_there
-from ray_ckpt.storage.steps import Look, directory_of
+from ray_ckpt.storage.steps import Look, directory_of, name_in
 
 __all__ = ["REQUESTS_IN_FLIGHT", "Removal"]
 
@@ -31,9 +31,9 @@ class Removal:
         self._storage = storage
         self._pins = pins
 
-    def is_possible(self, step: int) -> bool:
+    def is_possible(self, step: int | None) -> bool:
         """Whether the step's own directory holds its record, rather than one that a link leads to."""
-        return self._storage.may_delete(f"{directory_of(step)}/{MANIFEST_NAME}")
+        return self._storage.may_delete(name_in(step, MANIFEST_NAME))
 
     def files(self, step: int, found: Look) -> dict[str, int]:
         """The data files of a step that `remove` removes: name in the store -> bytes."""

@@ -19,7 +19,7 @@ from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.publish import DATA_FILE
 from ray_ckpt.storage.record_files import parse_and_keep, read_if_there
 
-__all__ = ["Look", "Steps", "directory_of", "parse_steps"]
+__all__ = ["Look", "Steps", "directory_of", "look_at", "name_in", "parse_steps"]
 
 _logger = logging.getLogger("ray_ckpt")
 
@@ -41,6 +41,11 @@ def directory_of(step: int) -> str:
     return f"step-{number}"
 
 
+def name_in(step: int | None, file: str) -> str:
+    """The name in the store of a step's file, or of the store's own directory when `step` is None."""
+    return file if step is None else f"{directory_of(step)}/{file}"
+
+
 def parse_steps(directories: Iterable[str]) -> list[int]:
     return [int(match[1]) for match in map(_STEP.fullmatch, directories) if match]
 
@@ -57,6 +62,28 @@ class Look:
     """Path and reason, when the step cannot be loaded; else empty."""
     has_replaced: bool = False
     """Whether another checkpoint was there, whose `.metadata` an interrupted overwrite may have left."""
+
+
+def look_at(directory: Storage) -> Look | None:
+    """Read a checkpoint's record, and compare the sizes of its files. No data file is read.
+
+    Returns:
+        None when none is committed there.
+    """
+    try:
+        data = read_if_there(directory, MANIFEST_NAME)
+        if data is None:
+            return None
+        manifest = parse_and_keep(data, f"{directory.address}/{MANIFEST_NAME}")
+    except (CheckpointError, StorageError) as error:
+        if isinstance(error, StorageError) and error.transient:
+            raise
+        return Look("", {}, str(error))
+    ours = {name: size for name, size in manifest.files.items() if DATA_FILE.fullmatch(name)}
+    damage = _compare(directory, manifest.files)
+    if damage and not directory.exists(MANIFEST_NAME):
+        return None  # it was deleted meanwhile
+    return Look(manifest.attempt, ours, damage, has_replaced=manifest.replaced_metadata is not None)
 
 
 class Steps:
@@ -77,26 +104,8 @@ class Steps:
         return self._storage.exists(f"{directory_of(step)}/{MANIFEST_NAME}")
 
     def look(self, step: int) -> Look | None:
-        """Read a step's record, and compare the sizes of its files. No data file is read.
-
-        Returns:
-            None when the step is not committed.
-        """
-        directory = self.location(step)
-        try:
-            data = read_if_there(directory, MANIFEST_NAME)
-            if data is None:
-                return None
-            manifest = parse_and_keep(data, f"{directory.address}/{MANIFEST_NAME}")
-        except (CheckpointError, StorageError) as error:
-            if isinstance(error, StorageError) and error.transient:
-                raise
-            return Look("", {}, str(error))
-        ours = {name: size for name, size in manifest.files.items() if DATA_FILE.fullmatch(name)}
-        damage = _compare(directory, manifest.files)
-        if damage and not directory.exists(MANIFEST_NAME):
-            return None  # it was deleted meanwhile
-        return Look(manifest.attempt, ours, damage, has_replaced=manifest.replaced_metadata is not None)
+        """What the record of a step says. None when the step is not committed."""
+        return look_at(self.location(step))
 
     def damage(self, step: int) -> str | None:
         """Empty when the step is good, None when it is not committed."""

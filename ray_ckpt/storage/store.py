@@ -267,7 +267,8 @@ class CheckpointStore:
 
     def clean(self, *, older_than_s: float = DAY_S, dry_run: bool = False) -> RemovalReport:
         """Finish deletes that were cut off, and remove what failed saves left: files of our names that no manifest
-        names. Files next to a damaged manifest stay, for nobody knows whose they are.
+        names, in the directories of steps and in the store's own, where a checkpoint without a step lies. Files next
+        to a damaged manifest stay, for nobody knows whose they are.
 
         Costs one listing of everything and a read of every manifest.
 
