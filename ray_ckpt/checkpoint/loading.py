@@ -35,6 +35,7 @@ def load(
     key_map: Mapping[str, str | Saved] | Callable[[str], str] | None = None,
     hyperparameters: Literal["from-checkpoint", "from-optimizer"] = "from-checkpoint",
     fallback: bool = False,
+    trusted: bool = False,
     timeout_s: float | None = None,
 ) -> LoadReport:
     """Load a checkpoint into a live state, whatever layout saved it. All ranks call it, with the same options.
@@ -81,24 +82,30 @@ def load(
             `LoadReport.lost`.
         fallback: when no step is named and the latest one is damaged, as its record and the sizes of its files show,
             load the highest good step and log a WARNING. Otherwise a damaged latest step is refused.
+        trusted: let the checkpoint's pickles run whatever code they name, as `weights_only=False` of `torch.load` does.
+            Only for a checkpoint whose author you trust. Otherwise nothing of it is run, and what needs that is refused
+            by name. What lies in files by `torch.save` is never run.
         timeout_s: time limit for waiting for other ranks; by default the process group's own. It does not limit this
             rank's own work, such as reading.
 
     Raises:
         CheckpointNotFoundError: there is no committed checkpoint, or not that step.
         FormatError: the latest step is damaged; names path, reason and the highest good step.
+        UnsafeCheckpointError: something that is wanted could run code, and it is not `trusted`.
         StateMismatchError: names, shapes, dtypes or hyper-parameters do not fit, or an object refuses what was saved;
             nothing was changed.
         CheckpointError: ranks failed, or did not arrive within `timeout_s`; every rank learns which.
     """
     if isinstance(only, str):
         raise UsageError(f"only={only!r} is one text: give a sequence of them, as in only=({only!r},)")
-    options = LoadOptions(strict, cast, None if only is None else tuple(only), key_map, hyperparameters)
+    options = LoadOptions(strict, cast, None if only is None else tuple(only), key_map, hyperparameters, trusted)
     ranks = TrainersExchange("load", timeout_s)
     return _load(ranks, state, ranks.broadcast(lambda: checkpoint_at(target, step, fallback=fallback)), options)
 
 
-def resume(state: State, store: Target, *, fallback: bool = False, timeout_s: float | None = None) -> LoadReport | None:
+def resume(
+    state: State, store: Target, *, fallback: bool = False, trusted: bool = False, timeout_s: float | None = None
+) -> LoadReport | None:
     """Load the latest committed step of a store, or return None where there is none yet. All ranks call it.
 
     One rank looks for all, so that all load the same step, or all start from the beginning.
@@ -120,8 +127,7 @@ def resume(state: State, store: Target, *, fallback: bool = False, timeout_s: fl
     Args:
         state: as for `load`.
         store: a `CheckpointStore`, or its directory: a local path, a URI or a `Storage`.
-        fallback: as for `load`.
-        timeout_s: as for `load`.
+        fallback, trusted, timeout_s: as for `load`.
 
     Raises:
         FormatError: the latest step is damaged; names path, reason and the highest good step.
@@ -137,7 +143,7 @@ def resume(state: State, store: Target, *, fallback: bool = False, timeout_s: fl
             return None
 
     location = ranks.broadcast(latest)
-    return None if location is None else _load(ranks, state, location, LoadOptions())
+    return None if location is None else _load(ranks, state, location, LoadOptions(trusted=trusted))
 
 
 def _load(ranks: TrainersExchange, state: State, location: Location, options: LoadOptions) -> LoadReport:

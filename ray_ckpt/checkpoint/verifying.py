@@ -15,6 +15,7 @@ def verify(
     target: Target,
     step: int | None = None,
     *,
+    trusted: bool = False,
     timeout_s: float | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> VerifyReport:
@@ -39,6 +40,8 @@ def verify(
             `Storage` or a `CheckpointStore`.
         step: number of the step in the store; None verifies the checkpoint at `target` itself, or else the latest
             committed step of the store there.
+        trusted: as for `load`. Only a `.metadata` by stock DCP that names unknown classes asks for it: values are
+            compared as bytes, and not made.
         timeout_s: time limit for waiting for other ranks; by default the process group's own. It does not limit this
             rank's own work, such as reading.
         progress: called with the bytes that this rank has read, and all that it will.
@@ -58,6 +61,8 @@ def verify(
     found = ranks.broadcast(lambda: committed_at(target, step))
 
     shares = ranks.gather(
-        lambda: verify_share(found.storage, rank=ranks.rank, num_ranks=ranks.num_ranks, progress=progress)
+        lambda: verify_share(
+            found.storage, rank=ranks.rank, num_ranks=ranks.num_ranks, progress=progress, trusted=trusted
+        )
     )
     return replace(ranks.broadcast(lambda: VerifyReport.merge(shares)), step=found.step)

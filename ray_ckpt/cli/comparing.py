@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ray_ckpt.cli.output import as_json, count, json_option, printable, table, uri_argument
+from ray_ckpt.cli.output import as_json, count, json_option, printable, table, trusted_option, uri_argument
 from ray_ckpt.text_units import format_bytes
 
 if TYPE_CHECKING:
@@ -21,8 +21,11 @@ _PAGE = 40
 @click.option("--left-step", type=click.IntRange(min=0), help="Step of the first store.  [default: the highest]")
 @click.option("--right-step", type=click.IntRange(min=0), help="Step of the second store.  [default: the highest]")
 @click.option("--values", is_flag=True, help="Also by how much elements differ.")
+@trusted_option
 @json_option
-def diff(left: str, right: str, left_step: int | None, right_step: int | None, values: bool, in_json: bool) -> int:
+def diff(
+    left: str, right: str, left_step: int | None, right_step: int | None, values: bool, trusted: bool, in_json: bool
+) -> int:
     """Compare two checkpoints, whatever layouts or programs wrote them: exit code 1 when they differ.
 
     \b
@@ -34,7 +37,13 @@ def diff(left: str, right: str, left_step: int | None, right_step: int | None, v
 
     with shown("diff", quiet=in_json) as progress:
         report = diff_checkpoints(
-            left, right, left_step=left_step, right_step=right_step, values=values, progress=progress
+            left,
+            right,
+            left_step=left_step,
+            right_step=right_step,
+            values=values,
+            trusted=trusted,
+            progress=progress,
         )
     as_json({"report": report, "equal": report.equal}) if in_json else _show(report)
     return int(not report.equal)

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import click
 
-from ray_ckpt.cli.output import as_json, clock, count, json_option, printable, step_option, table, uri_argument
+from ray_ckpt.cli.output import (
+    as_json,
+    clock,
+    count,
+    json_option,
+    printable,
+    step_option,
+    table,
+    trusted_option,
+    uri_argument,
+)
 from ray_ckpt.text_units import format_bytes
 
 _PAGE = 40
@@ -60,8 +70,9 @@ def ls(uri: str, in_json: bool) -> int:
 @click.option("--files", "view", flag_value="files", help="Which rank wrote which file.")
 @click.option("--layout", "view", flag_value="layout", help="How the tensors are cut, and by what layout.")
 @click.option("--tensor", metavar="NAME", help="One tensor: its chunks, and statistics of its elements.")
+@trusted_option
 @json_option
-def inspect(uri: str, step: int | None, view: str | None, tensor: str | None, in_json: bool) -> int:
+def inspect(uri: str, step: int | None, view: str | None, tensor: str | None, trusted: bool, in_json: bool) -> int:
     """Show what a checkpoint holds. Only `--tensor` reads more than its record.
 
     \b
@@ -75,10 +86,10 @@ def inspect(uri: str, step: int | None, view: str | None, tensor: str | None, in
     if tensor is not None:
         from ray_ckpt.inspection.statistics import tensor_statistics
 
-        statistics = tensor_statistics(uri, tensor, step)
+        statistics = tensor_statistics(uri, tensor, step, trusted=trusted)
         as_json(statistics) if in_json else pages.show_tensor(statistics)
         return 0
-    contents = inspect_checkpoint(uri, step)
+    contents = inspect_checkpoint(uri, step, trusted=trusted)
     if in_json:
         as_json(pages.contents_as_data(contents))
     elif view == "tree":
@@ -96,8 +107,9 @@ def inspect(uri: str, step: int | None, view: str | None, tensor: str | None, in
 @uri_argument()
 @step_option
 @click.option("--scan-nan", is_flag=True, help="Also name the tensors that hold NaN or Inf (reads them once more).")
+@trusted_option
 @json_option
-def verify(uri: str, step: int | None, scan_nan: bool, in_json: bool) -> int:
+def verify(uri: str, step: int | None, scan_nan: bool, trusted: bool, in_json: bool) -> int:
     """Read every byte of a checkpoint, and compare it with what was recorded when it was saved.
 
     The answer is no (exit code 1) when something is damaged, or with --scan-nan when a tensor holds NaN or Inf. What
@@ -112,11 +124,11 @@ def verify(uri: str, step: int | None, scan_nan: bool, in_json: bool) -> int:
     from ray_ckpt.inspection.statistics import NonFinite, scan_nonfinite
 
     with shown("verify", quiet=in_json) as progress:
-        report = verify_checkpoint(uri, step, progress=progress)
+        report = verify_checkpoint(uri, step, trusted=trusted, progress=progress)
     odd: dict[str, NonFinite] = {}
     if scan_nan and not report.damages:
         with shown("scan", quiet=in_json) as progress:
-            odd = dict(scan_nonfinite(uri, step, progress=progress))
+            odd = dict(scan_nonfinite(uri, step, trusted=trusted, progress=progress))
     if in_json:
         as_json({"report": report, "verified": report.verified, "nonfinite": odd})
     else:

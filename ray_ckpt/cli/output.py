@@ -16,12 +16,25 @@ import click
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-__all__ = ["as_json", "clock", "count", "json_option", "printable", "step_option", "table", "uri_argument"]
+__all__ = [
+    "as_json",
+    "clock",
+    "count",
+    "json_option",
+    "printable",
+    "step_option",
+    "table",
+    "trusted_option",
+    "uri_argument",
+]
 
 json_option = click.option(
     "--json", "in_json", is_flag=True, help="Print one JSON object (docs/cli.md has its fields)."
 )
 step_option = click.option("--step", type=click.IntRange(min=0), help="Step of the store.  [default: the highest]")
+trusted_option = click.option(
+    "--trusted", is_flag=True, help="Let a stock DCP .metadata run whatever code it names: if you trust its author."
+)
 
 
 def uri_argument(name: str = "uri") -> Callable[[F], F]:

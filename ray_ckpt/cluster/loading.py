@@ -45,6 +45,7 @@ def load(
     key_map: Mapping[str, str | Saved] | Callable[[str], str] | None = None,
     hyperparameters: Literal["from-checkpoint", "from-optimizer"] = "from-checkpoint",
     fallback: bool = False,
+    trusted: bool = False,
     timeout_s: float | None = None,
 ) -> list[LoadReport]:
     """Load a checkpoint into what the workers hold, whatever layout saved it. The group stays open, whatever happens.
@@ -71,8 +72,8 @@ def load(
             wrote, as for `ray_ckpt.load`.
         step: number of the step in the store; None loads the checkpoint at `target` itself, or else the latest
             committed step of the store there.
-        strict, cast, only, key_map, hyperparameters, fallback: as for `ray_ckpt.load`; a function as `key_map` must be
-            one that pickles.
+        strict, cast, only, key_map, hyperparameters, fallback, trusted: as for `ray_ckpt.load`; a function as `key_map`
+            must be one that pickles.
         timeout_s: time limit of the whole load; by default the group's `call_timeout_s`.
 
     Returns:
@@ -92,6 +93,7 @@ def load(
         "only": None if only is None else tuple(only),
         "key_map": key_map,
         "hyperparameters": hyperparameters,
+        "trusted": trusted,
     }
     attempt = uuid.uuid4().hex[:12]
     deadline = time.monotonic() + (group.call_timeout_s if timeout_s is None else timeout_s)

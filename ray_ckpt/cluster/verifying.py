@@ -11,7 +11,12 @@ from ray_ckpt.storage.resolve import Target, committed_at
 
 
 def verify(
-    group: WorkerGroup, target: Target, step: int | None = None, *, timeout_s: float | None = None
+    group: WorkerGroup,
+    target: Target,
+    step: int | None = None,
+    *,
+    trusted: bool = False,
+    timeout_s: float | None = None,
 ) -> VerifyReport:
     """Read and check every byte of a committed checkpoint on the workers, beside their other calls.
 
@@ -31,6 +36,7 @@ def verify(
         target: the checkpoint's directory or file as every worker's node and the driver know it, or a store.
         step: number of the step in the store; None verifies the checkpoint at `target` itself, or else the latest
             committed step of the store there.
+        trusted: as for `ray_ckpt.verify`.
         timeout_s: time limit; by default the group's `call_timeout_s`.
 
     Raises:
@@ -39,7 +45,7 @@ def verify(
         GroupTimeoutError: workers did not answer in time; names each.
     """
     found = committed_at(target, step)
-    args = (found.storage, group.num_workers)
+    args = (found.storage, group.num_workers, trusted)
     shares = group.call(
         worker_side.verify, dict.fromkeys(range(group.num_workers), args), timeout_s=timeout_s, beside=True
     )

@@ -157,11 +157,11 @@ def give_up_load(ctx: WorkerContext, attempt: str) -> str:
     return "" if load is None else load.give_up()
 
 
-def verify(ctx: WorkerContext, storage: Storage, num_ranks: int) -> VerifyReport:
+def verify(ctx: WorkerContext, storage: Storage, num_ranks: int, trusted: bool) -> VerifyReport:
     """Check this rank's share of a checkpoint."""
     from ray_ckpt.storage.audit import verify_share
 
-    return verify_share(storage, rank=ctx.rank, num_ranks=num_ranks)
+    return verify_share(storage, rank=ctx.rank, num_ranks=num_ranks, trusted=trusted)
 
 
 def _saves(ctx: WorkerContext) -> dict[str, RankSave]:

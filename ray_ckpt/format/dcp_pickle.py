@@ -24,7 +24,7 @@ from ray_ckpt.format.torch_internals import StorageInfo
 from ray_ckpt.format.torch_pickle import constant, make_size
 from ray_ckpt.text import quoted
 
-__all__ = ["METADATA_NAME", "read_metadata", "unknown_class"]
+__all__ = ["METADATA_NAME", "TRUST_ADVICE", "read_metadata", "unknown_class"]
 
 METADATA_NAME = ".metadata"
 """Where stock DCP keeps its record of a checkpoint."""
@@ -35,7 +35,8 @@ _MAX_WITHOUT_PLACE = 50_000
 _MAX_SAME_HASH = 16
 """Chunks that may share their hash with others. No two of a million do by chance."""
 
-_ADVICE = "if you trust its author, read it by DCP with ArrowStorageReader(..., trusted=True)"
+TRUST_ADVICE = "if you trust its author, say trusted=True: load, verify, inspect and ArrowStorageReader take it"
+"""Ends the message of a refusal that an option lifts."""
 
 
 def read_metadata(data: bytes) -> dcp.Metadata:
@@ -46,7 +47,7 @@ def read_metadata(data: bytes) -> dcp.Metadata:
         FormatError: it is damaged, something else, or exceeds a limit.
     """
     makers = {"torch.Size": make_size}
-    root = Unpickler(data, METADATA_NAME, constant=constant, makers=makers, trust_advice=_ADVICE).load()
+    root = Unpickler(data, METADATA_NAME, constant=constant, makers=makers, trust_advice=TRUST_ADVICE).load()
     if not isinstance(root, Instance) or root.name != _name_of(dcp.Metadata):
         raise FormatError(f"{METADATA_NAME} holds {quoted(root)}, not DCP's Metadata")
     fields = _fields(root)
@@ -75,7 +76,7 @@ def unknown_class(value: Instance | Name) -> UnsafeCheckpointError:
     """The refusal of a stand-in in a place that matters."""
     name = value.text if isinstance(value, Name) else value.name
     return UnsafeCheckpointError(
-        f"{METADATA_NAME} asks for {name[:200]}, which is no part of DCP's metadata and could run code; {_ADVICE}"
+        f"{METADATA_NAME} asks for {name[:200]}, which is no part of DCP's metadata and could run code; {TRUST_ADVICE}"
     )
 
 

@@ -152,7 +152,7 @@ class CheckpointContents:
         return _tensor(name, tensor_of(self.manifest, name, self.uri))
 
 
-def inspect(target: Target, step: int | None = None) -> CheckpointContents:
+def inspect(target: Target, step: int | None = None, *, trusted: bool = False) -> CheckpointContents:
     """What a checkpoint holds, by its record alone.
 
     Example:
@@ -165,13 +165,14 @@ def inspect(target: Target, step: int | None = None) -> CheckpointContents:
     Args:
         target: a checkpoint, whoever wrote it, or a store.
         step: number of the step in the store; by default the highest committed one.
+        trusted: as for `verify`.
 
     Raises:
         CheckpointNotFoundError: there is none.
         CheckpointError, StorageError: its record is damaged, or the storage does not answer.
     """
     found = committed_at(target, step)
-    opened = open_record(found.storage)
+    opened = open_record(found.storage, trusted=trusted)
     return CheckpointContents(opened.address, found.step, opened.kind, opened.notes, opened.manifest)
 
 

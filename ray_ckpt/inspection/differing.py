@@ -93,6 +93,7 @@ def diff(
     left_step: int | None = None,
     right_step: int | None = None,
     values: bool = False,
+    trusted: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> DiffReport:
     """Compare two checkpoints by name, whatever layouts or programs wrote them.
@@ -111,6 +112,7 @@ def diff(
         left_step: number of the step in the store; by default the highest committed one.
         right_step: as `left_step`.
         values: also measure by how much elements differ, which reads every tensor whose fingerprints differ.
+        trusted: as for `verify`, of both.
         progress: called with the bytes that were read and all that will be, of one of the two.
 
     Raises:
@@ -118,8 +120,8 @@ def diff(
         IntegrityError: what was read differs from its checksum.
         CheckpointError, StorageError: one of them cannot be read.
     """
-    one = open_record(committed_at(left, left_step).storage)
-    other = open_record(committed_at(right, right_step).storage)
+    one = open_record(committed_at(left, left_step).storage, trusted=trusted)
+    other = open_record(committed_at(right, right_step).storage, trusted=trusted)
     names = _names(one), _names(other)
     differing, alike = _by_records(one, other)
     printed = {

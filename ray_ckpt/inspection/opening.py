@@ -26,8 +26,11 @@ class Opened:
     """What had to be left out, and why."""
 
 
-def open_record(storage: Storage) -> Opened:
+def open_record(storage: Storage, *, trusted: bool = False) -> Opened:
     """Read the record of one checkpoint, whoever wrote it.
+
+    Args:
+        trusted: as for `load`.
 
     Raises:
         CheckpointNotFoundError: there is none.
@@ -38,6 +41,6 @@ def open_record(storage: Storage) -> Opened:
         return Opened(storage.address, manifest, storage, "ray_ckpt")
     from ray_ckpt.storage.checkpoint_reader import CheckpointReader  # it loads torch
 
-    reader = CheckpointReader(storage)
+    reader = CheckpointReader(storage, trusted=trusted)
     manifest = reader.read_manifest()
     return Opened(reader.address, manifest, reader.files, reader.kind, reader.notes)

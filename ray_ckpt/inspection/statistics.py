@@ -67,7 +67,7 @@ class TensorStatistics:
     """Start, end and number of elements of equal bins from the minimum to the maximum, which is in the last."""
 
 
-def tensor_statistics(target: Target, name: str, step: int | None = None) -> TensorStatistics:
+def tensor_statistics(target: Target, name: str, step: int | None = None, *, trusted: bool = False) -> TensorStatistics:
     """Read one tensor of a checkpoint, twice and in a few MiB of memory, and count.
 
     Example:
@@ -80,13 +80,14 @@ def tensor_statistics(target: Target, name: str, step: int | None = None) -> Ten
     Args:
         target: a checkpoint, whoever wrote it, or a store.
         step: number of the step in the store; by default the highest committed one.
+        trusted: as for `verify`.
 
     Raises:
         UsageError: there is no such tensor.
         IntegrityError: what was read differs from its checksum.
         CheckpointError, StorageError: the checkpoint cannot be read.
     """
-    opened = open_record(committed_at(target, step).storage)
+    opened = open_record(committed_at(target, step).storage, trusted=trusted)
     entry = tensor_of(opened.manifest, name, opened.address)
 
     def pieces() -> Iterator[torch.Tensor]:
@@ -124,7 +125,11 @@ def tensor_statistics(target: Target, name: str, step: int | None = None) -> Ten
 
 
 def scan_nonfinite(
-    target: Target, step: int | None = None, *, progress: Callable[[int, int], None] = lambda done, total: None
+    target: Target,
+    step: int | None = None,
+    *,
+    trusted: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Mapping[str, NonFinite]:
     """The tensors of a checkpoint that hold NaN or Inf, in the order of the record.
 
@@ -138,12 +143,13 @@ def scan_nonfinite(
     Args:
         target: a checkpoint, whoever wrote it, or a store.
         step: number of the step in the store; by default the highest committed one.
+        trusted: as for `verify`.
         progress: called with the bytes of the tensors that were read, and of all that will be.
 
     Raises:
         CheckpointError, StorageError: the checkpoint cannot be read.
     """
-    opened = open_record(committed_at(target, step).storage)
+    opened = open_record(committed_at(target, step).storage, trusted=trusted)
     tensors = opened.manifest.tensors
     names = [name for name, entry in tensors.items() if _may_be_odd(parse_dtype(entry.dtype))]
     total, done, found = sum(tensors[name].num_bytes for name in names), 0, dict[str, NonFinite]()

@@ -32,10 +32,14 @@ _NO_VIEWS: Mapping[str, View] = {}
 
 
 class LoadSource:
-    """A checkpoint to load from: what it holds, and the bytes of it."""
+    """A checkpoint to load from: what it holds, and the bytes of it.
 
-    def __init__(self, storage: Storage) -> None:
-        self._reader = CheckpointReader(storage)
+    Args:
+        trusted: as `CheckpointReader` takes it.
+    """
+
+    def __init__(self, storage: Storage, *, trusted: bool = False) -> None:
+        self._reader = CheckpointReader(storage, trusted=trusted)
         self.manifest = Manifest({}, {}, {})
         self._is_adapted = False
         """Whether it is another program's, under our names."""

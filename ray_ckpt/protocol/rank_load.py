@@ -61,6 +61,7 @@ class LoadOptions:
     key_map: Mapping[str, str | Saved] | Callable[[str], str] | None = None
     hyperparameters: str = "from-checkpoint"
     """`from-checkpoint`, or `from-optimizer`: the optimizers keep their own."""
+    trusted: bool = False
 
     def __post_init__(self) -> None:
         if self.hyperparameters not in ("from-checkpoint", "from-optimizer"):
@@ -96,7 +97,7 @@ class RankLoad:
 
     def __init__(self, storage: Storage, options: LoadOptions) -> None:
         self._start = time.monotonic()
-        self._source = LoadSource(storage)
+        self._source = LoadSource(storage, trusted=options.trusted)
         self._options = options
         self._names: list[str] = []
         self._saved = SavedState({}, {})
@@ -173,7 +174,7 @@ class RankLoad:
 
     def _offer(self, state: State) -> LoadOffer:
         options = self._options
-        needed = _everything if options.names else _needed_by(state)
+        needed = _needed_by(state, options.names)
         kept: Mapping[str, Any] = {}
         if options.keep_hyperparameters and isinstance(state, TrainState):
             self._source.drop(HYPERPARAMETERS)
@@ -375,9 +376,14 @@ def _saved_names(names: Names, options: LoadOptions) -> Names:
     return replace(names, model=tuple(model), groups=groups)
 
 
-def _needed_by(state: State) -> Callable[[str], bool]:
-    """Whether a value of this name may be wanted."""
+def _needed_by(state: State, key_map: KeyMap | None) -> Callable[[str], bool]:
+    """Whether a value of this saved name may be wanted."""
     if not isinstance(state, TrainState):
+        view = SavedState({}, {}, key_map=key_map)
+        roots = plain_state.roots(state)
+        places = SavedState({}, {}, only=[place for root in roots for place in plain_state.places(view.name_of(root))])
+        return places.wants
+    if key_map is not None:
         return _everything
     return lambda name: name.partition(".")[0] in state.sections
 

@@ -73,6 +73,19 @@ def _record(value: Any, path: Path, found: list[Any]) -> None:
                 _record(item, (*path, number), found)
 
 
+def roots(state: Stateful | Mapping[str, Any]) -> list[str]:
+    """Names of the objects in a state, and of the tensors and values beside them."""
+    nested = state.state_dict() if isinstance(state, Stateful) else state
+    owners = [name for name, value in nested.items() if is_stateful(value)]
+    flat, _ = flatten_state_dict({name: value for name, value in nested.items() if name not in owners})
+    return [*owners, *flat]
+
+
+def places(name: str) -> tuple[str, str]:
+    """Below which names everything lies that was saved of something."""
+    return name, KEYS + name
+
+
 def plans(state: Stateful | Mapping[str, Any], saved: SavedState) -> list[LoadPlan]:
     """One plan for each object, and one for everything else. Nothing is changed or allocated yet."""
     if isinstance(state, Stateful):

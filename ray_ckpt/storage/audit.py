@@ -92,15 +92,20 @@ def _unseen(done: int, total: int) -> None:
     """Progress that nobody asked for."""
 
 
-def verify_share(storage: Storage, *, rank: int = 0, num_ranks: int = 1, progress: Progress = _unseen) -> VerifyReport:
+def verify_share(
+    storage: Storage, *, rank: int = 0, num_ranks: int = 1, progress: Progress = _unseen, trusted: bool = False
+) -> VerifyReport:
     """Read and check one rank's share of whatever checkpoint is there; `VerifyReport.merge` joins the shares.
+
+    Args:
+        trusted: as `CheckpointReader` takes it.
 
     Raises:
         CheckpointNotFoundError: there is no committed checkpoint, or it was deleted meanwhile.
         FormatError, UnsafeCheckpointError: its record or header is damaged, or not safe to read.
         StorageError: the storage does not answer.
     """
-    reader = CheckpointReader(storage)
+    reader = CheckpointReader(storage, trusted=trusted)
     manifest = reader.read_manifest()
     report = audit(reader.files, manifest, rank=rank, num_ranks=num_ranks, progress=progress)
     return replace(report, uri=reader.address, notes=(*report.notes, *reader.notes))
@@ -398,11 +403,18 @@ def _misquoted(storage: Storage, manifest: Manifest, sizes: Mapping[str, int]) -
             is_same = data == entry.blob
         else:
             if example not in texts:
-                texts[example] = _encoded(decoder.load(data, name))
+                texts[example] = _decoded(decoder, data, name)
             is_same = _encoded(entry.inline.value) == texts[example]
         if not is_same:
             problem = f"the value in {MANIFEST_NAME} differs from the one in the file"
             yield Damage(entry.file, entry.start, entry.start + entry.length, name, problem)
+
+
+def _decoded(decoder: Decoder, data: bytes, name: str) -> str:
+    try:
+        return _encoded(decoder.load(data, name))
+    except CheckpointError as error:  # values that stand in the manifest are plain
+        return str(error)
 
 
 def _encoded(value: object) -> str:

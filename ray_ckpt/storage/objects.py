@@ -26,6 +26,7 @@ from ray_ckpt.errors import FormatError, RayCkptError, UnsafeCheckpointError, Us
 from ray_ckpt.format import limits, values
 from ray_ckpt.format.block_sums import BlockSums
 from ray_ckpt.format.boxes import Box
+from ray_ckpt.format.dcp_pickle import TRUST_ADVICE
 from ray_ckpt.format.manifest import Inline, ObjectEntry
 from ray_ckpt.format.torch_internals import ExtensionRegistry, StreamTransformExtension
 from ray_ckpt.format.torch_object import inspect
@@ -186,9 +187,8 @@ def _explain(error: Exception, name: str) -> Exception:
     named = re.search(r"(?:GLOBAL|[Uu]nsupported class) `?([\w.]+)", str(error))
     if isinstance(error, pickle.UnpicklingError) and named:
         return UnsafeCheckpointError(
-            f"reading {quoted(name)} would run {named.group(1)[:200]} from the checkpoint; if you trust its author, "
-            "read it by DCP with ArrowStorageReader(..., trusted=True), or admit that one name with "
-            "torch.serialization.add_safe_globals"
+            f"reading {quoted(name)} would run {named.group(1)[:200]} from the checkpoint; {TRUST_ADVICE}; "
+            "torch.serialization.add_safe_globals admits that one name"
         )
     return FormatError(f"{quoted(name)} cannot be read: {type(error).__name__}: {str(error)[:300]}")
 
