@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -242,6 +243,69 @@ def test_what_needs_no_torch_loads_none(run: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, run], capture_output=True, text=True, check=True, timeout=60)
     assert "torch" not in done.stdout.splitlines()[-1]
     assert "'ray'" not in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["--version"], ["verify", "--help"], ["prune", "--help"], ["demo", "--help"]]
+)
+def test_help_loads_none_of_the_large_libraries(words: list[str]) -> None:
+    assert not large_libraries_of(words, {})
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [("ray-ckpt ver", ["verify"]), ("ray-ckpt ls --js", ["--json"]), ("ray-ckpt re", ["reshard"])],
+)
+def test_the_shell_completes_commands_and_options(typed: str, expected: list[str]) -> None:
+    asked = {"_RAY_CKPT_COMPLETE": "bash_complete", "COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1)}
+    assert not large_libraries_of([], asked)
+    done = subprocess.run(
+        [sys.executable, "-c", "from ray_ckpt.cli.main import cli; cli(prog_name='ray-ckpt')"],
+        env=os.environ | asked, capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    assert done.stdout.split() == [f"plain,{word}" for word in expected]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_shell_is_told_how_to_complete(shell: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "from ray_ckpt.cli.main import cli; cli(prog_name='ray-ckpt')"],
+        env=os.environ | {"_RAY_CKPT_COMPLETE": f"{shell}_source"},
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert f"_RAY_CKPT_COMPLETE={shell}_complete" in done.stdout
+
+
+def large_libraries_of(words: list[str], environment: dict[str, str]) -> set[str]:
+    """Those that a run of the command imports, as the interpreter lists what it imports."""
+    code = "from ray_ckpt.cli.main import cli; cli(prog_name='ray-ckpt')"
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", code, *words],
+        env=os.environ | environment, capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "ray_ckpt.cli.main" in imported
+    return imported & {"torch", "ray", "pyarrow", "numpy", "rich"}
+
+
+def test_a_page_is_printed_however_many_tensors_and_files_there_are(tmp_path: Path) -> None:
+    layers = {f"layers.{i}.{j}.weight{i * j}": torch.ones(1 + i % 3) for i in range(40) for j in range(40)}
+    save({"model": layers}, tmp_path)
+    safetensors_files = tmp_path / "shards"
+    safetensors_files.mkdir()
+    for number in range(300):
+        safetensors.torch.save_file({f"w{number}": torch.ones(1)}, safetensors_files / f"model-{number:05}.safetensors")
+    for target, view in [
+        (tmp_path, []), (tmp_path, ["--layout"]), (safetensors_files, []), (safetensors_files, ["--files"]),
+        (safetensors_files, ["--layout"]),
+    ]:  # fmt: skip
+        assert len(call("inspect", target, *view)[1].splitlines()) < 100
+    for file in tmp_path.glob("*.distcp"):
+        file.unlink()
+    code, text = call("verify", tmp_path)
+    assert code == 1
+    assert len(text.splitlines()) < 100
+    assert len(data_of("verify", tmp_path)["report"]["damages"]) > 1000
 
 
 def test_a_log_has_no_colors_and_no_bar(run: Path) -> None:

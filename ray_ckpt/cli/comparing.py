@@ -70,8 +70,10 @@ def _show(report: DiffReport) -> None:
         click.echo(printable(f"value differs: {name}: {left} / {right}"))
     if len(report.values) > _PAGE:
         click.echo(f"and {len(report.values) - _PAGE} more values: --json has them all")
-    for name in report.uncompared:
+    for name in report.uncompared[:_PAGE]:
         click.echo(printable(f"value differs, or is the same in other bytes: {name}, which cannot be loaded safely"))
+    if len(report.uncompared) > _PAGE:
+        click.echo(f"and {len(report.uncompared) - _PAGE} more such values: --json has them all")
     verdict = "equal" if report.equal else "different"
     click.echo(
         printable(

@@ -95,7 +95,7 @@ def inspect(uri: str, step: int | None, view: str | None, tensor: str | None, tr
     elif view == "tree":
         pages.show_tree(contents, max_lines=10 * _PAGE)
     elif view == "files":
-        pages.show_files(contents)
+        pages.show_files(contents, max_lines=2 * _PAGE)
     elif view == "layout":
         pages.show_layout(contents, max_lines=_PAGE)
     else:
@@ -132,10 +132,14 @@ def verify(uri: str, step: int | None, scan_nan: bool, trusted: bool, in_json: b
     if in_json:
         as_json({"report": report, "verified": report.verified, "nonfinite": odd})
     else:
-        for damage in report.damages:
+        for damage in report.damages[:_PAGE]:
             click.echo(click.style(f"damaged: {printable(damage)}", fg="red"))
-        for name, found in odd.items():
+        if (more := len(report.damages) - _PAGE) > 0:
+            click.echo(f"and {more} more damaged ranges: --json has them all")
+        for name, found in list(odd.items())[:_PAGE]:
             click.echo(f"{printable(name)}: {count(found.num_nan)} NaN, {count(found.num_inf)} Inf")
+        if (more := len(odd) - _PAGE) > 0:
+            click.echo(f"and {more} more tensors: --json has them all")
         click.echo(
             printable(report if not report.damages else f"DAMAGED: {len(report.damages)} ranges of {report.uri}")
         )

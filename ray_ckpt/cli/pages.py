@@ -57,7 +57,7 @@ def show_tree(contents: CheckpointContents, *, max_lines: int) -> None:
     table(rows, head=["module", "elements", "size", ""], right=[1, 2])
 
 
-def show_files(contents: CheckpointContents) -> None:
+def show_files(contents: CheckpointContents, *, max_lines: int) -> None:
     """Who wrote what."""
     _show_head(contents)
     rows = [
@@ -68,9 +68,11 @@ def show_files(contents: CheckpointContents) -> None:
             count(f.num_tensors),
             count(f.num_values),
         ]
-        for f in contents.files()
+        for f in contents.files()[:max_lines]
     ]
     table(rows, head=["rank", "file", "size", "tensors", "values"], right=[0, 2, 3, 4])
+    if (more := len(contents.manifest.files) - max_lines) > 0:
+        click.echo(f"and {more} more files: --json has them all")
 
 
 def show_layout(contents: CheckpointContents, *, max_lines: int) -> None:

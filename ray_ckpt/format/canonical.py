@@ -19,7 +19,7 @@ import re
 import sys
 from binascii import a2b_base64
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, AnyStr, TypeVar
 
 from ray_ckpt.errors import FormatError
 from ray_ckpt.format import record
@@ -42,6 +42,12 @@ _CHUNK = re.compile(
     rf'"start":{_NUMBER},"length":{_NUMBER},"data_start":{_NUMBER},"block_bytes":([1-9][0-9]{{0,17}}),'
     r'"checksums":"([A-Za-z0-9+/]*={0,2})"'
 )
+_TENSOR = re.compile(
+    r'"([^"]*)":\{"dtype":"([^"]*","shape":\[[0-9,]*\])(?:,"path":(\["[^]]*"\]))?,'
+    rf'"chunks":\[\{{{_CHUNK.pattern}\}}\]\}}(?:,(?=")|\Z)'
+)
+"""What most entries are: one chunk, and a path of names."""
+
 _MAX_KNOWN = 1 << 16
 """Parsed texts that are kept, so that memory does not grow with texts that do not repeat."""
 
@@ -76,21 +82,35 @@ class _Tensors:
     def read(self, data: bytes, at: int, end: int) -> dict[str, TensorEntry]:
         """The entries between two bytes: `"name":{"dtype":"float32","shape":[2],"chunks":[{...}]},"other":...`."""
         found: dict[str, TensorEntry] = {}
+        text = data[at:end].decode()
+        at, end = 0, len(text)
         while at < end:
-            stop = data.find(b']},"', at, end)
-            if stop < 0:
-                stop = end - 2
-                _expect(data[stop:end] == b"]}")
-            name, _, rest = data[at:stop].decode().partition('":{"dtype":"')
-            head, _, chunks = rest.partition(',"chunks":[{')
-            spec, _, path = head.partition(',"path":')
-            name = _name(name, found)
+            usual = _TENSOR.match(text, at)
+            if usual is None:
+                at = self._read_entry(text, at, end, found)
+                continue
+            name, spec, path, *chunk = usual.groups()
+            _expect(name.isprintable() and name not in found)
             entry = self._specs.get(spec) or self._parse_spec(spec)
-            _expect(chunks[-1:] == "}")
-            parsed = tuple([self._chunk(chunk) for chunk in chunks[:-1].split("},{")])
-            found[name] = TensorEntry(entry.dtype, entry.shape, parsed, _path(name, path))
-            at = _after(data, stop + len("]}"), end)
+            found[name] = TensorEntry(entry.dtype, entry.shape, (self._make_chunk(*chunk),), _path(name, path))
+            at = usual.end()
         return found
+
+    def _read_entry(self, text: str, at: int, end: int, found: dict[str, TensorEntry]) -> int:
+        """Read any entry; returns where the next one begins."""
+        stop = text.find(']},"', at, end)
+        if stop < 0:
+            stop = end - 2
+            _expect(text[stop:end] == "]}")
+        name, _, rest = text[at:stop].partition('":{"dtype":"')
+        head, _, chunks = rest.partition(',"chunks":[{')
+        spec, _, path = head.partition(',"path":')
+        name = _name(name, found)
+        entry = self._specs.get(spec) or self._parse_spec(spec)
+        _expect(chunks[-1:] == "}")
+        parsed = tuple([self._chunk(chunk) for chunk in chunks[:-1].split("},{")])
+        found[name] = TensorEntry(entry.dtype, entry.shape, parsed, _path(name, path))
+        return _after(text, stop + len("]}"), end)
 
     def _parse_spec(self, text: str) -> TensorEntry:
         entry = record.parse_tensor("", record.parse(f'{{"dtype":"{text},"chunks":[]}}'.encode()), ours=True)
@@ -101,7 +121,11 @@ class _Tensors:
         match = _CHUNK.fullmatch(text)
         if match is None:
             raise FormatError("not as it is written")
-        offsets, sizes, file, start, length, data_start, block_bytes, sums = match.groups()
+        return self._make_chunk(*match.groups())
+
+    def _make_chunk(
+        self, offsets: str, sizes: str, file: str, start: str, length: str, data_start: str, block_bytes: str, sums: str
+    ) -> Chunk:
         box = self._boxes.get((offsets, sizes)) or self._parse_box(offsets, sizes)
         file = self._files.get(file) or self._parse_file(file)
         checksums = BlockSums(int(block_bytes), a2b_base64(sums))
@@ -140,9 +164,9 @@ class _Objects:
         return _keep(self._known, text, entry)
 
 
-def _after(data: bytes, at: int, end: int) -> int:
+def _after(data: AnyStr, at: int, end: int) -> int:
     """Where the next entry begins, after one that ends here."""
-    _expect(at == end or (data[at : at + 1] == b"," and at + 1 < end))
+    _expect(at == end or (data[at : at + 1] in (",", b",") and at + 1 < end))
     return at + 1
 
 
@@ -162,7 +186,7 @@ def _name(text: str, found: Mapping[str, Any]) -> str:
     return name
 
 
-def _path(name: str, text: str) -> Path | None:
+def _path(name: str, text: str | None) -> Path | None:
     """Most paths are the name, cut at some of its dots."""
     if not text:
         return (name,)

@@ -6,11 +6,13 @@ too many lines                            ──>  the deepest levels are left o
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ray_ckpt.format.manifest import TensorEntry
+from ray_ckpt.gc_pause import collector_paused
 
 __all__ = ["TreeLine", "module_tree"]
 
@@ -29,7 +31,7 @@ class TreeLine:
     """Dtype, shape and number of chunks of a tensor; empty for a module."""
 
 
-@dataclass
+@dataclass(slots=True)
 class _Node:
     children: dict[str, _Node] = field(default_factory=dict)
     text: str = ""
@@ -38,12 +40,18 @@ class _Node:
 
     def finish(self) -> None:
         """Add up what is below, and find out what it is made of."""
-        for child in self.children.values():
-            child.finish()
-        if self.children:
-            own = self.totals
-            self.totals = tuple(map(sum, zip(own, *(c.totals for c in self.children.values()), strict=True)))  # type: ignore[assignment]
-        self.signature = hash((self.text, tuple((name, child.signature) for name, child in self.children.items())))
+        parts: list[object] = [self.text]
+        num_tensors, num_elements, num_bytes = self.totals
+        for name, child in self.children.items():
+            if child.children:
+                child.finish()
+            else:
+                child.signature = hash(child.text)
+            tensors_there, elements_there, bytes_there = child.totals
+            num_tensors, num_elements = num_tensors + tensors_there, num_elements + elements_there
+            num_bytes += bytes_there
+            parts += name, child.signature
+        self.totals, self.signature = (num_tensors, num_elements, num_bytes), hash(tuple(parts))
 
 
 def module_tree(tensors: Mapping[str, TensorEntry], *, max_lines: int) -> tuple[TreeLine, ...]:
@@ -52,21 +60,44 @@ def module_tree(tensors: Mapping[str, TensorEntry], *, max_lines: int) -> tuple[
     Args:
         max_lines: at least 1. The top level is shown whatever it has, cut after so many lines.
     """
-    root = _Node()
-    for name, entry in tensors.items():
-        node = root
-        for part in name.split("."):
-            node = node.children.setdefault(part, _Node())
-        node.text = f"{entry.dtype} {list(entry.shape)}" + _chunks(len(entry.chunks))
-        node.totals = (1, math.prod(entry.shape), entry.num_bytes)
-    root.finish()
+    with collector_paused():
+        root = _grow(tensors)
     lines: list[TreeLine] = []
     for depth in range(1, 64):
-        deeper = list(_lines(root, 0, depth))
+        deeper = list(itertools.islice(_lines(root, 0, depth), max_lines + 1))
         if (len(deeper) > max_lines and lines) or len(deeper) == len(lines):
             break
         lines = deeper
     return tuple(lines[:max_lines])
+
+
+def _grow(tensors: Mapping[str, TensorEntry]) -> _Node:
+    root = _Node()
+    kinds: dict[tuple[str, tuple[int, ...], int], tuple[str, tuple[int, int, int]]] = {}
+    modules = {"": root}
+    for name, entry in tensors.items():
+        above, _, last = name.rpartition(".")
+        module = modules.get(above)
+        if module is None:
+            module = modules[above] = _descend(root, above.split("."))
+        kind = entry.dtype, entry.shape, len(entry.chunks)
+        if kind not in kinds:
+            text = f"{entry.dtype} {list(entry.shape)}" + _chunks(len(entry.chunks))
+            kinds[kind] = text, (1, math.prod(entry.shape), entry.num_bytes)
+        if last not in module.children:
+            module.children[last] = _Node()
+        node = module.children[last]
+        node.text, node.totals = kinds[kind]
+    root.finish()
+    return root
+
+
+def _descend(node: _Node, parts: Sequence[str]) -> _Node:
+    for part in parts:
+        if part not in node.children:
+            node.children[part] = _Node()
+        node = node.children[part]
+    return node
 
 
 def _lines(node: _Node, depth: int, max_depth: int) -> Iterator[TreeLine]:
