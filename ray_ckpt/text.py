@@ -5,7 +5,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Sequence
 
-__all__ = ["listed", "quoted"]
+__all__ = ["listed", "printable", "quoted"]
 
 _LONGEST_QUOTE = 80
 
@@ -14,6 +14,13 @@ def listed(items: Sequence[object], *, at_most: int = 5, separator: str = ", ") 
     """The first items, and how many more there are: `a, b, and 3 more`."""
     more = len(items) - at_most
     return separator.join([*map(str, items[:at_most]), *([f"and {more} more"] if more > 0 else [])])
+
+
+def printable(value: object, *, at_most: int = 10_000) -> str:
+    """One line without control characters."""
+    text = str(value)
+    text = text if len(text) <= at_most else f"{text[: at_most - 3]}..."
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def quoted(value: object) -> str:

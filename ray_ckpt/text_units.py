@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["format_bytes"]
+__all__ = ["count", "format_bytes"]
 
 
 def format_bytes(count: float) -> str:
@@ -12,3 +12,8 @@ def format_bytes(count: float) -> str:
             break
         count /= 1024
     return f"{count:.3g} {unit}"
+
+
+def count(number: int) -> str:
+    """`1 234 567`, as text."""
+    return f"{number:,}".replace(",", " ")

@@ -16,6 +16,7 @@ PACKAGE = Path(ray_ckpt.__file__).parent
 FLOORS = {
     "errors": 0,
     "gc_pause": 0,
+    "plain_data": 0,
     "report": 0,
     "rounding": 0,
     "text": 0,
@@ -29,11 +30,12 @@ FLOORS = {
     "checkpoint": 4,
     "cluster": 4,
     "dcp": 4,
-    "recipes": 5,
-    "__init__": 6,
-    "cli": 6,
-    "__main__": 7,
-    "integrations": 7,
+    "pictures": 5,
+    "recipes": 6,
+    "__init__": 7,
+    "cli": 7,
+    "__main__": 8,
+    "integrations": 8,
 }
 """Rooms and single modules. Those on one floor know nothing of each other."""
 
@@ -42,6 +44,8 @@ ONLY_HOMES = {
     "pyarrow": {"storage.files", "storage.file_objects"},
     "click": {"cli", "recipes"},
     "rich": {"cli", "recipes"},
+    "jinja2": {"pictures"},
+    "vl_convert": {"pictures"},
 }
 """Who may import a library: a room, or one module of it."""
 

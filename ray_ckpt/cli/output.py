@@ -5,14 +5,16 @@ Colors appear on a terminal alone, and what a checkpoint's names contain cannot 
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import click
+
+from ray_ckpt.plain_data import plain
+from ray_ckpt.text import printable
+from ray_ckpt.text_units import count
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -44,26 +46,7 @@ def uri_argument(name: str = "uri") -> Callable[[F], F]:
 
 def as_json(value: Any) -> None:
     """Print a value: dataclasses as objects, and what JSON has no word for, such as NaN, as text."""
-    click.echo(json.dumps(_plain(value), indent=2))
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return repr(value)
-    return value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)
-
-
-def printable(value: object, *, at_most: int = 10_000) -> str:
-    """One line without control characters."""
-    text = str(value)
-    text = text if len(text) <= at_most else f"{text[: at_most - 3]}..."
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    click.echo(json.dumps(plain(value), indent=2))
 
 
 def table(rows: Sequence[Sequence[object]], *, head: Sequence[str] = (), right: Sequence[int] = ()) -> None:
@@ -84,11 +67,6 @@ def table(rows: Sequence[Sequence[object]], *, head: Sequence[str] = (), right: 
         ]
         text = "  ".join(padded).rstrip()
         click.echo(click.style(text, bold=True) if head and number == 0 else text)
-
-
-def count(number: int) -> str:
-    """`1 234 567`, as text."""
-    return f"{number:,}".replace(",", " ")
 
 
 def clock(seconds: float | None) -> str:

@@ -22,9 +22,9 @@ from ray_ckpt.format import dcp_metadata
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.manifest import Manifest
 from ray_ckpt.parallel.layout import Layout
+from ray_ckpt.parallel.partition import partition
 from ray_ckpt.protocol.coordinator import Coordinator
 from ray_ckpt.protocol.messages import FileRecord, Item, LocalPlan, RankRecord, TensorSpec
-from ray_ckpt.recipes.reshard.plan import partition
 from ray_ckpt.recipes.reshard.task import RankFile
 from ray_ckpt.recipes.screen import Screen
 from ray_ckpt.recipes.setting import connected, unshared

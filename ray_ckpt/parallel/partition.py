@@ -1,6 +1,7 @@
 """Which rank of a layout holds which part of a checkpoint, as far as that can be told without the model.
 
     partition(manifest, layout) -> parts of each rank that writes
+    replicas(layout)            -> which ranks hold the same as each of these
 
 Names go to pipeline stages in contiguous runs of about equal bytes, a parameter with its optimizer state. Within a
 stage, data parallelism shards rows, as `torch.chunk` cuts them. Tensor and expert parallelism shard rows too, unless
@@ -10,6 +11,7 @@ nothing: they read what the first of them wrote. Everything that is not a tensor
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +21,7 @@ from ray_ckpt.format.manifest import Manifest, TensorEntry
 from ray_ckpt.parallel.layout import Layout
 from ray_ckpt.rounding import ceil_div
 
-__all__ = ["partition"]
+__all__ = ["partition", "replicas"]
 
 _STATE = re.compile(r".*?\.state\.(.+)\.[^.]+")
 """Name of a parameter's optimizer state."""
@@ -31,10 +33,18 @@ def partition(manifest: Manifest, layout: Layout) -> dict[int, dict[str, Box]]:
     parts: dict[int, dict[str, Box]] = {0: {}}
     for name, tensor in manifest.tensors.items():
         pipeline_rank = stages[name] % layout.pp
-        for coordinate, box in _shards(tensor, layout):
-            rank = layout.rank({"pp": pipeline_rank, **coordinate})
+        for rank, box in _shards(tensor.shape, _dim_across(tensor), layout, pipeline_rank):
             parts.setdefault(rank, {})[name] = box
     return dict(sorted(parts.items()))
+
+
+def replicas(layout: Layout) -> dict[int, tuple[int, ...]]:
+    """Every rank that `partition` may name -> the ranks that hold the same, itself first."""
+    found: dict[int, list[int]] = {}
+    for rank in range(layout.world_size):
+        first = layout.rank(layout.coordinate(rank) | {"dp_replicate": 0, "cp": 0})
+        found.setdefault(first, []).append(rank)
+    return {first: tuple(ranks) for first, ranks in found.items()}
 
 
 def _stages(tensors: Mapping[str, TensorEntry], num_stages: int) -> dict[str, int]:
@@ -68,16 +78,20 @@ def _group(tensors: Mapping[str, TensorEntry]) -> list[list[str]]:
     return list(groups.values())
 
 
-def _shards(tensor: TensorEntry, layout: Layout) -> Iterator[tuple[dict[str, int], Box]]:
-    """Coordinates on the axes that shard, and the part that lies there. Empty parts are left out."""
-    across = _dim_across(tensor)
+@functools.lru_cache(maxsize=4096)
+def _shards(shape: tuple[int, ...], across: int, layout: Layout, pipeline_rank: int) -> tuple[tuple[int, Box], ...]:
+    """Ranks and the parts that lie there. Empty parts are left out. A model has many tensors and few shapes."""
+    return tuple(_cut(shape, across, layout, pipeline_rank))
+
+
+def _cut(shape: tuple[int, ...], across: int, layout: Layout, pipeline_rank: int) -> Iterator[tuple[int, Box]]:
     for tp, ep in itertools.product(range(layout.tp), range(layout.ep)):
         number, count = tp * layout.ep + ep, layout.tp * layout.ep
-        outer = _chunk(Box.whole(tensor.shape), across, number, count)
+        outer = _chunk(Box.whole(shape), across, number, count)
         for shard in range(layout.dp_shard):
             box = _chunk(outer, 0, shard, layout.dp_shard) if outer is not None else None
             if box is not None:
-                yield {"tp": tp, "ep": ep, "dp_shard": shard}, box
+                yield layout.rank({"pp": pipeline_rank, "tp": tp, "ep": ep, "dp_shard": shard}), box
 
 
 def _dim_across(tensor: TensorEntry) -> int:
