@@ -51,8 +51,10 @@ if TYPE_CHECKING:
     from ray_ckpt.inspection.listing import StoreListing, list_steps
     from ray_ckpt.inspection.statistics import NonFinite, TensorStatistics, scan_nonfinite, tensor_statistics
     from ray_ckpt.parallel.layout import Layout
+    from ray_ckpt.pictures.contents import PageReport
+    from ray_ckpt.pictures.page import write_report
     from ray_ckpt.protocol.save_handle import SaveHandle
-    from ray_ckpt.report import Damage, LoadReport, RemovalReport, SaveReport, VerifyReport
+    from ray_ckpt.report import Damage, LoadReport, Phase, RemovalReport, SaveReport, VerifyReport
     from ray_ckpt.state.train_state import TrainState
     from ray_ckpt.storage.files import RetryPolicy, Storage
     from ray_ckpt.storage.retention import Policy, keep, keep_every, keep_last
@@ -78,6 +80,8 @@ __all__ = [
     "LoadReport",
     "Manifest",
     "NonFinite",
+    "PageReport",
+    "Phase",
     "PlacementError",
     "Policy",
     "RankFailure",
@@ -116,6 +120,7 @@ __all__ = [
     "scan_nonfinite",
     "tensor_statistics",
     "verify",
+    "write_report",
 ]
 
 _HOMES = {
@@ -130,6 +135,8 @@ _HOMES = {
     "LoadReport": "ray_ckpt.report",
     "Manifest": "ray_ckpt.format.manifest",
     "NonFinite": "ray_ckpt.inspection.statistics",
+    "PageReport": "ray_ckpt.pictures.contents",
+    "Phase": "ray_ckpt.report",
     "Policy": "ray_ckpt.storage.retention",
     "RemovalReport": "ray_ckpt.report",
     "RetryPolicy": "ray_ckpt.storage.files",
@@ -158,6 +165,7 @@ _HOMES = {
     "scan_nonfinite": "ray_ckpt.inspection.statistics",
     "tensor_statistics": "ray_ckpt.inspection.statistics",
     "verify": "ray_ckpt.checkpoint.verifying",
+    "write_report": "ray_ckpt.pictures.page",
 }
 """Public name -> module, as the imports above say it to type checkers; `tests/test_public_face.py` compares the two."""
 

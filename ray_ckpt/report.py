@@ -7,6 +7,31 @@ from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
+class Phase:
+    """A stretch of time that a rank spent on one thing in a save or a load.
+
+    Example:
+        >>> import torch
+        >>> from ray_ckpt import Phase, save
+        >>> phases: tuple[Phase, ...] = save({"weight": torch.ones(3)}, "run/step-1").phases
+        >>> [(phase.rank, phase.name, phase.num_bytes) for phase in phases if phase.name == "write"]
+        [(0, 'write', 12)]
+    """
+
+    name: str
+    """In a save `plan`, `copy` (with `blocking=False`), `write`, `checksum`, `check` and `commit`; in a load `open`,
+    `plan`, `prepare`, `read` and `set`."""
+    rank: int | None
+    """The rank; None for the coordinator's part, which is rank 0's, or the driver's of a `WorkerGroup`."""
+    start_s: float
+    """When it began, in seconds since the epoch by the clock of the rank's node."""
+    seconds: float
+    """Time spent. That of `checksum` is spent in many parts during `write`."""
+    num_bytes: int = 0
+    """Bytes of tensors that it wrote or read."""
+
+
+@dataclass(frozen=True)
 class SaveReport:
     """What a save returns: where the committed checkpoint is, and how large.
 
@@ -31,6 +56,10 @@ class SaveReport:
     differing_buffers: tuple[str, ...] = ()
     """Names of the modules' buffers in which ranks differed, such as the statistics of a BatchNorm under data
     parallelism. What the first rank holds was saved, as `DistributedDataParallel` goes on with it."""
+    phases: tuple[Phase, ...] = ()
+    """What took how long on which rank."""
+    num_retries: int = 0
+    """How often the ranks asked the storage again after an error that may pass."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +97,12 @@ class LoadReport:
     """The checkpoint's step in its store; None where the target is no store."""
     passed_over: tuple[str, ...] = ()
     """Higher steps that were not loaded because they are damaged, each with path and reason; see `fallback`."""
+    phases: tuple[Phase, ...] = ()
+    """What took how long on this rank."""
+    num_retries: int = 0
+    """How often this rank asked the storage again after an error that may pass."""
+    bytes_by_file: Mapping[str, int] = field(default_factory=dict)
+    """Data file -> bytes of tensors that this rank has read from it."""
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,10 @@ import torch
 import ray_ckpt
 from ray_ckpt import (
     ArrowStorageReader, ArrowStorageWriter, CheckpointContents, CheckpointStore, Damage, DiffReport, Fingerprint,
-    Layout, LoadReport, Manifest, NonFinite, Policy, RemovalReport, RetryPolicy, SaveHandle, SaveReport, Saved, Storage,
-    StoreListing, TensorDifference, TensorStatistics, TrainState, VerifyReport, WorkerContext, WorkerError, WorkerGroup,
-    cluster, diff, fingerprint, inspect, keep, keep_every, keep_last, list_steps, load, resume, save, scan_nonfinite,
-    tensor_statistics, verify,
+    Layout, LoadReport, Manifest, NonFinite, PageReport, Phase, Policy, RemovalReport, RetryPolicy, SaveHandle,
+    SaveReport, Saved, Storage, StoreListing, TensorDifference, TensorStatistics, TrainState, VerifyReport,
+    WorkerContext, WorkerError, WorkerGroup, cluster, diff, fingerprint, inspect, keep, keep_every, keep_last,
+    list_steps, load, resume, save, scan_nonfinite, tensor_statistics, verify, write_report,
 )
 
 
@@ -61,6 +61,9 @@ def look() -> None:
     nonfinite: dict[str, NonFinite] = dict(scan_nonfinite("run", 1))
     report: DiffReport = diff("run", "other", left_step=1, right_step=1, values=True)
     differences: tuple[TensorDifference, ...] = report.tensors
+    page: PageReport = write_report("run", "report.html", layout=Layout.parse("fsdp2x2"))
+    phases: tuple[Phase, ...] = save({}, "run").phases
+    print(page.reshard.flows, phases)
     print(listing.latest, contents.kind, numbers.mean, nonfinite, differences)
     load({"gate": torch.ones(2)}, "run", 1, key_map={"gate": Saved("gate_up").narrow(0, 0, 2)})
 

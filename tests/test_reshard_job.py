@@ -19,7 +19,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
-from ray_ckpt.recipes.reshard.plan import partition
 from rich.console import Console
 from safetensors.torch import save_file
 
@@ -32,6 +31,7 @@ from ray_ckpt.format.boxes import Box, check_cover
 from ray_ckpt.format.fingerprinting import fingerprint
 from ray_ckpt.format.manifest import MANIFEST_NAME, Chunk, Manifest, TensorEntry
 from ray_ckpt.parallel.layout import Layout
+from ray_ckpt.parallel.partition import partition
 from ray_ckpt.recipes.reshard import job
 from ray_ckpt.recipes.screen import Screen
 from ray_ckpt.storage import rewrite as rewriting

@@ -146,4 +146,35 @@ def verify(uri: str, step: int | None, scan_nan: bool, trusted: bool, in_json: b
     return int(bool(report.damages or odd))
 
 
-COMMANDS = (ls, inspect, verify)
+@click.command()
+@uri_argument()
+@click.option("-o", "--output", required=True, metavar="FILE", help="The HTML file; one that is there is replaced.")
+@step_option
+@click.option("--target", metavar="LAYOUT", help="Who would read what in this layout, such as fsdp2x2.tp2.")
+@click.option("--verify/--no-verify", default=True, help="Read and compare every byte, too.  [default: verify]")
+@json_option
+def report(uri: str, output: str, step: int | None, target: str | None, verify: bool, in_json: bool) -> int:
+    """Draw a checkpoint as one HTML page: its modules, which rank wrote and which would read what, what is damaged.
+
+    The page needs no network. It holds its numbers as the JSON that --json prints. Exit code 1 when something is
+    damaged; the page says what.
+
+    \b
+    ray-ckpt report /mnt/run -o report.html
+    ray-ckpt report s3://bucket/run --step 100 -o report.html --target fsdp2x2.tp2
+    """
+    from ray_ckpt.cli.progress import shown
+    from ray_ckpt.pictures.page import write_report
+
+    with shown("verify", quiet=in_json) as progress:
+        page = write_report(uri, output, step, layout=target, verify=verify, progress=progress)
+    if in_json:
+        as_json(page)
+    else:
+        click.echo(printable(f"{output}: {page.num_tensors} tensors of {page.uri}"))
+        if page.damaged:
+            click.echo(click.style(f"damaged: {printable(page.damaged)}", fg="red"))
+    return int(bool(page.damaged))
+
+
+COMMANDS = (ls, inspect, verify, report)

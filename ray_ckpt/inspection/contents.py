@@ -23,7 +23,16 @@ from ray_ckpt.format.manifest import Manifest, TensorEntry
 from ray_ckpt.inspection.opening import open_record
 from ray_ckpt.storage.resolve import Target, committed_at
 
-__all__ = ["CheckpointContents", "FileContents", "ParameterGroup", "Section", "TensorContents", "inspect", "tensor_of"]
+__all__ = [
+    "CheckpointContents",
+    "FileContents",
+    "ParameterGroup",
+    "Section",
+    "TensorContents",
+    "inspect",
+    "rank_of_file",
+    "tensor_of",
+]
 
 _HYPERPARAMETER = re.compile(r"(?P<group>.*?\bparam_groups\.(?P<parameter>.+))\.(?P<key>[^.]+)")
 _RANK = re.compile(r"(?:.*/)?__(\d+)_\d+(?:-[0-9a-f]+)?\.distcp")
@@ -135,7 +144,7 @@ class CheckpointContents:
         for entry_of_value in self.manifest.objects.values():
             values[entry_of_value.file] += 1
         return tuple(
-            FileContents(file, size, _rank(file), len(tensors[file]), values[file])
+            FileContents(file, size, rank_of_file(file), len(tensors[file]), values[file])
             for file, size in sorted(self.manifest.files.items())
         )
 
@@ -201,6 +210,7 @@ def _section(name: str) -> str:
     return name.partition(".")[0]
 
 
-def _rank(file: str) -> int | None:
+def rank_of_file(file: str) -> int | None:
+    """The rank that wrote a data file; None when its name does not say."""
     match = _RANK.fullmatch(file)
     return int(match[1]) if match else None

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from ray_ckpt.errors import CheckpointError, CheckpointNotFoundError
 from ray_ckpt.format.manifest import MANIFEST_NAME, Manifest
-from ray_ckpt.inspection.opening import open_record
+from ray_ckpt.inspection.opening import open_record, size_problem
 from ray_ckpt.storage.files import Scanned, Storage
 from ray_ckpt.storage.foreign_names import is_file
 from ray_ckpt.storage.publish import STOCK_RECORD_NAME
@@ -152,11 +152,7 @@ def _alone(target: Target, store: CheckpointStore) -> StoreListing:
     """A checkpoint that is no step of a store."""
     opened_at = committed_at(target, None).storage
     opened = open_record(opened_at)
-    sizes, problem = opened.files.sizes(opened.manifest.files), ""
-    for name, size in opened.manifest.files.items():
-        is_short = sizes.get(name, -1) < size or (bool(opened.manifest.attempt) and sizes[name] != size)
-        if is_short and not problem:
-            problem = f"{name} has {sizes[name]} bytes, and {size} are recorded" if name in sizes else f"{name} is gone"
+    problem = size_problem(opened)
     # Whose directory holds other things too is not listed for the sake of a time.
     scanned = {} if is_file(opened_at) else opened.files.scan()
     times = [file.modified_s for name, file in scanned.items() if name in opened.manifest.files]

@@ -29,6 +29,8 @@ class TreeLine:
     num_bytes: int
     text: str
     """Dtype, shape and number of chunks of a tensor; empty for a module."""
+    num_siblings: int = 1
+    """How many are folded into this line. Its numbers are of all of them; those of lines below it are of one."""
 
 
 @dataclass(slots=True)
@@ -54,17 +56,18 @@ class _Node:
         self.totals, self.signature = (num_tensors, num_elements, num_bytes), hash(tuple(parts))
 
 
-def module_tree(tensors: Mapping[str, TensorEntry], *, max_lines: int) -> tuple[TreeLine, ...]:
+def module_tree(tensors: Mapping[str, TensorEntry], *, max_lines: int, fold: bool = True) -> tuple[TreeLine, ...]:
     """The tree of all tensors, in at most so many lines, the deepest levels left out where there are more.
 
     Args:
         max_lines: at least 1. The top level is shown whatever it has, cut after so many lines.
+        fold: whether numbered siblings of one structure are one line.
     """
     with collector_paused():
         root = _grow(tensors)
     lines: list[TreeLine] = []
     for depth in range(1, 64):
-        deeper = list(itertools.islice(_lines(root, 0, depth), max_lines + 1))
+        deeper = list(itertools.islice(_lines(root, 0, depth, fold=fold), max_lines + 1))
         if (len(deeper) > max_lines and lines) or len(deeper) == len(lines):
             break
         lines = deeper
@@ -100,15 +103,15 @@ def _descend(node: _Node, parts: Sequence[str]) -> _Node:
     return node
 
 
-def _lines(node: _Node, depth: int, max_depth: int) -> Iterator[TreeLine]:
+def _lines(node: _Node, depth: int, max_depth: int, *, fold: bool) -> Iterator[TreeLine]:
     if depth == max_depth:
         return
-    for names in _runs(node.children):
+    for names in _runs(node.children) if fold else [[name] for name in node.children]:
         child, count = node.children[names[0]], len(names)
         label = names[0] if count == 1 else f"[{names[0]}-{names[-1]}]"
         num_tensors, num_elements, num_bytes = (count * total for total in child.totals)
-        yield TreeLine(depth, label, num_tensors, num_elements, num_bytes, child.text)
-        yield from _lines(child, depth + 1, max_depth)
+        yield TreeLine(depth, label, num_tensors, num_elements, num_bytes, child.text, count)
+        yield from _lines(child, depth + 1, max_depth, fold=fold)
 
 
 def _runs(children: Mapping[str, _Node]) -> list[Sequence[str]]:

@@ -8,7 +8,7 @@ from ray_ckpt.format.manifest import MANIFEST_NAME, Manifest
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.record_files import parse_or_take
 
-__all__ = ["Opened", "open_record"]
+__all__ = ["Opened", "open_record", "size_problem"]
 
 
 @dataclass(frozen=True)
@@ -44,3 +44,17 @@ def open_record(storage: Storage, *, trusted: bool = False) -> Opened:
     reader = CheckpointReader(storage, trusted=trusted)
     manifest = reader.read_manifest()
     return Opened(reader.address, manifest, reader.files, reader.kind, reader.notes)
+
+
+def size_problem(opened: Opened) -> str:
+    """The first file that is gone, or is not as long as recorded; empty when there is none.
+
+    Of files of other programs only so many bytes are recorded as are known to be used.
+    """
+    sizes = opened.files.sizes(opened.manifest.files)
+    for name, size in opened.manifest.files.items():
+        if name not in sizes:
+            return f"{name} is gone"
+        if sizes[name] < size or (opened.manifest.attempt and sizes[name] != size):
+            return f"{name} has {sizes[name]} bytes, and {size} are recorded"
+    return ""

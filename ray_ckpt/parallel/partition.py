@@ -1,7 +1,8 @@
 """Which rank of a layout holds which part of a checkpoint, as far as that can be told without the model.
 
-    partition(manifest, layout) -> parts of each rank that writes
-    replicas(layout)            -> which ranks hold the same as each of these
+    partition(manifest, layout)        -> parts of each rank that writes
+    parts_of_tensors(manifest, layout) -> the same, by tensor
+    replicas(layout)                   -> which ranks hold the same as each of these
 
 Names go to pipeline stages in contiguous runs of about equal bytes, a parameter with its optimizer state. Within a
 stage, data parallelism shards rows, as `torch.chunk` cuts them. Tensor and expert parallelism shard rows too, unless
@@ -21,7 +22,7 @@ from ray_ckpt.format.manifest import Manifest, TensorEntry
 from ray_ckpt.parallel.layout import Layout
 from ray_ckpt.rounding import ceil_div
 
-__all__ = ["partition", "replicas"]
+__all__ = ["partition", "parts_of_tensors", "replicas"]
 
 _STATE = re.compile(r".*?\.state\.(.+)\.[^.]+")
 """Name of a parameter's optimizer state."""
@@ -29,13 +30,20 @@ _STATE = re.compile(r".*?\.state\.(.+)\.[^.]+")
 
 def partition(manifest: Manifest, layout: Layout) -> dict[int, dict[str, Box]]:
     """Rank -> name -> the rank's part of that tensor. Ranks without any are left out, except for rank 0."""
-    stages = _stages(manifest.tensors, layout.num_stages)
     parts: dict[int, dict[str, Box]] = {0: {}}
-    for name, tensor in manifest.tensors.items():
-        pipeline_rank = stages[name] % layout.pp
-        for rank, box in _shards(tensor.shape, _dim_across(tensor), layout, pipeline_rank):
+    for name, shards in parts_of_tensors(manifest, layout).items():
+        for rank, box in shards:
             parts.setdefault(rank, {})[name] = box
     return dict(sorted(parts.items()))
+
+
+def parts_of_tensors(manifest: Manifest, layout: Layout) -> dict[str, tuple[tuple[int, Box], ...]]:
+    """The same by name: the ranks that write, and their parts. Tensors that are cut alike have the same tuple."""
+    stages = _stages(manifest.tensors, layout.num_stages)
+    return {
+        name: _shards(tensor.shape, _dim_across(tensor), layout, stages[name] % layout.pp)
+        for name, tensor in manifest.tensors.items()
+    }
 
 
 def replicas(layout: Layout) -> dict[int, tuple[int, ...]]:
