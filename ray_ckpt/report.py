@@ -19,8 +19,8 @@ class Phase:
     """
 
     name: str
-    """In a save `plan`, `copy` (with `blocking=False`), `write`, `checksum`, `check` and `commit`; in a load `open`,
-    `plan`, `prepare`, `read` and `set`."""
+    """`plan`, `copy` (with `blocking=False`), `write`, `checksum`, `check` and `commit` in a save; `open`, `plan`,
+    `prepare`, `read` and `set` in a load."""
     rank: int | None
     """The rank; None for the coordinator's part, which is rank 0's, or the driver's of a `WorkerGroup`."""
     start_s: float
@@ -56,7 +56,7 @@ class SaveReport:
     differing_buffers: tuple[str, ...] = ()
     """Names of the modules' buffers in which ranks differed, such as the statistics of a BatchNorm under data
     parallelism. What the first rank holds was saved, as `DistributedDataParallel` goes on with it."""
-    phases: tuple[Phase, ...] = ()
+    phases: tuple[Phase, ...] = field(default=(), repr=False)
     """What took how long on which rank."""
     num_retries: int = 0
     """How often the ranks asked the storage again after an error that may pass."""
@@ -97,11 +97,11 @@ class LoadReport:
     """The checkpoint's step in its store; None where the target is no store."""
     passed_over: tuple[str, ...] = ()
     """Higher steps that were not loaded because they are damaged, each with path and reason; see `fallback`."""
-    phases: tuple[Phase, ...] = ()
+    phases: tuple[Phase, ...] = field(default=(), repr=False)
     """What took how long on this rank."""
     num_retries: int = 0
     """How often this rank asked the storage again after an error that may pass."""
-    bytes_by_file: Mapping[str, int] = field(default_factory=dict)
+    bytes_by_file: Mapping[str, int] = field(default_factory=dict, repr=False)
     """Data file -> bytes of tensors that this rank has read from it."""
 
 

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
 
-from ray_ckpt import Layout, LoadReport, SaveReport, UsageError, save, write_report
+from ray_ckpt import Layout, LoadReport, SaveReport, UsageError, load, save, write_report
 from ray_ckpt.plain_data import plain
 from ray_ckpt.report import Phase
 from tests.test_cli import call, cut, data_of, flip, remove
@@ -296,3 +296,26 @@ def test_wrong_use_is_told_before_anything_is_done(tmp_path: Path, monkeypatch: 
     with pytest.raises(UsageError, match=r"needs vl-convert-python, .*pip install 'ray-ckpt\[report\]'$"):
         call("report", tmp_path / "run", "-o", tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
+
+
+def test_reports_say_what_took_how_long(tmp_path: Path) -> None:
+    target = {"weight": torch.zeros(500, 500)}
+    saved = save({"weight": torch.ones(500, 500)}, tmp_path / "run", 1, blocking=False).result(timeout_s=60)
+    loaded = load(target, tmp_path / "run")
+    own = [phase.name for phase in saved.phases if phase.rank == 0]
+    assert own == ["plan", "copy", "write", "checksum"]
+    assert [phase.name for phase in saved.phases if phase.rank is None] == ["plan", "check", "commit"]
+    assert [phase.name for phase in loaded.phases] == ["open", "plan", "read", "set"]
+    times = {phase.name: phase for phase in saved.phases}
+    assert 0 < times["checksum"].seconds < times["write"].seconds < saved.seconds
+    assert [times["write"].num_bytes, loaded.phases[2].num_bytes] == [10**6, 10**6]
+    assert dict(loaded.bytes_by_file) == {next((tmp_path / "run" / "step-1").glob("*.distcp")).name: 10**6}
+    page = write_report(tmp_path / "run", tmp_path / "report.html", saves=[saved], loads=[[loaded]])
+    assert [found.name for found in page.operations] == ["save of step 1", "load of step 1"]
+    assert {found.operation: found.start_s for found in reversed(page.phases) if found.start_s == 0}.keys() == {
+        found.name for found in page.operations
+    }
+    assert page.reshard.basis == "measured"
+    assert [(flow.written_by, flow.read_by, flow.num_bytes) for flow in page.reshard.flows] == [
+        ("rank 0", "rank 0", 10**6)
+    ]

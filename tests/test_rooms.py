@@ -16,6 +16,7 @@ PACKAGE = Path(ray_ckpt.__file__).parent
 FLOORS = {
     "errors": 0,
     "gc_pause": 0,
+    "phase_clock": 1,
     "plain_data": 0,
     "report": 0,
     "rounding": 0,

@@ -15,10 +15,11 @@ import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from ray_ckpt.errors import UsageError
 from ray_ckpt.inspection.contents import CheckpointContents
-from ray_ckpt.inspection.opening import open_record, size_problem
+from ray_ckpt.inspection.opening import Opened, open_record, size_problem
 from ray_ckpt.parallel.layout import Layout
 from ray_ckpt.pictures.charts import charts
 from ray_ckpt.pictures.contents import PageReport, Verification
@@ -89,41 +90,12 @@ def write_report(
     reader = Layout.parse(layout) if isinstance(layout, str) else layout
     location = committed_at(target, step)
     opened = open_record(location.storage)
-    manifest = opened.manifest
-    contents = CheckpointContents(opened.address, location.step, opened.kind, opened.notes, manifest)
-    sections = contents.sections()
     checked = None
     if verify:
         from ray_ckpt.checkpoint.verifying import verify as verify_checkpoint  # it loads torch
 
         checked = verify_checkpoint(location.storage, progress=progress)
-    phases, phases_aggregated = phases_of(saves, loads)
-    points, points_aggregated = losses_of(losses or {})
-    report = PageReport(
-        uri=contents.uri,
-        step=contents.step,
-        kind=contents.kind,
-        notes=contents.notes,
-        layout=manifest.layout,
-        saved_by=manifest.saved_by,
-        total_bytes=manifest.total_bytes,
-        num_files=len(manifest.files),
-        num_tensors=len(manifest.tensors),
-        num_elements=sum(section.num_elements for section in sections),
-        num_values=len(manifest.objects),
-        damage=size_problem(opened),
-        sections=sections[:MAX_SECTIONS],
-        writers=writers_of(manifest),
-        modules=module_map(manifest.tensors, _last_part(contents.uri)),
-        reshard=reshard_of(manifest, reader, loads[-1] if loads else ()),
-        verification=None if checked is None else _verification(checked),
-        operations=operations_of(saves, loads),
-        phases=phases,
-        phases_aggregated=phases_aggregated,
-        losses=points,
-        losses_aggregated=points_aggregated,
-        events=tuple(events),
-    )
+    report = _gather(opened, location.step, reader, checked, _Job(saves, loads, losses or {}, tuple(events)))
     try:
         # What is no text, such as half of a surrogate pair in a name, is spelled out.
         Path(path).write_text(_render(report), encoding="utf-8", errors="backslashreplace")
@@ -144,6 +116,49 @@ def check_report_path(path: str | os.PathLike[str]) -> None:
         )
     if not Path(path).absolute().parent.is_dir() or Path(path).is_dir():
         raise UsageError(f"cannot write the report to {os.fspath(path)}: give a file in a directory that exists")
+
+
+class _Job(NamedTuple):
+    """What is not in the checkpoint."""
+
+    saves: Sequence[SaveReport]
+    loads: Sequence[Sequence[LoadReport]]
+    losses: Mapping[str, Mapping[int, float]]
+    events: tuple[str, ...]
+
+
+def _gather(
+    opened: Opened, step: int | None, reader: Layout | None, checked: VerifyReport | None, job: _Job
+) -> PageReport:
+    manifest = opened.manifest
+    sections = CheckpointContents(opened.address, step, opened.kind, opened.notes, manifest).sections()
+    phases, phases_aggregated = phases_of(job.saves, job.loads)
+    losses, losses_aggregated = losses_of(job.losses)
+    return PageReport(
+        uri=opened.address,
+        step=step,
+        kind=opened.kind,
+        notes=opened.notes,
+        layout=manifest.layout,
+        saved_by=manifest.saved_by,
+        total_bytes=manifest.total_bytes,
+        num_files=len(manifest.files),
+        num_tensors=len(manifest.tensors),
+        num_elements=sum(section.num_elements for section in sections),
+        num_values=len(manifest.objects),
+        damage=size_problem(opened),
+        sections=sections[:MAX_SECTIONS],
+        writers=writers_of(manifest),
+        modules=module_map(manifest.tensors, _last_part(opened.address)),
+        reshard=reshard_of(manifest, reader, job.loads[-1] if job.loads else ()),
+        verification=None if checked is None else _verification(checked),
+        operations=operations_of(job.saves, job.loads),
+        phases=phases,
+        phases_aggregated=phases_aggregated,
+        losses=losses,
+        losses_aggregated=losses_aggregated,
+        events=job.events,
+    )
 
 
 def _verification(checked: VerifyReport) -> Verification:

@@ -7,13 +7,15 @@ import operator
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 from ray_ckpt.errors import CommitError
 from ray_ckpt.format.boxes import Box, shared_box
 from ray_ckpt.format.fingerprint import digest_of
 from ray_ckpt.format.manifest import Chunk, Manifest, ObjectEntry, TensorEntry
 from ray_ckpt.gc_pause import collector_paused
+from ray_ckpt.phase_clock import PhaseClock
 from ray_ckpt.protocol.merging import GlobalPlan, Key, key_of, merge
 from ray_ckpt.protocol.messages import (
     REPLICA_DIGEST_BYTES,
@@ -27,7 +29,7 @@ from ray_ckpt.protocol.messages import (
     digest_tensor,
     num_bytes,
 )
-from ray_ckpt.report import SaveReport
+from ray_ckpt.report import Phase, SaveReport
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.publish import publish, refuse_if_taken
 from ray_ckpt.text import listed
@@ -106,6 +108,10 @@ class Coordinator:
         self._plan: GlobalPlan | None = None
         self._manifest: Manifest | None = None
         self._differing: tuple[str, ...] = ()
+        self._clock = PhaseClock()
+        self._phases: tuple[Phase, ...] = ()
+        """What the ranks have measured."""
+        self._num_retries = 0
         self.attempt = attempt or uuid.uuid4().hex[:12]
 
     def merge(self, plans: Sequence[LocalPlan]) -> list[Assignment]:
@@ -115,9 +121,9 @@ class Coordinator:
             CheckpointExistsError: the storage holds a committed checkpoint and `overwrite` was not given.
             CommitError: the ranks' parts do not cover a tensor exactly once, or contradict each other.
         """
-        if not self._overwrite:
-            refuse_if_taken(self._storage)
-        with collector_paused():
+        with self._measured("plan"), collector_paused():
+            if not self._overwrite:
+                refuse_if_taken(self._storage)
             self._plan = self._cache.update(plans)
         return [Assignment(self.attempt, rank, tuple(skipped)) for rank, skipped in enumerate(self._plan.skipped)]
 
@@ -140,8 +146,11 @@ class Coordinator:
             CommitError: something was not written, or replicas differ, or the storage does not show the files.
             StorageError: the storage cannot be listed.
         """
-        manifest = self.describe(records)
-        self._check_files(manifest.files)
+        self._phases = tuple(replace(p, rank=rank) for rank, record in enumerate(records) for p in record.phases)
+        self._num_retries += sum(record.num_retries for record in records)
+        with self._measured("check"):
+            manifest = self.describe(records)
+            self._check_files(manifest.files)
         self._manifest = manifest
 
     def describe(self, records: Sequence[RankRecord]) -> Manifest:
@@ -171,7 +180,8 @@ class Coordinator:
             StorageError: a record could not be written. The commit may or may not have happened.
         """
         manifest = self.manifest
-        publish(self._storage, manifest, stock_record, overwrite=self._overwrite)
+        with self._measured("commit"):
+            publish(self._storage, manifest, stock_record, overwrite=self._overwrite)
         report = SaveReport(
             uri=self._storage.address,
             total_bytes=manifest.total_bytes,
@@ -179,6 +189,8 @@ class Coordinator:
             seconds=time.monotonic() - self._start,
             step=self._step,
             differing_buffers=self._differing,
+            phases=(*self._phases, *self._clock.phases),
+            num_retries=self._num_retries,
         )
         _logger.info(
             "committed %s: %d bytes in %d files, %.1f s",
@@ -188,6 +200,14 @@ class Coordinator:
             report.seconds,
         )
         return report
+
+    @contextmanager
+    def _measured(self, phase: str) -> Iterator[None]:
+        """Of the block: its time, and its retries. Elsewhere a rank of this process may use the same storage."""
+        before = self._storage.num_retries
+        with self._clock.phase(phase):
+            yield
+        self._num_retries += self._storage.num_retries - before
 
     def _describe(self, plan: GlobalPlan, records: Sequence[RankRecord]) -> Manifest:
         for rank, record in enumerate(records):

@@ -51,6 +51,8 @@ class LoadSource:
         """What a key map leaves of tensors that it uses a part of."""
         self.left_out = ""
         """Everything that cannot be loaded from it, and why."""
+        self.bytes_by_file: dict[str, int] = {}
+        """Bytes of tensors that were read from each file."""
 
     @property
     def address(self) -> str:
@@ -141,7 +143,8 @@ class LoadSource:
     def read(self, wanted: dict[str, Any]) -> None:
         """Fill the tensors of these names, and replace other entries by their values."""
         if wanted:
-            fill(wanted, self._reader, self.manifest, self._views)
+            for file, num_bytes in fill(wanted, self._reader, self.manifest, self._views).items():
+                self.bytes_by_file[file] = self.bytes_by_file.get(file, 0) + num_bytes
 
     def describe(self, name: str) -> str:
         entry = self.manifest.tensors.get(name)
@@ -151,7 +154,7 @@ class LoadSource:
 
 def fill(
     state: dict[str, Any], reader: CheckpointReader, manifest: Manifest, views: Mapping[str, View] = _NO_VIEWS
-) -> None:
+) -> Mapping[str, int]:
     """Load this rank's part of a state dict: tensors in place, everything else by replacing it.
 
     A tensor whose dtype differs from the saved one is cast.
@@ -160,6 +163,9 @@ def fill(
         state: nested dicts and lists of tensors (plain, DTensor, ShardedTensor) and other things.
         manifest: what `reader.read_manifest` returned.
         views: tensors in it that are made of others, by name.
+
+    Returns:
+        File -> bytes of tensors that were read from it.
 
     Raises:
         StateMismatchError: the checkpoint lacks something of that name, or it has another shape.
@@ -171,6 +177,10 @@ def fill(
     reader.read_tensors(wanted)
     for name, value in reader.read_values({name: entry for name, (_, entry) in objects.items()}).items():
         set_element(state, objects[name][0], value)
+    counts: dict[str, int] = {}
+    for (_, dtype, chunk), box, _ in wanted:
+        counts[chunk.file] = counts.get(chunk.file, 0) + box.num_elements * dtype.itemsize
+    return counts
 
 
 def _want(

@@ -12,6 +12,7 @@ import xxhash
 
 from ray_ckpt.errors import RayCkptError
 from ray_ckpt.format.manifest import ObjectEntry, Path, TensorColumns, itemsize
+from ray_ckpt.report import Phase
 
 T = TypeVar("T")
 
@@ -111,6 +112,8 @@ class FileRecord:
     """Position in the rank's plan -> entry."""
     sums: Sequence[int] = ()
     """Fingerprint's sum of each row of `tensors`; empty where none were asked for."""
+    checksum_s: float = 0.0
+    """Seconds spent on checksums."""
 
     @property
     def name(self) -> str:
@@ -124,6 +127,10 @@ class RankRecord:
     files: tuple[FileRecord, ...]
     replicas: bytes
     """`digest_tensor` or `digest_object` of what stands at each skipped position, one after the other."""
+    phases: tuple[Phase, ...] = ()
+    """What took how long; the rank is not named."""
+    num_retries: int = 0
+    """How often the storage was asked again."""
 
 
 REPLICA_DIGEST_BYTES = 16

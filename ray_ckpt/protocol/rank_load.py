@@ -35,6 +35,7 @@ from ray_ckpt.format.torch_internals import local_tensor
 from ray_ckpt.format.translate import HYPERPARAMETERS
 from ray_ckpt.format.wanted_names import Names
 from ray_ckpt.gc_pause import collector_paused
+from ray_ckpt.phase_clock import PhaseClock
 from ray_ckpt.protocol.agreement import mark, marked
 from ray_ckpt.protocol.load_source import LoadSource
 from ray_ckpt.protocol.messages import LoadOffer
@@ -109,13 +110,17 @@ class RankLoad:
         self._given_up = False
         self._reading = False
         self._num_applied = 0
+        self._clock = PhaseClock()
+        self._storage = storage
+        self._retries_before = storage.num_retries
 
     def open(self) -> None:
         """Raises:
         CheckpointNotFoundError, FormatError, UnsafeCheckpointError: there is nothing that can be read.
         """
-        self._source.open()
-        self._list_names()
+        with self._clock.phase("open"):
+            self._source.open()
+            self._list_names()
 
     @property
     def may_be_foreign(self) -> bool:
@@ -169,7 +174,7 @@ class RankLoad:
             StateMismatchError: something that this rank wants is missing (`strict`), has another shape or kind, or
                 another dtype (unless `cast`).
         """
-        with collector_paused():
+        with collector_paused(), self._clock.phase("plan"):
             return self._offer(state)
 
     def _offer(self, state: State) -> LoadOffer:
@@ -219,7 +224,8 @@ class RankLoad:
                 raise CheckpointError("another rank has given up")
             if handovers := handing_over.early(self._plans):
                 claims = {wanted: claim for handover in handovers for wanted, claim in handover.claims.items()}
-                self._taken.take(handovers, lambda: self._read(claims))
+                with self._clock.phase("prepare"):
+                    self._taken.take(handovers, lambda: self._read(claims))
 
     def read(self) -> None:
         """Allocate what has no memory yet, and read. After an error while reading the tensors hold parts of two states.
@@ -228,7 +234,9 @@ class RankLoad:
             StorageError, FormatError, IntegrityError: it cannot be read, or is damaged.
         """
         self._reading = True
+        start_s, began, before = time.time(), time.perf_counter(), self._num_bytes
         self._read({wanted: claim for plan in self._plans for wanted, claim in plan.claims.items()})
+        self._clock.add("read", start_s, time.perf_counter() - began, self._num_bytes - before)
 
     def give_up(self) -> str:
         """After an error, on any rank: undo what can be undone. May be called from another thread than the rest.
@@ -306,9 +314,10 @@ class RankLoad:
         Raises:
             CheckpointError: an object refuses what was saved; the tensors have been read.
         """
-        for plan in self._plans:
-            handing_over.finish(plan, self._loaded)
-            self._num_applied += 1
+        with self._clock.phase("set"):
+            for plan in self._plans:
+                handing_over.finish(plan, self._loaded)
+                self._num_applied += 1
         return LoadReport(
             uri=self._source.address,
             num_bytes=self._num_bytes,
@@ -319,6 +328,9 @@ class RankLoad:
             rng=verdict.notes.get("rng"),
             dataloader=verdict.notes.get("dataloader"),
             lost=self._source.left_out,
+            phases=self._clock.phases,
+            num_retries=self._storage.num_retries - self._retries_before,
+            bytes_by_file=self._source.bytes_by_file,
         )
 
     def _refuse(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import time
 import uuid
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from ray_ckpt.format.manifest import ObjectEntry
 from ray_ckpt.format.memory import fault
 from ray_ckpt.format.torch_container import parse_dtype
 from ray_ckpt.gc_pause import collector_paused
+from ray_ckpt.phase_clock import PhaseClock
 from ray_ckpt.protocol.holdings import Holdings, hold
 from ray_ckpt.protocol.host_copy import HostCopy
 from ray_ckpt.protocol.messages import (
@@ -93,6 +95,7 @@ class RankSave:
         self._digests: bytes | None = None
         self._numbers = itertools.count()
         self._begun: list[str] = []
+        self._clock = PhaseClock()
 
     def plan(self, state: Stateful | Mapping[str, Any], memory: PlanMemory, known: frozenset[str]) -> LocalPlan:
         """Look through the state. It may not change before `stage` has returned, or `write` where nothing is staged.
@@ -104,7 +107,7 @@ class RankSave:
         Raises:
             UsageError: as `hold`.
         """
-        with collector_paused():
+        with collector_paused(), self._clock.phase("plan"):
             holdings = hold(state.state_dict() if isinstance(state, Stateful) else state)
             plan = memory.plan(state, holdings, known)
             # If the plan is equal, the same items as before, so that comparing them next time costs nothing.
@@ -122,7 +125,7 @@ class RankSave:
         Raises:
             UsageError: a tensor has no plain elements, or is no longer what was planned.
         """
-        with collector_paused():
+        with collector_paused(), self._clock.phase("copy"):
             self._digests = self._digest_replicas(assignment.skipped)
             self._staged = host_copy.take(self._holdings, assignment.skipped)
             self._host_copy = host_copy
@@ -136,6 +139,7 @@ class RankSave:
         """
         if self._staged is not None:
             self._holdings = self._staged  # lets go of the originals: training may be done with them
+        start_s, began, retries_before = time.time(), time.perf_counter(), self._storage.num_retries
         # A staged save runs beside training, which needs the collector meanwhile.
         with contextlib.nullcontext() if self._staged is not None else collector_paused():
             items = self._holdings.items
@@ -150,7 +154,11 @@ class RankSave:
             if self._host_copy is not None:
                 self._host_copy.check()
             digests = self._digests if self._digests is not None else self._digest_replicas(assignment.skipped)
-            return RankRecord(tuple(files), digests)
+            written = sum(num_bytes(spec) for p in positions if (spec := items[p].spec) is not None)
+            self._clock.add("write", start_s, time.perf_counter() - began, written)
+            self._clock.add("checksum", start_s, sum(file.checksum_s for file in files), written)
+            retries = self._storage.num_retries - retries_before
+            return RankRecord(tuple(files), digests, self._clock.phases, retries)
 
     def discard(self) -> None:
         """Remove the files of this attempt, which no manifest will name. Files that cannot be removed stay."""
@@ -224,6 +232,7 @@ def file_record(packed: Packed[int]) -> FileRecord:
         positions=array("q", packed.keys),
         # Objects that share a container are one entry, which pickle then sends once.
         objects={position: first_at.setdefault(entry.start, entry) for position, entry in packed.objects},
+        checksum_s=packed.checksum_s,
     )
 
 

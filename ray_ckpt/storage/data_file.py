@@ -6,6 +6,7 @@ pack_file(storage, name, ...) ─┬─ objects: one container per distinct valu
 
 from __future__ import annotations
 
+import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +43,8 @@ class Packed(Generic[K]):
     keys: list[K]
     """The caller's names for the tensors."""
     objects: list[tuple[K, ObjectEntry]]
+    checksum_s: float = 0.0
+    """Seconds spent on checksums."""
 
 
 def pack_file(
@@ -141,10 +144,12 @@ class _Packer(Generic[K]):
         self._keys: list[K] = []
         self._starts, self._lengths, self._data_starts, self._block_bytes = (array("q") for _ in range(4))
         self._sums = bytearray()
+        self._checksum_s = 0.0
 
     def packed(self, objects: list[tuple[K, ObjectEntry]]) -> Packed[K]:
         columns = self._starts, self._lengths, self._data_starts, self._block_bytes
-        return Packed(TensorColumns(self._file.name, *columns, bytes(self._sums)), self._keys, objects)
+        written = TensorColumns(self._file.name, *columns, bytes(self._sums))
+        return Packed(written, self._keys, objects, self._checksum_s)
 
     def add_object(self, saved: SavedObject) -> ObjectEntry:
         """Append an object, or point to an equal one that is already in this file."""
@@ -173,7 +178,9 @@ class _Packer(Generic[K]):
                     self._finish_tensor(tail, hasher)
                 opened = entry
                 tail, hasher = self._start_tensor(*entry)
+            began = time.perf_counter()
             hasher.update(piece)
+            self._checksum_s += time.perf_counter() - began
             self._append(piece)
         if opened is not None:
             self._finish_tensor(tail, hasher)

@@ -89,6 +89,8 @@ class Storage:
         self._below = ""
         """Name of the target below the storage that it is a child of. Nothing is removed through a link in it."""
         self._built: tuple[int, pafs.FileSystem, str] | None = None
+        self._retries: list[None] = []
+        """One for each retry, as threads may append at the same time. Children and parents share it."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), {**self.__dict__, "_built": None})
@@ -338,7 +340,12 @@ class Storage:
 
     def retried(self, action: Callable[[], T]) -> T:
         """Run an action, again and again after transient errors, within the retry policy."""
-        return retried(action, self.retry)
+        return retried(action, self.retry, lambda: self._retries.append(None))
+
+    @property
+    def num_retries(self) -> int:
+        """How often an operation was tried again so far, here and in the directories around."""
+        return len(self._retries)
 
     @property
     def filesystem(self) -> pafs.FileSystem:

@@ -71,8 +71,11 @@ def is_transient(error: BaseException) -> bool:
     return isinstance(error, TimeoutError) or bool(_TRANSIENT_TEXT.search(str(error)))
 
 
-def retried(action: Callable[[], T], policy: RetryPolicy) -> T:
+def retried(action: Callable[[], T], policy: RetryPolicy, on_retry: Callable[[], object] = lambda: None) -> T:
     """Run an action, and again after each transient StorageError. Every retry is logged as a WARNING.
+
+    Args:
+        on_retry: called before each further try.
 
     Raises:
         StorageError: the error was not transient, or was still there at the last attempt.
@@ -83,11 +86,12 @@ def retried(action: Callable[[], T], policy: RetryPolicy) -> T:
         if not error.transient or policy.attempts == 1:
             raise
         _tell(error, attempt=1, policy=policy, wait_s=0.0)
+        on_retry()
     retrying = tenacity.Retrying(
         stop=tenacity.stop_after_attempt(policy.attempts - 1),
         wait=tenacity.wait_random_exponential(multiplier=policy.first_wait_s, max=policy.max_wait_s),
         retry=tenacity.retry_if_exception(lambda error: isinstance(error, StorageError) and error.transient),
-        before_sleep=lambda state: _tell_of(state, policy),
+        before_sleep=lambda state: _tell_of(state, policy, on_retry),
         reraise=True,
     )
     try:
@@ -99,10 +103,11 @@ def retried(action: Callable[[], T], policy: RetryPolicy) -> T:
         raise StorageError(error.operation, error.path, cause, transient=True) from error
 
 
-def _tell_of(state: tenacity.RetryCallState, policy: RetryPolicy) -> None:
+def _tell_of(state: tenacity.RetryCallState, policy: RetryPolicy, on_retry: Callable[[], object]) -> None:
     error = state.outcome.exception() if state.outcome is not None else None
     if isinstance(error, StorageError):
         _tell(error, attempt=state.attempt_number + 1, policy=policy, wait_s=state.upcoming_sleep)
+    on_retry()
 
 
 def _tell(error: StorageError, *, attempt: int, policy: RetryPolicy, wait_s: float) -> None:

@@ -24,7 +24,7 @@ from ray_ckpt.format.manifest import Manifest
 from ray_ckpt.parallel.layout import Layout
 from ray_ckpt.parallel.partition import partition
 from ray_ckpt.protocol.coordinator import Coordinator
-from ray_ckpt.protocol.messages import FileRecord, Item, LocalPlan, RankRecord, TensorSpec
+from ray_ckpt.protocol.messages import Item, LocalPlan, RankRecord, TensorSpec
 from ray_ckpt.recipes.reshard.task import RankFile
 from ray_ckpt.recipes.screen import Screen
 from ray_ckpt.recipes.setting import connected, unshared
@@ -120,7 +120,7 @@ def rewrite(prepared: Prepared, timeout_s: float, screen: Screen) -> None:
     try:
         records = _run_tasks(prepared, timeout_s, screen)
         _check_shared(prepared.target, records)
-        prepared.coordinator.check([RankRecord((record,), b"") for record in records.values()])
+        prepared.coordinator.check(list(records.values()))
     except BaseException:
         _discard(prepared.target, prepared.coordinator.attempt)
         raise
@@ -167,16 +167,16 @@ def _wanted(manifest: Manifest, name: str, box: Box) -> WantedTensor:
     return WantedTensor(name, entry.dtype, box, chunks)
 
 
-def _run_tasks(prepared: Prepared, timeout_s: float, screen: Screen) -> dict[int, FileRecord]:
+def _run_tasks(prepared: Prepared, timeout_s: float, screen: Screen) -> dict[int, RankRecord]:
     files = prepared.files
     with screen.phase("rewrite", f"{len(files)} tasks, one per rank of {prepared.layout} that writes") as line:
         done: list[int] = []
 
-        def show(rank: int, record: FileRecord) -> None:
+        def show(rank: int, record: RankRecord) -> None:
             done.append(rank)
             line.update(f"{len(done)} of {len(files)} ranks written")
 
-        records: dict[int, FileRecord] = run_tasks(
+        records: dict[int, RankRecord] = run_tasks(
             WRITE_RANK,
             {rank: (prepared.source, prepared.target, file) for rank, file in files.items()},
             timeout_s=timeout_s,
@@ -186,7 +186,7 @@ def _run_tasks(prepared: Prepared, timeout_s: float, screen: Screen) -> dict[int
     return records
 
 
-def _check_shared(target: Storage, records: Mapping[int, FileRecord]) -> None:
+def _check_shared(target: Storage, records: Mapping[int, RankRecord]) -> None:
     """Whether this process sees what the tasks have written.
 
     Raises:
@@ -194,7 +194,7 @@ def _check_shared(target: Storage, records: Mapping[int, FileRecord]) -> None:
     """
     seen = target.list_files()
     for rank, record in records.items():
-        if record.name not in seen:
+        if record.files[0].name not in seen:
             raise unshared(f"--target {target.address}", f"the file that the task of rank {rank} wrote is not there")
 
 

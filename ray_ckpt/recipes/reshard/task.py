@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ray_ckpt.format.manifest import ObjectEntry
-from ray_ckpt.protocol.messages import FileRecord
+from ray_ckpt.format.manifest import ObjectEntry, itemsize
+from ray_ckpt.phase_clock import PhaseClock
+from ray_ckpt.protocol.messages import FileRecord, RankRecord
 from ray_ckpt.protocol.rank_save import file_record
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.rewrite import WantedTensor, rewrite
@@ -24,7 +26,7 @@ class RankFile:
     tensors: Mapping[int, WantedTensor]
 
 
-def write_rank(source: Storage, target: Storage, of_rank: RankFile) -> FileRecord:
+def write_rank(source: Storage, target: Storage, of_rank: RankFile) -> RankRecord:
     """Copy what the rank holds, checked on the way, into a file of its own. A second run takes another name.
 
     Raises:
@@ -37,4 +39,11 @@ def write_rank(source: Storage, target: Storage, of_rank: RankFile) -> FileRecor
         name = f"__{of_rank.rank}_{secrets.randbelow(10**9)}-{of_rank.attempt}.distcp"
         return file_record(rewrite(source, target, name, of_rank.objects, of_rank.tensors))
 
-    return target.retried(write)
+    clock, before = PhaseClock(), target.num_retries + source.num_retries
+    start_s, began = time.time(), time.perf_counter()
+    file = target.retried(write)
+    parts = of_rank.tensors.values()
+    num_bytes = sum(part.box.num_elements * itemsize(part.dtype) for part in parts)
+    clock.add("write", start_s, time.perf_counter() - began, num_bytes)
+    clock.add("checksum", start_s, file.checksum_s, num_bytes)
+    return RankRecord((file,), b"", clock.phases, target.num_retries + source.num_retries - before)
