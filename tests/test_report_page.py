@@ -31,6 +31,7 @@ HOSTILE = [
     "model.\ud800half",
     "model.javascript:window.hurt = 1",
     "model." + "x" * 3000,
+    "model." + "7" * 5000,
     "model..",
     "",
 ]

@@ -116,7 +116,7 @@ def _lines(node: _Node, depth: int, max_depth: int, *, fold: bool) -> Iterator[T
 
 def _runs(children: Mapping[str, _Node]) -> list[Sequence[str]]:
     """Consecutive numbers of one structure together; everything else by itself."""
-    numbered = sorted((name for name in children if name.isdecimal()), key=int)
+    numbered = sorted((name for name in children if _is_number(name)), key=int)
     runs: list[list[str]] = []
     for name in numbered:
         last = runs[-1][-1] if runs else None
@@ -124,7 +124,11 @@ def _runs(children: Mapping[str, _Node]) -> list[Sequence[str]]:
             runs[-1].append(name)
         else:
             runs.append([name])
-    return [*([name] for name in children if not name.isdecimal()), *runs]
+    return [*([name] for name in children if not _is_number(name)), *runs]
+
+
+def _is_number(name: str) -> bool:
+    return len(name) < 10 and name.isdecimal()  # Python refuses to read numbers of thousands of digits
 
 
 def _chunks(count: int) -> str:

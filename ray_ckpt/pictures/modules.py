@@ -23,7 +23,7 @@ def module_map(tensors: Mapping[str, TensorEntry], title: str) -> ModuleMap:
     Args:
         title: what the rectangle around all others is called.
     """
-    lines = module_tree(tensors, max_lines=MAX_NODES + 1, fold=False)
+    lines = module_tree(tensors, max_lines=MAX_NODES + 1, fold=False) if len(tensors) <= MAX_NODES else ()
     is_whole = len(lines) <= MAX_NODES and sum(1 for line in lines if line.text) == len(tensors)
     if not is_whole:
         lines = module_tree(tensors, max_lines=MAX_NODES)
