@@ -58,6 +58,41 @@ def test_state_comes_back_as_it_was(tmp_path: Path, kind: str) -> None:
     ray_ckpt.load(TrainState(models[1], fresh), tmp_path / "run")
 
 
+def turned(seed: int, dims: tuple[int, ...]) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A convolution, and an optimizer whose state lies in memory as its parameter, densely, and in another order."""
+    torch.manual_seed(seed)
+    model = nn.Conv2d(4, 6, 3, bias=False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = Keeping(
+        model.parameters(),
+        lambda p: {
+            "exp_avg": torch.rand_like(p),
+            "flat": torch.rand(p.shape),
+            "Q": [torch.rand(5, 7).permute(dims), torch.rand(1, 5, 7).transpose(1, 2)],
+        },
+    )
+    optimizer.step()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("is_fresh", [True, False])
+def test_state_lies_in_memory_as_it_did(tmp_path: Path, is_fresh: bool) -> None:
+    """A product with a transposed matrix may differ in the last bit from one with its contiguous copy."""
+    (model, optimizer), (target, other) = turned(0, (1, 0)), turned(1, (0, 1))
+    if is_fresh:
+        other.state.clear()
+    ray_ckpt.save(TrainState(model, optimizer), tmp_path / "run")
+    ray_ckpt.load(TrainState(target, other), tmp_path / "run")
+    [state], [loaded] = optimizer.state.values(), other.state.values()
+    assert same(loaded, state)
+    assert loaded["exp_avg"].stride() == (36, 1, 12, 4)
+    assert loaded["flat"].stride() == (36, 9, 3, 1)
+    assert loaded["Q"][0].stride() == (1, 7)
+    assert loaded["Q"][1].stride()[1:] == (1, 7)
+    there = loaded["Q"][0]
+    ray_ckpt.load(TrainState(target, other), tmp_path / "run")
+    assert next(iter(other.state.values()))["Q"][0].data_ptr() == there.data_ptr()
+
+
 def test_state_that_belongs_to_no_parameter_is_refused(tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)

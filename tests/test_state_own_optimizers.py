@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,10 +116,38 @@ class Shared(torch.optim.SGD):
             parameter.data.mul_(1 - 0.1 * seen)
 
 
+class Tracking(torch.optim.Optimizer):
+    """Shows what it wraps, until it has stepped and has a state of its own, as TRAC does."""
+
+    def __init__(self, base: torch.optim.Optimizer) -> None:
+        self.base, self.defaults = base, base.defaults
+
+    state = property(lambda self: self.base.state)
+    param_groups = property(lambda self: self.base.param_groups)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.base.zero_grad(set_to_none)
+
+    def step(self, closure: Any = None) -> None:
+        self.base.step()
+        own = self.state.setdefault("tracking", {"scale": torch.ones(()), "steps": deque(maxlen=2)})
+        own["scale"] *= 0.5
+        own["steps"].append(float(own["scale"]))
+        for parameter in (p for group in self.param_groups for p in group["params"]):
+            parameter.data.mul_(sum(own["steps"]))
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.base.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.base.load_state_dict(state)
+
+
 OWN: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "wrapping": lambda params: Wrapping(params, lr=0.1),
     "counting": lambda params: Counting(params, lr=0.1),
     "lookahead": lambda params: Lookahead(torch.optim.AdamW(params, lr=0.1)),
+    "tracking": lambda params: Tracking(torch.optim.AdamW(params, lr=0.1)),
     "hooks": hooked,
     "another dtype": lambda params: Halved(params, lr=0.1, momentum=0.9),
     "of all": lambda params: Shared(params, lr=0.1, momentum=0.9),

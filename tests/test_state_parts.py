@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections import Counter, OrderedDict
+import sys
+from collections import Counter, OrderedDict, deque, namedtuple
 from collections.abc import Callable
+from enum import Enum, IntEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -252,6 +254,20 @@ def test_ranks_that_count_differently_are_refused(tmp_path: Path) -> None:
     assert "'counters.step' on ranks" in run_ranks(disagreeing, 2, tmp_path, str(tmp_path))[0]
 
 
+class Norm(IntEnum):
+    COLS = 1
+    ROWS = 2
+
+
+class Mode(Enum):
+    EAGER = "eager"
+
+
+class Point(NamedTuple):
+    x: int
+    y: Any
+
+
 @pytest.mark.parametrize(
     "value",
     [
@@ -263,6 +279,9 @@ def test_ranks_that_count_differently_are_refused(tmp_path: Path) -> None:
         {1, 2, 3},
         {"dotted.key": 1, "": 2, "$tagged": 3},
         {"size": torch.Size([2, 3])},
+        {"queue": deque([1, (2, [3])], maxlen=5), "endless": deque()},
+        {"norm": Norm.ROWS, "name": Mode.EAGER, "point": [Point(1, (2, None))]},
+        {"set": frozenset({1, 2}), "number": 1 - 2j},
     ],
 )
 def test_nested_state_is_packed_exactly(value: Any) -> None:
@@ -273,6 +292,16 @@ def test_nested_state_is_packed_exactly(value: Any) -> None:
     assert all(not isinstance(leaf, dict) for leaf in packed.values())
 
 
+def test_a_named_value_is_refused_where_its_class_is_another_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = sealing.pack("name", {"norm": Norm.ROWS, "point": Point(1, 2)})
+    monkeypatch.setattr(sys.modules[__name__], "Norm", IntEnum("Norm", {"COLS": 1, "ROWS": 3}))
+    with pytest.raises(StateMismatchError, match=r"'name\.norm' was saved as member ROWS = 2 of the enum tests\."):
+        sealing.unpack("name.norm", packed)
+    monkeypatch.setattr(sys.modules[__name__], "Point", namedtuple("Point", "y x"))
+    with pytest.raises(StateMismatchError, match=r"'name\.point' was saved as the named tuple .* of x, y, which"):
+        sealing.unpack("name.point", packed)
+
+
 def test_tensors_within_lists_are_packed_as_tensors() -> None:
     tensors = [torch.arange(3), torch.ones(2)]
     packed = sealing.pack("name", {"a": tensors, "b": tensors[0]})
@@ -281,7 +310,16 @@ def test_tensors_within_lists_are_packed_as_tensors() -> None:
     assert unpacked["a"][0] is unpacked["b"] is tensors[0]
 
 
-@pytest.mark.parametrize("value", [{"a": [object()]}, {"a": np.float64(1)}, {"a": {"b": {1.5: Path()}}}])
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"a": [object()]},
+        {"a": np.float64(1)},
+        {"a": {"b": {1.5: Path()}}},
+        {"a": Enum("Local", {"X": 1}).X},  # type: ignore[attr-defined]
+        {"a": deque([slice(3)])},
+    ],
+)
 def test_what_no_reader_would_get_back_is_refused_by_name(value: Any) -> None:
     with pytest.raises(UsageError, match=r"'name\.a.*' is a .*, which cannot be saved so that any reader gets it back"):
         sealing.pack("name", value)

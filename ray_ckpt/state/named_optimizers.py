@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from ray_ckpt.errors import UsageError
 from ray_ckpt.state import hyperparameters, own_optimizers, sealing
@@ -67,13 +66,13 @@ class NamedOptimizers:
             check_shows_all(optimizer, shown)
             leaves |= pack_others(nth, optimizer, shown, _order(optimizer, names))
             keys: dict[str, tuple[str, ...]] = {}
-            owners = self._sharded_owners(optimizer, names)
+            owners = self._owners(optimizer, names)
             for parameter, state in self._states(optimizer, names, shown).items():
                 flat = flatten(f"{STATE}.{parameter}", state)
-                if (owner := owners.get(parameter)) is None:
-                    keys[parameter] = (kind, *sorted(flat))
-                else:
-                    keys[parameter] = (kind, *sorted(owner.note(key, leaf) for key, leaf in flat.items()))
+                owner = owners.get(parameter)
+                notes = flat if owner is None else [owner.note(key, leaf) for key, leaf in flat.items()]
+                keys[parameter] = (kind, *sorted(notes))
+                if owner is not None:
                     of_shard = {key: leaf for key, leaf in flat.items() if owner.is_of_shard(key, leaf)}
                     leaves |= pack_shard(parameter, owner, of_shard)
                     flat = {key: leaf for key, leaf in flat.items() if key not in of_shard}
@@ -90,17 +89,16 @@ class NamedOptimizers:
                         leaves[f"{KINDS}.{name}"] = keys.get(name, (kind,))
         return leaves
 
-    def _sharded_owners(
+    def _owners(
         self, optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, Sequence[str]]
     ) -> dict[str, Owner]:
-        """Name -> parameter, of those that are DTensors."""
+        """Name -> parameter; nothing under FSDP1."""
         if self._model.flat is not None:
             return {}
         is_torchs = _is_torchs(optimizer)
         return {
             names[parameter][0]: Owner(parameter, is_torchs=is_torchs)
             for parameter in hyperparameters.members(optimizer)
-            if isinstance(parameter, DTensor)
         }
 
     def names(self) -> dict[nn.Parameter, tuple[str, ...]]:
@@ -153,7 +151,8 @@ class NamedOptimizers:
             problems += others[-1].problems
             misfits = self._check_groups(optimizer, names, index)
             problems += misfits
-            doubts += [] if misfits else _other_kinds(optimizer, names, index)
+            kinds = self._partitions.kinds(optimizer)
+            doubts += [] if misfits else _other_kinds(optimizer, kinds, names, index)
             expected = _expected_keys(optimizer, names, index)
             shared = index.hyperparameter_names(
                 name for parameter in hyperparameters.members(optimizer) for name in names[parameter]
@@ -287,14 +286,17 @@ def _set(optimizer: torch.optim.Optimizer, states: Mapping[int, dict[str, Any]],
 
 
 def _other_kinds(
-    optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, Sequence[str]], index: SavedOptimizers
+    optimizer: torch.optim.Optimizer,
+    kinds: Sequence[str],
+    names: Mapping[nn.Parameter, Sequence[str]],
+    index: SavedOptimizers,
 ) -> list[str]:
-    """What was saved by optimizers of another class."""
-    own = type(optimizer).__qualname__
+    """What was saved by optimizers of another class than these, of which the first is its own."""
+    own, *_ = kinds
     found: dict[str, list[str]] = {}
     for parameter in hyperparameters.members(optimizer):
         for name in names[parameter]:
-            if (kind := index.kind(name)) and kind != own:
+            if (kind := index.kind(name)) and kind not in kinds:
                 found.setdefault(kind, []).append(name)
     doubts = [
         f"another kind of optimizer than {own} was saved: {kind} for {listed(members, at_most=4)}"

@@ -12,10 +12,11 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from ray_ckpt.format.torch_container import parse_dtype
 from ray_ckpt.format.wrappers import plain_like
-from ray_ckpt.state import sealing
+from ray_ckpt.state import dim_order, sealing
+from ray_ckpt.state.dim_order import Order, special_order
 from ray_ckpt.state.hyperparameters import without_numpy
 from ray_ckpt.state.load_plan import Claim, SavedState, Spec
-from ray_ckpt.state.shard_state import AS_DTENSOR, DIGESTS, OF_SHARD, SHARDS, Owner, fitting_box, split_note
+from ray_ckpt.state.shard_state import AS_DTENSOR, DIGESTS, OF_SHARD, SHARDS, Note, Owner, fitting_box, split_note
 from ray_ckpt.text import listed
 
 STATE, PARAM_GROUPS, KINDS = "state", "param_groups", "kinds"
@@ -49,7 +50,7 @@ class SavedOptimizers:
         recorded = self._recorded(name)
         return recorded[0] if recorded else None
 
-    def recorded_keys(self, name: str) -> dict[str, str]:
+    def recorded_keys(self, name: str) -> dict[str, Note]:
         """Key of the parameter's state, as far as they are recorded -> what is noted of it."""
         return dict(map(split_note, self._recorded(name)[1:]))
 
@@ -122,12 +123,14 @@ class SavedOptimizers:
                 claims[wanted] = Claim(flat)
                 continue
             new = self._spec_for(name, key, spec, owner.tensor)
-            is_dtensor = isinstance(owner.tensor, DTensor) and self._is_dtensor(key, new, owner, notes.get(key, ""))
-            if isinstance(tensor, torch.Tensor) and not tensor.is_meta and _is_kind(tensor, is_dtensor, notes.get(key)):
+            known = notes.get(key)
+            note = known or Note()
+            is_dtensor = isinstance(owner.tensor, DTensor) and self._is_dtensor(key, new, owner, note.kind)
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta and _may_stay(tensor, is_dtensor, owner, known):
                 claims[wanted] = Claim(flat, Spec.of(tensor, wanted), partial(torch.Tensor.detach, tensor))
             else:
-                spec = spec if notes.get(key) == OF_SHARD else new
-                claims[wanted] = Claim(flat, spec, partial(_create, key, spec, owner, is_dtensor))
+                spec = spec if note.kind == OF_SHARD else new
+                claims[wanted] = Claim(flat, spec, partial(_create, key, spec, owner, is_dtensor, note.order))
         for key in (*expected, *live) if entries else expected:
             if key not in entries:
                 lost = key_name(f"optim.{STATE}.{self._saved_parameter(name)}", key)
@@ -253,20 +256,24 @@ def key_name(name: str, key: str) -> str:
     return f"{name}.{key}" if key else name
 
 
-def _is_kind(live: torch.Tensor, is_dtensor: bool, note: str | None) -> bool:
-    """Whether a live tensor may stay: it is what was saved, or nothing is known of that."""
-    return note is None or not note or isinstance(live, DTensor) == is_dtensor
+def _may_stay(live: torch.Tensor, is_dtensor: bool, owner: Owner, note: Note | None) -> bool:
+    """Whether a live tensor is, and lies, as the saved one did, or nothing is known of that."""
+    if note is None:
+        return True
+    is_kind = not note.kind or isinstance(live, DTensor) == is_dtensor
+    return is_kind and note.order == special_order(live, owner.tensor)
 
 
-def _create(key: str, spec: Spec, owner: Owner, is_dtensor: bool) -> torch.Tensor:
+def _create(key: str, spec: Spec, owner: Owner, is_dtensor: bool, order: Order | None) -> torch.Tensor:
     """Allocate state that the optimizer does not have yet."""
     tensor, dtype = owner.tensor.detach(), parse_dtype(spec.dtype)
     device = tensor.device
     if key == "step":
         return torch.empty(spec.shape, dtype=dtype, device=device if owner.on_device else "cpu")
-    if spec.shape == tuple(tensor.shape) and isinstance(tensor, DTensor) == is_dtensor:
+    is_like_it = spec.shape == tuple(tensor.shape) and isinstance(tensor, DTensor) == is_dtensor
+    if is_like_it and (order is None or owner.is_sharded):
         return plain_like(tensor, dtype)
-    memory = torch.empty(spec.shape, dtype=dtype, device=device)
+    memory = dim_order.empty(spec.shape, order or (), dtype, device)
     if is_dtensor and isinstance(tensor, DTensor):
         mesh = tensor.device_mesh
         return DTensor.from_local(memory, mesh, [Replicate()] * mesh.ndim, run_check=False)

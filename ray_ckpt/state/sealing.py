@@ -10,8 +10,9 @@ which the manifest holds as JSON. No pickle is involved, so none has to be trust
 from __future__ import annotations
 
 import io
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+import operator
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,11 +21,18 @@ from ray_ckpt.errors import FormatError, UsageError
 from ray_ckpt.format import values
 from ray_ckpt.format.torch_container import dtype_name, parse_dtype
 from ray_ckpt.format.wrappers import are_same
+from ray_ckpt.state import named_values
 from ray_ckpt.state.group_lists import TAG, GroupList
 
 DICTS: dict[type, str] = {dict: "$dict", OrderedDict: "$ordered", Counter: "$counter"}
 """Classes of dicts that are sealed -> their tags."""
-_SEQUENCES: dict[type, str] = {list: "$list", tuple: "$tuple", set: "$set", torch.Size: "$size"}
+_SEQUENCES: dict[type, str] = {
+    list: "$list",
+    tuple: "$tuple",
+    set: "$set",
+    frozenset: "$frozenset",
+    torch.Size: "$size",
+}
 MAKERS: dict[str, Callable[[Any], Any]] = {tag: kind for kind, tag in (*DICTS.items(), *_SEQUENCES.items())}
 """Tag in a sealed value -> class."""
 
@@ -119,11 +127,11 @@ def _seal(name: str, value: Any, tensors: list[torch.Tensor]) -> Any:
         pairs = [(_seal(name, key, tensors), _seal(f"{name}.{key}", item, tensors)) for key, item in value.items()]
         return (DICTS[kind], tuple(pairs))
     if kind in _SEQUENCES:
-        items = [_seal(f"{name}.{index}", item, tensors) for index, item in enumerate(value)]
-        if kind is set:
+        items = list(_seal_items(name, value, tensors))
+        if kind in (set, frozenset):
             items.sort(key=repr)
-        untouched = all(sealed is item for sealed, item in zip(items, value, strict=True)) if kind is not set else False
-        if kind in (list, tuple) and untouched and not (items and type(items[0]) is str and items[0][:1] == "$"):
+        untouched = kind in (list, tuple) and all(map(operator.is_, items, value))
+        if untouched and not (items and type(items[0]) is str and items[0][:1] == "$"):
             return value
         return (_SEQUENCES[kind], tuple(items))
     if kind is bytes:
@@ -132,6 +140,15 @@ def _seal(name: str, value: Any, tensors: list[torch.Tensor]) -> Any:
         return ("$stream", value.getvalue().hex())
     if kind is torch.dtype:
         return ("$dtype", dtype_name(value))
+    if kind is complex:
+        return ("$complex", (value.real, value.imag))
+    if kind is deque:
+        return ("$deque", (value.maxlen, _seal_items(name, value, tensors)))
+    if named_values.is_member(value):
+        content = _seal(f"{name}.{value._name_}", value._value_, tensors)
+        return ("$enum", (named_values.class_name(kind), value._name_, content))
+    if named_values.is_named_tuple(value):
+        return ("$named", (named_values.class_name(kind), value._fields, _seal_items(name, value, tensors)))
     if kind is GroupList:
         return (TAG, (value.kind, value.path))
     if isinstance(value, list):
@@ -144,6 +161,10 @@ def _seal(name: str, value: Any, tensors: list[torch.Tensor]) -> Any:
             "back: give tensors, numbers, texts, and dicts, lists and tuples of them"
         ) from None
     return value
+
+
+def _seal_items(name: str, items: Iterable[Any], tensors: list[torch.Tensor]) -> tuple[Any, ...]:
+    return tuple(_seal(f"{name}.{index}", item, tensors) for index, item in enumerate(items))
 
 
 def _unseal(name: str, sealed: Any, leaves: Mapping[str, Any]) -> Any:
@@ -160,6 +181,15 @@ def _unseal(name: str, sealed: Any, leaves: Mapping[str, Any]) -> Any:
         return parse_dtype(content)
     if tag == TAG:
         return GroupList(*content)
+    if tag == "$complex":
+        return complex(*content)
+    if tag == "$deque":
+        return deque((_unseal(name, item, leaves) for item in content[1]), content[0])
+    if tag == "$enum":
+        return named_values.member(name, content[0], content[1], _unseal(name, content[2], leaves))
+    if tag == "$named":
+        items = [_unseal(name, item, leaves) for item in content[2]]
+        return named_values.named_tuple(name, content[0], content[1], items)
     if tag not in MAKERS:
         raise FormatError(f"{name!r} is sealed as {tag!r}, which this version does not know; upgrade ray-ckpt")
     if tag in DICTS.values():

@@ -20,11 +20,15 @@ from ray_ckpt.format.fingerprinting import fingerprint
 from ray_ckpt.format.shards import local_boxes
 from ray_ckpt.format.torch_internals import local_tensor
 from ray_ckpt.format.wrappers import is_made_of_others
+from ray_ckpt.state.dim_order import Order, special_order
 
 SHARDS, DIGESTS = "shards", "$digests"
 
 OF_SHARD, AS_DTENSOR, AS_PLAIN = "|shard", "|dtensor", "|plain"
 """What may follow a recorded key of state, if it is not as `is_dtensor_by_default` says."""
+
+_DIMS = "|dims="
+"""What follows a recorded key with its notes, if the dims lie in another order than by default."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,11 @@ class Owner:
 
     def note(self, key: str, leaf: Any) -> str:
         """A key as it is recorded."""
+        order = None if self.is_of_shard(key, leaf) else special_order(leaf, self.tensor)
+        dims = "" if order is None else _DIMS + ",".join(map(str, order))
+        return self._note(key, leaf) + dims
+
+    def _note(self, key: str, leaf: Any) -> str:
         if not isinstance(leaf, torch.Tensor) or not isinstance(self.tensor, DTensor):
             return key
         is_dtensor = isinstance(leaf, DTensor)
@@ -85,12 +94,24 @@ class Owner:
         return key + (AS_DTENSOR if is_dtensor else AS_PLAIN)
 
 
-def split_note(recorded: str) -> tuple[str, str]:
+@dataclass(frozen=True)
+class Note:
+    """What is recorded of a key of state."""
+
+    kind: str = ""
+    """One of `OF_SHARD`, `AS_DTENSOR`, `AS_PLAIN`; empty for the default."""
+    order: Order | None = None
+    """How its dims lie in memory; None for the default."""
+
+
+def split_note(recorded: str) -> tuple[str, Note]:
     """A recorded key, and what follows it."""
-    for note in (OF_SHARD, AS_DTENSOR, AS_PLAIN):
-        if recorded.endswith(note):
-            return recorded.removesuffix(note), note
-    return recorded, ""
+    recorded, found, dims = recorded.partition(_DIMS)
+    order = tuple(int(dim) for dim in dims.split(",") if dim.isdecimal()) if found else None
+    for kind in (OF_SHARD, AS_DTENSOR, AS_PLAIN):
+        if recorded.endswith(kind):
+            return recorded.removesuffix(kind), Note(kind, order)
+    return recorded, Note(order=order)
 
 
 def pack_shard(parameter: str, owner: Owner, leaves: Mapping[str, torch.Tensor]) -> dict[str, Any]:

@@ -74,6 +74,7 @@ class Partitions:
 
     def __init__(self) -> None:
         self._wholes: dict[int, torch.optim.Optimizer] = {}
+        self._wrappers: dict[int, str] = {}
 
     def stepping(self, given: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
         """Those within wrappers, containers and partitions. A container is an optimizer that has a list of others.
@@ -85,6 +86,7 @@ class Partitions:
             if isinstance(several, list) and several and all(isinstance(o, torch.optim.Optimizer) for o in several):
                 return [inner for optimizer in several for inner in self.stepping(optimizer)]
         inner = stepping_optimizer(given)
+        self._wrappers[id(inner)] = type(given).__qualname__
         if inner is not given and _is_partitioned(given):
             self._wholes[id(inner)] = given
         return [inner]
@@ -92,6 +94,12 @@ class Partitions:
     def whole(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """The optimizer that has all parameters, of which it has some; itself, if that has them."""
         return self._wholes.get(id(optimizer), optimizer)
+
+    def kinds(self, optimizer: torch.optim.Optimizer) -> tuple[str, str]:
+        """Names of its class, and of the outermost wrapper's. Some wrappers have a state of their own as soon as they
+        have stepped, and are then what is saved."""
+        own = type(optimizer).__qualname__
+        return own, self._wrappers.get(id(optimizer), own)
 
     def take_groups(self, optimizer: torch.optim.Optimizer) -> None:
         """Give a part the hyper-parameters of the whole, as the whole itself does before it steps."""
