@@ -106,6 +106,34 @@ def test_a_worker_that_died_is_told_in_one_line() -> None:
     assert done.stderr == "error: rank 1 on host (10.0.0.1): died: process 7 is gone\n"
 
 
+REFUSED = """
+import click
+import ray_ckpt.recipes.command
+from ray_ckpt.errors import RankFailure, WorkerError
+
+@click.command()
+def full():
+    raise WorkerError((
+        RankFailure(1, "host (10.0.0.1)", "ray_ckpt.errors.StorageError", "cannot write /x: full", "Traceback: ours"),
+        *(RankFailure(2, "host (10.0.0.1)", "ValueError", "the user's", "Traceback: theirs") for _ in range(OTHERS)),
+    ))
+
+ray_ckpt.recipes.command.main("__main__:full")
+"""
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_an_error_of_ours_on_a_worker_is_told_in_one_line_and_others_with_their_traceback(others: int) -> None:
+    code = REFUSED.replace("OTHERS", str(others))
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "ours" not in done.stderr
+    assert done.stderr.count("Traceback: theirs") == others
+    *_, last = lines = done.stderr.splitlines()
+    assert last.startswith("error: rank 1 on host (10.0.0.1): ray_ckpt.errors.StorageError: cannot write /x: full")
+    assert len(lines) == (3 if others else 1)
+
+
 def test_what_others_print_does_not_mix_with_the_json(capsys: pytest.CaptureFixture[str]) -> None:
     with json_alone("-"):
         print("a factory's own words")

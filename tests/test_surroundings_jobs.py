@@ -87,23 +87,6 @@ PAIR = ("--from", "pp2", "--to", "fsdp2x2", "--steps", "1", "--dim", "64", "--la
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_driver_that_is_killed_in_any_phase_leaves_nothing_in_a_shared_cluster(head: Head, tmp_path: Path) -> None:
-    for phase in ("group", "train", "save", "regroup", "load", "verify"):
-        storage = str(tmp_path / phase)
-        job = head.sandbox.start_job(*PAIR, "--address", head.address, "--storage", storage, PYTHONPATH=str(REPOSITORY))
-        job.wait_for(f"{phase}: ", 60)
-        job.process.kill()
-        job.wait(10)
-        wait_until_free(30)
-    # Each is as good as no checkpoint, or committed whole: the next job may go on there.
-    again = head.sandbox.run_job(
-        *PAIR, "--address", head.address, "--storage", storage, "--overwrite", PYTHONPATH=str(REPOSITORY)
-    )
-    assert again.process.returncode == 0, again.stderr
-
-
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_of_two_jobs_at_one_storage_one_is_done_and_one_is_refused(head: Head, tmp_path: Path) -> None:
     flags = (*PAIR, "--address", head.address, "--storage", str(tmp_path / "same"))

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
@@ -30,7 +29,7 @@ from ray_ckpt.recipes.model import batch, build, learning_rates, loss_function
 from ray_ckpt.recipes.train_elastic.command import train_elastic
 from ray_ckpt.recipes.workload import Workload
 from ray_ckpt.storage.store import CheckpointStore
-from tests.support.clusters import Head, Sandbox, Started, add_node, wait_until, wait_until_free
+from tests.support.clusters import Head, Started, add_node, wait_until, wait_until_free, workers
 from tests.support.commands import assert_refused
 
 pytestmark = pytest.mark.timeout(300)
@@ -85,18 +84,6 @@ def reference(layouts: str) -> list[float]:
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 2
     return losses
-
-
-def workers(sandbox: Sandbox) -> list[psutil.Process]:
-    """The processes of the job's worker group."""
-    found = []
-    for process in sandbox.processes():
-        try:
-            if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::Worker"):
-                found.append(process)
-        except psutil.NoSuchProcess:
-            continue
-    return found
 
 
 def strike(head: Head, job: Started, kill: Kill, chance: random.Random, node: Started | None) -> None:

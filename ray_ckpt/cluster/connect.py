@@ -97,8 +97,11 @@ def _init(address: str, options: dict[str, Any]) -> None:
             ray.init(address=address, **options)
     except Exception as error:  # Ray raises that very class when its processes do not come up
         doing = "start a local Ray" if address == "local" else f"join the Ray cluster at {address}"
+        reason = _first_line(error)
         advice = "; set RAY_TMPDIR to a short path that has room and can be written" if address == "local" else ""
-        raise UsageError(f"cannot {doing}: {_first_line(error)}{advice}") from error
+        if "timed out" in reason:
+            advice += ", or try again when this machine is less busy" if advice else "; try again when it is less busy"
+        raise UsageError(f"cannot {doing}: {reason}{advice}") from error
     except BaseException:  # a signal that came meanwhile
         ray.shutdown()
         raise

@@ -18,6 +18,10 @@ INSIST_S = 1.0
 """How long after a signal it is raised again, if nothing has come of it."""
 
 
+_OUR_ERRORS = "ray_ckpt.errors."
+"""Begins the qualified names of our exceptions."""
+
+
 def main(command: str) -> None:
     """Run the command and leave the process with its exit code. Failures are one line on standard error.
 
@@ -42,7 +46,9 @@ def _run(command: str) -> int:
         except UsageError as error:
             return _fail(str(error), code=2)
         except WorkerError as error:
-            if tracebacks := error.tracebacks():  # a process that died has left none
+            # A process that died has left none, and an error of ours says in its message what is to be known.
+            others = [failure for failure in error.failures if not failure.error_type.startswith(_OUR_ERRORS)]
+            if tracebacks := WorkerError(tuple(others)).tracebacks():
                 print(tracebacks, file=sys.stderr)
             return _fail(str(error), code=1)
         except RayCkptError as error:

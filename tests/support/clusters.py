@@ -200,6 +200,18 @@ def _belongs(process: psutil.Process, sessions: set[int], marker: str | None) ->
         return False
 
 
+def workers(sandbox: Sandbox) -> list[psutil.Process]:
+    """The processes of worker groups that were started in the sandbox, stopped ones too."""
+    found = []
+    for process in sandbox.processes():
+        try:
+            if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::Worker"):
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
 @dataclass(frozen=True)
 class Head:
     """A running `ray start --head`."""
@@ -250,10 +262,14 @@ def _try_head(sandbox: Sandbox, num_cpus: int, *flags: str, **extra: str) -> Hea
     return Head(sandbox, started, address, dashboard)
 
 
-def add_node(head: Head, ip: str, *, num_cpus: int = 1) -> Started:
-    """Add a node to the head's cluster, under an address of its own (127.0.0.2, ...), and wait until it has joined."""
+def add_node(head: Head, ip: str, *, num_cpus: int = 1, **extra: str) -> Started:
+    """Add a node to the head's cluster, under an address of its own (127.0.0.2, ...), and wait until it has joined.
+
+    Args:
+        extra: its environment.
+    """
     command = ["start", f"--address={head.address}", "--block", f"--node-ip-address={ip}", f"--num-cpus={num_cpus}"]
-    started = head.sandbox.start(str(BIN / "ray"), *command, *_PORTS_CHOSEN_BY_THE_SYSTEM)
+    started = head.sandbox.start(str(BIN / "ray"), *command, *_PORTS_CHOSEN_BY_THE_SYSTEM, **extra)
     wait_until(
         lambda: any(node["Alive"] and node["NodeManagerAddress"] == ip for node in ray.nodes()),
         START_TIMEOUT_S,

@@ -1,0 +1,60 @@
+"""Commands on a host whose clock is days off: nothing that is removed depends on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ray_ckpt
+from ray_ckpt.storage.store import CheckpointStore
+from tests.conftest import REPOSITORY
+from tests.support.clusters import BIN
+from tests.support.shim import has_compiler
+
+pytestmark = pytest.mark.skipif(not has_compiler(), reason="needs gcc, on Linux")
+
+SEES_TIME = "import time; print(int(time.time()))"
+
+
+@pytest.fixture(scope="module")
+def clock(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A library to be preloaded."""
+    library = tmp_path_factory.mktemp("clock") / "clock.so"
+    source = Path(__file__).with_name("support") / "clock.c"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True, timeout=60)
+    return str(library)
+
+
+def wrong(clock: str, by_s: int) -> dict[str, str]:
+    """Environment of a process whose clock is wrong; that it is, is looked at."""
+    settings = {"LD_PRELOAD": clock, "CLOCK_SHIFT_S": str(by_s)}
+    seen = [
+        int(subprocess.check_output([sys.executable, "-c", SEES_TIME], env={**os.environ, **extra}, timeout=60))
+        for extra in ({}, settings)
+    ]
+    assert abs(seen[1] - seen[0] - by_s) < 600
+    return settings
+
+
+@pytest.mark.parametrize("days", [-3, 3])
+def test_clean_goes_by_the_clock_of_the_storage(tmp_path: Path, clock: str, days: int) -> None:
+    store = CheckpointStore(tmp_path / "run")
+    ray_ckpt.save({"weight": torch.ones(3)}, store, step=1)
+    young, old = ("step-2/__0_0-0123456789ab.distcp", "step-2/__0_0-ba9876543210.distcp")
+    for name in (young, old):
+        (tmp_path / "run" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "run" / name).write_bytes(b"left")
+    two_days_ago = (tmp_path / "run" / young).stat().st_mtime - 2 * 86_400
+    os.utime(tmp_path / "run" / old, (two_days_ago, two_days_ago))
+    command = [str(BIN / "ray-ckpt"), "clean", str(tmp_path / "run"), "--yes", "--json"]
+    environment = {**os.environ, **wrong(clock, days * 86_400)}
+    done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["files"] == [old]
+    assert store.steps() == (1,)
