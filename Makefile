@@ -9,7 +9,7 @@ PIP := $(BIN)/pip install --disable-pip-version-check -q --no-compile -c constra
 # they are imported: most of what they bring never is, and pip would take a third of its time for it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-jobs test-slow test-matrix test-faults test-frameworks bench bench-async bench-planning lint format clean constraints
+.PHONY: demo test test-jobs test-slow test-matrix test-faults test-frameworks bench bench-async bench-planning lint docs format clean constraints
 
 demo: .venv/.installed
 	$(BIN)/python jobs/pipeline_to_fsdp.py $(ARGS)
@@ -52,10 +52,14 @@ bench-async: .venv/.installed-dev
 bench-planning: .venv/.installed-dev
 	PYTHONPATH=. $(BIN)/python benchmarks/planning.py $(ARGS)
 
-lint: .venv/.installed-dev
+lint: docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The documentation, in build/docs; whatever is warned of is an error.
+docs: .venv/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict $(ARGS)
 
 format: .venv/.installed-dev
 	$(BIN)/ruff check --fix .
@@ -74,6 +78,10 @@ clean:
 	$(PIP) -e '.[dev]'
 	touch $@
 
+.venv/.installed-docs: .venv/.installed-dev
+	$(PIP) -e '.[docs]'
+	touch $@
+
 .venv-frameworks/.installed: pyproject.toml constraints-frameworks.txt
 	$(PYTHON) -m venv .venv-frameworks
 	.venv-frameworks/bin/pip install --disable-pip-version-check -q --no-compile -c constraints-frameworks.txt -e '.[frameworks]'
@@ -83,5 +91,5 @@ clean:
 constraints:
 	$(PYTHON) -m venv .venv-uv && .venv-uv/bin/pip install -q uv
 	(sed -n '/^#/p' constraints.txt; printf 'torch==2.13.0\nray==2.60.0\n' | .venv-uv/bin/uv pip compile -q --universal \
-	  --python-version 3.10 --extra dev --constraints - --no-annotate --no-header pyproject.toml) > constraints.new
+	  --python-version 3.10 --extra dev --extra docs --constraints - --no-annotate --no-header pyproject.toml) > constraints.new
 	mv constraints.new constraints.txt && rm -rf .venv-uv

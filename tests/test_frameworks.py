@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from ray_ckpt import Saved, TrainState, load, save
+from ray_ckpt import CheckpointStore, Saved, TrainState, load, save
+from tests.support.programs import blocks, run
 from tests.support.ranks import run_ranks
 
 pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
@@ -130,6 +132,58 @@ def test_lightning(tmp_path: Path) -> None:
     load(TrainState(model, optimizer), tmp_path / "run.ckpt", only=("model", "optim"))
     assert same_model(model, module.net.state_dict())
     assert optimizer.param_groups[0]["lr"] == 0.125
+
+
+def fit_lightning(directory: Path, max_epochs: int, seed: int, interval: str) -> tuple[Any, Any]:
+    """With dropout, and data that are shuffled; three batches in an epoch."""
+    lightning = pytest.importorskip("lightning")
+    from ray_ckpt.integrations.lightning import CheckpointCallback
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(net(seed), nn.Dropout(0.3))
+
+        def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
+            return self.net(batch).square().sum()
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.AdamW(self.parameters(), lr=0.125)
+            return [optimizer], [{"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1), "interval": interval}]
+
+    trainer = lightning.Trainer(
+        max_epochs=max_epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        callbacks=[CheckpointCallback(directory, every=2)],
+    )
+    torch.manual_seed(seed)
+    data = torch.utils.data.DataLoader(torch.arange(48.0).reshape(6, 8), batch_size=2, shuffle=True)
+    trainer.fit(module := Module(), data)
+    assert trainer.global_step == 3 * max_epochs
+    moments = [each[key] for each in trainer.optimizers[0].state.values() for key in sorted(each)]
+    return module.state_dict(), moments
+
+
+@pytest.mark.parametrize("interval", ["step", "epoch"])
+def test_lightning_goes_on_bit_for_bit(tmp_path: Path, interval: str) -> None:
+    """The second run has another seed, so that all that matters must come from the checkpoint."""
+    expected, moments = fit_lightning(tmp_path / "whole", 4, 0, interval)
+    fit_lightning(tmp_path / "cut", 3, 0, interval)
+    assert CheckpointStore(tmp_path / "cut").steps() == (6,)
+    found, found_moments = fit_lightning(tmp_path / "cut", 4, 1, interval)
+    assert not [name for name, value in expected.items() if not torch.equal(value, found[name])]
+    assert len(moments) == len(found_moments) == 12
+    assert all(map(torch.equal, moments, found_moments))
+
+
+def test_the_lightning_page_runs(tmp_path: Path) -> None:
+    pytest.importorskip("lightning")
+    [(_, program)] = blocks("tutorials/lightning.md")
+    printed = run([sys.executable, "-W", "ignore", "-c", program], tmp_path)
+    assert [line for line in printed.splitlines() if line.isdigit()] == ["16", "24"]
 
 
 def test_transformers_trainer(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def installed(tmp_path: Path) -> Path:
     for age_s, name in ((300, "Makefile"), (300, "pyproject.toml"), (300, "constraints.txt")):
         shutil.copy(REPOSITORY / name, tmp_path / name)
         set_age(tmp_path / name, age_s)
-    for age_s, name in ((200, ".venv/.installed"), (100, ".venv/.installed-dev")):
+    for age_s, name in ((200, ".venv/.installed"), (100, ".venv/.installed-dev"), (50, ".venv/.installed-docs")):
         (tmp_path / name).touch()
         set_age(tmp_path / name, age_s)
     return tmp_path
@@ -38,12 +38,12 @@ def set_age(path: Path, age_s: float) -> None:
     os.utime(path, (now - age_s, now - age_s))
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "lint"])
+@pytest.mark.parametrize("target", ["demo", "test", "lint", "docs"])
 def test_the_second_call_installs_nothing(installed: Path, target: str) -> None:
     assert "pip install" not in would_run(installed, target)
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "lint"])
+@pytest.mark.parametrize("target", ["demo", "test", "lint", "docs"])
 @pytest.mark.parametrize("changed", ["pyproject.toml", "constraints.txt"])
 def test_a_change_of_what_is_needed_installs_again(installed: Path, target: str, changed: str) -> None:
     set_age(installed / changed, 0)
@@ -89,6 +89,8 @@ def test_the_demo_needs_no_test_dependencies(installed: Path) -> None:
         ("bench-async", "--repeats 3", ".venv/bin/python benchmarks/async_save.py --repeats 3"),
         ("bench-planning", "--max-parts 9", ".venv/bin/python benchmarks/planning.py --max-parts 9"),
         ("demo", "--target fsdp1", ".venv/bin/python jobs/pipeline_to_fsdp.py --target fsdp1"),
+        ("docs", "--site-dir out", ".venv/bin/python -m mkdocs build --quiet --strict --site-dir out"),
+        ("lint", "", ".venv/bin/python -m mkdocs build --quiet --strict"),
         ("format", "", ".venv/bin/ruff format ."),
         ("constraints", "", "uv pip compile"),
     ],

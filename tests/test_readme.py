@@ -21,6 +21,7 @@ RUN_BY = {
     "make test-faults": "tests/test_makefile.py::test_arguments_reach_the_commands",
     "make test-frameworks": "tests/test_makefile.py::test_arguments_reach_the_commands",
     "make lint": ".ci/run",
+    "make docs": "tests/test_makefile.py::test_arguments_reach_the_commands",
     'make bench ARGS="--sizes 0.1"': "tests/test_makefile.py::test_arguments_reach_the_commands",
     "make bench-async": "tests/test_makefile.py::test_arguments_reach_the_commands",
     "make bench-planning": "tests/test_makefile.py::test_arguments_reach_the_commands",
@@ -45,6 +46,10 @@ RUN_BY = {
     ),
     "python jobs/ray_train.py --storage /mnt/shared/run4 --workers 4": "tests/test_ray_train.py",
     "python jobs/ray_train.py --storage /mnt/shared/run4 --workers 2": "tests/test_ray_train.py",
+    "torchrun --nproc-per-node 2 stages.py": "tests/test_tutorials.py::test_the_commands_of_a_page_run_its_files",
+    "torchrun --nproc-per-node 2 fsdp.py": "tests/test_tutorials.py::test_the_commands_of_a_page_run_its_files",
+    "torchrun --nproc-per-node 2 train.py": "tests/test_tutorials.py::test_the_commands_of_a_page_run_its_files",
+    "torchrun --nproc-per-node 3 train.py": "tests/test_tutorials.py::test_the_commands_of_a_page_run_its_files",
     # What Ray's launcher would do with the file is checked as far as that goes without an account.
     "ray up cluster.yaml": "tests/test_cluster_yaml.py::test_it_keeps_rays_schema",
     "ray submit cluster.yaml jobs/pipeline_to_fsdp.py --gpus-per-worker 1 --start-timeout 1200 "
@@ -55,8 +60,8 @@ RUN_BY = {
 
 
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md"]
-DOCUMENTS = sorted((REPOSITORY / "docs").glob("*.md"))
-"""Their Python blocks are excerpts."""
+DOCUMENTS = sorted((REPOSITORY / "docs").rglob("*.md"))
+"""Their Python blocks are run by `tests/test_tutorials.py`."""
 
 
 def blocks(language: str, pages: Sequence[Path] = PAGES) -> list[str]:
