@@ -150,6 +150,22 @@ def test_the_wheel_is_what_is_imported_and_has_its_version(installed: Path, tmp_
 
 
 @pytest.mark.jobs
+@pytest.mark.timeout(600)
+def test_the_wheel_alone_has_the_command(installed: Path, tmp_path: Path) -> None:
+    """In an empty directory: neither `jobs/` nor the sources are there."""
+    command = str(installed.parent / "ray-ckpt")
+    assert "inspect" in _run([command, "--help"], tmp_path)
+    assert _run([str(installed), "-m", "ray_ckpt", "--help"], tmp_path).startswith("Usage: ")
+    saving = "import torch, ray_ckpt; ray_ckpt.save({'weight': torch.ones(3)}, 'run', 1)"
+    _run([str(installed), "-W", "ignore", "-c", saving], tmp_path)
+    assert "weight" in _run([command, "inspect", "run", "--tree"], tmp_path)
+    assert "verified: 32 tensors" in _run([command, "demo", "--dim", "8"], tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    [package] = installed.parent.parent.glob("lib/python*/site-packages/ray_ckpt")
+    assert (package / "py.typed").exists()
+
+
+@pytest.mark.jobs
 @pytest.mark.timeout(270)
 def test_user_code_type_checks_against_the_wheel(installed: Path, tmp_path: Path) -> None:
     assert {name for name in ray_ckpt.__all__ if name not in errors.__all__ and name not in USER_CODE} == set()
