@@ -49,12 +49,12 @@ if TYPE_CHECKING:
     from ray_ckpt.inspection.contents import CheckpointContents, inspect
     from ray_ckpt.inspection.differing import DiffReport, TensorDifference, diff
     from ray_ckpt.inspection.listing import StoreListing, list_steps
-    from ray_ckpt.inspection.statistics import NonFinite, TensorStatistics, scan_nonfinite, tensor_statistics
+    from ray_ckpt.inspection.statistics import TensorStatistics, scan_nonfinite, tensor_statistics
     from ray_ckpt.parallel.layout import Layout
     from ray_ckpt.pictures.contents import PageReport
     from ray_ckpt.pictures.page import write_report
     from ray_ckpt.protocol.save_handle import SaveHandle
-    from ray_ckpt.report import Damage, LoadReport, Phase, RemovalReport, SaveReport, VerifyReport
+    from ray_ckpt.report import Damage, LoadReport, NonFinite, Phase, RemovalReport, SaveReport, VerifyReport
     from ray_ckpt.state.train_state import TrainState
     from ray_ckpt.storage.files import RetryPolicy, Storage
     from ray_ckpt.storage.retention import Policy, keep, keep_every, keep_last
@@ -134,7 +134,7 @@ _HOMES = {
     "Layout": "ray_ckpt.parallel.layout",
     "LoadReport": "ray_ckpt.report",
     "Manifest": "ray_ckpt.format.manifest",
-    "NonFinite": "ray_ckpt.inspection.statistics",
+    "NonFinite": "ray_ckpt.report",
     "PageReport": "ray_ckpt.pictures.contents",
     "Phase": "ray_ckpt.report",
     "Policy": "ray_ckpt.storage.retention",

@@ -135,6 +135,23 @@ class RemovalReport:
     """Step -> path and reason, of the damaged steps that `prune` left alone."""
 
 
+@dataclass(frozen=True)
+class NonFinite:
+    """Elements of a tensor that are no finite numbers.
+
+    Example:
+        >>> from ray_ckpt import NonFinite
+        >>> NonFinite(num_nan=1, num_inf=0).num_nan
+        1
+    """
+
+    num_nan: int
+    num_inf: int
+
+    def __add__(self, other: NonFinite) -> NonFinite:
+        return NonFinite(self.num_nan + other.num_nan, self.num_inf + other.num_inf)
+
+
 @dataclass(frozen=True, order=True)
 class Damage:
     """Bytes of a committed checkpoint that differ from what was saved, as `VerifyReport.damages` lists them.
@@ -199,6 +216,8 @@ class VerifyReport:
     """Remarks on the check, such as that a record of format version 1 has no digest of itself."""
     step: int | None = None
     """The checkpoint's step in its store; None where the target is no store."""
+    nonfinite: Mapping[str, NonFinite] | None = None
+    """Tensor -> its NaN and Inf, of those that hold some; None when they were not counted."""
 
     @property
     def verified(self) -> bool:
@@ -215,6 +234,8 @@ class VerifyReport:
             f"{self.num_tensors} tensors and {self.num_objects} objects in {self.num_files} files of {self.uri}, "
             f"{self.total_bytes / 2**20:.1f} MiB in {self.seconds:.1f} s"
         )
+        if self.nonfinite is not None:
+            asked += f", {len(self.nonfinite) or 'none'} of which hold{'s' * (len(self.nonfinite) < 2)} NaN or Inf"
         notes = "".join(f"; {note}" for note in self.notes)
         if self.damages:
             return f"DAMAGED: {len(self.damaged)} of {asked}: " + "; ".join(map(str, self.damages)) + notes
@@ -225,9 +246,15 @@ class VerifyReport:
     @staticmethod
     def merge(shares: Sequence[VerifyReport]) -> VerifyReport:
         """One report of what several ranks found, each in its share of the files."""
+        counted = [share.nonfinite for share in shares if share.nonfinite is not None]
+        names = dict.fromkeys(name for found in counted for name in found)
+        nothing = NonFinite(0, 0)
+        nonfinite = {name: sum((found.get(name, nothing) for found in counted), nothing) for name in names}
         return replace(
             shares[0],
             total_bytes=sum(share.total_bytes for share in shares),
             seconds=max(share.seconds for share in shares),
             damages=tuple(sorted({damage for share in shares for damage in share.damages})),
+            notes=tuple(dict.fromkeys(note for share in shares for note in share.notes)),
+            nonfinite=nonfinite if counted else None,
         )

@@ -18,6 +18,7 @@ FLOORS = {
     "gc_pause": 0,
     "phase_clock": 1,
     "plain_data": 0,
+    "progress": 0,
     "report": 0,
     "rounding": 0,
     "text": 0,

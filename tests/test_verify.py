@@ -20,9 +20,9 @@ import ray_ckpt
 from ray_ckpt.errors import CheckpointError, CheckpointNotFoundError, FormatError, StorageError
 from ray_ckpt.format.manifest import MANIFEST_NAME, Manifest
 from ray_ckpt.report import VerifyReport
-from ray_ckpt.storage.audit import PIECE_BYTES
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.store import CheckpointStore
+from ray_ckpt.storage.stretches import PIECE_BYTES
 from tests.support import faulty, hostile
 from tests.support.faulty import Fault, FaultyStorage
 from tests.support.ranks import run_ranks

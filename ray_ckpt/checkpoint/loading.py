@@ -17,6 +17,7 @@ from ray_ckpt.checkpoint.exchange import TrainersExchange
 from ray_ckpt.errors import CheckpointNotFoundError, RayCkptError, UsageError
 from ray_ckpt.format.saved import Saved
 from ray_ckpt.format.wanted_names import join_names
+from ray_ckpt.progress import Meter, Progress
 from ray_ckpt.protocol.agreement import agree
 from ray_ckpt.protocol.rank_load import LoadOptions, RankLoad, State
 from ray_ckpt.report import LoadReport
@@ -37,6 +38,7 @@ def load(
     fallback: bool = False,
     trusted: bool = False,
     timeout_s: float | None = None,
+    progress: Progress | None = None,
 ) -> LoadReport:
     """Load a checkpoint into a live state, whatever layout saved it. All ranks call it, with the same options.
 
@@ -87,6 +89,7 @@ def load(
             by name. What lies in files by `torch.save` is never run.
         timeout_s: time limit for waiting for other ranks; by default the process group's own. It does not limit this
             rank's own work, such as reading.
+        progress: as for `save`, with the bytes that this rank has read and all that it will, on a thread that reads.
 
     Raises:
         CheckpointNotFoundError: there is no committed checkpoint, or not that step.
@@ -100,11 +103,18 @@ def load(
         raise UsageError(f"only={only!r} is one text: give a sequence of them, as in only=({only!r},)")
     options = LoadOptions(strict, cast, None if only is None else tuple(only), key_map, hyperparameters, trusted)
     ranks = TrainersExchange("load", timeout_s)
-    return _load(ranks, state, ranks.broadcast(lambda: checkpoint_at(target, step, fallback=fallback)), options)
+    found = ranks.broadcast(lambda: checkpoint_at(target, step, fallback=fallback))
+    return _load(ranks, state, found, options, progress)
 
 
 def resume(
-    state: State, store: Target, *, fallback: bool = False, trusted: bool = False, timeout_s: float | None = None
+    state: State,
+    store: Target,
+    *,
+    fallback: bool = False,
+    trusted: bool = False,
+    timeout_s: float | None = None,
+    progress: Progress | None = None,
 ) -> LoadReport | None:
     """Load the latest committed step of a store, or return None where there is none yet. All ranks call it.
 
@@ -127,7 +137,7 @@ def resume(
     Args:
         state: as for `load`.
         store: a `CheckpointStore`, or its directory: a local path, a URI or a `Storage`.
-        fallback, trusted, timeout_s: as for `load`.
+        fallback, trusted, timeout_s, progress: as for `load`.
 
     Raises:
         FormatError: the latest step is damaged; names path, reason and the highest good step.
@@ -143,10 +153,13 @@ def resume(
             return None
 
     location = ranks.broadcast(latest)
-    return None if location is None else _load(ranks, state, location, LoadOptions(trusted=trusted))
+    return None if location is None else _load(ranks, state, location, LoadOptions(trusted=trusted), progress)
 
 
-def _load(ranks: TrainersExchange, state: State, location: Location, options: LoadOptions) -> LoadReport:
+def _load(
+    ranks: TrainersExchange, state: State, location: Location, options: LoadOptions, progress: Progress | None
+) -> LoadReport:
+    meter = Meter(progress)
     rank = RankLoad(location.storage, options)
     ranks.on_all(rank.open)
     if rank.may_be_foreign and ranks.ask_any(isinstance(state, TrainState))():
@@ -157,10 +170,11 @@ def _load(ranks: TrainersExchange, state: State, location: Location, options: Lo
     verdict = ranks.broadcast(lambda: agree(offers))
     try:
         ranks.on_all(lambda: rank.prepare(verdict))
-        ranks.on_all(rank.read)
+        ranks.on_all(lambda: rank.read(meter))
         report = ranks.on_all(lambda: rank.finish(verdict))
     except BaseException as error:
         if (told := rank.give_up()) and isinstance(error, RayCkptError):
             error.append(told)
         raise
+    meter.end()
     return replace(report, step=location.step, passed_over=location.passed_over)

@@ -24,6 +24,7 @@ from ray_ckpt.checkpoint.exchange import Exchange, TrainersExchange
 from ray_ckpt.checkpoint.meetings import Deadline
 from ray_ckpt.errors import CheckpointExistsError, RayCkptError, UsageError
 from ray_ckpt.format import dcp_metadata
+from ray_ckpt.progress import Meter, Progress
 from ray_ckpt.protocol.coordinator import Coordinator
 from ray_ckpt.protocol.messages import Assignment, LocalPlan, Outcome, RankRecord
 from ray_ckpt.protocol.rank_save import RankSave
@@ -68,6 +69,7 @@ def save(
     blocking: Literal[True] = ...,
     if_busy: Literal["wait"] = ...,
     timeout_s: float | None = ...,
+    progress: Progress | None = ...,
 ) -> SaveReport: ...
 @overload
 def save(
@@ -81,6 +83,7 @@ def save(
     blocking: Literal[False],
     if_busy: Literal["wait"] = ...,
     timeout_s: float | None = ...,
+    progress: Progress | None = ...,
 ) -> SaveHandle: ...
 @overload
 def save(
@@ -94,6 +97,7 @@ def save(
     blocking: bool = ...,
     if_busy: Literal["wait", "skip"],
     timeout_s: float | None = ...,
+    progress: Progress | None = ...,
 ) -> SaveReport | SaveHandle | None: ...
 def save(
     state: State,
@@ -106,6 +110,7 @@ def save(
     blocking: bool = True,
     if_busy: Literal["wait", "skip"] = "wait",
     timeout_s: float | None = None,
+    progress: Progress | None = None,
 ) -> SaveReport | SaveHandle | None:
     """Save what every rank holds as one checkpoint at `target`. All ranks call it, with the same options.
 
@@ -140,6 +145,9 @@ def save(
             there is a warning, and None instead of a report or a handle.
         timeout_s: time limit, from the call to the commit, for waiting for other ranks and for the previous save; by
             default the process group's own. It does not limit this rank's own work, such as writing.
+        progress: called about ten times a second with the bytes of tensors that this rank has written and all that it
+            will, on the thread that writes; last after the commit. A file that is written again after a transient error
+            counts from its beginning. When it raises, the save goes on, without it and with a warning.
 
     Raises:
         CheckpointExistsError: `target` holds a committed checkpoint already and `overwrite` was not given.
@@ -154,7 +162,10 @@ def save(
     ranks = TrainersExchange("save", timeout_s)
     location = destination(target, step)
     layout = state.layout if layout is None and isinstance(state, TrainState) else layout
-    this = _Save(location, overwrite=overwrite, layout=layout, fingerprints=fingerprints, beside_training=not blocking)
+    meter, beside = Meter(progress), not blocking
+    this = _Save(
+        location, overwrite=overwrite, layout=layout, fingerprints=fingerprints, beside_training=beside, meter=meter
+    )
     order = this.start(state, ranks, skip=if_busy == "skip")
     address = location.storage.address
     if order is None:
@@ -175,11 +186,20 @@ class _Save:
 
     Args:
         beside_training: whether the state may change once `begin` has returned.
+        meter: counts the bytes that this rank writes.
     """
 
     def __init__(
-        self, location: Location, *, overwrite: bool, layout: str | None, fingerprints: bool, beside_training: bool
+        self,
+        location: Location,
+        *,
+        overwrite: bool,
+        layout: str | None,
+        fingerprints: bool,
+        beside_training: bool,
+        meter: Meter,
     ) -> None:
+        self._meter = meter
         self._beside_training = beside_training
         self._mine = saver()
         self._mine.meet()
@@ -281,10 +301,12 @@ class _Save:
             self._writer.discard()
             raise
         try:
-            return ranks.broadcast(lambda: self._coordinator.publish(dcp_metadata.dumps(self._coordinator.manifest)))
+            report = ranks.broadcast(lambda: self._coordinator.publish(dcp_metadata.dumps(self._coordinator.manifest)))
         except CheckpointExistsError:
             self._writer.discard()  # it is another writer's that is there
             raise
+        self._meter.end()
+        return report
 
     def finish_beside_training(self, handle: SaveHandle, deadline: Deadline | None, order: _Order) -> None:
         """Begin `finish` in a thread; the handle tells how it ends. All ranks call it."""
@@ -294,7 +316,7 @@ class _Save:
     def _write(self) -> RankRecord:
         self._staged.get()
         assert self._assignment is not None, "begin comes first"
-        return self._writer.write(self._assignment)
+        return self._writer.write(self._assignment, self._meter)
 
 
 def _next_attempt(agreed: Assignment | None) -> str | None:

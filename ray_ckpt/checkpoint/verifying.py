@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from ray_ckpt.checkpoint.exchange import TrainersExchange
+from ray_ckpt.progress import Meter, Progress
 from ray_ckpt.report import VerifyReport
 from ray_ckpt.storage.audit import verify_share
 from ray_ckpt.storage.resolve import Target, committed_at
@@ -15,9 +15,10 @@ def verify(
     target: Target,
     step: int | None = None,
     *,
+    scan_nan: bool = False,
     trusted: bool = False,
     timeout_s: float | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress | None = None,
 ) -> VerifyReport:
     """Read every byte of a committed checkpoint and compare it with what was recorded when it was saved.
 
@@ -40,11 +41,13 @@ def verify(
             `Storage` or a `CheckpointStore`.
         step: number of the step in the store; None verifies the checkpoint at `target` itself, or else the latest
             committed step of the store there.
+        scan_nan: also count NaN and Inf, in the same read: `VerifyReport.nonfinite`. They are no damage.
         trusted: as for `load`. Only a `.metadata` by stock DCP that names unknown classes asks for it: values are
             compared as bytes, and not made.
         timeout_s: time limit for waiting for other ranks; by default the process group's own. It does not limit this
             rank's own work, such as reading.
-        progress: called with the bytes that this rank has read, and all that it will.
+        progress: called about ten times a second with the bytes that this rank has read and all that it will, on a
+            thread that reads. When it raises, the check goes on, without it and with a warning.
 
     Returns:
         What was read, and everything that is damaged or missing, by name. What other programs wrote carries at most
@@ -62,7 +65,12 @@ def verify(
 
     shares = ranks.gather(
         lambda: verify_share(
-            found.storage, rank=ranks.rank, num_ranks=ranks.num_ranks, progress=progress, trusted=trusted
+            found.storage,
+            rank=ranks.rank,
+            num_ranks=ranks.num_ranks,
+            scan_nan=scan_nan,
+            trusted=trusted,
+            meter=Meter(progress),
         )
     )
     return replace(ranks.broadcast(lambda: VerifyReport.merge(shares)), step=found.step)

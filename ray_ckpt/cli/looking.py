@@ -106,10 +106,14 @@ def inspect(uri: str, step: int | None, view: str | None, tensor: str | None, tr
 @click.command()
 @uri_argument()
 @step_option
-@click.option("--scan-nan", is_flag=True, help="Also name the tensors that hold NaN or Inf (reads them once more).")
+@click.option("--scan-nan", is_flag=True, help="Also name the tensors that hold NaN or Inf, in the same read.")
+@click.option("--ray", "on_ray", is_flag=True, help="Spread the reading over a Ray cluster, as tasks.")
+@click.option("--address", help="With --ray: cluster to join.  [default: RAY_ADDRESS, a running one, or a local Ray]")
 @trusted_option
 @json_option
-def verify(uri: str, step: int | None, scan_nan: bool, trusted: bool, in_json: bool) -> int:
+def verify(
+    uri: str, step: int | None, scan_nan: bool, on_ray: bool, address: str | None, trusted: bool, in_json: bool
+) -> int:
     """Read every byte of a checkpoint, and compare it with what was recorded when it was saved.
 
     The answer is no (exit code 1) when something is damaged, or with --scan-nan when a tensor holds NaN or Inf. What
@@ -118,17 +122,22 @@ def verify(uri: str, step: int | None, scan_nan: bool, trusted: bool, in_json: b
     \b
     ray-ckpt verify /mnt/run --step 100
     ray-ckpt verify s3://bucket/run --scan-nan
+    ray-ckpt verify s3://bucket/run --ray --address 10.0.0.1:6379
     """
-    from ray_ckpt.checkpoint.verifying import verify as verify_checkpoint
     from ray_ckpt.cli.progress import shown
-    from ray_ckpt.inspection.statistics import NonFinite, scan_nonfinite
 
+    if address is not None and not on_ray:
+        raise click.UsageError("--address is the cluster for --ray")
     with shown("verify", quiet=in_json) as progress:
-        report = verify_checkpoint(uri, step, trusted=trusted, progress=progress)
-    odd: dict[str, NonFinite] = {}
-    if scan_nan and not report.damages:
-        with shown("scan", quiet=in_json) as progress:
-            odd = dict(scan_nonfinite(uri, step, trusted=trusted, progress=progress))
+        if on_ray:
+            from ray_ckpt.cluster.verifying import verify_by_tasks
+
+            report = verify_by_tasks(uri, step, scan_nan=scan_nan, trusted=trusted, address=address, progress=progress)
+        else:
+            from ray_ckpt.checkpoint.verifying import verify as verify_checkpoint
+
+            report = verify_checkpoint(uri, step, scan_nan=scan_nan, trusted=trusted, progress=progress)
+    odd = report.nonfinite or {}
     if in_json:
         as_json({"report": report, "verified": report.verified, "nonfinite": odd})
     else:

@@ -10,12 +10,13 @@
             if step % 100 == 99:
                 ray_ckpt.cluster.save(group, state_of, store, step + 1, blocking=False)
         ray_ckpt.cluster.verify(group, store)
+    ray_ckpt.cluster.verify_by_tasks(store)                   # without a group, on all CPUs of the cluster
 
 The verbs are functions of a group rather than its methods: `WorkerGroup` knows nothing of checkpoints.
 """
 
 from ray_ckpt.cluster.loading import load
 from ray_ckpt.cluster.saving import save
-from ray_ckpt.cluster.verifying import verify
+from ray_ckpt.cluster.verifying import verify, verify_by_tasks
 
-__all__ = ["load", "save", "verify"]
+__all__ = ["load", "save", "verify", "verify_by_tasks"]

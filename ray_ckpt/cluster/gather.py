@@ -80,6 +80,7 @@ def gather(
     timeout_s: float,
     again: Callable[[int], Any | None] = lambda rank: None,
     find_stopped: Callable[[Sequence[int]], Sequence[int]] = lambda ranks: (),
+    look: Callable[[], None] = lambda: None,
 ) -> dict[int, Any]:
     """The values of one call, by rank.
 
@@ -91,6 +92,7 @@ def gather(
             None to let the failure stand.
         find_stopped: called with ranks that did not answer in time, while no rank failed; returns those whose process
             does not respond to anything, and for which the others may have waited.
+        look: called whenever somebody has answered, and at least every `POLL_S`.
 
     Raises:
         WorkerError: one or more ranks failed; `failures` has the causes first and names every rank that failed.
@@ -110,6 +112,7 @@ def gather(
                 pending.append(repeated)
             elif answers.grace_s < grace_before_s:
                 deadline = min(deadline, time.monotonic() + answers.grace_s)
+        look()
     silent = sorted(ranks[ref] for ref in pending)
     if answers.failures:
         raise WorkerError(_in_order_of_blame(answers, silent, workers))

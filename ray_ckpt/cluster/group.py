@@ -18,7 +18,7 @@ import contextlib
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -37,8 +37,10 @@ from ray_ckpt.cluster.connect import connect
 from ray_ckpt.cluster.gather import gather
 from ray_ckpt.cluster.ray_internals import held_resources
 from ray_ckpt.cluster.resources import choose_demand, describe, describe_nodes, explain_shortage
+from ray_ckpt.cluster.watching import Watch
 from ray_ckpt.cluster.worker import BESIDE, PING, Rendezvous, Worker, WorkerInfo
 from ray_ckpt.errors import GroupError, GroupTimeoutError, PlacementError, UsageError
+from ray_ckpt.progress import Meter, Progress
 
 LEAVE_TIMEOUT_S = 5.0
 """How long the workers may take to leave the process group before they are killed."""
@@ -152,11 +154,22 @@ class WorkerGroup:
         """Whether the workers have ended, by `close` or after a failure."""
         return not self._actors
 
-    def run(self, fn: Callable[..., Any] | str, *args: Any, timeout_s: float | None = None) -> list[Any]:
+    def run(
+        self,
+        fn: Callable[..., Any] | str,
+        *args: Any,
+        timeout_s: float | None = None,
+        progress: Progress | None = None,
+    ) -> list[Any]:
         """Call `fn(ctx, *args)` on every rank and return the results in rank order.
 
         `fn` should be a top-level function that takes and returns plain data; `ctx` is a `WorkerContext`. It may also
         be named, as `"package.module:function"`: then only the workers load what its module imports.
+
+        Args:
+            timeout_s: time limit; by default the group's `call_timeout_s`.
+            progress: called about twice a second, on this thread, with the sums of what the ranks' `ctx.progress` was
+                last called with, such as the bytes that are done and all bytes.
 
         Raises:
             WorkerError: one or more ranks raised or died. Names each within 5 s, though others may sit in a
@@ -167,7 +180,8 @@ class WorkerGroup:
         """
         actors = self._open_actors()
         timeout_s = self.call_timeout_s if timeout_s is None else timeout_s
-        return self._gather([actor.call.remote(fn, args) for actor in actors], timeout_s)
+        with self._watched(range(len(actors)), progress, beside=False) as look:
+            return self._gather([actor.call.remote(fn, args) for actor in actors], timeout_s, look)
 
     def call(
         self,
@@ -177,6 +191,7 @@ class WorkerGroup:
         timeout_s: float | None = None,
         beside: bool = False,
         retries: int = 0,
+        progress: Progress | None = None,
     ) -> dict[int, Any]:
         """Call `fn(ctx, *args)` on some ranks, each with arguments of its own. The group stays open, whatever happens.
 
@@ -186,6 +201,7 @@ class WorkerGroup:
             args_of: rank -> arguments. Ranks that are not in it are left alone.
             beside: run on a second thread of each worker, beside the calls without `beside`; one at a time as well.
             retries: how often a rank that raises is called once more, in all; the others are not called again.
+            progress: as for `run`.
 
         Returns:
             Rank -> result.
@@ -201,13 +217,35 @@ class WorkerGroup:
         tries: Counter[int] = Counter()
 
         def start(rank: int) -> Any:
-            return actors[rank].call.options(**options).remote(fn, args_of[rank])
+            return actors[rank].call.options(**options).remote(fn, args_of[rank], beside)
 
         def again(rank: int) -> Any | None:
             tries[rank] += 1
             return start(rank) if tries[rank] <= retries else None
 
-        return gather({rank: start(rank) for rank in args_of}, self.workers, timeout_s, again, self._find_stopped)
+        with self._watched(list(args_of), progress, beside=beside) as look:
+            refs = {rank: start(rank) for rank in args_of}
+            return gather(refs, self.workers, timeout_s, again, self._find_stopped, look)
+
+    @contextlib.contextmanager
+    def _watched(
+        self, ranks: Sequence[int], progress: Progress | None, *, beside: bool
+    ) -> Iterator[Callable[[], None]]:
+        """Tell how far the call is that is made within the block, as often as what this yields is called."""
+        if progress is None:
+            yield lambda: None
+            return
+        actors = self._actors
+
+        def ask() -> list[Any]:
+            return [actors[rank].progress.options(concurrency_group=PING).remote(beside) for rank in ranks]
+
+        watch = Watch(ask, Meter(progress))
+        try:
+            yield watch.look
+            watch.end()
+        finally:
+            self._unread += watch.leave()
 
     def wait_for(self, wait: Callable[[float | None], None]) -> None:
         """Let `close` wait for something that goes on beside the calls, on a thread of this process.
@@ -307,10 +345,11 @@ class WorkerGroup:
         rendezvous = Rendezvous(host, port, self.num_workers, self.demand.backend, one_node, collective_timeout_s)
         self._gather([actor.join.remote(rendezvous, rank, local) for rank, (actor, local) in placed], timeout_s)
 
-    def _gather(self, refs: list[Any], timeout_s: float) -> list[Any]:
+    def _gather(self, refs: list[Any], timeout_s: float, look: Callable[[], None] = lambda: None) -> list[Any]:
         try:
             by_rank = dict(enumerate(refs))
-            return list(gather(by_rank, self.workers, timeout_s, find_stopped=self._find_stopped).values())
+            found = gather(by_rank, self.workers, timeout_s, find_stopped=self._find_stopped, look=look)
+            return list(found.values())
         except BaseException:
             self._give_up(refs)
             raise

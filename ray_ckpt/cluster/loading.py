@@ -28,6 +28,7 @@ from ray_ckpt.cluster.group import WorkerGroup
 from ray_ckpt.errors import RayCkptError, UsageError
 from ray_ckpt.format.saved import Saved
 from ray_ckpt.format.wanted_names import join_names
+from ray_ckpt.progress import Progress
 from ray_ckpt.protocol.agreement import agree
 from ray_ckpt.report import LoadReport
 from ray_ckpt.storage.resolve import Target, checkpoint_at
@@ -47,6 +48,7 @@ def load(
     fallback: bool = False,
     trusted: bool = False,
     timeout_s: float | None = None,
+    progress: Progress | None = None,
 ) -> list[LoadReport]:
     """Load a checkpoint into what the workers hold, whatever layout saved it. The group stays open, whatever happens.
 
@@ -75,6 +77,7 @@ def load(
         strict, cast, only, key_map, hyperparameters, fallback, trusted: as for `ray_ckpt.load`; a function as `key_map`
             must be one that pickles.
         timeout_s: time limit of the whole load; by default the group's `call_timeout_s`.
+        progress: as for `save`, with the bytes that the workers have read and all that they will.
 
     Returns:
         One `LoadReport` per worker, in rank order.
@@ -87,27 +90,22 @@ def load(
     if isinstance(only, str):
         raise UsageError(f"only={only!r} is one text: give a sequence of them, as in only=({only!r},)")
     found = checkpoint_at(target, step, fallback=fallback)
-    options = {
-        "strict": strict,
-        "cast": cast,
-        "only": None if only is None else tuple(only),
-        "key_map": key_map,
-        "hyperparameters": hyperparameters,
-        "trusted": trusted,
-    }
+    options: dict[str, Any] = {"strict": strict, "cast": cast, "only": None if only is None else tuple(only)}
+    options |= {"key_map": key_map, "hyperparameters": hyperparameters, "trusted": trusted}
     attempt = uuid.uuid4().hex[:12]
     deadline = time.monotonic() + (group.call_timeout_s if timeout_s is None else timeout_s)
 
-    def call(fn: Callable[..., Any], *args: Any) -> list[Any]:
+    def call(fn: Callable[..., Any], *args: Any, progress: Progress | None = None) -> list[Any]:
         args_of = dict.fromkeys(range(group.num_workers), (attempt, *args))
-        return list(group.call(fn, args_of, timeout_s=max(0.0, deadline - time.monotonic())).values())
+        left_s = max(0.0, deadline - time.monotonic())
+        return list(group.call(fn, args_of, timeout_s=left_s, progress=progress).values())
 
     try:
         if any(call(worker_side.open_load, found.storage, options, state_of)):
             call(worker_side.adapt_load, join_names(call(worker_side.name_load, state_of)))
         verdict = agree(call(worker_side.offer_load, state_of))
         call(worker_side.prepare_load, verdict)
-        call(worker_side.read_load)
+        call(worker_side.read_load, progress=progress)
         reports = call(worker_side.finish_load, verdict)
         return [replace(report, step=found.step, passed_over=found.passed_over) for report in reports]
     except BaseException as error:

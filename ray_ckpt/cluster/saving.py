@@ -23,6 +23,7 @@ from weakref import WeakKeyDictionary
 from ray_ckpt.cluster import worker_side
 from ray_ckpt.cluster.group import WorkerGroup
 from ray_ckpt.errors import CheckpointExistsError
+from ray_ckpt.progress import Progress
 from ray_ckpt.protocol.coordinator import Coordinator, PlanCache
 from ray_ckpt.protocol.messages import Assignment
 from ray_ckpt.protocol.save_handle import SaveHandle
@@ -44,6 +45,7 @@ def save(
     retries: int = ...,
     blocking: Literal[True] = ...,
     timeout_s: float | None = ...,
+    progress: Progress | None = ...,
 ) -> SaveReport: ...
 @overload
 def save(
@@ -58,6 +60,7 @@ def save(
     retries: int = ...,
     blocking: Literal[False],
     timeout_s: float | None = ...,
+    progress: Progress | None = ...,
 ) -> SaveHandle: ...
 def save(
     group: WorkerGroup,
@@ -71,6 +74,7 @@ def save(
     retries: int = 0,
     blocking: bool = True,
     timeout_s: float | None = None,
+    progress: Progress | None = None,
 ) -> SaveReport | SaveHandle:
     """Save what the workers hold as one checkpoint at `target`. The group stays open, whatever happens.
 
@@ -102,6 +106,8 @@ def save(
         retries: how often a worker whose write failed writes again, without the others.
         blocking: whether to wait for the commit. Otherwise the handle, or else the next `save`, reports a failure.
         timeout_s: time limit of the whole save; by default the group's `call_timeout_s`.
+        progress: called about twice a second with the bytes of tensors that the workers have written and all that they
+            will, on the thread that waits for them. When it raises, the save goes on, without it and with a warning.
 
     Raises:
         CheckpointExistsError: `target` holds a committed checkpoint already and `overwrite` was not given.
@@ -127,7 +133,7 @@ def save(
         step=step,
         called="the driver",
     )
-    attempt = _Attempt(group, storage, coordinator, retries, deadline)
+    attempt = _Attempt(group, storage, coordinator, retries, deadline, progress)
     assignments = attempt.plan(state_of, memory.plans.tokens, fingerprints)
     if blocking:
         return attempt.finish(assignments)
@@ -168,13 +174,20 @@ class _Attempt:
     """The driver's side of one save. After a failure nothing is left of it on the workers that answer."""
 
     def __init__(
-        self, group: WorkerGroup, storage: Storage, coordinator: Coordinator, retries: int, deadline: float
+        self,
+        group: WorkerGroup,
+        storage: Storage,
+        coordinator: Coordinator,
+        retries: int,
+        deadline: float,
+        progress: Progress | None,
     ) -> None:
         self._group = group
         self._storage = storage
         self._coordinator = coordinator
         self._retries = retries
         self._deadline = deadline
+        self._progress = progress
 
     def plan(
         self, state_of: worker_side.StateOf | str, known: frozenset[str], fingerprints: bool
@@ -202,7 +215,9 @@ class _Attempt:
         coordinator = self._coordinator
         with self._discarding():
             args_of = {assignment.rank: (assignment,) for assignment in assignments}
-            records = self._call(worker_side.write, args_of, beside=True, retries=self._retries)
+            records = self._call(
+                worker_side.write, args_of, beside=True, retries=self._retries, progress=self._progress
+            )
             coordinator.check(list(records.values()))
             made = self._call(worker_side.stock_record, {0: (coordinator.manifest,)}, beside=True)
         # After a failed commit the checkpoint may be there or not: the files stay, only the state is released.

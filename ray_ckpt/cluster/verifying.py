@@ -1,13 +1,42 @@
-"""verify(group, target): the workers share the files, the driver merges their reports."""
+"""Checks on a cluster: on the workers of a group, or by tasks wherever there is room.
+
+verify(group, target)     every worker checks its share; the driver merges their reports
+verify_by_tasks(target)   the driver reads the record and says what there is to read ── pieces of work ──> tasks
+                                                    and checks the records meanwhile <── what they have found ──
+"""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import ray
 
 from ray_ckpt.cluster import worker_side
+from ray_ckpt.cluster.connect import connect
 from ray_ckpt.cluster.group import WorkerGroup
+from ray_ckpt.cluster.tasks import run_tasks
+from ray_ckpt.errors import UsageError
+from ray_ckpt.progress import Meter, Progress
 from ray_ckpt.report import VerifyReport
+from ray_ckpt.rounding import ceil_div
 from ray_ckpt.storage.resolve import Target, committed_at
+
+if TYPE_CHECKING:
+    from ray_ckpt.storage.audit import Work
+    from ray_ckpt.storage.files import Storage
+    from ray_ckpt.storage.stretches import Checked
+
+TASKS_PER_CPU = 4
+"""So that CPUs of different speed end at about the same time."""
+
+LEAST_TASK_BYTES, MOST_TASK_BYTES = 256 << 20, 4 << 30
+"""Size of what a task reads: enough that starting it costs little, and no more than can be read again after a loss."""
+
+LOCAL_THREADS = 1
+"""Reads of a task at the same time, where a read is a system call: there is a task per CPU."""
 
 
 def verify(
@@ -15,8 +44,10 @@ def verify(
     target: Target,
     step: int | None = None,
     *,
+    scan_nan: bool = False,
     trusted: bool = False,
     timeout_s: float | None = None,
+    progress: Progress | None = None,
 ) -> VerifyReport:
     """Read and check every byte of a committed checkpoint on the workers, beside their other calls.
 
@@ -36,8 +67,9 @@ def verify(
         target: the checkpoint's directory or file as every worker's node and the driver know it, or a store.
         step: number of the step in the store; None verifies the checkpoint at `target` itself, or else the latest
             committed step of the store there.
-        trusted: as for `ray_ckpt.verify`.
+        scan_nan, trusted: as for `ray_ckpt.verify`.
         timeout_s: time limit; by default the group's `call_timeout_s`.
+        progress: as for `save`, with the bytes that the workers have read and all that they will.
 
     Raises:
         CheckpointNotFoundError: there is no committed checkpoint, or not that step.
@@ -45,8 +77,102 @@ def verify(
         GroupTimeoutError: workers did not answer in time; names each.
     """
     found = committed_at(target, step)
-    args = (found.storage, group.num_workers, trusted)
-    shares = group.call(
-        worker_side.verify, dict.fromkeys(range(group.num_workers), args), timeout_s=timeout_s, beside=True
-    )
+    args_of = dict.fromkeys(range(group.num_workers), (found.storage, group.num_workers, scan_nan, trusted))
+    shares = group.call(worker_side.verify, args_of, timeout_s=timeout_s, beside=True, progress=progress)
     return replace(VerifyReport.merge(list(shares.values())), step=found.step)
+
+
+def verify_by_tasks(
+    target: Target,
+    step: int | None = None,
+    *,
+    scan_nan: bool = False,
+    trusted: bool = False,
+    address: str | None = None,
+    timeout_s: float = 3600.0,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Read and check every byte of a committed checkpoint by tasks, on all CPUs of a Ray cluster.
+
+    No task needs the model or a GPU; one whose node is lost is done again elsewhere. The report is that of
+    `ray_ckpt.verify`.
+
+    Example:
+        >>> import torch
+        >>> from ray_ckpt import cluster, save
+        >>> report = save({"weight": torch.ones(3)}, "run/step-1")
+        >>> cluster.verify_by_tasks("run/step-1").verified
+        True
+
+    Args:
+        target: the checkpoint's directory or file as every node and the driver know it, or a store.
+        step: number of the step in the store; None verifies the checkpoint at `target` itself, or else the latest
+            committed step of the store there.
+        scan_nan, trusted: as for `ray_ckpt.verify`.
+        address: of the cluster to join, where this process has joined none; by default as `WorkerGroup` finds or starts
+            one.
+        timeout_s: time limit of all tasks together.
+        progress: called with the bytes that finished tasks have read and all that will be. When it raises, the check
+            goes on, without it and with a warning.
+
+    Raises:
+        CheckpointNotFoundError: there is no committed checkpoint, or not that step.
+        FormatError, UnsafeCheckpointError: its manifest or header is damaged, or not safe to read.
+        WorkerError: tasks failed or died, or the storage does not answer them; names each by its number.
+        GroupTimeoutError: the tasks were not done in time.
+    """
+    from ray_ckpt.storage.audit import Audit  # it loads torch
+    from ray_ckpt.storage.ranged_reads import tuning_for
+
+    found = committed_at(target, step)
+    audit = Audit(found.storage, scan_nan=scan_nan, trusted=trusted)
+    with contextlib.nullcontext() if ray.is_initialized() else connect(address):
+        shares = _shares(audit.work, num_cpus=ray.cluster_resources().get("CPU", 1.0))
+        sizes = [sum(part.num_bytes for part in share) for share in shares]
+        meter = Meter(progress)
+        meter.expect(sum(sizes))
+        threads = LOCAL_THREADS if audit.files.is_local else tuning_for(audit.files).threads
+
+        def take(number: int, checked: Checked) -> None:
+            whole.add(checked)
+            meter.add(sizes[number])
+
+        whole = audit.check_records()
+        args_of = {number: (audit.files, share, threads) for number, share in enumerate(shares)}
+        run_tasks(check_share, args_of, timeout_s=timeout_s, on_done=take)
+    meter.end()
+    return replace(audit.report(whole, sum(sizes)), step=found.step)
+
+
+def check_share(files: Storage, parts: Sequence[Work], threads: int) -> Checked:
+    """What a task does.
+
+    Raises:
+        UsageError: this node does not see a file that the driver has seen.
+        StorageError: the storage does not answer.
+    """
+    from ray_ckpt.storage.stretches import check_parts
+
+    names = {part.file for part in parts}
+    if unseen := sorted(names - files.sizes(names).keys()):
+        raise UsageError(
+            f"{files.address}/{unseen[0]} is not there on this node, but on the driver's: give a directory that is "
+            "mounted on every node, or an object store"
+        )
+    return check_parts(files, parts, threads)
+
+
+def _shares(work: Sequence[Work], num_cpus: float) -> list[Sequence[Work]]:
+    """Pieces of work for each task, in their order, of about equal bytes."""
+    total = sum(part.num_bytes for part in work)
+    wanted = ceil_div(total, max(1, int(num_cpus * TASKS_PER_CPU)))
+    size = min(max(wanted, LEAST_TASK_BYTES if total > num_cpus * LEAST_TASK_BYTES else 1), MOST_TASK_BYTES)
+    shares: list[list[Work]] = []
+    taken = size
+    for part in work:
+        if taken >= size:
+            shares.append([])
+            taken = 0
+        shares[-1].append(part)
+        taken += part.num_bytes
+    return list(shares)

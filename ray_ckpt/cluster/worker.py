@@ -8,7 +8,7 @@ import pkgutil
 import socket
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -81,6 +81,21 @@ class WorkerContext:
     """Backend of the process group; empty when the workers form none."""
     objects: dict[str, Any] = field(default_factory=dict)
     """Keeps objects (a model, an optimizer) from one call to the next, in the worker's process."""
+    told: tuple[int, int] = (0, 0)
+    """What `progress` was last called with, in the call that runs."""
+
+    def progress(self, done_bytes: int, total_bytes: int) -> None:
+        """Let the driver know how far this call is, for the `progress` of `WorkerGroup.run`. Costs next to nothing.
+
+        Example:
+            >>> from ray_ckpt import WorkerContext, WorkerGroup, save
+            >>> def save_part(ctx: WorkerContext) -> None:
+            ...     save({"weight": torch.ones(3)}, f"run/part-{ctx.rank}", progress=ctx.progress)
+            >>> with WorkerGroup(2, process_group=False) as group:
+            ...     done = group.run(save_part, progress=lambda done, total: print(done, "of", total))
+            24 of 24
+        """
+        self.told = done_bytes, total_bytes
 
 
 @dataclass(frozen=True)
@@ -106,7 +121,8 @@ class Worker:
 
     def __init__(self) -> None:
         self._store: Any = None
-        self._context: WorkerContext | None = None
+        self._contexts: dict[bool, WorkerContext] = {}
+        """Context of the calls by whether they are beside the others."""
 
     def describe(self, place: int) -> CallOutcome:
         """Where this worker, number `place` of the group until ranks are given, runs: a `WorkerInfo`."""
@@ -146,7 +162,8 @@ class Worker:
         # Ray narrows CUDA_VISIBLE_DEVICES to this worker's GPU, which is therefore number 0. Without a GPU it leaves
         # the variable alone, so `torch.cuda.is_available()` would not tell.
         device = torch.device("cuda", 0) if _gpu_ids() else torch.device("cpu")
-        self._context = WorkerContext(rank, world_size, local_rank, device, backend)
+        context = WorkerContext(rank, world_size, local_rank, device, backend)
+        self._contexts = {False: context, True: replace(context)}  # with the same objects
         return device
 
     def join(self, rendezvous: Rendezvous, rank: int, local_rank: int) -> CallOutcome:
@@ -168,13 +185,20 @@ class Worker:
             timeout_s=rendezvous.timeout_s,
         )
 
-    def call(self, fn: Callable[..., Any] | str, args: tuple[Any, ...]) -> CallOutcome:
-        """Run `fn(ctx, *args)`, or the function of that name."""
-        assert self._context is not None, "the group calls functions only after every rank has joined"
-        return attempt(self._context.rank, self._call, fn, args)
+    def call(self, fn: Callable[..., Any] | str, args: tuple[Any, ...], beside: bool = False) -> CallOutcome:
+        """Run `fn(ctx, *args)`, or the function of that name.
 
-    def _call(self, fn: Callable[..., Any] | str, args: tuple[Any, ...]) -> Any:
-        return resolve(fn)(self._context, *args)
+        Args:
+            beside: whether this runs beside other calls.
+        """
+        assert self._contexts, "the group calls functions only after every rank has joined"
+        context = self._contexts[beside]
+        context.told = 0, 0
+        return attempt(context.rank, lambda: resolve(fn)(context, *args))
+
+    def progress(self, beside: bool) -> tuple[int, int]:
+        """How far the call that runs is, as it has told."""
+        return self._contexts[beside].told
 
     def ping(self) -> None:
         """Show that the process runs."""

@@ -12,6 +12,7 @@ from ray_ckpt.cluster.worker import WorkerContext, resolve
 from ray_ckpt.errors import GroupError
 from ray_ckpt.format.manifest import Manifest
 from ray_ckpt.format.wanted_names import Names
+from ray_ckpt.progress import Meter
 from ray_ckpt.protocol.messages import Assignment, LoadOffer, LocalPlan, RankRecord
 from ray_ckpt.report import LoadReport, VerifyReport
 
@@ -81,7 +82,10 @@ def stage(ctx: WorkerContext, assignment: Assignment) -> None:
 
 def write(ctx: WorkerContext, assignment: Assignment) -> RankRecord:
     """Write what this rank is to write. May be called again after a failure."""
-    return _saves(ctx)[assignment.attempt].write(assignment)
+    meter = Meter(ctx.progress)
+    record = _saves(ctx)[assignment.attempt].write(assignment, meter)
+    meter.end()
+    return record
 
 
 def finish(ctx: WorkerContext, attempt: str) -> None:
@@ -141,7 +145,9 @@ def prepare_load(ctx: WorkerContext, attempt: str, verdict: LoadOffer) -> None:
 
 def read_load(ctx: WorkerContext, attempt: str) -> None:
     """Read into the state."""
-    _loads(ctx)[attempt].read()
+    meter = Meter(ctx.progress)
+    _loads(ctx)[attempt].read(meter)
+    meter.end()
 
 
 def finish_load(ctx: WorkerContext, attempt: str, verdict: LoadOffer) -> LoadReport:
@@ -157,11 +163,12 @@ def give_up_load(ctx: WorkerContext, attempt: str) -> str:
     return "" if load is None else load.give_up()
 
 
-def verify(ctx: WorkerContext, storage: Storage, num_ranks: int, trusted: bool) -> VerifyReport:
+def verify(ctx: WorkerContext, storage: Storage, num_ranks: int, scan_nan: bool, trusted: bool) -> VerifyReport:
     """Check this rank's share of a checkpoint."""
     from ray_ckpt.storage.audit import verify_share
 
-    return verify_share(storage, rank=ctx.rank, num_ranks=num_ranks, trusted=trusted)
+    meter = Meter(ctx.progress)
+    return verify_share(storage, rank=ctx.rank, num_ranks=num_ranks, scan_nan=scan_nan, trusted=trusted, meter=meter)
 
 
 def _saves(ctx: WorkerContext) -> dict[str, RankSave]:

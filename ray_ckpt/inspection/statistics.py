@@ -13,27 +13,14 @@ from ray_ckpt.format.manifest import Manifest
 from ray_ckpt.format.torch_container import parse_dtype
 from ray_ckpt.inspection.contents import tensor_of
 from ray_ckpt.inspection.opening import open_record
+from ray_ckpt.report import NonFinite
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.resolve import Target, committed_at
 from ray_ckpt.storage.rewrite import TensorPieces, WantedTensor
 
-__all__ = ["NonFinite", "TensorStatistics", "elements_of", "scan_nonfinite", "tensor_statistics"]
+__all__ = ["TensorStatistics", "elements_of", "scan_nonfinite", "tensor_statistics"]
 
 _NUM_BINS = 16
-
-
-@dataclass(frozen=True)
-class NonFinite:
-    """Elements of a tensor that are no finite numbers.
-
-    Example:
-        >>> from ray_ckpt import NonFinite
-        >>> NonFinite(num_nan=1, num_inf=0).num_nan
-        1
-    """
-
-    num_nan: int
-    num_inf: int
 
 
 @dataclass(frozen=True)
@@ -157,8 +144,7 @@ def scan_nonfinite(
         real = _as_real(piece, double=False)
         num_nan, num_inf = int(real.isnan().sum()), int(real.isinf().sum())
         if num_nan or num_inf:
-            before = found.get(name, NonFinite(0, 0))
-            found[name] = NonFinite(before.num_nan + num_nan, before.num_inf + num_inf)
+            found[name] = found.get(name, NonFinite(0, 0)) + NonFinite(num_nan, num_inf)
         done += piece.nbytes
         progress(done, total)
     return found

@@ -20,6 +20,7 @@ from ray_ckpt.format.torch_internals import narrow, set_element
 from ray_ckpt.format.views import Piece, View
 from ray_ckpt.format.wanted_names import Names
 from ray_ckpt.gc_pause import collector_paused
+from ray_ckpt.progress import NOBODY, Meter
 from ray_ckpt.protocol.holdings import hold
 from ray_ckpt.protocol.messages import TensorSpec
 from ray_ckpt.state.load_plan import KeyMap, SavedState, Spec
@@ -140,10 +141,14 @@ class LoadSource:
         """Whether a tensor is a counter of another program's, such as torchtitan's: we have them as numbers."""
         return self._is_adapted and name.startswith("counters.") and spec.shape in ((), (1,))
 
-    def read(self, wanted: dict[str, Any]) -> None:
-        """Fill the tensors of these names, and replace other entries by their values."""
+    def read(self, wanted: dict[str, Any], meter: Meter = NOBODY) -> None:
+        """Fill the tensors of these names, and replace other entries by their values.
+
+        Args:
+            meter: counts the bytes of tensors that are read.
+        """
         if wanted:
-            for file, num_bytes in fill(wanted, self._reader, self.manifest, self._views).items():
+            for file, num_bytes in fill(wanted, self._reader, self.manifest, self._views, meter).items():
                 self.bytes_by_file[file] = self.bytes_by_file.get(file, 0) + num_bytes
 
     def describe(self, name: str) -> str:
@@ -153,7 +158,11 @@ class LoadSource:
 
 
 def fill(
-    state: dict[str, Any], reader: CheckpointReader, manifest: Manifest, views: Mapping[str, View] = _NO_VIEWS
+    state: dict[str, Any],
+    reader: CheckpointReader,
+    manifest: Manifest,
+    views: Mapping[str, View] = _NO_VIEWS,
+    meter: Meter = NOBODY,
 ) -> Mapping[str, int]:
     """Load this rank's part of a state dict: tensors in place, everything else by replacing it.
 
@@ -163,6 +172,7 @@ def fill(
         state: nested dicts and lists of tensors (plain, DTensor, ShardedTensor) and other things.
         manifest: what `reader.read_manifest` returned.
         views: tensors in it that are made of others, by name.
+        meter: counts the bytes of tensors that are read.
 
     Returns:
         File -> bytes of tensors that were read from it.
@@ -174,7 +184,7 @@ def fill(
     """
     with collector_paused():
         wanted, objects = _want(state, manifest, views)
-    reader.read_tensors(wanted)
+    reader.read_tensors(wanted, meter)
     for name, value in reader.read_values({name: entry for name, (_, entry) in objects.items()}).items():
         set_element(state, objects[name][0], value)
     counts: dict[str, int] = {}

@@ -36,6 +36,7 @@ from ray_ckpt.format.translate import HYPERPARAMETERS
 from ray_ckpt.format.wanted_names import Names
 from ray_ckpt.gc_pause import collector_paused
 from ray_ckpt.phase_clock import PhaseClock
+from ray_ckpt.progress import NOBODY, Meter
 from ray_ckpt.protocol.agreement import mark, marked
 from ray_ckpt.protocol.load_source import LoadSource
 from ray_ckpt.protocol.messages import LoadOffer
@@ -227,15 +228,18 @@ class RankLoad:
                 with self._clock.phase("prepare"):
                     self._taken.take(handovers, lambda: self._read(claims))
 
-    def read(self) -> None:
+    def read(self, meter: Meter = NOBODY) -> None:
         """Allocate what has no memory yet, and read. After an error while reading the tensors hold parts of two states.
+
+        Args:
+            meter: counts the bytes that are read.
 
         Raises:
             StorageError, FormatError, IntegrityError: it cannot be read, or is damaged.
         """
         self._reading = True
         start_s, began, before = time.time(), time.perf_counter(), self._num_bytes
-        self._read({wanted: claim for plan in self._plans for wanted, claim in plan.claims.items()})
+        self._read({wanted: claim for plan in self._plans for wanted, claim in plan.claims.items()}, meter)
         self._clock.add("read", start_s, time.perf_counter() - began, self._num_bytes - before)
 
     def give_up(self) -> str:
@@ -276,11 +280,11 @@ class RankLoad:
                 "only=('model', ...), or all that fits by strict=False"
             )
 
-    def _read(self, claims: Mapping[str, Claim]) -> dict[str, torch.Tensor]:
+    def _read(self, claims: Mapping[str, Claim], meter: Meter = NOBODY) -> dict[str, torch.Tensor]:
         """Read what is claimed and has not been read yet; wanted name -> tensor, of all that has."""
         with collector_paused():
             tensors, copies = self._allocate(claims)
-        self._source.read(tensors)
+        self._source.read(tensors, meter)
         with torch.no_grad():
             for target, filled in copies:
                 target.copy_(filled)

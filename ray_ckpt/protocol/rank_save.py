@@ -23,6 +23,7 @@ from ray_ckpt.format.memory import fault
 from ray_ckpt.format.torch_container import parse_dtype
 from ray_ckpt.gc_pause import collector_paused
 from ray_ckpt.phase_clock import PhaseClock
+from ray_ckpt.progress import NOBODY, Meter
 from ray_ckpt.protocol.holdings import Holdings, hold
 from ray_ckpt.protocol.host_copy import HostCopy
 from ray_ckpt.protocol.messages import (
@@ -130,8 +131,11 @@ class RankSave:
             self._staged = host_copy.take(self._holdings, assignment.skipped)
             self._host_copy = host_copy
 
-    def write(self, assignment: Assignment) -> RankRecord:
+    def write(self, assignment: Assignment, meter: Meter = NOBODY) -> RankRecord:
         """Write everything but what is skipped; durable on return. May be called again after a failure.
+
+        Args:
+            meter: counts the bytes of tensors.
 
         Raises:
             StorageError: a file could not be written.
@@ -145,9 +149,10 @@ class RankSave:
             items = self._holdings.items
             skipped = set(assignment.skipped)
             positions = [position for position in range(len(items)) if position not in skipped]
+            meter.expect(sum(num_bytes(spec) for p in positions if (spec := items[p].spec) is not None))
             shares = share_out([_size(items[p].spec) for p in positions], self._threads, self._max_file_bytes)
             writes: list[Callable[[], FileRecord]] = [
-                functools.partial(self._write_file, assignment, [positions[index] for index in share])
+                functools.partial(self._write_file, assignment, [positions[index] for index in share], meter)
                 for share in shares
             ]
             files = write_in_threads(self._storage, writes, self._threads)
@@ -166,14 +171,15 @@ class RankSave:
             with contextlib.suppress(StorageError):
                 self._storage.delete(name)
 
-    def _write_file(self, assignment: Assignment, positions: Sequence[int]) -> FileRecord:
+    def _write_file(self, assignment: Assignment, positions: Sequence[int], meter: Meter) -> FileRecord:
         # A retry takes another name: a broken upload may still finish in the background, over the new file.
         name = f"__{assignment.rank}_{next(self._numbers)}-{assignment.attempt}.distcp"
         self._begun.append(name)
         items, values = self._holdings.items, self._holdings.values
         saved = _Saving()
         objects = ((p, saved(values[p])) for p in positions if items[p].spec is None)
-        record = file_record(pack_file(self._storage, name, objects, self._tensors(positions)))
+        with meter.trial() as count:
+            record = file_record(pack_file(self._storage, name, objects, self._tensors(positions), count))
         if not self._fingerprints:
             return record
         return replace(record, sums=[self._sum(position) for position in record.positions])

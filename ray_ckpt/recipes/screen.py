@@ -10,10 +10,16 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.status import Status
 
+from ray_ckpt.text_units import format_bytes
+
 __all__ = ["Line", "Screen"]
 
 LOG_INTERVAL_S = 15.0
 """Least time between two reports of the same wait in a log."""
+
+
+LONG_S = 2.0
+"""What takes longer shows its bytes, rate and time left."""
 
 
 @dataclass
@@ -27,6 +33,8 @@ class Line:
     result: str = ""
     """The result to print when the phase ends well."""
     _last_logged: float = field(default=-LOG_INTERVAL_S)
+    _first: tuple[float, int] = field(default=(0.0, 0))
+    """When `progress` was first called for what is going on, and the bytes that were done then."""
 
     def update(self, text: str) -> None:
         """Say what the phase is waiting for."""
@@ -35,6 +43,24 @@ class Line:
         elif time.monotonic() - self._last_logged >= LOG_INTERVAL_S:
             self._last_logged = time.monotonic()
             self.note(text)
+
+    def progress(self, done: int, total: int, text: str = "") -> None:
+        """Say how many bytes are done, and how fast, and how long the rest will take, once it has taken a while.
+
+        Args:
+            text: what else is said of it, from the beginning.
+        """
+        now = time.monotonic()
+        if not self._first[0] or done < self._first[1]:
+            self._first = now, done
+        passed_s, moved = now - self._first[0], done - self._first[1]
+        said = [text] if text else []
+        if passed_s >= LONG_S and moved:
+            rate = moved / passed_s
+            left_s = max(0, total - done) / rate
+            said += f"{format_bytes(done)} of {format_bytes(total)}", f"{format_bytes(rate)}/s", f"{left_s:.0f} s left"
+        if said:
+            self.update(", ".join(said))
 
     def note(self, text: str) -> None:
         """Say something that stays on the screen."""

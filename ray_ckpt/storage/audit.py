@@ -1,9 +1,9 @@
 """Reading all of a committed checkpoint, and comparing it with what was recorded when it was saved.
 
     manifest ── parts ──> every byte of every file, each with what is known of it
-             ── stretches ──> pieces of work; ranks share them, and on each rank threads
+             ── Audit.work ──> pieces of work, which ranks, threads or tasks share
     audit ─┬─ files       as many bytes as recorded? one listing
-           ├─ stretches   read once, piece by piece, hashed on the way
+           ├─ stretches   read once, piece by piece, hashed on the way (stretches.py)
            ├─ archives    of other programs: their own CRC-32 (archives.py)
            ├─ values      those that stand in the manifest are those in the files
            └─ .metadata   tells stock DCP the same
@@ -16,30 +16,27 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import xxhash
 
 from ray_ckpt.errors import CheckpointError, CheckpointNotFoundError, FormatError, StorageError
-from ray_ckpt.format import dcp_metadata, values
-from ray_ckpt.format.block_sums import BlockHasher, BlockSums
+from ray_ckpt.format import dcp_metadata, ranges, values
+from ray_ckpt.format.block_sums import BlockSums
 from ray_ckpt.format.manifest import MANIFEST_NAME, Chunk, Manifest, itemsize
 from ray_ckpt.format.record import digest
 from ray_ckpt.format.torch_container import container, parse_dtype
 from ray_ckpt.format.torch_internals import ExtensionRegistry
+from ray_ckpt.progress import NOBODY, Meter
 from ray_ckpt.report import Damage, VerifyReport
-from ray_ckpt.storage.archives import Archive, archives, check_archive
+from ray_ckpt.storage.archives import Archive, archives
 from ray_ckpt.storage.checkpoint_reader import CheckpointReader
-from ray_ckpt.storage.files import InputFile, Storage
+from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.objects import Decoder, fetch_containers
 from ray_ckpt.storage.publish import STOCK_RECORD_NAME
 from ray_ckpt.storage.ranged_reads import tuning_for
-
-PIECE_BYTES = 4 << 20
-"""Size of a read, and of the one buffer that a thread holds."""
+from ray_ckpt.storage.stretches import Checked, Elements, Span, Stretch, check_parts, damages_of
 
 STRETCH_BYTES = 32 << 20
 """Size of the piece of work that a thread takes at a time, apart from an entry at its end."""
@@ -56,144 +53,181 @@ _MAX_PADDING_BYTES = 1 << 20
 _ELEMENTS, _CONTAINER, _PADDING = "elements", "container around the elements", "padding between entries"
 
 
-@dataclass(frozen=True, slots=True)
-class _Span:
-    """Bytes `[start, end)` of a file and what is known of them."""
+Work = Stretch | Archive
+"""A piece of work."""
 
-    start: int
-    end: int
-    names: tuple[str, ...]
-    """Name of the tensor, or names of the objects that share these bytes."""
-    what: str
-    sums: BlockSums | None
-    """Checksums of the bytes; None when there is nothing to compare with."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Stretch:
-    """Consecutive parts of one file."""
-
-    file: str
-    parts: Sequence[_Span]
-
-    @property
-    def num_bytes(self) -> int:
-        return self.parts[-1].end - self.parts[0].start
-
-
-P = TypeVar("P", _Span, Archive)
-
-
-Progress = Callable[[int, int], None]
-"""Takes the bytes that are done, and those that there are."""
-
-
-def _unseen(done: int, total: int) -> None:
-    """Progress that nobody asked for."""
+P = TypeVar("P", Span, Archive)
 
 
 def verify_share(
-    storage: Storage, *, rank: int = 0, num_ranks: int = 1, progress: Progress = _unseen, trusted: bool = False
+    storage: Storage,
+    *,
+    rank: int = 0,
+    num_ranks: int = 1,
+    scan_nan: bool = False,
+    trusted: bool = False,
+    meter: Meter = NOBODY,
 ) -> VerifyReport:
     """Read and check one rank's share of whatever checkpoint is there; `VerifyReport.merge` joins the shares.
 
     Args:
+        scan_nan: count NaN and Inf in the same read.
         trusted: as `CheckpointReader` takes it.
+        meter: counts the bytes that are read.
 
     Raises:
         CheckpointNotFoundError: there is no committed checkpoint, or it was deleted meanwhile.
         FormatError, UnsafeCheckpointError: its record or header is damaged, or not safe to read.
         StorageError: the storage does not answer.
     """
-    reader = CheckpointReader(storage, trusted=trusted)
-    manifest = reader.read_manifest()
-    report = audit(reader.files, manifest, rank=rank, num_ranks=num_ranks, progress=progress)
-    return replace(report, uri=reader.address, notes=(*report.notes, *reader.notes))
+    audit = Audit(storage, scan_nan=scan_nan, trusted=trusted)
+    mine = audit.work[rank::num_ranks]
+    meter.expect(sum(part.num_bytes for part in mine))
+    checked = check_parts(audit.files, mine, tuning_for(audit.files).threads, meter)
+    if rank == 0:
+        checked.add(audit.check_records())
+    meter.end()
+    return audit.report(checked, sum(part.num_bytes for part in mine))
 
 
-def audit(
-    storage: Storage, manifest: Manifest, *, rank: int = 0, num_ranks: int = 1, progress: Progress = _unseen
-) -> VerifyReport:
-    """Check one rank's share of the files that a manifest describes; `VerifyReport.merge` joins the shares.
+class Audit:
+    """The check of whatever checkpoint is there: what there is to read, and the report of what was found.
 
-    Holds one buffer of `PIECE_BYTES` per thread, and a few records per entry of the manifest.
+    Holds a few records per entry of the manifest.
+
+    Args:
+        scan_nan: count NaN and Inf as well.
+        trusted: as `CheckpointReader` takes it.
 
     Raises:
-        CheckpointNotFoundError: the checkpoint was deleted meanwhile.
-        StorageError: the storage does not answer.
+        CheckpointNotFoundError, FormatError, UnsafeCheckpointError, StorageError: as `verify_share`.
     """
-    started = time.monotonic()
-    sizes, parts = storage.sizes(manifest.files), _parts(manifest)
-    zipped = [] if manifest.attempt else archives(storage, manifest, sizes)
-    work, overlaps = _share_out(parts, zipped, sizes)
-    mine = work[rank::num_ranks]
-    tuning = tuning_for(storage)
-    damages: list[Damage] = []
-    total, done = sum(part.num_bytes for part in mine), 0
-    with ThreadPoolExecutor(tuning.threads, thread_name_prefix="ray_ckpt-verify") as pool:
-        for part, found in zip(mine, pool.map(lambda part: _check(storage, part), mine), strict=True):
-            damages += found
-            done += part.num_bytes
-            progress(done, total)
-    if rank == 0:
-        damages += overlaps
-        for file, of_file in parts.items():
-            damages += _misfits(manifest, file, of_file, sizes.get(file))
+
+    def __init__(self, storage: Storage, *, scan_nan: bool = False, trusted: bool = False) -> None:
+        self._started = time.monotonic()
+        reader = CheckpointReader(storage, trusted=trusted)
+        self._manifest = manifest = reader.read_manifest()
+        self._address = reader.address
+        self.files = reader.files
+        """Where the files are that the work is in."""
+        self._sizes = self.files.sizes(manifest.files)
+        self._scan_nan = scan_nan
+        countable, self._apart = _countable(manifest) if scan_nan else ({}, [])
+        self._parts = _parts(manifest, countable)
+        zipped = [] if manifest.attempt else archives(self.files, manifest, self._sizes, countable)
+        self.work, self._overlaps = _share_out(self._parts, zipped, self._sizes)
+        """Pieces in which no byte is read twice."""
+        self._notes = (
+            *(() if manifest.has_digest else (_NO_DIGEST,)), *((_CRC_ALONE,) if zipped else ()), *reader.notes,
+        )  # fmt: skip
+
+    def check_records(self) -> Checked:
+        """Everything that is not in a piece of work.
+
+        Raises:
+            StorageError: the storage does not answer.
+        """
+        manifest, sizes = self._manifest, self._sizes
+        checked = Checked(list(self._overlaps))
+        for file, of_file in self._parts.items():
+            checked.damages += _misfits(manifest, file, of_file, sizes.get(file))
         if manifest.attempt:
-            damages += _misquoted(storage, manifest, sizes)
-            damages += _stock_record(storage, manifest)
-    if damages and manifest.attempt and not storage.exists(MANIFEST_NAME):
-        raise CheckpointNotFoundError(f"{storage.address} was deleted while it was verified")
-    unchecked = {name for of_file in parts.values() for p in of_file if p.sums is None for name in p.names}
-    return VerifyReport(
-        uri=storage.address,
-        num_files=len(manifest.files),
-        num_tensors=len(manifest.tensors),
-        num_objects=len(manifest.objects),
-        total_bytes=total,
-        seconds=time.monotonic() - started,
-        damages=tuple(damages),
-        unchecked=tuple(sorted(unchecked)),
-        notes=(*(() if manifest.has_digest else (_NO_DIGEST,)), *((_CRC_ALONE,) if zipped else ())),
-    )
+            checked.damages += _misquoted(self.files, manifest, sizes)
+            checked.damages += _stock_record(self.files, manifest)
+        if self._apart:
+            from ray_ckpt.storage.nonfinite import count_apart  # it loads what copies tensors
+
+            for name, chunk in self._apart:
+                count_apart(self.files, name, manifest.tensors[name].dtype, chunk, checked)
+        return checked
+
+    def report(self, checked: Checked, num_bytes: int) -> VerifyReport:
+        """The report of this, in which `num_bytes` bytes were read.
+
+        Raises:
+            CheckpointNotFoundError: the checkpoint was deleted meanwhile.
+        """
+        manifest = self._manifest
+        if checked.damages and manifest.attempt and not self.files.exists(MANIFEST_NAME):
+            raise CheckpointNotFoundError(f"{self._address} was deleted while it was verified")
+        uncounted = [f"{name} could not be scanned for NaN: {why}" for name, why in checked.uncounted.items()]
+        unchecked = {name for of_file in self._parts.values() for p in of_file if p.sums is None for name in p.names}
+        return VerifyReport(
+            uri=self._address,
+            num_files=len(manifest.files),
+            num_tensors=len(manifest.tensors),
+            num_objects=len(manifest.objects),
+            total_bytes=num_bytes,
+            seconds=time.monotonic() - self._started,
+            damages=tuple(sorted(set(checked.damages))),
+            unchecked=tuple(sorted(unchecked)),
+            notes=(*self._notes, *uncounted),
+            nonfinite=dict(sorted(checked.nonfinite.items())) if self._scan_nan else None,
+        )
 
 
 # ------------------------------------------------------------------------------------------- what there is to read
 
 
-def _parts(manifest: Manifest) -> dict[str, list[_Span]]:
-    """File -> what is in it, by position, without a gap."""
-    parts: dict[str, list[_Span]] = {file: [] for file in sorted(manifest.files)}
+def _countable(manifest: Manifest) -> tuple[dict[str, list[Elements]], list[tuple[str, Chunk]]]:
+    """Tensor -> what of it can be counted where it lies, for tensors that may hold NaN or Inf; and chunks to be read
+    apart, as their bytes are encoded or hold other elements in between."""
+    from ray_ckpt.storage.nonfinite import may_be_odd
+
+    found: dict[str, list[Elements]] = {}
+    apart: list[tuple[str, Chunk]] = []
+    odd = {dtype for dtype in {tensor.dtype for tensor in manifest.tensors.values()} if may_be_odd(dtype)}
     for name, tensor in manifest.tensors.items():
+        if tensor.dtype not in odd:
+            continue
+        found[name] = []
         for chunk in tensor.chunks:
-            parts[chunk.file] += _tensor_parts(name, tensor.dtype, chunk)
+            strides = chunk.strides
+            is_dense = strides is None or ranges.span(chunk.box.sizes, strides) == chunk.box.num_elements
+            if chunk.transforms or not is_dense:
+                apart.append((name, chunk))
+            elif chunk.data_start is not None and chunk.box.num_elements:
+                end = chunk.data_start + chunk.box.num_elements * itemsize(tensor.dtype)
+                found[name].append(Elements(name, tensor.dtype, chunk.data_start, end))
+    return found, apart
+
+
+def _parts(manifest: Manifest, countable: Mapping[str, Sequence[Elements]]) -> dict[str, list[Span]]:
+    """File -> what is in it, by position, without a gap."""
+    parts: dict[str, list[Span]] = {file: [] for file in sorted(manifest.files)}
+    for name, tensor in manifest.tensors.items():
+        elements = {part.start: part for part in countable.get(name, ())}
+        for chunk in tensor.chunks:
+            counted = None if chunk.data_start is None else elements.get(chunk.data_start)
+            parts[chunk.file] += _tensor_parts(name, tensor.dtype, chunk, counted)
     shared: dict[tuple[str, int, int, int | None], list[str]] = {}
     for name, entry in manifest.objects.items():
         shared.setdefault((entry.file, entry.start, entry.length, entry.checksum), []).append(name)
     for (file, start, length, checksum), names in shared.items():
         sums = None if checksum is None else BlockSums(max(1, length), checksum.to_bytes(8, "little"))
-        parts[file].append(_Span(start, start + length, tuple(names), _ELEMENTS, sums))
+        parts[file].append(Span(start, start + length, tuple(names), _ELEMENTS, sums))
     return {
         file: list(_without_gaps(sorted(of_file, key=_position), manifest.files[file], is_ours=bool(manifest.attempt)))
         for file, of_file in parts.items()
     }
 
 
-def _tensor_parts(name: str, dtype: str, chunk: Chunk) -> Iterator[_Span]:
+def _tensor_parts(name: str, dtype: str, chunk: Chunk, counted: Elements | None) -> Iterator[Span]:
     end = chunk.start + chunk.length
     sums, data_start = chunk.checksums, chunk.data_start
     if sums is None or data_start is None:
-        yield _Span(chunk.start, end, (name,), _ELEMENTS, None)
+        yield Span(chunk.start, end, (name,), _ELEMENTS, None, counted)
         return
     data_end = data_start + chunk.box.num_elements * itemsize(dtype)
     head, tail = _framing(dtype, chunk)
-    yield _Span(chunk.start, data_start, (name,) if head else (), _CONTAINER, head)
+    yield Span(chunk.start, data_start, (name,) if head else (), _CONTAINER, head)
     num_blocks = max(1, STRETCH_BYTES // sums.block_bytes)
     for first in range(0, len(sums), num_blocks):
         start = data_start + first * sums.block_bytes
         some = BlockSums(sums.block_bytes, sums.sums[8 * first : 8 * (first + num_blocks)])
-        yield _Span(start, min(start + len(some) * sums.block_bytes, data_end), (name,), _ELEMENTS, some)
-    yield _Span(data_end, end, (name,) if tail else (), _CONTAINER, tail)
+        until = min(start + len(some) * sums.block_bytes, data_end)
+        yield Span(start, until, (name,), _ELEMENTS, some, counted)
+    yield Span(data_end, end, (name,) if tail else (), _CONTAINER, tail)
 
 
 def _framing(dtype: str, chunk: Chunk) -> tuple[BlockSums | None, BlockSums | None]:
@@ -207,7 +241,7 @@ def _framing(dtype: str, chunk: Chunk) -> tuple[BlockSums | None, BlockSums | No
     return _sums_of(wrapping.head), _sums_of(wrapping.tail)
 
 
-def _without_gaps(parts: Sequence[_Span], num_bytes: int, *, is_ours: bool) -> Iterator[_Span]:
+def _without_gaps(parts: Sequence[Span], num_bytes: int, *, is_ours: bool) -> Iterator[Span]:
     at = 0
     for part in parts:
         if part.start > at:
@@ -218,10 +252,10 @@ def _without_gaps(parts: Sequence[_Span], num_bytes: int, *, is_ours: bool) -> I
         yield _padding(at, num_bytes, is_ours=is_ours)
 
 
-def _padding(start: int, end: int, *, is_ours: bool) -> _Span:
+def _padding(start: int, end: int, *, is_ours: bool) -> Span:
     """Zeros, where ray_ckpt wrote the file. It never leaves long gaps: who claims one may claim any length."""
     is_known = is_ours and end - start <= _MAX_PADDING_BYTES
-    return _Span(start, end, (), _PADDING, _sums_of(bytes(end - start)) if is_known else None)
+    return Span(start, end, (), _PADDING, _sums_of(bytes(end - start)) if is_known else None)
 
 
 def _sums_of(data: bytes) -> BlockSums:
@@ -229,8 +263,8 @@ def _sums_of(data: bytes) -> BlockSums:
 
 
 def _share_out(
-    parts: Mapping[str, Sequence[_Span]], zipped: Sequence[Archive], sizes: Mapping[str, int]
-) -> tuple[list[_Stretch | Archive], list[Damage]]:
+    parts: Mapping[str, Sequence[Span]], zipped: Sequence[Archive], sizes: Mapping[str, int]
+) -> tuple[list[Stretch | Archive], list[Damage]]:
     """Pieces of work, in which no byte is read twice; and what lies over something else, of which no save is guilty.
 
     Args:
@@ -240,7 +274,7 @@ def _share_out(
     of_file: dict[str, list[Archive]] = {}
     for archive in zipped:
         of_file.setdefault(archive.file, []).append(archive)
-    work: list[_Stretch | Archive] = []
+    work: list[Stretch | Archive] = []
     damages: list[Damage] = []
     for file, spans in parts.items():
         if file not in of_file:
@@ -269,102 +303,28 @@ def _apart(file: str, parts: Sequence[P]) -> tuple[list[P], list[Damage]]:
     return kept, damages
 
 
-def _stretches(file: str, parts: Sequence[_Span], num_bytes: int) -> Iterator[_Stretch]:
+def _stretches(file: str, parts: Sequence[Span], num_bytes: int) -> Iterator[Stretch]:
     """The parts that lie within the file as it is."""
-    taken: list[_Span] = []
+    taken: list[Span] = []
     for part in parts:
         if part.end > num_bytes or part.start == part.end:
             continue
         if taken and (part.start != taken[-1].end or part.end - taken[0].start > STRETCH_BYTES):
-            yield _Stretch(file, taken)
+            yield Stretch(file, taken)
             taken = []
         taken.append(part)
     if taken:
-        yield _Stretch(file, taken)
+        yield Stretch(file, taken)
 
 
-def _position(part: _Span | Archive) -> tuple[int, int]:
+def _position(part: Span | Archive) -> tuple[int, int]:
     return part.start, part.end
-
-
-# ------------------------------------------------------------------------------------------------------ reading it
-
-
-def _check(storage: Storage, part: _Stretch | Archive) -> list[Damage]:
-    return check_archive(storage, part) if isinstance(part, Archive) else _check_stretch(storage, part)
-
-
-def _check_stretch(storage: Storage, stretch: _Stretch) -> list[Damage]:
-    damages: list[Damage] = []
-    read: set[_Span] = set()
-    try:
-        with storage.open_input(stretch.file) as file:
-            window = _Window(file, stretch.parts[-1].end)
-            for part in stretch.parts:
-                found = window.sums(part)
-                read.add(part)
-                if part.sums is not None:
-                    damages += _differences(stretch.file, part, part.sums, found)
-    except StorageError as error:
-        if error.transient:
-            raise
-        for part in stretch.parts:
-            if part not in read:
-                damages += _damages(stretch.file, part, part.start, part.end, f"cannot be read: {error.cause}")
-    return damages
-
-
-class _Window:
-    """One buffer that slides over a file."""
-
-    def __init__(self, file: InputFile, end: int) -> None:
-        self._file = file
-        self._end = end
-        self._memory = memoryview(bytearray(PIECE_BYTES))
-        self._held = range(0)
-
-    def sums(self, part: _Span) -> BlockSums:
-        """Read a part, and hash it in the blocks that it was hashed in when it was saved."""
-        hasher = BlockHasher(PIECE_BYTES if part.sums is None else part.sums.block_bytes)
-        at = part.start
-        while at < part.end:
-            if at not in self._held:
-                size = min(PIECE_BYTES, self._end - at)
-                self._held = range(0)
-                self._file.read_into(at, self._memory[:size])
-                self._held = range(at, at + size)
-            until = min(part.end, self._held.stop)
-            if part.sums is not None:
-                hasher.update(self._memory[at - self._held.start : until - self._held.start])
-            at = until
-        return hasher.finish()
-
-
-def _differences(file: str, part: _Span, saved: BlockSums, found: BlockSums) -> Iterator[Damage]:
-    """One for each run of blocks that differ."""
-    if saved.sums == found.sums:
-        return
-    wrong = [block for block in range(len(saved)) if saved[block] != found[block]]
-    first = wrong[0]
-    for block, following in zip(wrong, [*wrong[1:], -1], strict=True):
-        if following != block + 1:
-            start = part.start + first * saved.block_bytes
-            end = min(part.start + (block + 1) * saved.block_bytes, part.end)
-            sums = f"checksum {found[first]:016x}, saved with {saved[first]:016x}"
-            yield from _damages(file, part, start, end, f"{part.what} differ: {sums}" if part.names else sums)
-            first = following
-
-
-def _damages(file: str, part: _Span, start: int, end: int, problem: str) -> Iterator[Damage]:
-    """One for each name that lives there."""
-    for name in part.names or ("",):
-        yield Damage(file, start, end, name, problem)
 
 
 # ------------------------------------------------------------------------------------- what a listing and records say
 
 
-def _misfits(manifest: Manifest, file: str, parts: Sequence[_Span], num_bytes: int | None) -> Iterator[Damage]:
+def _misfits(manifest: Manifest, file: str, parts: Sequence[Span], num_bytes: int | None) -> Iterator[Damage]:
     """A file that is missing, too short or too long, and what is lost with it."""
     saved = manifest.files[file]
     if num_bytes == saved or (num_bytes is not None and num_bytes > saved and not manifest.attempt):
@@ -373,7 +333,7 @@ def _misfits(manifest: Manifest, file: str, parts: Sequence[_Span], num_bytes: i
     yield Damage(file, 0, saved, "", problem)
     for part in parts:
         if part.end > (num_bytes or 0) and part.names and part.what == _ELEMENTS:
-            yield from _damages(file, part, part.start, part.end, problem)
+            yield from damages_of(file, part, part.start, part.end, problem)
 
 
 def _misquoted(storage: Storage, manifest: Manifest, sizes: Mapping[str, int]) -> Iterator[Damage]:

@@ -19,6 +19,7 @@ from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.manifest import MANIFEST_NAME, Manifest, ObjectEntry
 from ray_ckpt.format.torch_internals import ExtensionRegistry, narrow
 from ray_ckpt.gc_pause import collector_paused
+from ray_ckpt.progress import NOBODY, Meter
 from ray_ckpt.storage.chunk_sources import SavedChunk, load_whole, locate
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.foreign import recognize
@@ -98,14 +99,19 @@ class CheckpointReader:
         self.files, self.kind, self.notes = found.storage, found.kind, found.notes
         return found.manifest
 
-    def read_tensors(self, wanted: Sequence[Wanted]) -> None:
-        """Fill targets with boxes of saved chunks, in few requests."""
+    def read_tensors(self, wanted: Sequence[Wanted], meter: Meter = NOBODY) -> None:
+        """Fill targets with boxes of saved chunks, in few requests.
+
+        Args:
+            meter: counts the bytes that are read; of what must be decoded whole, when it has been.
+        """
         if not wanted:
             return
         storage, tuning = self.files, self._tuning
         with collector_paused():
             chunks = {position: item.saved for position, item in enumerate(wanted)}
             sources = locate(storage, chunks, tuning, verify=self.verify_checksums)
+        meter.expect(sum(item.saved.chunk.length for position, item in enumerate(wanted) if position not in sources))
         pieces: list[Piece] = []
         for position, (saved, box, target) in enumerate(wanted):
             if source := sources.get(position):
@@ -113,9 +119,10 @@ class CheckpointReader:
             else:
                 whole = load_whole(storage, saved, self.decoder, tuning)
                 target.copy_(narrow(whole, box.offsets, box.sizes))
+                meter.add(saved.chunk.length)
         members = long_members(pieces, tuning) if self.verify_checksums else []
         pieces += [member.descriptor for member in members if member.descriptor is not None]
-        fetch(storage, pieces, tuning)
+        fetch(storage, pieces, tuning, meter)
         check_members(members, tuning.threads)
 
     def read_values(self, entries: Mapping[str, ObjectEntry]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import torch
 from ray_ckpt.format.block_sums import BlockHasher, block_size
 from ray_ckpt.format.manifest import ObjectEntry, TensorColumns
 from ray_ckpt.format.torch_container import ALIGNMENT, container
+from ray_ckpt.progress import NOBODY
 from ray_ckpt.storage.files import OutputFile, Storage
 from ray_ckpt.storage.objects import INLINE_BLOB_BYTES, SavedObject
 from ray_ckpt.storage.staging import host_pieces
@@ -52,9 +53,14 @@ def pack_file(
     name: str,
     objects: Iterable[tuple[K, SavedObject]],
     tensors: Iterable[tuple[K, torch.Tensor]],
+    count: Callable[[int], None] = NOBODY.add,
 ) -> Packed[K]:
-    """Write one file. It is durable on return."""
-    return pack_pieces(storage, name, objects, host_pieces((entry, entry[1]) for entry in tensors))
+    """Write one file. It is durable on return.
+
+    Args:
+        count: called with the bytes of tensors that have been written, as often as some have.
+    """
+    return pack_pieces(storage, name, objects, host_pieces((entry, entry[1]) for entry in tensors), count)
 
 
 def pack_pieces(
@@ -62,15 +68,17 @@ def pack_pieces(
     name: str,
     objects: Iterable[tuple[K, SavedObject]],
     pieces: Iterable[tuple[tuple[K, torch.Tensor], memoryview]],
+    count: Callable[[int], None] = NOBODY.add,
 ) -> Packed[K]:
     """Write one file whose tensors come piece by piece, each one's bytes in row-major order. It is durable on return.
 
     Args:
         pieces: (key, tensor) and the bytes of a piece. All pieces of a tensor have the same pair, the same object. The
             tensor may be on the meta device: only its dtype and shape are used.
+        count: as for `pack_file`.
     """
     with storage.create(name) as file:
-        packer = _Packer[K](file)
+        packer = _Packer[K](file, count)
         entries = [(key, packer.add_object(saved)) for key, saved in objects]
         packer.add_pieces(pieces)
         packer.flush()
@@ -136,8 +144,9 @@ def write_in_threads(storage: Storage, writes: Sequence[Callable[[], T]], thread
 class _Packer(Generic[K]):
     """Appends containers to an open file."""
 
-    def __init__(self, file: OutputFile) -> None:
+    def __init__(self, file: OutputFile, count: Callable[[int], None]) -> None:
         self._file = file
+        self._count = count
         self._position = 0
         self._buffer = bytearray()
         self._objects: dict[bytes, int] = {}
@@ -182,6 +191,7 @@ class _Packer(Generic[K]):
             hasher.update(piece)
             self._checksum_s += time.perf_counter() - began
             self._append(piece)
+            self._count(len(piece))
         if opened is not None:
             self._finish_tensor(tail, hasher)
 

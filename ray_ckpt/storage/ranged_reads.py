@@ -29,6 +29,7 @@ from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.torch_container import DESCRIPTOR_BYTES, descriptor_crc
 from ray_ckpt.format.torch_internals import narrow
 from ray_ckpt.gc_pause import collector_paused
+from ray_ckpt.progress import NOBODY, Meter
 from ray_ckpt.rounding import round_up
 from ray_ckpt.storage.files import InputFile, Storage
 from ray_ckpt.storage.staging import bytes_of
@@ -130,8 +131,11 @@ class _Read(NamedTuple):
     """Memory that the bytes are read into; None for scratch."""
 
 
-def fetch(storage: Storage, pieces: Sequence[Piece], tuning: Tuning) -> None:
+def fetch(storage: Storage, pieces: Sequence[Piece], tuning: Tuning, meter: Meter = NOBODY) -> None:
     """Fill the targets of all pieces.
+
+    Args:
+        meter: counts the bytes that are read, with those around the wanted ones.
 
     Raises:
         IntegrityError: a block differs from its checksum.
@@ -139,7 +143,9 @@ def fetch(storage: Storage, pieces: Sequence[Piece], tuning: Tuning) -> None:
     """
     with collector_paused():
         reads = plan(pieces, tuning)
-    _run(storage, reads, min(tuning.threads, len(reads)), pinned=any(piece.target.is_cuda for piece in pieces))
+    meter.expect(sum(read.end - read.start for read in reads))
+    pinned = any(piece.target.is_cuda for piece in pieces)
+    _run(storage, reads, min(tuning.threads, len(reads)), meter, pinned=pinned)
 
 
 def plan(pieces: Iterable[Piece], tuning: Tuning) -> list[_Read]:
@@ -290,7 +296,7 @@ def _group(scattered: Sequence[_Range], tuning: Tuning) -> Iterator[_Read]:
 # ----------------------------------------------------------------------------------------------------- doing it
 
 
-def _run(storage: Storage, reads: Sequence[_Read], threads: int, *, pinned: bool) -> None:
+def _run(storage: Storage, reads: Sequence[_Read], threads: int, meter: Meter, *, pinned: bool) -> None:
     """Run all reads on a few threads; the first failure stops the others and is raised."""
     todo: queue.SimpleQueue[_Read] = queue.SimpleQueue()
     for read in reads:
@@ -305,6 +311,7 @@ def _run(storage: Storage, reads: Sequence[_Read], threads: int, *, pinned: bool
                     return
                 try:
                     worker.run(read)
+                    meter.add(read.end - read.start)
                 except BaseException:
                     _clear(todo)
                     raise

@@ -130,6 +130,24 @@ class CountedStorage(Storage):
         return super().perform(operation, name, action)
 
 
+class CountedReads(Storage):
+    """Counts the bytes that are read, on any thread."""
+
+    def __init__(self, target: str) -> None:
+        super().__init__(target)
+        self._sizes: list[int] = []
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(self._sizes)
+
+    def perform(self, operation: str, name: str, action: Callable[[], T]) -> T:
+        found = super().perform(operation, name, action)
+        if operation == "read":
+            self._sizes.append(found if isinstance(found, int) else len(found))  # type: ignore[arg-type]
+        return found
+
+
 class GatedStorage(Storage):
     """Waits before it creates a data file, until a gate is opened: as slow as a test needs it, and no slower."""
 

@@ -131,6 +131,7 @@ def train_and_save(options: Options, screen: Screen, uri: str) -> Saved:
                 overwrite=options.overwrite,
                 layout=str(options.source),
                 timeout_s=options.timeout_s,
+                progress=line.progress,
             )
             snapshots: list[Snapshot] = group.run(f"{RANKS}:take_snapshot", timeout_s=options.timeout_s)
             line.result = f"{format_bytes(report.total_bytes)} to {report.uri}"
@@ -141,7 +142,7 @@ def load_and_verify(options: Options, screen: Screen, group: WorkerGroup, saved:
     """Load the checkpoint in the second layout on a fresh group, and compare what arrived with what was saved."""
     with screen.phase("load", f"into {options.target} on {options.target.world_size} fresh workers") as line:
         group.run(f"{RANKS}:prepare", options.workload, options.target, timeout_s=options.timeout_s)
-        cluster.load(group, f"{RANKS}:state_of", saved.uri, timeout_s=options.timeout_s)
+        cluster.load(group, f"{RANKS}:state_of", saved.uri, timeout_s=options.timeout_s, progress=line.progress)
         line.result = f"{format_bytes(saved.checkpoint_bytes)} into {options.target}"
     with screen.phase("verify", "fingerprints of what was saved and of what was loaded") as line:
         loaded = group.run(f"{RANKS}:take_snapshot", timeout_s=options.timeout_s)

@@ -170,11 +170,12 @@ def _wanted(manifest: Manifest, name: str, box: Box) -> WantedTensor:
 def _run_tasks(prepared: Prepared, timeout_s: float, screen: Screen) -> dict[int, RankRecord]:
     files = prepared.files
     with screen.phase("rewrite", f"{len(files)} tasks, one per rank of {prepared.layout} that writes") as line:
+        sizes = {rank: file.num_bytes for rank, file in files.items()}
         done: list[int] = []
 
         def show(rank: int, record: RankRecord) -> None:
-            done.append(rank)
-            line.update(f"{len(done)} of {len(files)} ranks written")
+            done.append(sizes[rank])
+            line.progress(sum(done), sum(sizes.values()), f"{len(done)} of {len(files)} ranks written")
 
         records: dict[int, RankRecord] = run_tasks(
             WRITE_RANK,

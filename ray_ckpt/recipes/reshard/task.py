@@ -25,6 +25,11 @@ class RankFile:
     objects: Mapping[int, tuple[str, ObjectEntry]]
     tensors: Mapping[int, WantedTensor]
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of the tensors' elements."""
+        return sum(tensor.box.num_elements * itemsize(tensor.dtype) for tensor in self.tensors.values())
+
 
 def write_rank(source: Storage, target: Storage, of_rank: RankFile) -> RankRecord:
     """Copy what the rank holds, checked on the way, into a file of its own. A second run takes another name.

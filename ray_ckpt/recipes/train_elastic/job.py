@@ -293,7 +293,7 @@ def start(job: Run, group: WorkerGroup, layout: Layout) -> None:
     with job.screen.phase("start", "from the beginning" if latest is None else f"from step {latest}") as line:
         group.run(f"{RANKS}:start", job.options.workload, layout, latest is None)
         if latest is not None:
-            cluster.load(group, f"{RANKS}:state_of", job.store, step=latest)
+            cluster.load(group, f"{RANKS}:state_of", job.store, step=latest, progress=line.progress)
         progress.losses = group.run(f"{RANKS}:losses")[0]
         line.result = f"{layout} from step {progress.step}"
 
@@ -315,7 +315,8 @@ def train(job: Run, group: WorkerGroup, layout: Layout) -> None:
                     break
         if saved < progress.step:
             group.run(f"{RANKS}:begin_save", job.uri, progress.step, progress.step in progress.damaged)
-        group.run(f"{RANKS}:finish_save", stopper.left_s if stopper.asked else options.timeout_s)
+        patience_s = stopper.left_s if stopper.asked else options.timeout_s
+        group.run(f"{RANKS}:finish_save", patience_s, progress=line.progress)
         job.store.prune(keep_last(options.keep_last))
         line.result = f"step {progress.step} of {options.steps} committed"
 

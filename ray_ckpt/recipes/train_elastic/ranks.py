@@ -61,7 +61,9 @@ def begin_save(ctx: WorkerContext, store: str, step: int, overwrite: bool) -> No
     Args:
         overwrite: replace the step, which is there and damaged.
     """
-    ctx.objects["save"] = save(state_of(ctx), store, step=step, blocking=False, overwrite=overwrite)
+    # What it tells is asked for by the driver while `finish_save` waits.
+    handle = save(state_of(ctx), store, step=step, blocking=False, overwrite=overwrite, progress=ctx.progress)
+    ctx.objects["save"] = handle
 
 
 def finish_save(ctx: WorkerContext, timeout_s: float) -> None:

@@ -1,0 +1,208 @@
+"""Pieces of work of a check: consecutive bytes of one file, read once, hashed on the way, and counted if asked.
+
+check_parts ── threads ─┬─ Stretch    bytes with what is known of each, through one buffer per thread
+                        └─ Archive    another program's zip archive (archives.py)
+
+Needs no torch, unless elements are counted or there are archives: a task of a cluster begins with this alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ray_ckpt.errors import StorageError
+from ray_ckpt.format.block_sums import BlockHasher, BlockSums
+from ray_ckpt.progress import NOBODY, Meter
+from ray_ckpt.report import Damage, NonFinite
+from ray_ckpt.storage.files import InputFile, Storage
+
+if TYPE_CHECKING:
+    from ray_ckpt.storage.archives import Archive
+    from ray_ckpt.storage.nonfinite import Tally
+
+PIECE_BYTES = 4 << 20
+"""Size of a read, and of the one buffer that a thread holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Elements:
+    """Bytes `[start, end)` of a file that are elements of a tensor, in any order, whose NaN and Inf are counted."""
+
+    name: str
+    dtype: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Bytes `[start, end)` of a file and what is known of them."""
+
+    start: int
+    end: int
+    names: tuple[str, ...]
+    """Name of the tensor, or names of the objects that share these bytes."""
+    what: str
+    sums: BlockSums | None
+    """Checksums of the bytes; None when there is nothing to compare with."""
+    elements: Elements | None = None
+    """What of it is counted; None for nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Consecutive parts of one file."""
+
+    file: str
+    parts: Sequence[Span]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.parts[-1].end - self.parts[0].start
+
+
+@dataclass
+class Checked:
+    """What was found in pieces of work."""
+
+    damages: list[Damage] = field(default_factory=list)
+    nonfinite: dict[str, NonFinite] = field(default_factory=dict)
+    """Tensor -> its NaN and Inf, where it has some."""
+    uncounted: dict[str, str] = field(default_factory=dict)
+    """Tensor -> why its elements cannot be counted."""
+
+    def add(self, other: Checked) -> None:
+        """Take in what was found elsewhere."""
+        self.damages += other.damages
+        self.uncounted |= other.uncounted
+        for name, found in other.nonfinite.items():
+            self.nonfinite[name] = self.nonfinite.get(name, NonFinite(0, 0)) + found
+
+    def count(self, name: str, found: NonFinite) -> None:
+        """Note the NaN and Inf of a part of a tensor."""
+        if found.num_nan or found.num_inf:
+            self.nonfinite[name] = self.nonfinite.get(name, NonFinite(0, 0)) + found
+
+
+def check_parts(storage: Storage, parts: Sequence[Stretch | Archive], threads: int, meter: Meter = NOBODY) -> Checked:
+    """Read and check all of these.
+
+    Args:
+        threads: number of parts that are read at the same time.
+        meter: counts the bytes that are read.
+
+    Raises:
+        StorageError: the storage does not answer.
+    """
+    checked = Checked()
+    with ThreadPoolExecutor(threads, thread_name_prefix="ray_ckpt-verify") as pool:
+        for found in pool.map(lambda part: _check(storage, part, meter), parts):
+            checked.add(found)
+    return checked
+
+
+def _check(storage: Storage, part: Stretch | Archive, meter: Meter) -> Checked:
+    with meter.part(part.num_bytes) as count:
+        if isinstance(part, Stretch):
+            return _check_stretch(storage, part, count)
+        from ray_ckpt.storage.archives import check_archive  # it loads torch
+
+        return check_archive(storage, part, count)
+
+
+def _check_stretch(storage: Storage, stretch: Stretch, count: Callable[[int], None]) -> Checked:
+    checked = Checked()
+    read: set[Span] = set()
+    try:
+        with storage.open_input(stretch.file) as file:
+            window = _Window(file, stretch.parts[-1].end, count)
+            for part in stretch.parts:
+                tally = new_tally(part.elements)
+                found = window.sums(part, tally)
+                read.add(part)
+                if part.sums is not None:
+                    checked.damages += _differences(stretch.file, part, part.sums, found)
+                if tally is not None and part.elements is not None:
+                    checked.count(part.elements.name, tally.found)
+    except StorageError as error:
+        if error.transient:
+            raise
+        for part in stretch.parts:
+            if part not in read:
+                checked.damages += damages_of(
+                    stretch.file, part, part.start, part.end, f"cannot be read: {error.cause}"
+                )
+    return checked
+
+
+def new_tally(elements: Elements | None) -> Tally | None:
+    """What counts the NaN and Inf of these elements; None where nothing is to be counted."""
+    if elements is None:
+        return None
+    from ray_ckpt.storage.nonfinite import Tally  # it loads torch
+
+    return Tally(elements.dtype)
+
+
+class _Window:
+    """One buffer that slides over a file."""
+
+    def __init__(self, file: InputFile, end: int, count: Callable[[int], None]) -> None:
+        self._file = file
+        self._end = end
+        self._count = count
+        self._memory = memoryview(bytearray(PIECE_BYTES))
+        self._held = range(0)
+
+    def sums(self, part: Span, tally: Tally | None) -> BlockSums:
+        """Read a part, and hash it in the blocks that it was hashed in when it was saved.
+
+        Args:
+            tally: counts its elements.
+        """
+        hasher = BlockHasher(PIECE_BYTES if part.sums is None else part.sums.block_bytes)
+        at = part.start
+        while at < part.end:
+            if at not in self._held:
+                size = min(PIECE_BYTES, self._end - at)
+                self._held = range(0)
+                self._file.read_into(at, self._memory[:size])
+                self._held = range(at, at + size)
+                self._count(size)
+            until = min(part.end, self._held.stop)
+            data = self._memory[at - self._held.start : until - self._held.start]
+            if part.sums is not None:
+                hasher.update(data)
+            if tally is not None and part.elements is not None:
+                tally.update(overlap(part.elements, at, data))
+            at = until
+        return hasher.finish()
+
+
+def overlap(elements: Elements, at: int, data: memoryview) -> memoryview:
+    """The part of these bytes, which begin at `at` in the file, that are such elements."""
+    return data[max(0, elements.start - at) : max(0, elements.end - at)]
+
+
+def _differences(file: str, part: Span, saved: BlockSums, found: BlockSums) -> Iterator[Damage]:
+    """One for each run of blocks that differ."""
+    if saved.sums == found.sums:
+        return
+    wrong = [block for block in range(len(saved)) if saved[block] != found[block]]
+    first = wrong[0]
+    for block, following in zip(wrong, [*wrong[1:], -1], strict=True):
+        if following != block + 1:
+            start = part.start + first * saved.block_bytes
+            end = min(part.start + (block + 1) * saved.block_bytes, part.end)
+            sums = f"checksum {found[first]:016x}, saved with {saved[first]:016x}"
+            yield from damages_of(file, part, start, end, f"{part.what} differ: {sums}" if part.names else sums)
+            first = following
+
+
+def damages_of(file: str, part: Span, start: int, end: int, problem: str) -> Iterator[Damage]:
+    """One for each name that lives there."""
+    for name in part.names or ("",):
+        yield Damage(file, start, end, name, problem)
