@@ -15,6 +15,8 @@ from tests.support.commands import assert_one_line
 
 TINY = ("--from", "single", "--to", "single", "--steps", "1", "--dim", "8", "--layers", "1")
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+JOB_ENDS_S = 180
+"""It takes 8 s on an idle machine."""
 RAY_ENDS_S = 90
 """Ray's own agents end by themselves, seen up to 50 s after their raylet."""
 
@@ -27,12 +29,12 @@ def sandbox() -> Iterator[Sandbox]:
         yield sandbox
 
 
-def run(sandbox: Sandbox, setting: str, **extra: str) -> Started:
+def run(sandbox: Sandbox, setting: str, options: tuple[str, ...] = TINY, **extra: str) -> Started:
     """Run the job from a shell that has set its surroundings up, with mounts of its own where it may make any."""
     alone = ("unshare", "--mount") if os.geteuid() == 0 else ()
     shell = (*alone, "sh", "-ec", f'{setting}\nexec "$@"', "sh")
-    started = sandbox.start(*shell, sys.executable, JOB, *TINY, PYTHONPATH=str(REPOSITORY), **extra)
-    started.wait(110)
+    started = sandbox.start(*shell, sys.executable, JOB, *options, PYTHONPATH=str(REPOSITORY), **extra)
+    started.wait(JOB_ENDS_S)
     return started
 
 
@@ -84,6 +86,18 @@ def test_a_directory_that_ray_cannot_use_is_told_in_one_line(sandbox: Sandbox, s
 
 
 PAIR = ("--from", "pp2", "--to", "fsdp2x2", "--steps", "1", "--dim", "64", "--layers", "2", "--cpus-per-worker", "0.5")
+
+
+@needs_root
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_temporary_directory_that_fills_up_is_told_in_one_line(sandbox: Sandbox) -> None:
+    """It holds the checkpoint, when no storage is given: there is room to begin, and none to end."""
+    job = run(sandbox, 'mount -t tmpfs -o size=512k x "$TMPDIR"', options=(*TINY, "--dim", "300"))
+    assert job.process.returncode == 1, job.stdout + job.stderr
+    assert_one_line(job.stderr, "No space left on device")
+    assert "error: rank 0 on " in job.stderr
+    wait_until(lambda: not sandbox.processes(), RAY_ENDS_S, sandbox.processes)
 
 
 @pytest.mark.slow
