@@ -302,6 +302,13 @@ def test_a_named_value_is_refused_where_its_class_is_another_now(monkeypatch: py
         sealing.unpack("name.point", packed)
 
 
+def test_tensors_as_keys_are_refused() -> None:
+    with pytest.raises(
+        UsageError, match=r"'name\.moments' has tensors for keys, by which nothing is found after a load"
+    ):
+        sealing.pack("name", {"moments": {torch.ones(1): 1}})
+
+
 def test_tensors_within_lists_are_packed_as_tensors() -> None:
     tensors = [torch.arange(3), torch.ones(2)]
     packed = sealing.pack("name", {"a": tensors, "b": tensors[0]})

@@ -172,3 +172,43 @@ def test_state_on_some_ranks_only_is_refused_with_the_ranks(tmp_path: Path) -> N
         assert "ranks 0 hold parts of it, ranks 1 none" in refused
         assert "give the parameter a gradient on every rank before the step (zeros will do)" in refused
         assert saved == "saved"
+
+
+def step_without_elements(rank: int, directory: str) -> list[Any]:
+    """Rank 1 has no row of the last weight, and no state of it. What a fresh optimizer, and one process, get."""
+    model, optimizer = sharded(0, torch.optim.Adam)
+    give_gradients(model, alike=True)
+    if rank == 1:
+        model[1].weight.grad = None
+    optimizer.step()
+    ray_ckpt.save(TrainState(model, optimizer), f"{directory}/empty")
+    target, fresh = sharded(1, torch.optim.Adam)
+    report = ray_ckpt.load(TrainState(target, fresh), f"{directory}/empty")
+    moments = [each.state[layers[1].weight] for each, layers in ((optimizer, model), (fresh, target))]
+    return [report.missing, rank == 1 or sealing.is_same(*moments), fresh.state[target[1].weight]["exp_avg"].shape]
+
+
+def test_a_rank_without_elements_of_a_parameter_need_not_have_state_of_it(tmp_path: Path) -> None:
+    assert run_ranks(step_without_elements, 2, tmp_path, str(tmp_path)) == [[(), True, torch.Size([1, 7])]] * 2
+    model = nn.Sequential(nn.Linear(6, 7), nn.Linear(7, 1))
+    fresh = torch.optim.Adam(model.parameters())
+    assert ray_ckpt.load(TrainState(model, fresh), tmp_path / "empty").missing == ()
+    assert set(fresh.state[model[1].weight]) == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def step_unalike(rank: int, directory: str) -> str:
+    model, optimizer = sharded(0, torch.optim.Adam)
+    for turn in range(2):
+        give_gradients(model, alike=True)
+        if turn == rank == 1:
+            model[0].weight.grad = None
+        optimizer.step()
+    with pytest.raises(CommitError) as e:
+        ray_ckpt.save(TrainState(model, optimizer), f"{directory}/unalike")
+    return str(e.value)
+
+
+def test_another_number_of_steps_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    for text in run_ranks(step_unalike, 2, tmp_path, str(tmp_path)):
+        assert "'optim.state.0.weight.step' on ranks 0 and 1" in text or "step' on ranks 1 and 0" in text
+        assert "give the parameter one on every rank before each step (zeros will do)" in text

@@ -6,7 +6,7 @@ import logging
 import operator
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -326,9 +326,19 @@ def _check_replicas(
     if conflicts:
         raise CommitError(
             "refusing to commit: ranks hold different things under one name, of which only one would survive: "
-            f"{listed(conflicts)}; give them different names, or make the ranks agree"
+            f"{listed(conflicts)}; give them different names, or make the ranks agree{_stepped_alike(conflicts)}"
         )
     return tuple(sorted(buffers))
+
+
+def _stepped_alike(conflicts: Iterable[str]) -> str:
+    """What makes the optimizers of ranks differ, where it is a number of steps."""
+    if not any(conflict.startswith("'optim.state.") and ".step' on" in conflict for conflict in conflicts):
+        return ""
+    return (
+        ". An optimizer counts no step of a parameter without a gradient: give the parameter one on every rank before "
+        "each step (zeros will do)"
+    )
 
 
 def _chunks(file: FileRecord, items: Sequence[Item]) -> Iterator[tuple[Item, Chunk]]:

@@ -86,7 +86,9 @@ class NamedOptimizers:
                 for member in group["params"]:
                     for name in names[member]:
                         leaves |= {f"{PARAM_GROUPS}.{name}.{key}": value for key, value in values.items()}
-                        leaves[f"{KINDS}.{name}"] = keys.get(name, (kind,))
+                        # A rank without elements of a parameter may have no state of it, and says nothing about it.
+                        if name not in owners or not owners[name].is_elsewhere:
+                            leaves[f"{KINDS}.{name}"] = keys.get(name, (kind,))
         return leaves
 
     def _owners(

@@ -124,7 +124,14 @@ def _seal(name: str, value: Any, tensors: list[torch.Tensor]) -> Any:
         tensors.append(value)
         return ("$tensor", len(tensors) - 1)
     if kind in DICTS:
-        pairs = [(_seal(name, key, tensors), _seal(f"{name}.{key}", item, tensors)) for key, item in value.items()]
+        of_keys: list[torch.Tensor] = []
+        keys = [_seal(name, key, of_keys) for key in value]
+        if of_keys:
+            raise UsageError(
+                f"{name!r} has tensors for keys, by which nothing is found after a load, as it makes others: use names"
+            )
+        items = [_seal(f"{name}.{key}", item, tensors) for key, item in value.items()]
+        pairs = list(zip(keys, items, strict=True))
         return (DICTS[kind], tuple(pairs))
     if kind in _SEQUENCES:
         items = list(_seal_items(name, value, tensors))

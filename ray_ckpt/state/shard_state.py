@@ -51,6 +51,11 @@ class Owner:
         )
 
     @property
+    def is_elsewhere(self) -> bool:
+        """Whether all elements are other ranks'."""
+        return isinstance(self.tensor, DTensor) and not local_tensor(self.tensor).numel() and self.tensor.numel() > 0
+
+    @property
     def box(self) -> str:
         """The part of the parameter that this rank holds, such as `0:4,0:8`."""
         if not isinstance(self.tensor, DTensor):
