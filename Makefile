@@ -45,6 +45,7 @@ bench: .venv/.installed-dev
 	PYTHONPATH=. $(BIN)/python benchmarks/async_save.py
 	PYTHONPATH=. $(BIN)/python benchmarks/planning.py
 	PYTHONPATH=. $(BIN)/python benchmarks/fingerprints.py
+	PYTHONPATH=. $(BIN)/python benchmarks/exporting.py
 
 bench-async: .venv/.installed-dev
 	PYTHONPATH=. $(BIN)/python benchmarks/async_save.py $(ARGS)

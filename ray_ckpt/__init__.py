@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from ray_ckpt.checkpoint.verifying import verify
     from ray_ckpt.cluster.group import WorkerGroup
     from ray_ckpt.cluster.worker import WorkerContext
+    from ray_ckpt.conversion.exporting import export
+    from ray_ckpt.conversion.importing import convert
     from ray_ckpt.dcp.reader import ArrowStorageReader
     from ray_ckpt.dcp.writer import ArrowStorageWriter
     from ray_ckpt.format.fingerprint import Fingerprint
@@ -54,7 +56,16 @@ if TYPE_CHECKING:
     from ray_ckpt.pictures.contents import PageReport
     from ray_ckpt.pictures.page import write_report
     from ray_ckpt.protocol.save_handle import SaveHandle
-    from ray_ckpt.report import Damage, LoadReport, NonFinite, Phase, RemovalReport, SaveReport, VerifyReport
+    from ray_ckpt.report import (
+        ConversionReport,
+        Damage,
+        LoadReport,
+        NonFinite,
+        Phase,
+        RemovalReport,
+        SaveReport,
+        VerifyReport,
+    )
     from ray_ckpt.state.train_state import TrainState
     from ray_ckpt.storage.files import RetryPolicy, Storage
     from ray_ckpt.storage.retention import Policy, keep, keep_every, keep_last
@@ -69,6 +80,7 @@ __all__ = [
     "CheckpointNotFoundError",
     "CheckpointStore",
     "CommitError",
+    "ConversionReport",
     "Damage",
     "DiffReport",
     "Fingerprint",
@@ -107,7 +119,9 @@ __all__ = [
     "WorkerGroup",
     "__version__",
     "cluster",
+    "convert",
     "diff",
+    "export",
     "fingerprint",
     "inspect",
     "keep",
@@ -128,6 +142,7 @@ _HOMES = {
     "ArrowStorageWriter": "ray_ckpt.dcp.writer",
     "CheckpointContents": "ray_ckpt.inspection.contents",
     "CheckpointStore": "ray_ckpt.storage.store",
+    "ConversionReport": "ray_ckpt.report",
     "Damage": "ray_ckpt.report",
     "DiffReport": "ray_ckpt.inspection.differing",
     "Fingerprint": "ray_ckpt.format.fingerprint",
@@ -152,7 +167,9 @@ _HOMES = {
     "WorkerContext": "ray_ckpt.cluster.worker",
     "WorkerGroup": "ray_ckpt.cluster.group",
     "cluster": "ray_ckpt",
+    "convert": "ray_ckpt.conversion.importing",
     "diff": "ray_ckpt.inspection.differing",
+    "export": "ray_ckpt.conversion.exporting",
     "fingerprint": "ray_ckpt.format.fingerprinting",
     "inspect": "ray_ckpt.inspection.contents",
     "keep": "ray_ckpt.storage.retention",

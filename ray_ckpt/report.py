@@ -258,3 +258,35 @@ class VerifyReport:
             notes=tuple(dict.fromkeys(note for share in shares for note in share.notes)),
             nonfinite=nonfinite if counted else None,
         )
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What `export` and `convert` return: what lies in the target, read back and found equal to the source.
+
+    Example:
+        >>> import torch
+        >>> from ray_ckpt import export, save
+        >>> report = save({"model": {"weight": torch.ones(3)}}, "run/step-1")
+        >>> export("run/step-1", "weights", to="safetensors").files
+        ('model.safetensors',)
+    """
+
+    uri: str
+    """The target, without credentials and options."""
+    source: str
+    """The source, without credentials and options."""
+    files: tuple[str, ...]
+    """Names of the files with tensors."""
+    num_tensors: int
+    """Number of tensors in them."""
+    total_bytes: int
+    """Size of these files together."""
+    cast: tuple[str, ...]
+    """Names of the tensors that were converted to another dtype, as the target has them."""
+    kept: tuple[str, ...]
+    """Files that an attempt before this one had finished, and that were not written again."""
+    left_out: tuple[str, ...]
+    """What of the source is not in the target, and why."""
+    seconds: float
+    """Time from reading the source's record to the last check."""

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["count", "format_bytes"]
+import re
+
+__all__ = ["count", "format_bytes", "parse_bytes"]
+
+_UNITS = {"": 1, **{f"{prefix}B": 1000**n for n, prefix in enumerate(["", "K", "M", "G", "T"])}}
+_UNITS |= {f"{prefix}IB": 1024**n for n, prefix in enumerate(["K", "M", "G", "T"], start=1)}
 
 
 def format_bytes(count: float) -> str:
@@ -17,3 +22,15 @@ def format_bytes(count: float) -> str:
 def count(number: int) -> str:
     """`1 234 567`, as text."""
     return f"{number:,}".replace(",", " ")
+
+
+def parse_bytes(text: str) -> int:
+    """A number of bytes: `5GB` is 5 * 10^9, `5GiB` is 5 * 2^30.
+
+    Raises:
+        ValueError: it is none.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in _UNITS:
+        raise ValueError(f"{text!r} is no size: give bytes, or a number with KB, MB, GB, TB, KiB, MiB, GiB or TiB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])

@@ -23,11 +23,12 @@ import torch
 
 import ray_ckpt
 from ray_ckpt import (
-    ArrowStorageReader, ArrowStorageWriter, CheckpointContents, CheckpointStore, Damage, DiffReport, Fingerprint,
-    Layout, LoadReport, Manifest, NonFinite, PageReport, Phase, Policy, RemovalReport, RetryPolicy, SaveHandle,
-    SaveReport, Saved, Storage, StoreListing, TensorDifference, TensorStatistics, TrainState, VerifyReport,
-    WorkerContext, WorkerError, WorkerGroup, cluster, diff, fingerprint, inspect, keep, keep_every, keep_last,
-    list_steps, load, resume, save, scan_nonfinite, tensor_statistics, verify, write_report,
+    ArrowStorageReader, ArrowStorageWriter, CheckpointContents, CheckpointStore, ConversionReport, Damage,
+    DiffReport, Fingerprint, Layout, LoadReport, Manifest, NonFinite, PageReport, Phase, Policy, RemovalReport,
+    RetryPolicy, SaveHandle, SaveReport, Saved, Storage, StoreListing, TensorDifference, TensorStatistics,
+    TrainState, VerifyReport, WorkerContext, WorkerError, WorkerGroup, cluster, convert, diff, export, fingerprint,
+    inspect, keep, keep_every, keep_last, list_steps, load, resume, save, scan_nonfinite, tensor_statistics, verify,
+    write_report,
 )
 
 
@@ -66,6 +67,11 @@ def look() -> None:
     print(page.reshard.flows, phases)
     print(listing.latest, contents.kind, numbers.mean, nonfinite, differences)
     load({"gate": torch.ones(2)}, "run", 1, key_map={"gate": Saved("gate_up").narrow(0, 0, 2)})
+
+
+def move() -> None:
+    weights: ConversionReport = export("run", "weights", to="safetensors", dtype="bf16", rename=[("^a", "b")])
+    print(weights.files, convert("weights", "run", target_step=3).left_out)
 
 
 def drive() -> None:

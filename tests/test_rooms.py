@@ -32,6 +32,7 @@ FLOORS = {
     "checkpoint": 4,
     "cluster": 4,
     "dcp": 4,
+    "conversion": 5,
     "pictures": 5,
     "recipes": 6,
     "__init__": 7,

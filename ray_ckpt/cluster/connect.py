@@ -76,6 +76,20 @@ def connect(address: str | None = None, *, num_cpus: int = 1, verbose: bool = Fa
 
 
 @contextmanager
+def connected(address: str | None = None) -> Iterator[None]:
+    """As `connect`, for whoever may be connected already: then nothing is done.
+
+    Raises:
+        UsageError: as `connect`.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    with connect(address):
+        yield
+
+
+@contextmanager
 def _local_ray(num_cpus: int, options: dict[str, Any]) -> Iterator[None]:
     options |= {
         "num_cpus": max(num_cpus, os.cpu_count() or 1),

@@ -29,7 +29,16 @@ from ray_ckpt.format.torch_internals import StorageInfo
 from ray_ckpt.gc_pause import collector_paused
 from ray_ckpt.text import quoted
 
-__all__ = ["METADATA_NAME", "dumps", "is_ours", "loads", "names_in_order", "to_manifest", "to_metadata"]
+__all__ = [
+    "METADATA_NAME",
+    "dumps",
+    "dumps_as_stock",
+    "is_ours",
+    "loads",
+    "names_in_order",
+    "to_manifest",
+    "to_metadata",
+]
 
 _SIGNATURE = "ray_ckpt"
 """Stands in `StorageMeta.modules` of the `.metadata` files that we write."""
@@ -62,6 +71,14 @@ def dumps(manifest: Manifest) -> bytes:
     """The `.metadata` that lets stock DCP read what the manifest describes."""
     with collector_paused():
         return pickle.dumps(_to_stock(manifest))
+
+
+def dumps_as_stock(manifest: Manifest) -> bytes:
+    """As `dumps`, for a directory that is stock DCP's alone: nobody looks for a manifest beside it."""
+    with collector_paused():
+        metadata = _to_stock(manifest)
+        metadata.storage_meta = dcp.StorageMeta()
+        return pickle.dumps(metadata)
 
 
 def _to_stock(manifest: Manifest) -> dcp.Metadata:

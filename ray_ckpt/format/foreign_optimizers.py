@@ -14,16 +14,27 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray_ckpt.errors import FormatError, StateMismatchError
-from ray_ckpt.format.manifest import Manifest
+from ray_ckpt.format.manifest import IMPORTED_FROM, Manifest
 from ray_ckpt.format.safetensors import SUFFIX
 from ray_ckpt.format.spelling import Spelling, prefixes_of, spell
 from ray_ckpt.format.wanted_names import Names
 from ray_ckpt.text import listed, quoted
 
-__all__ = ["MEMBERS", "Members", "Optimizer", "find_optimizers", "group_lists"]
+__all__ = [
+    "MEMBERS",
+    "SORTED_NAMES",
+    "Members",
+    "Optimizer",
+    "find_optimizers",
+    "group_lists",
+    "has_sorted_names",
+]
 
 _OPTIMIZER = re.compile(r"(.+?\.)??param_groups\.")
 _LIST = re.compile(r"(.+?\.)??param_groups\.([0-9]{1,9})\.(params|param_names)")
+SORTED_NAMES = "names are sorted"
+"""Part of `Manifest.saved_by[IMPORTED_FROM]` where the checkpoint that was imported has its names by the alphabet."""
+
 MEMBERS = (".params", ".param_names")
 """Last components of the names of objects that say which parameters a group has."""
 
@@ -61,6 +72,11 @@ class Optimizer:
     def below(self, part: str, manifest: Manifest) -> Iterable[str]:
         start = f"{self.prefix}{part}."
         return (name.removeprefix(start) for name in (*manifest.tensors, *manifest.objects) if name.startswith(start))
+
+
+def has_sorted_names(manifest: Manifest) -> bool:
+    """Whether a file of the checkpoint keeps names by the alphabet, so that their order tells nothing."""
+    return any(chunk.file.endswith(SUFFIX) for entry in manifest.tensors.values() for chunk in entry.chunks)
 
 
 def group_lists(manifest: Manifest) -> list[str]:
@@ -202,9 +218,10 @@ def _order(
         return ()
     if wanted.is_order_known:
         return wanted.parameters
+    is_sorted = SORTED_NAMES in manifest.saved_by.get(IMPORTED_FROM, "")
     place: dict[str, int] = {}
     for number, (name, entry) in enumerate(manifest.tensors.items()):
-        if name in model.wanted and not any(chunk.file.endswith(SUFFIX) for chunk in entry.chunks):
+        if name in model.wanted and not is_sorted and not any(chunk.file.endswith(SUFFIX) for chunk in entry.chunks):
             place.setdefault(wanted.aliases.get(model.wanted[name], model.wanted[name]), number)
     if not place.keys() >= set(wanted.parameters):
         return ()

@@ -46,6 +46,7 @@ from ray_ckpt.rounding import ceil_div
 from ray_ckpt.text import quoted
 
 __all__ = [
+    "IMPORTED_FROM",
     "MANIFEST_NAME",
     "VERSION",
     "Chunk",
@@ -64,6 +65,9 @@ MANIFEST_NAME = "manifest.json"
 
 VERSION = 2
 """Raised when an older reader would misread what is written; readers accept every version up to their own."""
+
+IMPORTED_FROM = "imported_from"
+"""Key of `saved_by`: what kind of checkpoint of another program's one of ours was made of. Its names are that one's."""
 
 _SEALED_SINCE = 2
 """Records of this version and later carry a digest."""
@@ -105,6 +109,11 @@ class Manifest:
     """XXH3-128 of the `.metadata` of the checkpoint that this one has replaced; None when it replaced none."""
     has_digest: bool = field(default=True, compare=False)
     """Whether the record that this was read from carries a digest of itself. Those of version 1 do not."""
+
+    @property
+    def has_own_names(self) -> bool:
+        """Whether a save of ours chose the names, rather than another program."""
+        return bool(self.attempt) and IMPORTED_FROM not in self.saved_by
 
     @property
     def total_bytes(self) -> int:

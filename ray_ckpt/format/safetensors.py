@@ -18,11 +18,12 @@ Source of the format: https://huggingface.co/docs/safetensors, and `safetensors/
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ray_ckpt.errors import FormatError
+from ray_ckpt.errors import FormatError, UsageError
 from ray_ckpt.format import limits
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.manifest import Chunk, Manifest, TensorEntry, check_file_name, itemsize
@@ -34,7 +35,9 @@ __all__ = [
     "SUFFIX",
     "Header",
     "combine",
+    "header",
     "header_length",
+    "index",
     "parse_header",
     "parse_index",
 ]
@@ -43,6 +46,8 @@ SUFFIX = ".safetensors"
 
 INDEX_SUFFIX = ".safetensors.index.json"
 """Suffix of the name of the index of a checkpoint of several files."""
+
+_METADATA = "__metadata__"
 
 _SHARDING_INFO = "DCP_SHARDING_INFO"
 
@@ -68,6 +73,12 @@ _DTYPES = {
     "F8_E5M2": "float8_e5m2",
     "F8_E8M0": "float8_e8m0fnu",
 }
+
+
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+_ALIGNMENT = 8
+"""Headers are padded with spaces, so that the data begin at a multiple of this."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +113,7 @@ def parse_header(header: bytes, file: str, file_bytes: int) -> Header:
         FormatError: the header is damaged, a dtype is not known, or tensors overlap or lie outside the file.
     """
     data = _parse_json(header, file)
-    offsets = _shard_offsets(data.pop("__metadata__", None), file)
+    offsets = _shard_offsets(data.pop(_METADATA, None), file)
     data_start = LENGTH_BYTES + len(header)
     tensors = {name: _parse_tensor(name, entry, file, data_start) for name, entry in data.items()}
     if offsets is not None:
@@ -122,6 +133,40 @@ def parse_header(header: bytes, file: str, file_bytes: int) -> Header:
             f"{file} has {file_bytes} bytes, its header describes {end}; the file is truncated or damaged"
         )
     return Header(tensors, file_bytes, offsets is not None)
+
+
+def header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> bytes:
+    """The beginning of a file that holds these tensors one after the other, as programs that use torch write it.
+
+    Args:
+        tensors: name, dtype and shape of each, in the order of their bytes.
+
+    Raises:
+        UsageError: the format has no such dtype or name.
+    """
+    entries: dict[str, Any] = {_METADATA: {"format": "pt"}}
+    end = 0
+    for name, dtype, shape in tensors:
+        if dtype not in _NAMES:
+            raise UsageError(f"{quoted(name)} is {dtype}, which safetensors files cannot hold: choose another dtype")
+        if name == _METADATA:
+            raise UsageError(f"a tensor in a safetensors file cannot be called {name}: rename it")
+        start, end = end, end + math.prod(shape) * itemsize(dtype)
+        entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text
+
+
+def index(files: Mapping[str, str], total_bytes: int) -> bytes:
+    """The index of several files.
+
+    Args:
+        files: tensor -> name of the file that holds it.
+        total_bytes: size of all tensors.
+    """
+    data = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(files.items()))}
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def parse_index(text: bytes, name: str) -> dict[str, str]:

@@ -44,13 +44,16 @@ __all__ = [
     "ALIGNMENT",
     "DESCRIPTOR_BYTES",
     "HEAD_BYTES",
+    "Archive",
     "Container",
+    "StoredElsewhere",
     "StoredTensor",
     "container",
     "descriptor_crc",
     "dtype_name",
     "find_data",
     "parse_dtype",
+    "pickled",
 ]
 
 ALIGNMENT = 64
@@ -130,21 +133,21 @@ def container(dtype: torch.dtype, shape: tuple[int, ...]) -> Container:
     data_bytes = dtype.itemsize
     for size in shape:
         data_bytes *= size
-    archive = _Archive()
+    archive = Archive()
     archive.add("data.pkl", _pickle_tensor(dtype, shape))
     archive.add(".format_version", b"1")
     archive.add(".storage_alignment", str(ALIGNMENT).encode())
     archive.add("byteorder", b"little")
     archive.reserve("data/0", data_bytes)
     head = archive.take()
-    archive.add_descriptor(0, data_bytes)
+    archive.close_reserved(0)
     archive.add("version", b"3\n")
     archive.add(".data/serialization_id", b"0" * 40)
     archive.finish()
     return Container(head, archive.take(), data_bytes)
 
 
-class _Archive:
+class Archive:
     """A zip archive in the making: uncompressed members, sizes behind the data, each one's data aligned."""
 
     def __init__(self) -> None:
@@ -152,6 +155,7 @@ class _Archive:
         self._position = 0
         self._directory = bytearray()
         self._num_members = 0
+        self._reserved: tuple[bytes, int, int] | None = None
 
     def take(self) -> bytes:
         """What was appended since the last call."""
@@ -159,17 +163,20 @@ class _Archive:
         return taken
 
     def add(self, name: str, data: bytes) -> None:
-        crc = binascii.crc32(data)
-        self._append_header(name, len(data), crc)
+        self._append_header(name, len(data))
         self._append(data)
-        self.add_descriptor(crc, len(data))
+        self.close_reserved(binascii.crc32(data))
 
     def reserve(self, name: str, size: int) -> None:
-        """Append a member's header; its bytes and descriptor follow from elsewhere."""
-        self._append_header(name, size, 0)
+        """Append a member's header. Its bytes follow from elsewhere, and then `close_reserved`."""
+        self._append_header(name, size)
         self._position += size
 
-    def add_descriptor(self, crc: int, size: int) -> None:
+    def close_reserved(self, crc: int) -> None:
+        """Append what stands behind the bytes of the member that was begun last."""
+        assert self._reserved is not None, "a member comes first"
+        path, start, size = self._reserved
+        self._append_directory(path, start, size, crc)
         if not size:
             return  # an empty member has none, see `_flags`
         layout = _DESCRIPTOR if size < _UINT32 else _DESCRIPTOR64
@@ -182,7 +189,7 @@ class _Archive:
         self._append(_LOCATOR64.pack(b"PK\6\7", 0, start + length, 1))
         self._append(_END.pack(b"PK\5\6", 0, 0, count, count, length, min(start, _UINT32), 0))
 
-    def _append_header(self, name: str, size: int, crc: int) -> None:
+    def _append_header(self, name: str, size: int) -> None:
         path = f"archive/{name}".encode()
         start = self._position
         zip64 = _zip64_extra([size, size] if size >= _UINT32 else [])
@@ -193,7 +200,7 @@ class _Archive:
         self._append(
             _LOCAL.pack(b"PK\3\4", 0, _flags(size), 0, 0, 0, 0, stated, stated, len(path), len(extra)) + path + extra
         )
-        self._append_directory(path, start, size, crc)
+        self._reserved = path, start, size
 
     def _append_directory(self, path: bytes, start: int, size: int, crc: int) -> None:
         """Central directory record; values past 32 bits move to the zip64 extra field."""
@@ -234,45 +241,62 @@ def _zip64_extra(numbers: list[int]) -> bytes:
     return struct.pack(f"<HH{len(numbers)}Q", 1, 8 * len(numbers), *numbers) if numbers else b""
 
 
-class _Tensor:
-    """Stands for the tensor in `_TensorPickler`."""
+@dataclass(frozen=True)
+class StoredElsewhere:
+    """Stands for a contiguous tensor on the CPU whose elements are the member `data/<key>`, in `pickled`."""
 
-    def __init__(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-        self.dtype = dtype
-        self.shape = shape
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    key: str
 
 
+@dataclass(frozen=True)
 class _Storage:
     """Stands for the tensor's storage in `_TensorPickler`."""
 
+    persistent_id: tuple[Any, ...]
+
 
 class _TensorPickler(pickle.Pickler):
-    """Writes what `torch.save` writes for a contiguous CPU tensor, without the tensor."""
+    """Writes what `torch.save` writes for contiguous CPU tensors, without the tensors."""
 
     def reducer_override(self, obj: object) -> Any:
-        if not isinstance(obj, _Tensor):
+        if not isinstance(obj, StoredElsewhere):
             return NotImplemented
         numel = 1
         for size in obj.shape:
             numel *= size
         storage_class = STORAGE_TYPES.get(obj.dtype)
-        self._storage_id = (
-            ("storage", getattr(torch, storage_class), "0", "cpu", numel)
+        storage = _Storage(
+            ("storage", getattr(torch, storage_class), obj.key, "cpu", numel)
             if storage_class
-            else ("storage", torch.UntypedStorage, "0", "cpu", numel * obj.dtype.itemsize)
+            else ("storage", torch.UntypedStorage, obj.key, "cpu", numel * obj.dtype.itemsize)
         )
-        common: tuple[Any, ...] = (_Storage(), 0, obj.shape, contiguous_strides(obj.shape), False, OrderedDict())
+        common: tuple[Any, ...] = (storage, 0, obj.shape, contiguous_strides(obj.shape), False, OrderedDict())
         if storage_class:
             return rebuild_tensor_v2, common
         return rebuild_tensor_v3, (*common, obj.dtype)
 
     def persistent_id(self, obj: object) -> Any:
-        return self._storage_id if isinstance(obj, _Storage) else None
+        return obj.persistent_id if isinstance(obj, _Storage) else None
 
 
 def _pickle_tensor(dtype: torch.dtype, shape: tuple[int, ...]) -> bytes:
     stream = io.BytesIO()
-    _TensorPickler(stream, protocol=2).dump(_Tensor(dtype, shape))
+    _TensorPickler(stream, protocol=2).dump(StoredElsewhere(dtype, shape, "0"))
+    return stream.getvalue()
+
+
+def pickled(state: object) -> bytes:
+    """The pickle of a file by `torch.save`. Equal states have equal bytes.
+
+    Args:
+        state: dicts and lists of plain values, with `StoredElsewhere` for each tensor.
+    """
+    stream = io.BytesIO()
+    pickler = _TensorPickler(stream, protocol=2)
+    pickler.fast = True  # no references to what was written before, which depend on what is one object by chance
+    pickler.dump(state)
     return stream.getvalue()
 
 

@@ -25,15 +25,23 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ray_ckpt.errors import FormatError
-from ray_ckpt.format.foreign_optimizers import MEMBERS, Members, Optimizer, find_optimizers, group_lists
+from ray_ckpt.format.foreign_optimizers import (
+    MEMBERS,
+    SORTED_NAMES,
+    Members,
+    Optimizer,
+    find_optimizers,
+    group_lists,
+    has_sorted_names,
+)
 from ray_ckpt.format.foreign_sections import section_of, wanted_schedulers
-from ray_ckpt.format.manifest import Manifest, ObjectEntry, Path, TensorEntry
+from ray_ckpt.format.manifest import IMPORTED_FROM, Manifest, ObjectEntry, Path, TensorEntry
 from ray_ckpt.format.nested_state import seal_lists
 from ray_ckpt.format.spelling import Spelling, spell
 from ray_ckpt.format.wanted_names import Names
 from ray_ckpt.text import listed, quoted
 
-__all__ = ["HYPERPARAMETERS", "Translation", "group_lists", "may_be_foreign", "translate"]
+__all__ = ["HYPERPARAMETERS", "Translation", "group_lists", "may_be_foreign", "origin_of", "translate"]
 
 MODEL, OPTIM = "model", "optim"
 """Sections that our names begin with."""
@@ -63,10 +71,24 @@ class Translation:
     """What lies beside model and optimizer that the state does not want, or that has no name of ours."""
 
 
+def origin_of(manifest: Manifest, kind: str) -> dict[str, str]:
+    """What `Manifest.saved_by` says, beside versions, of a copy of this checkpoint: that its names are another
+    program's, if they are.
+
+    Args:
+        kind: of the checkpoint, in words.
+    """
+    if manifest.has_own_names:
+        return {}
+    if manifest.attempt:
+        return {IMPORTED_FROM: manifest.saved_by[IMPORTED_FROM]}
+    return {IMPORTED_FROM: kind + (f", {SORTED_NAMES}" if has_sorted_names(manifest) else "")}
+
+
 def may_be_foreign(manifest: Manifest) -> bool:
     """Whether names may need a translation: another program wrote the checkpoint, or its names are not all ours."""
     return (
-        not manifest.attempt
+        not manifest.has_own_names
         or bool(group_lists(manifest))
         or not any(name.startswith(f"{MODEL}.") for name in manifest.tensors)
         or any(not name.startswith(HYPERPARAMETERS) and _HYPERPARAMETER.match(name) for name in manifest.objects)
@@ -83,7 +105,7 @@ def translate(manifest: Manifest, lists: Mapping[str, Any], names: Names) -> Tra
         StateMismatchError: the optimizer's state cannot be told apart by parameter, or lacks parameters.
         FormatError: the groups contradict each other.
     """
-    if manifest.attempt and not lists and _is_ours(manifest, names):
+    if manifest.has_own_names and not lists and _is_ours(manifest, names):
         return Translation(manifest)
     optimizers = find_optimizers(manifest, lists)
     of_optimizers = tuple(optimizer.prefix for optimizer in optimizers if optimizer.prefix)
@@ -101,7 +123,7 @@ def translate(manifest: Manifest, lists: Mapping[str, Any], names: Names) -> Tra
         renamed.rename_optimizer(manifest, optimizer, members, keep_hyperparameters=not reason)
     if not is_optimizer_alone:
         renamed.rename_model(manifest, model, names.aliases, of_optimizers)
-    left_out = renamed.rename_sides(manifest, names.others) if not manifest.attempt else []
+    left_out = [] if manifest.has_own_names else renamed.rename_sides(manifest, names.others)
     if renamed.twice:
         left_out.append(f"tied weights are taken from their other name, not from {listed(renamed.twice)}")
     return Translation(_without_aliases(renamed.manifest(manifest), names.model), "; ".join(lost), left_out)

@@ -59,7 +59,7 @@ def key_map(model: PreTrainedModel, target: str | os.PathLike[str] | Storage) ->
 def _names(target: str | os.PathLike[str] | Storage) -> Iterable[str]:
     """Names of the model's tensors."""
     manifest = CheckpointReader(target).read_manifest()
-    is_ours = bool(manifest.attempt)
+    is_ours = manifest.has_own_names
     return [
         name.removeprefix(_SECTION) if is_ours else name
         for name in manifest.tensors

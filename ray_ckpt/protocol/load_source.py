@@ -81,7 +81,7 @@ class LoadSource:
         lists: dict[str, Any] = dict.fromkeys(translate.group_lists(self.manifest))
         self.read(lists)
         translation = translate.translate(self.manifest, lists, names)
-        self._is_adapted = not self.manifest.attempt
+        self._is_adapted = not self.manifest.has_own_names
         self.lost = translation.lost
         self.left_out = "; ".join([*self._reader.notes, *translation.left_out, *([self.lost] if self.lost else [])])
         self.manifest = translation.manifest

@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
@@ -19,7 +19,7 @@ from ray_ckpt.format.block_sums import BlockHasher, block_size
 from ray_ckpt.format.manifest import ObjectEntry, TensorColumns
 from ray_ckpt.format.torch_container import ALIGNMENT, container
 from ray_ckpt.progress import NOBODY
-from ray_ckpt.storage.files import OutputFile, Storage
+from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.objects import INLINE_BLOB_BYTES, SavedObject
 from ray_ckpt.storage.staging import host_pieces
 
@@ -34,6 +34,15 @@ _DIRECT_BYTES = 128 << 10
 
 K = TypeVar("K")
 T = TypeVar("T")
+
+
+class Sink(Protocol):
+    """A file that is being written."""
+
+    @property
+    def name(self) -> str: ...
+
+    def write(self, data: bytes | bytearray | memoryview) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -78,10 +87,20 @@ def pack_pieces(
         count: as for `pack_file`.
     """
     with storage.create(name) as file:
-        packer = _Packer[K](file, count)
-        entries = [(key, packer.add_object(saved)) for key, saved in objects]
-        packer.add_pieces(pieces)
-        packer.flush()
+        return pack_into(file, objects, pieces, count)
+
+
+def pack_into(
+    file: Sink,
+    objects: Iterable[tuple[K, SavedObject]],
+    pieces: Iterable[tuple[tuple[K, torch.Tensor], memoryview]],
+    count: Callable[[int], None] = NOBODY.add,
+) -> Packed[K]:
+    """As `pack_pieces`, into a file that the caller has opened, and closes."""
+    packer = _Packer[K](file, count)
+    entries = [(key, packer.add_object(saved)) for key, saved in objects]
+    packer.add_pieces(pieces)
+    packer.flush()
     return packer.packed(entries)
 
 
@@ -144,7 +163,7 @@ def write_in_threads(storage: Storage, writes: Sequence[Callable[[], T]], thread
 class _Packer(Generic[K]):
     """Appends containers to an open file."""
 
-    def __init__(self, file: OutputFile, count: Callable[[int], None]) -> None:
+    def __init__(self, file: Sink, count: Callable[[int], None]) -> None:
         self._file = file
         self._count = count
         self._position = 0

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 import pyarrow as pa
 
 from ray_ckpt.errors import FormatError, StorageError
-from ray_ckpt.storage.local_files import rename, sync_file
+from ray_ckpt.storage.local_files import sync_file
 
 if TYPE_CHECKING:
     from ray_ckpt.storage.files import Storage
@@ -119,17 +119,8 @@ class PreparedFile:
         return self._storage.retried(lambda: self._storage.perform("read", name, read))
 
     def _rename(self, temporary: str, *, replace: bool) -> None:
-        storage = self._storage
-
-        def move() -> None:
-            source, target = storage.path(temporary), storage.path(self.name)
-            if storage.has_local_files:
-                rename(source, target, replace=replace)
-            else:
-                storage.filesystem.move(source, target)
-
         try:
-            storage.retried(lambda: storage.perform("rename", self.name, move))
+            self._storage.rename(temporary, self.name, replace=replace)
         except StorageError as error:
             # A network file system may lose the answer to a rename that it has carried out, and then finds it done.
             done = isinstance(error.__cause__, (FileExistsError, FileNotFoundError)) and self._is_there()

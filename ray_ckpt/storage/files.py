@@ -32,7 +32,7 @@ from ray_ckpt.format import limits
 from ray_ckpt.format.manifest import check_file_name
 from ray_ckpt.storage.address import ARROW_SCHEMES, Address, parse
 from ray_ckpt.storage.file_objects import InputFile, OutputFile, PreparedFile
-from ray_ckpt.storage.local_files import is_plain_file, lock_directory, make_directory, remove_plain_file
+from ray_ckpt.storage.local_files import is_plain_file, lock_directory, make_directory, remove_plain_file, rename
 from ray_ckpt.storage.redact import without_secrets
 from ray_ckpt.storage.regular_files import check_readable
 from ray_ckpt.storage.retry import RetryPolicy, is_transient, retried
@@ -205,6 +205,16 @@ class Storage:
         infos = self._infos([self.path(name) for name in wanted], "")
         return {name: int(info.size or 0) for name, info in zip(wanted, infos, strict=True) if info.is_file}
 
+    def scan_files(self, names: Iterable[str]) -> dict[str, Scanned]:
+        """Those of these files that are there, with times: a look at each."""
+        wanted = tuple(names)
+        infos = self._infos([self.path(name) for name in wanted], "")
+        return {
+            name: Scanned(int(info.size or 0), None if info.mtime_ns is None else info.mtime_ns / 1e9)
+            for name, info in zip(wanted, infos, strict=True)
+            if info.is_file
+        }
+
     def list_directories(self) -> Sequence[str]:
         """Names of the directories directly in the target, sorted. Object stores make them up from longer names."""
         if self.filesystem.type_name == "gcs":
@@ -255,11 +265,35 @@ class Storage:
 
     def prepare(self, name: str, data: bytes) -> PreparedFile:
         """Do the part of `write_atomic` that needs room, where there are two parts: what is left is to publish it."""
-        if self._address.scheme in _PUT_AT_ONCE:
+        if self.puts_at_once:
             return PreparedFile(self, name, data, None)
         prepared = PreparedFile(self, name, data, f"{name}.{uuid.uuid4().hex[:12]}.tmp")
         prepared.write()
         return prepared
+
+    @property
+    def puts_at_once(self) -> bool:
+        """Whether nobody sees a file before it is whole, as on object stores: there is no need to rename one."""
+        return self._address.scheme in _PUT_AT_ONCE
+
+    def rename(self, name: str, new_name: str, *, replace: bool = True) -> None:
+        """Give a file another name, durably.
+
+        Args:
+            replace: whether another file may have that name. Local file systems tell for certain.
+
+        Raises:
+            StorageError: it failed, or another file has the name: then `FileExistsError` is its cause.
+        """
+
+        def move() -> None:
+            source, target = self.path(name), self.path(new_name)
+            if self.has_local_files:
+                rename(source, target, replace=replace)
+            else:
+                self.filesystem.move(source, target)
+
+        self.retried(lambda: self.perform("rename", new_name, move))
 
     def delete(self, name: str, *, durable: bool = False) -> bool:
         """Remove a file. One that is already gone counts as removed.

@@ -21,6 +21,7 @@ from ray_ckpt.errors import StorageError
 from ray_ckpt.format import dcp_metadata
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.manifest import Manifest
+from ray_ckpt.format.translate import origin_of
 from ray_ckpt.parallel.layout import Layout
 from ray_ckpt.parallel.partition import partition
 from ray_ckpt.protocol.coordinator import Coordinator
@@ -100,7 +101,7 @@ def prepare(options: Options, screen: Screen) -> Prepared:
         target,
         overwrite=options.overwrite,
         layout=str(layout),
-        saved_by={"torch": importlib.metadata.version("torch")},
+        saved_by={"torch": importlib.metadata.version("torch"), **origin_of(manifest, reader.kind)},
         fingerprints=manifest.fingerprints,
     )
     plans = _plans(manifest, partition(manifest, layout))

@@ -1,0 +1,1 @@
+"""Checkpoints become what other programs read, and what they wrote becomes ours: `export` and `convert`."""
