@@ -14,6 +14,8 @@ import ray.train
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
+from ray_ckpt import write_report
+
 
 def train_loop(config: dict[str, Any]) -> None:
     import torch
@@ -45,7 +47,10 @@ if __name__ == "__main__":
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--save-every", type=int, default=10)
+    parser.add_argument("--report", metavar="FILE", help="draw the last checkpoint as one HTML page")
     config = vars(parser.parse_args())
     run, scaling = RunConfig("ray_train", config["storage"]), ScalingConfig(num_workers=config["workers"])
     trainer = TorchTrainer(train_loop, train_loop_config=config, scaling_config=scaling, run_config=run)
     print(json.dumps(trainer.fit().metrics))
+    if config["report"]:
+        write_report(f"{config['storage']}/steps", config["report"])

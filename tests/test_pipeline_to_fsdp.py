@@ -181,7 +181,7 @@ def text_of(report: JobReport) -> str:
 def test_what_was_saved_is_what_is_loaded(
     options: job.Options, copy_of_saved: job.Saved, fresh_group: WorkerGroup
 ) -> None:
-    comparison = job.load_and_verify(options, quiet_screen(), fresh_group, copy_of_saved)
+    comparison = job.load_and_verify(options, quiet_screen(), fresh_group, copy_of_saved).comparison
     assert comparison.mismatches == ()
     assert comparison.tensors_compared == 2 * 2 * 4
     report = job.make_report(options, quiet_screen(), copy_of_saved, comparison, None)
@@ -195,7 +195,7 @@ def test_what_was_saved_is_what_is_loaded(
 def test_what_the_proof_of_bits_misses_shows_when_training_goes_on(
     options: job.Options, copy_of_saved: job.Saved, fresh_group: WorkerGroup
 ) -> None:
-    comparison = job.load_and_verify(options, quiet_screen(), fresh_group, copy_of_saved)
+    comparison = job.load_and_verify(options, quiet_screen(), fresh_group, copy_of_saved).comparison
     fresh_group.run(rank_functions.zero_one_average)
     resumed = job.resume(options, quiet_screen(), fresh_group, copy_of_saved)
     report = job.make_report(options, quiet_screen(), copy_of_saved, comparison, resumed)
@@ -226,7 +226,7 @@ def test_a_changed_learning_rate_is_found(
     text, _, _ = manifest.read_text().rpartition(',"digest":')
     assert text.count("0.002") == 2, "weight and bias of the second stage"
     manifest.write_text(record.seal(text.replace("0.002", "0.001") + "}"))
-    comparison = job.load_and_verify(options, quiet_screen(), fresh_group, copy_of_saved)
+    comparison = job.load_and_verify(options, quiet_screen(), fresh_group, copy_of_saved).comparison
     assert [(m.name, m.expected, m.found, m.ranks) for m in comparison.mismatches] == [
         ("optim.param_groups.layer2.bias.lr", "0.002", "0.001", (0, 1)),
         ("optim.param_groups.layer2.weight.lr", "0.002", "0.001", (0, 1)),

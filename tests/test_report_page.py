@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,9 +13,13 @@ import pytest
 import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
+from rich.console import Console
 
 from ray_ckpt import Layout, LoadReport, SaveReport, UsageError, load, save, write_report
 from ray_ckpt.plain_data import plain
+from ray_ckpt.recipes.reshard import job as reshard_job
+from ray_ckpt.recipes.reshard.task import write_rank
+from ray_ckpt.recipes.screen import Screen
 from ray_ckpt.report import Phase
 from tests.test_cli import call, cut, data_of, flip, remove
 
@@ -320,3 +325,35 @@ def test_reports_say_what_took_how_long(tmp_path: Path) -> None:
     assert [(flow.written_by, flow.read_by, flow.num_bytes) for flow in page.reshard.flows] == [
         ("rank 0", "rank 0", 10**6)
     ]
+
+
+def test_the_reshard_job_draws_what_it_has_done(tmp_path: Path) -> None:
+    save(state(), tmp_path / "source", layout="single")
+    page = tmp_path / "report.html"
+    options = reshard_job.Options(str(tmp_path / "source"), "fsdp2x2", str(tmp_path / "target"), report=str(page))
+    screen = Screen(Console(file=io.StringIO()))
+    prepared = reshard_job.prepare(options, screen)
+    records = [write_rank(prepared.source, prepared.target, file) for file in prepared.files.values()]
+    prepared.coordinator.check(records)
+    report = reshard_job.commit(prepared, screen)
+    reshard_job.draw(str(page), prepared, report, screen)
+    data = json.loads(page.read_text().partition('id="report-data">')[2].partition("</script>")[0])
+    assert data["reshard"]["target"] == "fsdp2x2"
+    assert [(phase["rank"], phase["phase"]) for phase in data["phases"] if phase["phase"] == "write"] == [
+        ("rank 0", "write"),
+        ("rank 1", "write"),
+    ]
+    by_reader = {flow["read_by"]: flow["num_bytes"] for flow in data["reshard"]["flows"]}
+    written = {phase["rank"]: phase["num_bytes"] for phase in data["phases"] if phase["phase"] == "write"}
+    assert by_reader == written  # planned and measured
+    assert "rewritten as fsdp2x2" in data["events"][0]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["demo"], ["train"], ["reshard", "--source", "a", "--to", "fsdp2x2", "--target", "b"]],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_job_refuses_a_page_that_it_could_not_write_before_it_begins(arguments: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="a directory that exists"):
+        call(*arguments, "--report", tmp_path / "none" / "report.html")

@@ -161,8 +161,11 @@ def verify(
 @step_option
 @click.option("--target", metavar="LAYOUT", help="Who would read what in this layout, such as fsdp2x2.tp2.")
 @click.option("--verify/--no-verify", default=True, help="Read and compare every byte, too.  [default: verify]")
+@trusted_option
 @json_option
-def report(uri: str, output: str, step: int | None, target: str | None, verify: bool, in_json: bool) -> int:
+def report(
+    uri: str, output: str, step: int | None, target: str | None, verify: bool, trusted: bool, in_json: bool
+) -> int:
     """Draw a checkpoint as one HTML page: its modules, which rank wrote and which would read what, what is damaged.
 
     The page needs no network. It holds its numbers as the JSON that --json prints. Exit code 1 when something is
@@ -176,7 +179,7 @@ def report(uri: str, output: str, step: int | None, target: str | None, verify: 
     from ray_ckpt.pictures.page import write_report
 
     with shown("verify", quiet=in_json) as progress:
-        page = write_report(uri, output, step, layout=target, verify=verify, progress=progress)
+        page = write_report(uri, output, step, layout=target, verify=verify, trusted=trusted, progress=progress)
     if in_json:
         as_json(page)
     else:

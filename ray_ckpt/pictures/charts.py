@@ -151,10 +151,10 @@ def _flows(report: PageReport) -> dict[str, Any]:
                 "type": "quantitative",
                 "title": "bytes",
                 "scale": {"range": [8, 380]},
-                "legend": {"symbolFillColor": "var(--series-1)", "format": ","},
+                "legend": {"symbolFillColor": "var(--series-1)", "format": ",d"},
             },
             "tooltip": [{"field": name} for name in ("written_by", "read_by")]
-            + [{"field": "num_bytes", "type": "quantitative", "format": ",", "title": "bytes"}],
+            + [{"field": "num_bytes", "type": "quantitative", "format": ",d", "title": "bytes"}],
         },
     }
 

@@ -210,7 +210,7 @@ class PageReport:
     verification: Verification | None
     """None when not asked for."""
     operations: tuple[Operation, ...]
-    """Saves and loads of a job, in their order."""
+    """Saves and loads of a job, in their order; of many the last 100."""
     phases: tuple[PhaseOfRank, ...]
     """Their times by rank."""
     phases_aggregated: str

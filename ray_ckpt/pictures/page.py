@@ -49,7 +49,8 @@ def write_report(
     step: int | None = None,
     *,
     layout: Layout | str | None = None,
-    verify: bool = True,
+    verify: bool | VerifyReport = True,
+    trusted: bool = False,
     saves: Sequence[SaveReport] = (),
     loads: Sequence[Sequence[LoadReport]] = (),
     losses: Mapping[str, Mapping[int, float]] | None = None,
@@ -74,9 +75,12 @@ def write_report(
         path: the HTML file; one that is there is replaced.
         step: number of the step in the store; by default the highest committed one.
         layout: the layout that reads the checkpoint, or would: `fsdp2x2.tp2` or a `Layout`.
-        verify: read every byte and compare it with its checksum. Otherwise only the files' sizes are looked at.
+        verify: read every byte and compare it with its checksum, or what such a look has found. With False only the
+            files' sizes are looked at.
+        trusted: as for `verify`.
         saves: reports of saves whose times are shown.
-        loads: reports of loads: of each one per rank, in rank order.
+        loads: reports of loads: of each one per rank, in rank order. The last one is into `layout`, if it was this
+            checkpoint that it loaded.
         losses: run -> training step -> loss.
         events: further lines, such as failures.
         progress: called with the bytes that were verified, and all that will be.
@@ -89,12 +93,12 @@ def write_report(
     check_report_path(path)
     reader = Layout.parse(layout) if isinstance(layout, str) else layout
     location = committed_at(target, step)
-    opened = open_record(location.storage)
-    checked = None
-    if verify:
+    opened = open_record(location.storage, trusted=trusted)
+    checked = verify if isinstance(verify, VerifyReport) else None
+    if verify is True:
         from ray_ckpt.checkpoint.verifying import verify as verify_checkpoint  # it loads torch
 
-        checked = verify_checkpoint(location.storage, progress=progress)
+        checked = verify_checkpoint(location.storage, trusted=trusted, progress=progress)
     report = _gather(opened, location.step, reader, checked, _Job(saves, loads, losses or {}, tuple(events)))
     try:
         # What is no text, such as half of a surrogate pair in a name, is spelled out.

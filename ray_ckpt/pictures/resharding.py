@@ -53,12 +53,15 @@ def reshard_of(manifest: Manifest, layout: Layout | None, loads: Sequence[LoadRe
 
     Args:
         layout: who reads; None shows only who wrote.
-        loads: what the ranks of a load have read, by rank; then the flows are theirs.
+        loads: what the ranks of a load into this layout have read, by rank. Where that was this checkpoint, the flows
+            are theirs.
     """
     readers = _Readers.of(manifest, layout)
     writers = _Names.of_writers(manifest)
-    measured = [report.bytes_by_file for report in loads]
-    if any(measured):
+    measured = [report.bytes_by_file for report in loads if report.bytes_by_file.keys() <= manifest.files.keys()]
+    num_readers = len(loads) if layout is None else layout.world_size
+    is_measured = any(measured) and len(measured) == len(loads) == num_readers
+    if is_measured:
         names = _Names.of_ranks(range(len(measured)))
         flows = _measured(measured, writers, names)
         note = "as the ranks of the load have counted them"
@@ -72,7 +75,7 @@ def reshard_of(manifest: Manifest, layout: Layout | None, loads: Sequence[LoadRe
         aggregated.append(f"parts are shown of the largest tensors, and not, or not all, of {count(num_left)} others")
     return Reshard(
         target="" if layout is None else str(layout),
-        basis="measured" if any(measured) else "planned" if layout is not None else "",
+        basis="measured" if is_measured else "planned" if layout is not None else "",
         note=note,
         flows=flows,
         pieces=pieces,
@@ -186,7 +189,7 @@ def _measured(by_rank: Sequence[Mapping[str, int]], writers: _Names, names: _Nam
     sums: dict[tuple[str, str], int] = defaultdict(int)
     for rank, by_file in enumerate(by_rank):
         for file, num_bytes in by_file.items():
-            sums[writers.of.get(file, file), names.of[str(rank)]] += num_bytes
+            sums[writers.of[file], names.of[str(rank)]] += num_bytes
     return _in_order(sums, writers, names)
 
 

@@ -16,13 +16,16 @@ MAX_RANKS = 32
 MAX_OPERATIONS = 12
 """Operations whose times by rank are shown: the last ones."""
 
+MAX_LISTED = 100
+"""Operations that are listed: the last ones."""
+
 MAX_POINTS = 2000
 """Losses of one run that are shown."""
 
 
 def operations_of(saves: Sequence[SaveReport], loads: Sequence[Sequence[LoadReport]]) -> tuple[Operation, ...]:
-    """One line for each save and load, in the order in which they began."""
-    return tuple(operation for operation, _ in _in_order(saves, loads))
+    """One line for each save and load, in the order in which they began; of many the last ones."""
+    return tuple(operation for operation, _ in _in_order(saves, loads))[-MAX_LISTED:]
 
 
 def phases_of(

@@ -1,4 +1,4 @@
-"""What a job hands to other programs: one JSON object."""
+"""What a job hands to other programs, and to browsers: one JSON object, one page."""
 
 from __future__ import annotations
 
@@ -20,6 +20,18 @@ def check_json_path(path: str | None) -> None:
     """
     if path not in (None, "-") and not Path(str(path)).absolute().parent.is_dir():
         raise click.UsageError(f"--json {path}: there is no such directory to write it to")
+
+
+def check_report_path(path: str | None) -> None:
+    """Refuse a page that could not be drawn, before the job begins.
+
+    Raises:
+        UsageError: its directory does not exist, or a library is not installed.
+    """
+    if path is not None:
+        from ray_ckpt.pictures.page import check_report_path as check
+
+        check(path)
 
 
 @contextlib.contextmanager

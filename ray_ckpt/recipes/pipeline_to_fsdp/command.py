@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ray_ckpt.recipes.json_output import check_json_path, json_alone, write_json
+from ray_ckpt.recipes.json_output import check_json_path, check_report_path, json_alone, write_json
 
 
 @click.command(context_settings={"show_default": True})
@@ -26,6 +26,7 @@ from ray_ckpt.recipes.json_output import check_json_path, json_alone, write_json
 @click.option("--gpus-per-worker", type=click.FloatRange(min=0), help="[default: 1, or the share the cluster has]")
 @click.option("--start-timeout", "start_timeout_s", type=click.FloatRange(min=1), default=300.0, help="Seconds.")
 @click.option("--timeout", "timeout_s", type=click.FloatRange(min=1), default=1800.0, help="Seconds for each phase.")
+@click.option("--report", metavar="FILE", help="Draw the checkpoint and the run as one HTML page.")
 @click.option("--json", "json_path", metavar="PATH", help="Write the results as JSON; - for standard output.")
 @click.option("--verbose", is_flag=True, help="Show what Ray and the workers print.")
 def pipeline_to_fsdp(
@@ -45,6 +46,7 @@ def pipeline_to_fsdp(
     from ray_ckpt.recipes.setting import check_layouts
 
     check_json_path(json_path)
+    check_report_path(options["report"])
     if target is not None and kind is not None:
         raise click.UsageError(f"--target {kind} is short for --to {kind}x{workers}: give one of the two")
     asked = job.Options(

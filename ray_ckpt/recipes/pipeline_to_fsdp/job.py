@@ -5,6 +5,7 @@
       train_and_save    group -> train -> save       workers in the first layout; the driver commits
       load_and_verify   regroup -> load -> verify    fresh processes in the second; the driver compares fingerprints
       resume            resume -> reference          train on, and the whole training uninterrupted in one process
+      draw              report                       where asked for: all of it as one page
 
 Each phase is one call on a `WorkerGroup`; what it proves comes back as the actors' return values.
 """
@@ -14,17 +15,20 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from ray_ckpt import cluster
 from ray_ckpt.cluster.group import WorkerGroup
 from ray_ckpt.format.snapshot import Comparison, Snapshot, compare
 from ray_ckpt.parallel.layout import Layout
+from ray_ckpt.pictures.page import write_report
 from ray_ckpt.recipes import probe
 from ray_ckpt.recipes.pipeline_to_fsdp.continuation import Continuation, ModelTrial, StepTrace, compare_runs
 from ray_ckpt.recipes.pipeline_to_fsdp.report import JobReport
 from ray_ckpt.recipes.screen import Screen
 from ray_ckpt.recipes.setting import check_storage, connected, describe_group, show_wait, storage_of
 from ray_ckpt.recipes.workload import Workload
+from ray_ckpt.report import LoadReport, SaveReport
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.text_units import format_bytes
 
@@ -46,6 +50,8 @@ class Options:
     model: str | None = None
     storage: str | None = None
     overwrite: bool = False
+    report: str | None = None
+    """Where to draw the run as an HTML page."""
     address: str | None = None
     backend: str | None = None
     cpus_per_worker: float | None = None
@@ -67,7 +73,7 @@ class Saved:
     uri: str
     """The storage, with its credentials: never shown. `Storage(uri).address` may be."""
     backend: str
-    checkpoint_bytes: int
+    report: SaveReport
     snapshots: list[Snapshot]
     """Fingerprints and values that each rank held when it saved."""
     losses: list[float]
@@ -75,6 +81,13 @@ class Saved:
     trial: ModelTrial
     next_steps: list[list[StepTrace]]
     """Per rank: the step after the last one, from copies of the state before the save."""
+
+
+class Loaded(NamedTuple):
+    """What the second group has loaded."""
+
+    reports: list[LoadReport]
+    comparison: Comparison
 
 
 @dataclass(frozen=True)
@@ -103,11 +116,12 @@ def run(options: Options, screen: Screen) -> JobReport:
     ):
         saved = train_and_save(options, screen, uri)
         with form_group(options, screen, "regroup", options.target) as group:
-            comparison = load_and_verify(options, screen, group, saved)
-            if comparison.mismatches:
-                return make_report(options, screen, saved, comparison, None)
-            resumed = resume(options, screen, group, saved)
-    return make_report(options, screen, saved, comparison, resumed)
+            loaded = load_and_verify(options, screen, group, saved)
+            resumed = None if loaded.comparison.mismatches else resume(options, screen, group, saved)
+            report = make_report(options, screen, saved, loaded.comparison, resumed)
+            if options.report is not None:
+                draw(options.report, options, screen, group, saved, loaded, report)
+    return report
 
 
 def train_and_save(options: Options, screen: Screen, uri: str) -> Saved:
@@ -135,15 +149,17 @@ def train_and_save(options: Options, screen: Screen, uri: str) -> Saved:
             )
             snapshots: list[Snapshot] = group.run(f"{RANKS}:take_snapshot", timeout_s=options.timeout_s)
             line.result = f"{format_bytes(report.total_bytes)} to {report.uri}"
-        return Saved(uri, group.demand.backend, report.total_bytes, snapshots, losses, trial, next_steps)
+        return Saved(uri, group.demand.backend, report, snapshots, losses, trial, next_steps)
 
 
-def load_and_verify(options: Options, screen: Screen, group: WorkerGroup, saved: Saved) -> Comparison:
+def load_and_verify(options: Options, screen: Screen, group: WorkerGroup, saved: Saved) -> Loaded:
     """Load the checkpoint in the second layout on a fresh group, and compare what arrived with what was saved."""
     with screen.phase("load", f"into {options.target} on {options.target.world_size} fresh workers") as line:
         group.run(f"{RANKS}:prepare", options.workload, options.target, timeout_s=options.timeout_s)
-        cluster.load(group, f"{RANKS}:state_of", saved.uri, timeout_s=options.timeout_s, progress=line.progress)
-        line.result = f"{format_bytes(saved.checkpoint_bytes)} into {options.target}"
+        reports = cluster.load(
+            group, f"{RANKS}:state_of", saved.uri, timeout_s=options.timeout_s, progress=line.progress
+        )
+        line.result = f"{format_bytes(saved.report.total_bytes)} into {options.target}"
     with screen.phase("verify", "fingerprints of what was saved and of what was loaded") as line:
         loaded = group.run(f"{RANKS}:take_snapshot", timeout_s=options.timeout_s)
         comparison = compare(saved.snapshots, loaded)
@@ -151,7 +167,7 @@ def load_and_verify(options: Options, screen: Screen, group: WorkerGroup, saved:
             f"{comparison.tensors_compared} tensors and {comparison.objects_compared} objects compared, "
             f"{len(comparison.mismatches)} differ"
         )
-    return comparison
+    return Loaded(reports, comparison)
 
 
 def resume(options: Options, screen: Screen, group: WorkerGroup, saved: Saved) -> Resumed:
@@ -190,7 +206,7 @@ def make_report(
         source=str(options.source),
         target=str(options.target),
         storage=Storage(saved.uri).address,
-        checkpoint_bytes=saved.checkpoint_bytes,
+        checkpoint_bytes=saved.report.total_bytes,
         tensors_compared=comparison.tensors_compared,
         objects_compared=comparison.objects_compared,
         mismatches=[*comparison.mismatches, *(continuation.mismatches if continuation else ())],
@@ -201,6 +217,35 @@ def make_report(
         },
         phases=dict(screen.seconds),
     )
+
+
+def draw(
+    path: str,
+    options: Options,
+    screen: Screen,
+    group: WorkerGroup,
+    saved: Saved,
+    loaded: Loaded,
+    report: JobReport,
+) -> None:
+    """Draw the checkpoint and the run as one page."""
+    with screen.phase("report", f"every byte of the checkpoint, and {path}") as line:
+        first, later = len(report.losses["pipeline"]), report.losses["resumed"]
+        page = write_report(
+            saved.uri,
+            path,
+            layout=options.target,
+            verify=cluster.verify(group, saved.uri, timeout_s=options.timeout_s),
+            saves=[saved.report],
+            loads=[loaded.reports],
+            losses={
+                f"saved as {options.source}": dict(enumerate(report.losses["pipeline"])),
+                f"resumed as {options.target}": dict(enumerate(later, start=first)),
+                "uninterrupted": dict(enumerate(report.losses["reference"])),
+            },
+            events=report.verdicts,
+        )
+        line.result = f"{page.num_tensors} tensors in {path}"
 
 
 def form_group(options: Options, screen: Screen, phase: str, layout: Layout) -> WorkerGroup:

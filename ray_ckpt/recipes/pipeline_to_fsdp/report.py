@@ -87,12 +87,19 @@ class JobReport:
         console.print(table)
         if self.mismatches:
             console.print(_mismatch_table(self.mismatches))
-        for verified, text in (
-            (self.bits_verified, self._describe_bits()),
-            (self.continuation_verified, f"continuation: {self._describe_continuation()}"),
-        ):
-            verdict = "[bold green]verified[/]" if verified else "[bold red]NOT VERIFIED[/]"
-            console.print(f"{verdict}: {escape(text)}", highlight=False, soft_wrap=True)
+        for text in self.verdicts:
+            verdict, _, rest = text.partition(":")
+            style = "bold red" if verdict.startswith("NOT") else "bold green"
+            console.print(f"[{style}]{verdict}[/]:{escape(rest)}", highlight=False, soft_wrap=True)
+
+    @property
+    def verdicts(self) -> list[str]:
+        """Whether the bits arrived, and whether training went on as it would have."""
+        proofs = {
+            self._describe_bits(): self.bits_verified,
+            f"continuation: {self._describe_continuation()}": self.continuation_verified,
+        }
+        return [f"{'verified' if verified else 'NOT VERIFIED'}: {text}" for text, verified in proofs.items()]
 
     def _describe_bits(self) -> str:
         count = len(self.mismatches) - (len(self.continuation.mismatches) if self.continuation else 0)

@@ -14,6 +14,7 @@ import click
 @click.option("--to", required=True, metavar="LAYOUT", help="The layout to write it for, such as fsdp2x2.tp2.")
 @click.option("--target", required=True, metavar="PATH|URI", help="Shared storage for the new checkpoint.")
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint that is already there.")
+@click.option("--report", metavar="FILE", help="Draw who wrote and who reads what as one HTML page.")
 @click.option("--address", help="Ray cluster to join.  [default: RAY_ADDRESS, a running one, or a local Ray]")
 @click.option("--timeout", "timeout_s", type=click.FloatRange(min=1), default=3600.0, help="Seconds for all tasks.")
 @click.option("--verbose", is_flag=True, help="Show what Ray and the tasks print.")
@@ -22,8 +23,10 @@ def reshard(**options: Any) -> int:
     # Imported here, so that a wrong option costs no second of loading.
     from rich.console import Console
 
+    from ray_ckpt.recipes.json_output import check_report_path
     from ray_ckpt.recipes.reshard import job
     from ray_ckpt.recipes.screen import Screen
 
+    check_report_path(options["report"])
     job.run(job.Options(**options), Screen(Console()))
     return 0

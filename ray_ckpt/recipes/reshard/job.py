@@ -24,6 +24,7 @@ from ray_ckpt.format.manifest import Manifest
 from ray_ckpt.format.translate import origin_of
 from ray_ckpt.parallel.layout import Layout
 from ray_ckpt.parallel.partition import partition
+from ray_ckpt.pictures.page import write_report
 from ray_ckpt.protocol.coordinator import Coordinator
 from ray_ckpt.protocol.messages import Item, LocalPlan, RankRecord, TensorSpec
 from ray_ckpt.recipes.reshard.task import RankFile
@@ -48,6 +49,8 @@ class Options:
     to: str
     target: str
     overwrite: bool = False
+    report: str | None = None
+    """Where to draw who wrote and who reads what."""
     address: str | None = None
     timeout_s: float = 3600.0
     """Seconds for all tasks together."""
@@ -59,6 +62,8 @@ class Prepared:
     """The plan, before the first task is started."""
 
     layout: Layout
+    found: Storage
+    """The source."""
     source: Storage
     """The directory of the source's files."""
     target: Storage
@@ -77,7 +82,19 @@ def run(options: Options, screen: Screen) -> SaveReport:
     prepared = prepare(options, screen)
     with connected(screen, options.address, num_cpus=1, verbose=options.verbose):
         rewrite(prepared, options.timeout_s, screen)
-    return commit(prepared, screen)
+    report = commit(prepared, screen)
+    if options.report is not None:
+        draw(options.report, prepared, report, screen)
+    return report
+
+
+def draw(path: str, prepared: Prepared, report: SaveReport, screen: Screen) -> None:
+    """Draw the source, who wrote it, and who reads it in the new layout."""
+    told = f"rewritten as {prepared.layout}: {report.total_bytes} bytes in {report.num_files} files at {report.uri}"
+    with screen.phase("report", path) as line:
+        # Every byte was compared with its checksum on the way.
+        page = write_report(prepared.found, path, layout=prepared.layout, verify=False, saves=[report], events=[told])
+        line.result = f"{page.num_tensors} tensors in {path}"
 
 
 def prepare(options: Options, screen: Screen) -> Prepared:
@@ -107,7 +124,7 @@ def prepare(options: Options, screen: Screen) -> Prepared:
     plans = _plans(manifest, partition(manifest, layout))
     coordinator.merge([LocalPlan(uuid.uuid4().hex, items) for items in plans.values()])
     files = {rank: _rank_file(manifest, coordinator.attempt, rank, items) for rank, items in plans.items()}
-    return Prepared(layout, reader.files, target, coordinator, files)
+    return Prepared(layout, source, reader.files, target, coordinator, files)
 
 
 def rewrite(prepared: Prepared, timeout_s: float, screen: Screen) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ray_ckpt.recipes.json_output import check_json_path, json_alone, write_json
+from ray_ckpt.recipes.json_output import check_json_path, check_report_path, json_alone, write_json
 
 
 @click.command(context_settings={"show_default": True})
@@ -37,6 +37,7 @@ from ray_ckpt.recipes.json_output import check_json_path, json_alone, write_json
 @click.option("--gpus-per-worker", type=click.FloatRange(min=0), default=0.0)
 @click.option("--start-timeout", "start_timeout_s", type=click.FloatRange(min=1), default=300.0, help="Seconds.")
 @click.option("--timeout", "timeout_s", type=click.FloatRange(min=1), default=1800.0, help="Seconds for each step.")
+@click.option("--report", metavar="FILE", help="Draw the checkpoint and the run as one HTML page.")
 @click.option("--json", "json_path", metavar="PATH", help="Write the results as JSON; - for standard output.")
 @click.option("--verbose", is_flag=True, help="Show what Ray and the workers print.")
 def train_elastic(json_path: str | None, layouts: str, **options: Any) -> int:
@@ -49,6 +50,7 @@ def train_elastic(json_path: str | None, layouts: str, **options: Any) -> int:
     from ray_ckpt.recipes.train_elastic import job
 
     check_json_path(json_path)
+    check_report_path(options["report"])
     asked = job.Options(layouts=tuple(Layout.parse(text.strip()) for text in layouts.split(",")), **options)
     with json_alone(json_path):
         console = Console()

@@ -15,7 +15,8 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ray_ckpt import cluster
@@ -23,18 +24,23 @@ from ray_ckpt.cluster.capacity import all_slots, free_slots
 from ray_ckpt.cluster.group import PlacementWait, WorkerGroup
 from ray_ckpt.errors import GroupError, UsageError, WorkerError
 from ray_ckpt.parallel.layout import Layout
+from ray_ckpt.pictures.page import write_report
 from ray_ckpt.recipes import probe
 from ray_ckpt.recipes.screen import Line, Screen
 from ray_ckpt.recipes.setting import check_layouts, check_storage, connected, describe_group, show_wait, storage_of
 from ray_ckpt.recipes.train_elastic.report import ElasticReport, Restart
 from ray_ckpt.recipes.train_elastic.stopping import Stopper
 from ray_ckpt.recipes.workload import Workload
+from ray_ckpt.report import LoadReport, SaveReport
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.retention import keep_last
 from ray_ckpt.storage.store import CheckpointStore
 
 RANKS = "ray_ckpt.recipes.train_elastic.ranks"
 """Module of the rank functions. By name, so that the driver loads neither torch nor what is built on it."""
+
+KEPT_REPORTS = 100
+"""Reports of saves, and of loads, that are kept for the page."""
 
 SETTLE_S = 5.0
 """How long after the end of a group all resources count as free, because Ray reports them with a delay."""
@@ -57,6 +63,8 @@ class Options:
     layers: int = 4
     model: str | None = None
     storage: str | None = None
+    report: str | None = None
+    """Where to draw the run as an HTML page."""
     address: str | None = None
     backend: str | None = None
     cpus_per_worker: float = 1.0
@@ -116,6 +124,10 @@ class Progress:
     restarts: list[Restart] = field(default_factory=list)
     damaged: dict[int, str] = field(default_factory=dict)
     """Damaged steps that were passed over at a start: path and reason."""
+    saves: deque[SaveReport] = field(default_factory=lambda: deque(maxlen=KEPT_REPORTS))
+    """The last ones, for the page."""
+    loads: deque[Sequence[LoadReport]] = field(default_factory=lambda: deque(maxlen=KEPT_REPORTS))
+    """The last ones: the reports of all ranks each."""
     _last: _Failure | None = None
     _open: _Failure | None = None
     """The last failure, until training is back where it had been."""
@@ -124,6 +136,11 @@ class Progress:
     def step(self) -> int:
         """The next to be trained."""
         return len(self.losses)
+
+    def saved(self, reports: Sequence[SaveReport | None]) -> None:
+        """Note what the ranks, which all know the same, tell of a save."""
+        if reports[0] is not None:
+            self.saves.append(reports[0])
 
     def trained(self, loss: float) -> None:
         self.losses.append(loss)
@@ -192,7 +209,7 @@ def run(options: Options, screen: Screen) -> ElasticReport:
     ):
         job = Run(options, screen, uri, CheckpointStore(uri), stopper)
         train_all(job)
-        return ElasticReport(
+        report = ElasticReport(
             final_step=job.store.latest(fallback=True) or 0,
             steps=options.steps,
             stopped=stopper.asked,
@@ -203,6 +220,33 @@ def run(options: Options, screen: Screen) -> ElasticReport:
             storage=Storage(uri).address,
             phases=dict(screen.seconds),
         )
+        if options.report is not None and report.final_step:
+            draw(options.report, job, report)
+        return report
+
+
+def draw(path: str, job: Run, report: ElasticReport) -> None:
+    """Draw the last checkpoint and the run as one page."""
+    progress = job.progress
+    used = [layout for layout in job.options.layouts if str(layout) in report.layouts_used[-1:]]
+    others = [layout for layout in job.options.layouts if layout not in used]
+    was_loaded = bool(progress.loads) and progress.loads[-1][0].step == report.final_step
+    readers = used if was_loaded else [*others, *used]
+    with job.screen.phase("report", path) as line:
+        page = write_report(
+            job.store,
+            path,
+            report.final_step,
+            layout=next(iter(readers), None),
+            verify=not job.stopper.asked,  # else there is no time for it
+            saves=list(progress.saves),
+            loads=list(progress.loads),
+            losses={"loss": dict(enumerate(progress.losses))},
+            events=report.lines,
+        )
+        line.result = f"step {report.final_step} in {path}"
+        if page.damaged:
+            line.note(page.damaged)
 
 
 def train_all(job: Run) -> None:
@@ -293,7 +337,8 @@ def start(job: Run, group: WorkerGroup, layout: Layout) -> None:
     with job.screen.phase("start", "from the beginning" if latest is None else f"from step {latest}") as line:
         group.run(f"{RANKS}:start", job.options.workload, layout, latest is None)
         if latest is not None:
-            cluster.load(group, f"{RANKS}:state_of", job.store, step=latest, progress=line.progress)
+            reports = cluster.load(group, f"{RANKS}:state_of", job.store, step=latest, progress=line.progress)
+            progress.loads.append(reports)
         progress.losses = group.run(f"{RANKS}:losses")[0]
         line.result = f"{layout} from step {progress.step}"
 
@@ -308,15 +353,16 @@ def train(job: Run, group: WorkerGroup, layout: Layout) -> None:
             line.update(f"step {progress.step} of {options.steps}, loss {progress.losses[-1]:.4f}")
             if progress.step % options.save_every == 0:
                 saved = progress.step
-                group.run(f"{RANKS}:begin_save", job.uri, saved, saved in progress.damaged)
+                progress.saved(group.run(f"{RANKS}:begin_save", job.uri, saved, saved in progress.damaged))
                 job.store.prune(keep_last(options.keep_last))
                 line.note(f"step {saved} of {options.steps}, loss {progress.losses[-1]:.4f}, saving")
                 if options.grow and _room_for_better(options, layout):
                     break
         if saved < progress.step:
-            group.run(f"{RANKS}:begin_save", job.uri, progress.step, progress.step in progress.damaged)
+            damaged = progress.step in progress.damaged
+            progress.saved(group.run(f"{RANKS}:begin_save", job.uri, progress.step, damaged))
         patience_s = stopper.left_s if stopper.asked else options.timeout_s
-        group.run(f"{RANKS}:finish_save", patience_s, progress=line.progress)
+        progress.saved(group.run(f"{RANKS}:finish_save", patience_s, progress=line.progress))
         job.store.prune(keep_last(options.keep_last))
         line.result = f"step {progress.step} of {options.steps} committed"
 

@@ -13,6 +13,7 @@ from ray_ckpt.protocol.save_handle import SaveHandle
 from ray_ckpt.recipes.model import batch, build, learning_rates, loss_function
 from ray_ckpt.recipes.training import Trainer, grouped_by_part, parameters_of
 from ray_ckpt.recipes.workload import Workload, num_microbatches
+from ray_ckpt.report import SaveReport
 from ray_ckpt.state.train_state import TrainState
 
 
@@ -55,19 +56,23 @@ def train_step(ctx: WorkerContext, workload: Workload, step: int) -> float:
     return loss
 
 
-def begin_save(ctx: WorkerContext, store: str, step: int, overwrite: bool) -> None:
+def begin_save(ctx: WorkerContext, store: str, step: int, overwrite: bool) -> SaveReport | None:
     """Save this step beside the training that goes on. Raises the failure of the save before, if it failed.
 
     Args:
         overwrite: replace the step, which is there and damaged.
+
+    Returns:
+        The report of the save before, which has ended; None before the first one.
     """
+    before: SaveHandle | None = ctx.objects.get("save")
     # What it tells is asked for by the driver while `finish_save` waits.
     handle = save(state_of(ctx), store, step=step, blocking=False, overwrite=overwrite, progress=ctx.progress)
     ctx.objects["save"] = handle
+    return None if before is None else before.result(timeout_s=0)
 
 
-def finish_save(ctx: WorkerContext, timeout_s: float) -> None:
-    """Wait until what is being saved is committed."""
+def finish_save(ctx: WorkerContext, timeout_s: float) -> SaveReport | None:
+    """Wait until what is being saved is committed. Returns the report; None when nothing is being saved."""
     handle: SaveHandle | None = ctx.objects.pop("save", None)
-    if handle is not None:
-        handle.result(timeout_s)
+    return None if handle is None else handle.result(timeout_s)

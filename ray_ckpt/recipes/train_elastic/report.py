@@ -48,17 +48,18 @@ class ElasticReport:
         return dataclasses.asdict(self)
 
     def show(self, console: Console) -> None:
-        for restart in self.restarts:
-            console.print(
-                f"restart at step {restart.step} ({restart.seconds_lost:.1f} s lost): {restart.cause}",
-                highlight=False,
-                markup=False,
-                soft_wrap=True,
-            )
+        for line in self.lines:
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    @property
+    def lines(self) -> list[str]:
+        """Every restart, then the whole."""
         curve = f", loss {self.losses[0]:.4f} -> {self.losses[-1]:.4f}" if self.losses else ""
-        console.print(
+        return [
+            *(
+                f"restart at step {restart.step} ({restart.seconds_lost:.1f} s lost): {restart.cause}"
+                for restart in self.restarts
+            ),
             f"{'stopped at' if self.stopped else 'done:'} step {self.final_step} of {self.steps}{curve}; "
             f"{len(self.restarts)} restarts; layouts {', '.join(self.layouts_used)}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        ]
