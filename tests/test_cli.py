@@ -254,7 +254,7 @@ def test_help_loads_none_of_the_large_libraries(words: list[str]) -> None:
 
 @pytest.mark.parametrize(
     ("typed", "expected"),
-    [("ray-ckpt ver", ["verify"]), ("ray-ckpt ls --js", ["--json"]), ("ray-ckpt re", ["reshard"])],
+    [("ray-ckpt ver", ["verify"]), ("ray-ckpt ls --js", ["--json"]), ("ray-ckpt re", ["report", "reshard"])],
 )
 def test_the_shell_completes_commands_and_options(typed: str, expected: list[str]) -> None:
     asked = {"_RAY_CKPT_COMPLETE": "bash_complete", "COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1)}
