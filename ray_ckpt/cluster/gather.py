@@ -121,8 +121,8 @@ def gather(
         stopped = ", ".join(f"rank {rank} (process {workers[rank].pid})" for rank in find_stopped(silent))
         told = f"; {stopped} responds to nothing: stopped, or stuck" if stopped else ""
         raise GroupTimeoutError(
-            f"no answer within {timeout_s:g} s from {names}{told}; `ray stack` there shows where it is, and a longer "
-            "timeout waits longer"
+            f"no answer within {round(timeout_s, 1):g} s from {names}{told}; `ray stack` there shows where it is, and "
+            "a longer timeout waits longer"
         )
     return {rank: answers.values[rank] for rank in refs}
 
