@@ -20,6 +20,7 @@ PROGRAMS = {
     "howto/retention.md": "(300, 500, 900, 1000)",
     "howto/storage.md": "(1,)",
     "tutorials/accelerate.md": "",
+    "tutorials/hugging_face.md": "same logits: True",
     "tutorials/trainer.md": "",
 }
 """Page whose blocks are one program -> a line that it prints."""
