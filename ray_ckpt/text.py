@@ -5,7 +5,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Sequence
 
-__all__ = ["listed", "printable", "quoted"]
+__all__ = ["listed", "message_of", "printable", "quoted", "told"]
 
 _LONGEST_QUOTE = 80
 
@@ -31,6 +31,19 @@ def quoted(value: object) -> str:
     except Exception:  # an integer of too many digits, or somebody's own `__repr__`
         text = f"<{type(value).__name__}>"
     return text if len(text) <= _LONGEST_QUOTE else f"{text[: _LONGEST_QUOTE - 4]}...{text[-1]}"
+
+
+def message_of(error: BaseException) -> str:
+    """What somebody's exception says, even if its `__str__` fails."""
+    try:
+        return str(error)
+    except BaseException as failure:
+        return f"its message cannot be had: {type(failure).__name__}"
+
+
+def told(error: BaseException) -> str:
+    """An exception of somebody else's code, for a message: `KeyError: 'no such setting'`."""
+    return f"{type(error).__name__}: {message_of(error)}"
 
 
 _shortener = reprlib.Repr()

@@ -232,6 +232,6 @@ def test_what_no_rank_wants_is_found_by_all_together(tmp_path: Path) -> None:
         assert {"model.layer2.bias", "model.layer2.weight"} <= set(found["unexpected"])
         assert not [name for name in found["unexpected"] if "layer1" in name]
         # What one rank misses is said by its number, and to all.
-        assert found["named"].startswith("load failed on rank 1: StateMismatchError: the checkpoint does not fit")
+        assert found["named"].startswith("load failed on rank 1: StateMismatchError: the checkpoint at /")
         assert "model.0.bias: not saved, wanted float32[5]" in found["named"]
         assert {"model.0.bias", "model.0.weight"} <= set(found["missing"])

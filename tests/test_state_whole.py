@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ import torch
 from torch import nn
 
 import ray_ckpt
-from ray_ckpt.errors import StateMismatchError
+from ray_ckpt.errors import FormatError, StateMismatchError
+from ray_ckpt.format.record import seal
 from ray_ckpt.state.sealing import RECORD
 from ray_ckpt.state.train_state import TrainState
 from tests.support.ranks import run_ranks
@@ -73,7 +76,7 @@ def test_whatever_entry_is_lost_is_named(tmp_path: Path) -> None:
     source = trained(0, 3)
     one = "optim.param_groups.second.weight."
     names = [name for name in flat(source) if name.startswith(one) or "param_groups" not in name]
-    names = [name for name in names if not name.endswith((RECORD, "num_ranks"))]
+    names = [name for name in names if name != f"extra.sampler.{RECORD}"]  # see `test_without_any_record_...`
     for number, name in enumerate(names):
         save_without(source, {name}, tmp_path / str(number))
         target = trained(1, 0)
@@ -83,6 +86,68 @@ def test_whatever_entry_is_lost_is_named(tmp_path: Path) -> None:
         assert target.step == 0
         if not name.startswith("optim.param_groups."):
             assert name in ray_ckpt.load(target, tmp_path / str(number), strict=False).missing
+
+
+def rewritten(directory: Path, edit: Any, *, version: int = 2) -> Path:
+    """The record's objects as `edit` leaves them, with a digest of the new record; version 1 has none."""
+    record = json.loads((directory / "manifest.json").read_text())
+    edit(record["objects"])
+    for member in ("digest", *(("metadata_digest", "replaced_metadata") if version == 1 else ())):
+        record.pop(member, None)
+    text = json.dumps(record | {"version": version}, separators=(",", ":"))
+    (directory / "manifest.json").write_text(seal(text) if version > 1 else text)
+    return directory
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize(
+    "record", [f"scaler.state.{RECORD}", f"rng.rank0.{RECORD}", "rng.num_ranks", "dataloader.num_ranks"]
+)
+def test_a_record_of_names_that_was_removed_by_hand_is_missed(tmp_path: Path, record: str, version: int) -> None:
+    ray_ckpt.save(trained(0, 3), tmp_path)
+    rewritten(tmp_path, lambda objects: objects.pop(record), version=version)
+    target = trained(1, 0)
+    with pytest.raises(StateMismatchError) as e:
+        ray_ckpt.load(target, tmp_path)
+    assert f"{record}: not saved" in str(e.value)
+    assert str(tmp_path) in str(e.value)
+    assert target.step == 0
+    assert ray_ckpt.load(target, tmp_path, strict=False).missing == (record,)
+
+
+@pytest.mark.parametrize(
+    ("record", "value"),
+    [
+        (f"scaler.state.{RECORD}", {"$tuple": []}),
+        (f"scaler.state.{RECORD}", 7),
+        ("rng.num_ranks", 0),
+        ("rng.num_ranks", "1"),
+        ("dataloader.num_ranks", None),
+    ],
+)
+def test_a_record_of_names_that_is_none_is_damage(tmp_path: Path, record: str, value: object) -> None:
+    ray_ckpt.save(trained(0, 3), tmp_path)
+    rewritten(tmp_path, lambda objects: objects[record].update(value=value))
+    target = trained(1, 0)
+    for strict in (True, False):
+        with pytest.raises(
+            FormatError, match=rf"^{tmp_path}: {re.escape(repr(record))} is .*: the checkpoint is damaged"
+        ):
+            ray_ckpt.load(target, tmp_path, strict=strict)
+    assert target.step == 0
+
+
+def test_without_any_record_a_checkpoint_loads_as_those_of_first_versions_do(tmp_path: Path) -> None:
+    source = trained(0, 3)
+    records = {name for name in flat(source) if name.endswith((RECORD, "num_ranks"))}
+    assert len(records) == 6
+    save_without(source, records, tmp_path / "first")
+    save_without(source, {f"extra.sampler.{RECORD}"}, tmp_path / "plain")  # which may have been a plain dict
+    for checkpoint in ("first", "plain"):
+        target = trained(1, 0)
+        assert ray_ckpt.load(target, tmp_path / checkpoint).missing == ()
+        assert flat(target).keys() == flat(source).keys()
+        assert flat(target)["extra.sampler.position"] == 3
 
 
 def test_nothing_is_missed_of_what_was_never_there(tmp_path: Path) -> None:

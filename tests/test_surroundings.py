@@ -8,16 +8,20 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import pytest
 
 from ray_ckpt.cluster.deferral import signals_deferred
-from ray_ckpt.errors import UsageError
+from ray_ckpt.errors import RankFailure, UsageError, WorkerError
+from ray_ckpt.parallel.layout import Layout
+from ray_ckpt.recipes.command import main
 from ray_ckpt.recipes.json_output import json_alone, write_json
 from ray_ckpt.recipes.pipeline_to_fsdp.command import pipeline_to_fsdp
-from ray_ckpt.recipes.setting import storage_of
+from ray_ckpt.recipes.setting import check_layouts, storage_of
+from ray_ckpt.recipes.workload import Workload
 from tests.conftest import REPOSITORY
 from tests.support.commands import assert_refused
 
@@ -87,6 +91,66 @@ def test_a_factory_that_fails_is_named(
     assert_refused(pipeline_to_fsdp, ["--model", spec], message, monkeypatch, capsys)
 
 
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """A command leaves signals ignored, as its process is to end."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("def make():\n    raise SystemExit(1)", "raised SystemExit: 1 ("),
+        (
+            "class Mute(Exception):\n    __str__ = None\ndef make():\n    raise Mute",
+            "raised Mute: its message cannot be",
+        ),
+        ("def make():\n    raise ValueError('long' * 2**18)", "factory_here.py:2)"),
+        ("class Own(BaseException): pass\ndef make():\n    raise Own('way')", "raised Own: way ("),
+        ("make = 7", "is a int, not a callable"),
+        ("make = lambda: 7", "must return a torch.nn.Module, not int"),
+        ("import argparse\nargparse.ArgumentParser().parse_args()", "cannot import the model factory"),
+        ("import no_such_module", "No module named 'no_such_module'; it is looked for in this directory and where"),
+    ],
+)
+def test_a_factory_in_a_file_here_that_fails_in_any_way_is_told_in_one_line(
+    body: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    directory = tmp_path / "größer und mit Platz"
+    directory.mkdir()
+    (directory / "factory_here.py").write_text(body)
+    monkeypatch.chdir(directory)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "factory_here", raising=False)
+    monkeypatch.setattr(sys, "argv", ["job.py", "--model", "factory_here:make"])
+    with pytest.raises(SystemExit) as ended:
+        main("ray_ckpt.recipes.pipeline_to_fsdp.command:pipeline_to_fsdp")
+    monkeypatch.delitem(sys.modules, "factory_here", raising=False)
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2
+    assert last.startswith("error: ")
+    assert message in last
+    assert len(last) < 2100
+
+
+def test_a_factory_that_goes_elsewhere_takes_no_relative_path_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wandering.py").write_text(
+        "import os\nfrom ray_ckpt.recipes.model import PipelineModel\n"
+        "def make():\n    os.chdir('/')\n    return PipelineModel(8, 2)"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    layouts = [Layout.parse("pp2")]
+    check_layouts(Workload.of("wandering:make", 8, 2, layouts), layouts)
+    assert Path.cwd() == tmp_path
+
+
 DEAD = """
 import click
 import ray_ckpt.recipes.command
@@ -132,6 +196,16 @@ def test_an_error_of_ours_on_a_worker_is_told_in_one_line_and_others_with_their_
     *_, last = lines = done.stderr.splitlines()
     assert last.startswith("error: rank 1 on host (10.0.0.1): ray_ckpt.errors.StorageError: cannot write /x: full")
     assert len(lines) == (3 if others else 1)
+
+
+def test_what_a_model_prints_past_python_does_not_mix_with_the_json(capfd: pytest.CaptureFixture[str]) -> None:
+    with json_alone("-"):
+        os.write(1, b"raw\n")
+        subprocess.run(["echo", "of a child"], check=True)
+    write_json({"verified": True}, "-")
+    shown = capfd.readouterr()
+    assert shown.err == "raw\nof a child\n"
+    assert json.loads(shown.out) == {"verified": True}
 
 
 def test_what_others_print_does_not_mix_with_the_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ import ray
 
 from ray_ckpt.errors import RankFailure
 from ray_ckpt.gc_pause import collector_paused
+from ray_ckpt.text import message_of
 
 if TYPE_CHECKING:
     import torch
@@ -248,21 +249,14 @@ def attempt(rank: int, fn: Callable[..., Any], *args: Any) -> CallOutcome:
         name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
         node = _node_name(socket.gethostname(), ray.util.get_node_ip_address())
         return CallOutcome(
-            failure=RankFailure(rank, node, name, _shortened(_text_of(error)), _shortened(_trace_of(error)))
+            failure=RankFailure(rank, node, name, _shortened(message_of(error)), _shortened(_trace_of(error)))
         )
-
-
-def _text_of(error: BaseException) -> str:
-    try:
-        return str(error)
-    except Exception as failure:
-        return f"its message cannot be had: {type(failure).__name__}"
 
 
 def _trace_of(error: BaseException) -> str:
     try:
         return "".join(traceback.format_exception(error))
-    except Exception:
+    except BaseException:
         return "".join(traceback.format_tb(error.__traceback__))
 
 

@@ -65,7 +65,8 @@ class LoadSource:
     @property
     def label(self) -> str:
         """What a message calls it."""
-        return f"the checkpoint ({self._reader.kind})" if self._reader.kind else "the checkpoint"
+        kind = f" ({self._reader.kind})" if self._reader.kind else ""
+        return f"the checkpoint at {self.address}{kind}"
 
     @property
     def may_be_foreign(self) -> bool:

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.stateful import Stateful
 
-from ray_ckpt.errors import CheckpointError, StateMismatchError, UsageError
+from ray_ckpt.errors import CheckpointError, FormatError, StateMismatchError, UsageError
 from ray_ckpt.format.manifest import itemsize
 from ray_ckpt.format.saved import Saved
 from ray_ckpt.format.torch_internals import local_tensor
@@ -174,6 +174,7 @@ class RankLoad:
         Raises:
             StateMismatchError: something that this rank wants is missing (`strict`), has another shape or kind, or
                 another dtype (unless `cast`).
+            FormatError: what `TrainState` records of itself is damaged.
         """
         with collector_paused(), self._clock.phase("plan"):
             return self._offer(state)
@@ -191,7 +192,10 @@ class RankLoad:
             self._source.rearrange(options.made, with_optimizer=wants_optimizer)
             self._list_names()
         saved = self._saved = self._source.saved(needed, options.only, options.names, kept)
-        self._plans = _plans(state, saved)
+        try:
+            self._plans = _plans(state, saved)
+        except FormatError as error:
+            raise FormatError(f"{self._source.address}: {error}") from error
         claims = {wanted: claim for plan in self._plans for wanted, claim in plan.claims.items()}
         missing = sorted(wanted for wanted, claim in claims.items() if claim.saved not in saved.names)
         differing, cast = _compare(claims, saved)

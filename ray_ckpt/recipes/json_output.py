@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,9 +37,28 @@ def check_report_path(path: str | None) -> None:
 
 @contextlib.contextmanager
 def json_alone(path: str | None) -> Iterator[None]:
-    """Within the block, what anybody prints (a user's model, too) goes to standard error if the JSON goes to `-`."""
-    with contextlib.redirect_stdout(sys.stderr) if path == "-" else contextlib.nullcontext():
+    """Within the block, what anybody prints goes to standard error if the JSON goes to `-`: a user's model, too, what
+    it starts, and what is no Python."""
+    if path != "-":
         yield
+        return
+    with contextlib.redirect_stdout(sys.stderr), _descriptor_redirected():
+        yield
+
+
+@contextlib.contextmanager
+def _descriptor_redirected() -> Iterator[None]:
+    try:
+        out = os.dup(1)
+    except OSError:  # it is closed
+        yield
+        return
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(out, 1)
+        os.close(out)
 
 
 def write_json(report: dict[str, Any], path: str) -> None:

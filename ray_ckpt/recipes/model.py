@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from ray_ckpt.errors import UsageError
 from ray_ckpt.parallel.stages import build_on_meta
 from ray_ckpt.recipes.workload import Workload
+from ray_ckpt.text import told
 
 BATCHES_PER_EPOCH = 2
 """Few enough for the loss to fall within twenty steps."""
@@ -75,11 +77,12 @@ def build(workload: Workload) -> nn.Module:
     def make() -> nn.Module:
         try:
             return factory()
-        except Exception as error:
+        except BaseException as error:
+            if _is_ours_to_pass(error):
+                raise
             at = traceback.extract_tb(error.__traceback__)[-1]
             raise UsageError(
-                f"the model factory {workload.model!r} raised {type(error).__name__}: {error} "
-                f"({at.filename}:{at.lineno})"
+                f"the model factory {workload.model!r} raised {told(error)} ({at.filename}:{at.lineno})"
             ) from error
 
     model = build_on_meta(make)
@@ -118,12 +121,25 @@ def import_factory(spec: str) -> Callable[[], nn.Module]:
         raise UsageError(
             f"--model must look like pkg.module:factory, not {spec!r}; a file model.py in this directory is `model`"
         )
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     try:
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
         factory = getattr(importlib.import_module(module_name), attribute)
-    except Exception as error:
-        raise UsageError(f"cannot import the model factory {spec!r}: {type(error).__name__}: {error}") from error
+    except BaseException as error:
+        if _is_ours_to_pass(error):
+            raise
+        advice = ""
+        if isinstance(error, ModuleNotFoundError):
+            advice = (
+                "; it is looked for in this directory and where Python looks, on every node: `ray job submit "
+                "--working-dir DIR` takes a directory there"
+            )
+        raise UsageError(f"cannot import the model factory {spec!r}: {told(error)}{advice}") from error
     if not callable(factory):
         raise UsageError(f"the model factory {spec!r} is a {type(factory).__name__}, not a callable")
     return factory  # type: ignore[no-any-return]
+
+
+def _is_ours_to_pass(error: BaseException) -> bool:
+    """Whether it is no failure of the user's code: Ctrl-C, or SIGTERM as the job's handler raises it."""
+    return isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and error.code == signal.SIGTERM)

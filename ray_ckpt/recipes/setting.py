@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -41,8 +42,12 @@ def check_layouts(workload: Workload, layouts: Sequence[Layout]) -> None:
     from ray_ckpt.parallel.parallelize import check_fits
     from ray_ckpt.recipes.model import build
 
-    for layout in layouts:
-        check_fits(build(workload), layout)
+    here = os.getcwd()
+    try:
+        for layout in layouts:
+            check_fits(build(workload), layout)
+    finally:
+        os.chdir(here)  # paths on the command line mean this one, wherever the model has gone
 
 
 def show_wait(line: Line, wait: PlacementWait, timeout_s: float) -> None:

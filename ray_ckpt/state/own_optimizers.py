@@ -113,7 +113,7 @@ class OtherState:
         is_there = bool(saved.under(self._name))
         self.claims: dict[str, Claim] = {}
         if is_there or _others(shown).keys() - {"state"}:
-            self.claims = claim_under(saved, f"{self._name}.state")
+            self.claims = claim_under(saved, f"{self._name}.state", is_recorded=True)
             self.claims[f"{self._name}.order"] = Claim(f"{self._name}.order")
         self.problems: list[str] = []
         if self._order and tuple(self._order) != order:

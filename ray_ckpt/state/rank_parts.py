@@ -21,13 +21,12 @@ import torch.distributed as dist
 import xxhash
 from torch.distributed.checkpoint.stateful import Stateful
 
+from ray_ckpt.errors import FormatError
 from ray_ckpt.state import sealing
 from ray_ckpt.state.foreign_state import rebuild
 from ray_ckpt.state.load_plan import Claim, LoadPlan, SavedState
-from ray_ckpt.state.replicated_parts import claim_under, gathered, handed_over, is_whole
-
-_NUM_RANKS = "num_ranks"
-"""Name of the number of ranks that saved, so that a rank whose state is lost is missed."""
+from ray_ckpt.state.replicated_parts import NUM_RANKS, claim_under, gathered, handed_over, has_records, is_whole
+from ray_ckpt.text import quoted
 
 RESTORED, RESEEDED, LEFT = "restored", "reseeded", "left as it was"
 
@@ -48,7 +47,7 @@ class RankPart:
 
     def leaves(self) -> dict[str, Any]:
         rank, num_ranks = _place()
-        return {_NUM_RANKS: num_ranks} | sealing.pack_state(f"rank{rank}", self._owner.state_dict())
+        return {NUM_RANKS: num_ranks} | sealing.pack_state(f"rank{rank}", self._owner.state_dict())
 
     def plan(self, saved: SavedState) -> LoadPlan:
         if not saved.wants(self.section):
@@ -58,10 +57,18 @@ class RankPart:
         saved_ranks = {match[1] for name in known if (match := re.match(rf"{self.section}\.rank(\d+)", name))}
         if not saved_ranks:
             return self._plan_foreign(saved) if known else LoadPlan({self.section: Claim(self.section)}, _nothing)
-        num_saved = saved.values.get(f"{self.section}.{_NUM_RANKS}", len(saved_ranks))
+        counted = f"{self.section}.{NUM_RANKS}"
+        if counted not in saved and has_records(saved):
+            return LoadPlan({counted: Claim(counted)}, _nothing, taken=known, notes={self.section: LEFT})
+        num_saved = saved.values.get(counted, len(saved_ranks))
+        if type(num_saved) is not int or not all(int(number) < num_saved for number in saved_ranks):
+            raise FormatError(
+                f"{counted!r} is {quoted(num_saved)}, and there is state of rank {max(map(int, saved_ranks))}: the "
+                "checkpoint is damaged"
+            )
         if num_saved == num_ranks and saved.layout == self._layout:
             name = f"{self.section}.rank{rank}"
-            claims = claim_under(saved, name)
+            claims = claim_under(saved, name, is_recorded=True)
 
             if not is_whole(saved, claims):
                 return LoadPlan(claims, lambda loaded: None, taken=known, notes={self.section: LEFT})

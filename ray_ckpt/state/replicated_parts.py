@@ -9,10 +9,16 @@ from typing import Any, Protocol
 import torch
 from torch.distributed.checkpoint.stateful import Stateful
 
-from ray_ckpt.errors import UsageError
+from ray_ckpt.errors import FormatError, UsageError
 from ray_ckpt.format.torch_container import parse_dtype
 from ray_ckpt.state import sealing
 from ray_ckpt.state.load_plan import Claim, Handover, LoadPlan, SavedState, Spec
+from ray_ckpt.text import quoted
+
+NUM_RANKS = "num_ranks"
+"""Name of the number of ranks that saved, so that a rank whose state is lost is missed."""
+
+_RECORDS = (f".{sealing.RECORD}", f"rng.{NUM_RANKS}", f"dataloader.{NUM_RANKS}")
 
 
 class Countable(Protocol):
@@ -21,20 +27,38 @@ class Countable(Protocol):
     step: int | None
 
 
-def claim_under(saved: SavedState, name: str) -> dict[str, Claim]:
-    """Claim everything that was saved under a name, tensors into new CPU memory; the name itself if nothing was."""
+def claim_under(saved: SavedState, name: str, *, is_recorded: bool = False) -> dict[str, Claim]:
+    """Claim everything that was saved under a name, tensors into new CPU memory; the name itself if nothing was.
+
+    Args:
+        is_recorded: whether `sealing.pack_state` has packed it for sure, so that its record has to be there.
+
+    Raises:
+        FormatError: the record of the names is none.
+    """
     claims = {}
-    for flat in [*saved.under(name), *_lost(saved, name)] or [name]:
+    for flat in [*saved.under(name), *_lost(saved, name, is_recorded=is_recorded)] or [name]:
         spec = saved.tensors.get(flat)
         claims[flat] = Claim(flat) if spec is None else Claim(flat, spec, partial(_on_host, spec))
     return claims
 
 
-def _lost(saved: SavedState, name: str) -> list[str]:
-    """Names that are recorded (`sealing.pack_state`) but not there."""
-    recorded = saved.values.get(f"{name}.{sealing.RECORD}") or ()
+def _lost(saved: SavedState, name: str, *, is_recorded: bool) -> list[str]:
+    """Names that are recorded but not there, and the name of the record where that is not there."""
+    record = f"{name}.{sealing.RECORD}"
+    if record not in saved:
+        return [record] if is_recorded and saved.under(name) and has_records(saved) else []
+    recorded = saved.values.get(record)
+    if not isinstance(recorded, tuple) or not recorded or not all(type(below) is str for below in recorded):
+        raise FormatError(f"{record!r} is {quoted(recorded)}, not names of what was saved: the checkpoint is damaged")
     names = (f"{name}.{below}" if below else name for below in recorded)
     return [flat for flat in names if flat not in saved]
+
+
+def has_records(saved: SavedState) -> bool:
+    """Whether whoever saved the checkpoint recorded what is in it, as first versions of `TrainState` did not, nor do
+    others: then each record has to be there."""
+    return any(name.endswith(_RECORDS) for name in saved.names)
 
 
 def is_whole(saved: SavedState, claims: Mapping[str, Claim]) -> bool:
@@ -82,7 +106,7 @@ class StatefulPart:
     def plan(self, saved: SavedState) -> LoadPlan:
         if not saved.wants(self.section):
             return LoadPlan({}, lambda loaded: None)
-        claims = claim_under(saved, self._name)
+        claims = claim_under(saved, self._name, is_recorded=True)
         return LoadPlan(claims, _nothing_more, handovers=handed_over(saved, self._name, self._owner, claims))
 
 
