@@ -15,7 +15,7 @@ import click
 import pytest
 
 from ray_ckpt.cluster.deferral import signals_deferred
-from ray_ckpt.errors import RankFailure, UsageError, WorkerError
+from ray_ckpt.errors import UsageError
 from ray_ckpt.parallel.layout import Layout
 from ray_ckpt.recipes.command import main
 from ray_ckpt.recipes.json_output import json_alone, write_json
