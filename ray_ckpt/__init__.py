@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from ray_ckpt.checkpoint.loading import load, resume
     from ray_ckpt.checkpoint.saving import save
     from ray_ckpt.checkpoint.verifying import verify
+    from ray_ckpt.cluster.doctor import doctor
     from ray_ckpt.cluster.group import WorkerGroup
     from ray_ckpt.cluster.worker import WorkerContext
     from ray_ckpt.conversion.exporting import export
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from ray_ckpt.format.manifest import Manifest
     from ray_ckpt.format.saved import Saved
     from ray_ckpt.inspection.contents import CheckpointContents, inspect
+    from ray_ckpt.inspection.diagnosis import DoctorReport, Finding, NodeFacts
     from ray_ckpt.inspection.differing import DiffReport, TensorDifference, diff
     from ray_ckpt.inspection.listing import StoreListing, list_steps
     from ray_ckpt.inspection.statistics import TensorStatistics, scan_nonfinite, tensor_statistics
@@ -83,6 +85,8 @@ __all__ = [
     "ConversionReport",
     "Damage",
     "DiffReport",
+    "DoctorReport",
+    "Finding",
     "Fingerprint",
     "FormatError",
     "GroupError",
@@ -91,6 +95,7 @@ __all__ = [
     "Layout",
     "LoadReport",
     "Manifest",
+    "NodeFacts",
     "NonFinite",
     "PageReport",
     "Phase",
@@ -121,6 +126,7 @@ __all__ = [
     "cluster",
     "convert",
     "diff",
+    "doctor",
     "export",
     "fingerprint",
     "inspect",
@@ -145,10 +151,13 @@ _HOMES = {
     "ConversionReport": "ray_ckpt.report",
     "Damage": "ray_ckpt.report",
     "DiffReport": "ray_ckpt.inspection.differing",
+    "DoctorReport": "ray_ckpt.inspection.diagnosis",
+    "Finding": "ray_ckpt.inspection.diagnosis",
     "Fingerprint": "ray_ckpt.format.fingerprint",
     "Layout": "ray_ckpt.parallel.layout",
     "LoadReport": "ray_ckpt.report",
     "Manifest": "ray_ckpt.format.manifest",
+    "NodeFacts": "ray_ckpt.inspection.diagnosis",
     "NonFinite": "ray_ckpt.report",
     "PageReport": "ray_ckpt.pictures.contents",
     "Phase": "ray_ckpt.report",
@@ -169,6 +178,7 @@ _HOMES = {
     "cluster": "ray_ckpt",
     "convert": "ray_ckpt.conversion.importing",
     "diff": "ray_ckpt.inspection.differing",
+    "doctor": "ray_ckpt.cluster.doctor",
     "export": "ray_ckpt.conversion.exporting",
     "fingerprint": "ray_ckpt.format.fingerprinting",
     "inspect": "ray_ckpt.inspection.contents",

@@ -235,7 +235,7 @@ class VerifyReport:
             f"{self.total_bytes / 2**20:.1f} MiB in {self.seconds:.1f} s"
         )
         if self.nonfinite is not None:
-            asked += f", {len(self.nonfinite) or 'none'} of which hold{'s' * (len(self.nonfinite) < 2)} NaN or Inf"
+            asked += f", {len(self.nonfinite) or 'none'} of which hold{'s' * (len(self.nonfinite) == 1)} NaN or Inf"
         notes = "".join(f"; {note}" for note in self.notes)
         if self.damages:
             return f"DAMAGED: {len(self.damaged)} of {asked}: " + "; ".join(map(str, self.damages)) + notes

@@ -24,11 +24,11 @@ import torch
 import ray_ckpt
 from ray_ckpt import (
     ArrowStorageReader, ArrowStorageWriter, CheckpointContents, CheckpointStore, ConversionReport, Damage,
-    DiffReport, Fingerprint, Layout, LoadReport, Manifest, NonFinite, PageReport, Phase, Policy, RemovalReport,
-    RetryPolicy, SaveHandle, SaveReport, Saved, Storage, StoreListing, TensorDifference, TensorStatistics,
-    TrainState, VerifyReport, WorkerContext, WorkerError, WorkerGroup, cluster, convert, diff, export, fingerprint,
-    inspect, keep, keep_every, keep_last, list_steps, load, resume, save, scan_nonfinite, tensor_statistics, verify,
-    write_report,
+    DiffReport, DoctorReport, Finding, Fingerprint, Layout, LoadReport, Manifest, NodeFacts, NonFinite, PageReport,
+    Phase, Policy, RemovalReport, RetryPolicy, SaveHandle, SaveReport, Saved, Storage, StoreListing,
+    TensorDifference, TensorStatistics, TrainState, VerifyReport, WorkerContext, WorkerError, WorkerGroup, cluster,
+    convert, diff, doctor, export, fingerprint, inspect, keep, keep_every, keep_last, list_steps, load, resume,
+    save, scan_nonfinite, tensor_statistics, verify, write_report,
 )
 
 
@@ -65,6 +65,10 @@ def look() -> None:
     page: PageReport = write_report("run", "report.html", layout=Layout.parse("fsdp2x2"))
     phases: tuple[Phase, ...] = save({}, "run").phases
     print(page.reshard.flows, phases)
+    health: DoctorReport = doctor("run", address="local")
+    findings: tuple[Finding, ...] = health.findings
+    nodes: tuple[NodeFacts, ...] = health.nodes
+    print(health.healthy, findings, nodes)
     print(listing.latest, contents.kind, numbers.mean, nonfinite, differences)
     load({"gate": torch.ones(2)}, "run", 1, key_map={"gate": Saved("gate_up").narrow(0, 0, 2)})
 

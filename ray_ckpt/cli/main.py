@@ -7,7 +7,7 @@ import pkgutil
 import click
 
 import ray_ckpt
-from ray_ckpt.cli import comparing, keeping, looking, moving
+from ray_ckpt.cli import comparing, examining, keeping, looking, moving
 from ray_ckpt.recipes.command import main
 
 __all__ = ["cli", "run"]
@@ -47,7 +47,13 @@ def cli() -> None:
     """
 
 
-for _command in (*looking.COMMANDS, *comparing.COMMANDS, *moving.COMMANDS, *keeping.COMMANDS):
+for _command in (
+    *looking.COMMANDS,
+    *comparing.COMMANDS,
+    *moving.COMMANDS,
+    *keeping.COMMANDS,
+    *examining.COMMANDS,
+):
     cli.add_command(_command)
 
 

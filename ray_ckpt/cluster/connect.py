@@ -52,15 +52,7 @@ def connect(address: str | None = None, *, num_cpus: int = 1, verbose: bool = Fa
     Raises:
         UsageError: no cluster answers at the address, or it refuses our authentication mode.
     """
-    asked = address or os.environ.get("RAY_ADDRESS")
-    found = asked or find_recorded_address()
-    if found and found not in ("auto", "local") and not _answers(found):
-        if asked:
-            raise UsageError(
-                f"no Ray cluster answers at {asked}: give the address that `ray start --head` printed (HOST:6379, not "
-                "the dashboard's nor ray://), or leave out --address and RAY_ADDRESS to run on a local Ray"
-            )
-        found = None
+    found = find_cluster(address)
     options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     with nullcontext() if verbose else without_daemon_messages():
         if found in (None, "local"):
@@ -73,6 +65,24 @@ def connect(address: str | None = None, *, num_cpus: int = 1, verbose: bool = Fa
         finally:
             with signals_deferred():
                 ray.shutdown()
+
+
+def find_cluster(address: str | None = None) -> str | None:
+    """Where a cluster is: at the address, else at RAY_ADDRESS, else where `ray start` left one; None where none is.
+
+    Raises:
+        UsageError: none answers at the address or RAY_ADDRESS, or it refuses our authentication mode.
+    """
+    asked = address or os.environ.get("RAY_ADDRESS")
+    found = asked or find_recorded_address()
+    if found and found not in ("auto", "local") and not _answers(found):
+        if asked:
+            raise UsageError(
+                f"no Ray cluster answers at {asked}: give the address that `ray start --head` printed (HOST:6379, not "
+                "the dashboard's nor ray://), or leave out --address and RAY_ADDRESS to run on a local Ray"
+            )
+        return None
+    return found
 
 
 @contextmanager

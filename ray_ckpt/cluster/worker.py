@@ -89,12 +89,14 @@ class WorkerContext:
         """Let the driver know how far this call is, for the `progress` of `WorkerGroup.run`. Costs next to nothing.
 
         Example:
-            >>> from ray_ckpt import WorkerContext, WorkerGroup, save
-            >>> def save_part(ctx: WorkerContext) -> None:
-            ...     save({"weight": torch.ones(3)}, f"run/part-{ctx.rank}", progress=ctx.progress)
+            >>> from ray_ckpt import WorkerContext, WorkerGroup
+            >>> def work(ctx: WorkerContext) -> None:
+            ...     ctx.progress(10, 10)  # or save(..., progress=ctx.progress)
+            >>> told = []
             >>> with WorkerGroup(2, process_group=False) as group:
-            ...     done = group.run(save_part, progress=lambda done, total: print(done, "of", total))
-            24 of 24
+            ...     done = group.run(work, progress=lambda done, total: told.append((done, total)))
+            >>> told[-1]
+            (20, 20)
         """
         self.told = done_bytes, total_bytes
 
