@@ -93,6 +93,9 @@ class LoadReport:
     lost: str = ""
     """What of another program's checkpoint was not loaded: what it had already lost when it was saved, and what lies
     beside the model and the optimizer and is not translated, or not part of the state. Empty when nothing."""
+    base: str | None = None
+    """Frozen parameters of a `trainable_only` state: how many are those of the save, which are others, and which could
+    not be compared, as the checkpoint has no fingerprint of them. None where there are none."""
     step: int | None = None
     """The checkpoint's step in its store; None where the target is no store."""
     passed_over: tuple[str, ...] = ()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from ray_ckpt.errors import StateMismatchError
+from ray_ckpt.protocol.frozen import compare
 from ray_ckpt.protocol.messages import LoadOffer
 from ray_ckpt.rounding import ceil_div
 
@@ -22,11 +23,13 @@ def agree(offers: Sequence[LoadOffer]) -> LoadOffer:
     unwanted = int.from_bytes(offers[0].unwanted, "little")
     for offer in offers[1:]:
         unwanted &= int.from_bytes(offer.unwanted, "little")
+    other_base, base = compare([offer.frozen for offer in offers])
     return LoadOffer(
         missing=tuple(sorted({name for offer in offers for name in offer.missing})),
         cast=tuple(sorted({name for offer in offers for name in offer.cast})),
         unwanted=unwanted.to_bytes(len(offers[0].unwanted), "little"),
-        notes={section: note for offer in offers for section, note in offer.notes.items()},
+        notes={section: note for offer in offers for section, note in offer.notes.items()} | base,
+        other_base=other_base,
     )
 
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field, replace
 
 from ray_ckpt.errors import CommitError
 from ray_ckpt.format.boxes import Box, shared_box
-from ray_ckpt.format.fingerprint import digest_of
+from ray_ckpt.format.fingerprint import Fingerprint, digest_of
 from ray_ckpt.format.manifest import Chunk, Manifest, ObjectEntry, TensorEntry
 from ray_ckpt.gc_pause import collector_paused
 from ray_ckpt.phase_clock import PhaseClock
+from ray_ckpt.protocol import frozen
 from ray_ckpt.protocol.merging import GlobalPlan, Key, key_of, merge
 from ray_ckpt.protocol.messages import (
     REPLICA_DIGEST_BYTES,
@@ -45,6 +46,7 @@ class PlanCache:
         self._items: list[tuple[Item, ...]] = []
         self._buffers: list[frozenset[str]] = []
         self._tokens: list[str] = []
+        self._frozen: list[Mapping[str, Fingerprint]] = []
 
     @property
     def tokens(self) -> frozenset[str]:
@@ -54,11 +56,12 @@ class PlanCache:
     @property
     def plans(self) -> list[LocalPlan]:
         """By rank, the plan of a rank whose state is unchanged: a token instead of items."""
-        return [LocalPlan(token, None) for token in self._tokens]
+        return [LocalPlan(token, None, frozen=held) for token, held in zip(self._tokens, self._frozen, strict=True)]
 
     def update(self, plans: Sequence[LocalPlan]) -> GlobalPlan:
         """Merge these plans, or return the last result where no token has changed."""
         tokens = [plan.token for plan in plans]
+        self._frozen = [plan.frozen for plan in plans]
         if self.merged is None or tokens != self._tokens:
             known = dict(zip(self._tokens, zip(self._items, self._buffers, strict=True), strict=True))
             parts = [known[plan.token] if plan.items is None else (plan.items, plan.buffers) for plan in plans]
@@ -112,6 +115,7 @@ class Coordinator:
         self._phases: tuple[Phase, ...] = ()
         """What the ranks have measured."""
         self._num_retries = 0
+        self._frozen: Mapping[str, str] = {}
         self.attempt = attempt or uuid.uuid4().hex[:12]
 
     def merge(self, plans: Sequence[LocalPlan]) -> list[Assignment]:
@@ -122,6 +126,7 @@ class Coordinator:
             CommitError: the ranks' parts do not cover a tensor exactly once, or contradict each other.
         """
         with self._measured("plan"), collector_paused():
+            self._frozen = frozen.digests([plan.frozen for plan in plans])
             if not self._overwrite:
                 refuse_if_taken(self._storage)
             self._plan = self._cache.update(plans)
@@ -134,6 +139,10 @@ class Coordinator:
             CheckpointExistsError: as `merge`.
         """
         self.merge(self._cache.plans)
+
+    def keep_frozen(self, manifest: Manifest) -> None:
+        """Keep another record's fingerprints of tensors that were not saved with it."""
+        self._frozen = {name: digest for name, digest in manifest.fingerprints.items() if name not in manifest.tensors}
 
     def adopt(self, plan: GlobalPlan) -> None:
         """Instead of `merge`, where somebody else has decided who writes what."""
@@ -227,7 +236,7 @@ class Coordinator:
         }
         if strangers := sorted(self._fingerprints.keys() - tensors.keys()):
             raise CommitError(f"refusing to commit: fingerprints of tensors that were not saved: {listed(strangers)}")
-        fingerprints = {**taken, **self._fingerprints}
+        fingerprints = {**taken, **self._fingerprints, **self._frozen}
         return Manifest(tensors, objects, written.files, self.attempt, self.layout, self._saved_by, fingerprints)
 
     def _check_files(self, files: Mapping[str, int]) -> None:

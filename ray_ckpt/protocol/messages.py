@@ -11,7 +11,9 @@ from typing import Generic, NamedTuple, TypeVar
 import xxhash
 
 from ray_ckpt.errors import RayCkptError
+from ray_ckpt.format.fingerprint import Fingerprint
 from ray_ckpt.format.manifest import ObjectEntry, Path, TensorColumns, itemsize
+from ray_ckpt.protocol.frozen import Frozen
 from ray_ckpt.report import Phase
 
 T = TypeVar("T")
@@ -88,6 +90,8 @@ class LocalPlan:
     """What the rank holds; None for the items that were sent before under this token."""
     buffers: frozenset[str] = frozenset()
     """Names in which ranks may differ, as in the statistics of a BatchNorm: the first rank's are saved."""
+    frozen: Mapping[str, Fingerprint] = field(default_factory=dict)
+    """Name -> fingerprint of what this rank holds of a tensor that is not saved; sent with every token."""
 
 
 @dataclass(frozen=True)
@@ -166,3 +170,7 @@ class LoadOffer:
     """A bit per name of the checkpoint, in sorted order, that is set where this rank does not want it."""
     notes: Mapping[str, str] = field(default_factory=dict)
     """Section -> what a load does with it, where that depends on the layout."""
+    frozen: Frozen = field(default_factory=dict)
+    """What this rank holds of tensors that are compared instead of loaded."""
+    other_base: tuple[str, ...] = ()
+    """Names of those that are others than when it was saved; known once all ranks have agreed."""

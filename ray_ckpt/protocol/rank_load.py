@@ -29,6 +29,7 @@ import torch
 from torch.distributed.checkpoint.stateful import Stateful
 
 from ray_ckpt.errors import CheckpointError, FormatError, StateMismatchError, UsageError
+from ray_ckpt.format.fingerprinting import fingerprint
 from ray_ckpt.format.manifest import itemsize
 from ray_ckpt.format.saved import Saved
 from ray_ckpt.format.torch_internals import local_tensor
@@ -37,7 +38,9 @@ from ray_ckpt.format.wanted_names import Names
 from ray_ckpt.gc_pause import collector_paused
 from ray_ckpt.phase_clock import PhaseClock
 from ray_ckpt.progress import NOBODY, Meter
+from ray_ckpt.protocol import frozen
 from ray_ckpt.protocol.agreement import mark, marked
+from ray_ckpt.protocol.frozen import Frozen
 from ray_ckpt.protocol.load_source import LoadSource
 from ray_ckpt.protocol.messages import LoadOffer
 from ray_ckpt.report import LoadReport
@@ -210,7 +213,16 @@ class RankLoad:
         unwanted = {name for name in self._names if name not in taken and saved.wants(name)}
         unwanted = {name for name in unwanted if not name.startswith(plain_state.KEYS)}
         notes = {section: note for plan in self._plans for section, note in plan.notes.items()}
-        return LoadOffer(tuple(missing), tuple(cast), mark(self._names, unwanted), notes)
+        return LoadOffer(tuple(missing), tuple(cast), mark(self._names, unwanted), notes, self._frozen(state))
+
+    def _frozen(self, state: State) -> Frozen:
+        """What the state has instead of loading it, beside the fingerprints that were saved."""
+        if not isinstance(state, TrainState) or not state.trainable_only:
+            return {}
+        saved = self._source.manifest.fingerprints
+        held = {name: tensor for name, tensor in state.frozen().items() if self._saved.wants(name)}
+        known = {name: saved.get(self._saved.name_of(name)) for name in held}
+        return {name: (fingerprint(held[name]) if digest else None, digest) for name, digest in known.items()}
 
     def prepare(self, verdict: LoadOffer) -> None:
         """Give the objects that may refuse what was saved their state; no other tensor is read yet.
@@ -271,6 +283,12 @@ class RankLoad:
         return f"what the failed load has left: {'; '.join(told)}"
 
     def _refuse_leftovers(self, verdict: LoadOffer) -> None:
+        if verdict.other_base and self._options.strict:
+            raise StateMismatchError(
+                f"{self._source.label} was saved beside another base: the frozen {_listed(list(verdict.other_base))} "
+                "have other elements, or another dtype or shape, than they had then. Load the base of that run first; "
+                "strict=False loads it all the same"
+            )
         left = marked(self._names, verdict.unwanted)
         if verdict.missing and len(left) == sum(map(self._saved.wants, self._names)):
             raise StateMismatchError(
@@ -339,6 +357,7 @@ class RankLoad:
             phases=self._clock.phases,
             num_retries=self._storage.num_retries - self._retries_before,
             bytes_by_file=self._source.bytes_by_file,
+            base=verdict.notes.get(frozen.NOTE),
         )
 
     def _refuse(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import time
@@ -17,7 +18,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from ray_ckpt.errors import StorageError, UsageError
 from ray_ckpt.format.boxes import shared_box
-from ray_ckpt.format.fingerprinting import sum_of_part
+from ray_ckpt.format.fingerprinting import fingerprint, sum_of_part
 from ray_ckpt.format.manifest import ObjectEntry
 from ray_ckpt.format.memory import fault
 from ray_ckpt.format.torch_container import parse_dtype
@@ -38,6 +39,7 @@ from ray_ckpt.protocol.messages import (
     num_bytes,
 )
 from ray_ckpt.state.buffers import buffers_of
+from ray_ckpt.state.train_state import TrainState
 from ray_ckpt.storage.data_file import MAX_FILE_BYTES, Packed, hash_tensors, pack_file, share_out, write_in_threads
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.objects import SavedObject, saved_object
@@ -111,6 +113,9 @@ class RankSave:
         with collector_paused(), self._clock.phase("plan"):
             holdings = hold(state.state_dict() if isinstance(state, Stateful) else state)
             plan = memory.plan(state, holdings, known)
+            if isinstance(state, TrainState) and state.trainable_only:
+                held = {name: fingerprint(tensor) for name, tensor in state.frozen().items()}
+                plan = dataclasses.replace(plan, frozen=held)
             # If the plan is equal, the same items as before, so that comparing them next time costs nothing.
             self._holdings = Holdings(memory.items or (), holdings.values)
             return plan

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -28,12 +28,13 @@ from torch.optim.swa_utils import AveragedModel
 
 from ray_ckpt.errors import StateMismatchError, UsageError
 from ray_ckpt.format.flat_mesh import with_device_mesh
-from ray_ckpt.format.initial_values import buffers_without_memory, computed_buffers
 from ray_ckpt.format.torch_internals import has_entry, names_of, without_weak_references
 from ray_ckpt.format.wrappers import FilledInPlace, are_same, is_made_of_others, with_memory
 from ray_ckpt.state import sealing
 from ray_ckpt.state.load_plan import Claim, Handover, LoadPlan, SavedState, Spec
 from ray_ckpt.state.replicated_parts import claim_under, handed_over
+from ray_ckpt.state.trainable import Trainable
+from ray_ckpt.state.unsaved_buffers import Unsaved, device_of
 from ray_ckpt.text import listed
 
 TIES = "all_tied_weights_keys"
@@ -83,12 +84,18 @@ class NamedModel:
     modules: the model, or the chunks of it that this rank holds.
     tied: alias -> canonical name, besides what the modules share by themselves or say in `all_tied_weights_keys`.
     section: first component of the names in a checkpoint.
+    trainable: whose frozen parameters are left out, by name; `itself`, another model, or None.
     """
 
     def __init__(
-        self, modules: Sequence[nn.Module], tied: Mapping[str, str] | None = None, section: str = "model"
+        self,
+        modules: Sequence[nn.Module],
+        tied: Mapping[str, str] | None = None,
+        section: str = "model",
+        trainable: NamedModel | Literal["itself"] | None = None,
     ) -> None:
         self.section = section
+        self._trainable = self if trainable == "itself" else trainable
         self.modules = tuple(modules)
         self._tied = {alias: name for module in modules for alias, name in _declared_ties(module).items()}
         self._tied |= tied or {}
@@ -126,7 +133,7 @@ class NamedModel:
 
     def plan(self, saved: SavedState) -> LoadPlan:
         held_by_name = self._entries()
-        present = {module: _presence(module) for module in self.modules}
+        present = {module: _presence(module, self._trainable is not None) for module in self.modules}
         entries: dict[str, list[_Entry]] = {}
         claims: dict[str, Claim] = {}
         handovers: list[Handover] = []
@@ -146,16 +153,40 @@ class NamedModel:
                 if owner := _ExtraState.of(first):
                     handovers += handed_over(saved, source, owner, below)
             entries[name] = held
-        unsaved = _Unsaved(waiting)
+        unsaved = Unsaved(waiting)
         apply = partial(self._apply, saved, entries, unsaved)
         made = [name for name, held in entries.items() if any(_has_no_place(entry) for entry in held)]
-        problems = list(unsaved.problems)
+        problems = [*unsaved.problems, *self._without_base(saved, present)]
         if made:
             problems.append(
                 f"{listed(made, at_most=4)} are on the meta device, and no parameter or buffer has that name, as a "
                 "hook has made it: give the model memory by to_empty(device=...) before the load"
             )
         return LoadPlan(claims, apply, problems, handovers=handovers)
+
+    def _without_base(self, saved: SavedState, present: Mapping[nn.Module, _Presence]) -> list[str]:
+        """Why nothing can be loaded into a model whose frozen parameters this load would leave without memory."""
+        entries = {name: held[0] for name, held in self._frozen_entries().items()}
+        lacking = [
+            name
+            for name, entry in entries.items()
+            if entry.value.is_meta and present[entry.module].holds(entry) and saved.wants(f"{self.section}.{name}")
+        ]
+        if not lacking:
+            return []
+        return [
+            f"the frozen {listed(lacking, at_most=4)} are on the meta device, and a trainable_only state loads none of "
+            "them: load the base first, as by load(TrainState(model), base, only=('model',), strict=False)"
+        ]
+
+    def frozen(self) -> dict[str, torch.Tensor]:
+        """Name -> live tensor that is left out, as far as this rank holds it."""
+        tensors = {name: held[0].value for name, held in self._frozen_entries().items()}
+        return {name: tensor for name, tensor in tensors.items() if not tensor.is_meta}
+
+    def trainable(self) -> Trainable:
+        """Which names are left out: none, unless the state is that of what is trained."""
+        return Trainable.of(self._trainable.parameters()) if self._trainable else Trainable()
 
     def parameters(self) -> dict[nn.Parameter, tuple[str, ...]]:
         """Each parameter's canonical name; several names, if it is a flat one of FSDP1's."""
@@ -189,7 +220,7 @@ class NamedModel:
         self,
         saved: SavedState,
         entries: Mapping[str, Sequence[_Entry]],
-        unsaved: _Unsaved,
+        unsaved: Unsaved,
         loaded: Mapping[str, torch.Tensor],
     ) -> None:
         unsaved.restore()
@@ -218,7 +249,31 @@ class NamedModel:
                 _check_shown(module, state)
 
     def _entries(self) -> dict[str, list[_Entry]]:
-        """Canonical name -> everything that the modules hold under it."""
+        """Canonical name -> everything that the modules hold under it, but for what is left out."""
+        entries = self._all_entries()
+        left_out = self._left_out(entries) if self._trainable else ()
+        return {name: held for name, held in entries.items() if name not in left_out}
+
+    def _frozen_entries(self) -> dict[str, list[_Entry]]:
+        if not self._trainable:
+            return {}
+        entries = self._all_entries()
+        return {name: entries[name] for name in self._left_out(entries)}
+
+    def _left_out(self, entries: Mapping[str, Sequence[_Entry]]) -> list[str]:
+        trainable = self.trainable()
+        buffers = {
+            name
+            for module in self.modules
+            for name in self.names_of(module, (key for key, _ in module.named_buffers(remove_duplicate=False)))
+        }
+        return [
+            name
+            for name, held in entries.items()
+            if name not in buffers and not held[0].is_opaque and trainable.is_frozen(name)
+        ]
+
+    def _all_entries(self) -> dict[str, list[_Entry]]:
         canonical = self.aliases()
         found: dict[str, list[_Entry]] = {}
         for module in self.modules:
@@ -345,44 +400,21 @@ class _Presence:
         return self.sharded and not isinstance(_live(entry), nn.Parameter)
 
 
-def _presence(module: nn.Module) -> _Presence:
+def _presence(module: nn.Module, trainable_only: bool) -> _Presence:
     parameters = list(module.parameters())
-    persistent = (
+    persistent = [
         buffer
         for child in module.modules()
         for name, buffer in child.named_buffers(recurse=False)
         if name not in child._non_persistent_buffers_set
-    )
+    ]
+    if trainable_only and not any(parameter.is_meta for parameter in parameters if not parameter.requires_grad):
+        # The base is all there: adapters without memory are this rank's, too.
+        parameters, persistent = [parameter for parameter in parameters if parameter.requires_grad], []
     return _Presence(
         untouched=all(tensor.is_meta for tensor in (*parameters, *persistent)),
         sharded=any(tensor.is_meta and isinstance(tensor, DTensor) for tensor in parameters),
     )
-
-
-class _Unsaved:
-    """Non-persistent buffers on meta, which no checkpoint holds, of modules that this load gives memory.
-
-    Those that the modules compute by their own means get these values; for others there is no way but the caller's.
-    """
-
-    def __init__(self, modules: set[nn.Module]) -> None:
-        self._values: list[tuple[nn.Module, str, torch.Tensor, torch.device]] = []
-        self.problems: list[str] = []
-        for module in modules:
-            owners = buffers_without_memory(module)
-            values = computed_buffers(module, owners)
-            for key, value in values.items():
-                self._values.append((owners[key], key.rpartition(".")[2], value, _device_of(module)))
-            if lost := [key for key in owners if key not in values]:
-                self.problems.append(
-                    f"{', '.join(lost)} have neither memory nor a place in the checkpoint, as they are not persistent, "
-                    "nor does their module compute them in reset_parameters() or _init_weights(): give them both "
-                    "before the load"
-                )
-
-    def restore(self) -> None:
-        for owner, name, value, device in self._values:
-            setattr(owner, name, value.to(device))
 
 
 def _live(entry: _Entry) -> torch.Tensor:
@@ -420,7 +452,7 @@ def _memory_of(entry: _Entry) -> torch.Tensor:
         return entry.value  # type: ignore[no-any-return]
     live = _live(entry)
     if live.is_meta:
-        memory = with_memory(live.detach(), _device_of(entry.module))
+        memory = with_memory(live.detach(), device_of(entry.module))
         owner, name = _owner(entry)
         if isinstance(live, nn.Parameter):
             try:
@@ -435,13 +467,6 @@ def _memory_of(entry: _Entry) -> torch.Tensor:
         else:
             setattr(owner, name, memory)
     return _live(entry).detach()
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    """The device for a module on meta: that of its shards, or else the CPU."""
-    kinds = {p.device_mesh.device_type for p in module.parameters() if isinstance(p, DTensor)} - {"cpu"}
-    kind = kinds.pop() if kinds else "cpu"
-    return torch.device(kind, torch.get_device_module(kind).current_device()) if kind != "cpu" else torch.device(kind)
 
 
 def _check_tied(name: str, first: torch.Tensor, others: Sequence[torch.Tensor]) -> None:

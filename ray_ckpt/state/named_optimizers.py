@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -27,9 +27,12 @@ from ray_ckpt.state.load_plan import Claim, LoadPlan, SavedState
 from ray_ckpt.state.named_model import NamedModel
 from ray_ckpt.state.own_optimizers import OtherState, check_shows_all, pack_others, states_in
 from ray_ckpt.state.saved_optimizers import KINDS, PARAM_GROUPS, STATE, SavedOptimizers, flatten, key_name
-from ray_ckpt.state.shard_state import Owner, pack_shard
+from ray_ckpt.state.shard_state import SHARDS, Owner, pack_shard
+from ray_ckpt.state.trainable import starts
 from ray_ckpt.state.wrappers import Partitions
 from ray_ckpt.text import listed
+
+T = TypeVar("T")
 
 _FRESH_ADVICE = "Load into a fresh optimizer, whose groups are split to match, or give each set its own group"
 _PARTITIONED_ADVICE = "ZeroRedundancyOptimizer keeps its groups: give each set its own"
@@ -89,7 +92,20 @@ class NamedOptimizers:
                         # A rank without elements of a parameter may have no state of it, and says nothing about it.
                         if name not in owners or not owners[name].is_elsewhere:
                             leaves[f"{KINDS}.{name}"] = keys.get(name, (kind,))
-        return leaves
+        return self._without_frozen(leaves)
+
+    def _without_frozen(self, entries: dict[str, T], prefix: str = "") -> dict[str, T]:
+        """Entries of parameters that the state saves and loads; all but those of frozen ones, if these are left out."""
+        frozen = self._model.trainable().frozen
+        if not frozen:
+            return entries
+        places = tuple(f"{prefix}{part}." for part in (STATE, PARAM_GROUPS, KINDS, SHARDS))
+
+        def is_frozen(name: str) -> bool:
+            below = name.removeprefix(prefix).partition(".")[2]
+            return name.startswith(places) and any(start in frozen for start in starts(below))
+
+        return {name: entry for name, entry in entries.items() if not is_frozen(name)}
 
     def _owners(
         self, optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, Sequence[str]]
@@ -171,6 +187,7 @@ class NamedOptimizers:
                             taken += index.shards(name)
                         claims |= index.claim_values(name, shared_here)
                         claims |= index.claim_state(name, owner, live, expected.get(name, ()), twins[parameter])
+        claims = self._without_frozen(claims, f"{self.section}.")
         return LoadPlan(claims, partial(self._apply, names, index, owners, others), problems, doubts, taken)
 
     def _check_groups(

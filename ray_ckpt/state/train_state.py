@@ -80,6 +80,10 @@ class TrainState:
             (`{"lm_head.weight": "model.embed_tokens.weight"}`). Not needed for weights that modules of one stage share,
             or that are listed in an attribute `all_tied_weights_keys`, as transformers' models have it. A tied weight
             is saved once and loaded into all.
+        trainable_only: save and load only what training changes: parameters with `requires_grad`, the optimizers' state
+            of them, all buffers and extra state. For adapters (LoRA): the frozen parameters are loaded before, by
+            other means. Their fingerprints are saved, and a load beside another base is refused by name. That reads
+            all frozen elements once per save and load, but none from or to the storage. (DCP's own verbs do not.)
         layout: name of the layout in which this rank runs, for the manifest. The states that each rank has of its own
             (`rng`, `dataloader`) are restored only in a layout of the same name and number of ranks.
     """
@@ -98,13 +102,15 @@ class TrainState:
         ema: nn.Module | MutableMapping[str, torch.Tensor] | None = None,
         extra: MutableMapping[str, Any] | None = None,
         tied: Mapping[str, str] | None = None,
+        trainable_only: bool = False,
         layout: object | None = None,
     ) -> None:
         self.models = [model] if isinstance(model, nn.Module) else list(model)
         self.optimizers = _listed(optimizers)
         self.step = step
         self.layout = None if layout is None else str(layout)
-        named = self._model = NamedModel(self.models, tied)
+        self.trainable_only = trainable_only
+        named = self._model = NamedModel(self.models, tied, trainable="itself" if trainable_only else None)
         self._optim = NamedOptimizers(self.optimizers, named)
         # In the order in which they are loaded: an optimizer's state takes after the parameters, schedulers follow its
         # groups, and nothing may draw random numbers after the generators.
@@ -113,7 +119,7 @@ class TrainState:
         if self.optimizers:
             self._parts += [self._optim, schedules]
         if isinstance(ema, nn.Module):
-            self._parts.append(NamedModel([ema], tied, "ema"))
+            self._parts.append(NamedModel([ema], tied, "ema", named if trainable_only else None))
         elif ema is not None:
             self._parts.append(ExtraPart(ema, "ema"))
         if scaler is not None:
@@ -217,6 +223,15 @@ class TrainState:
         seen = subclasses.whole(saved)
         plans = [replace(part.plan(seen), section=part.section) for part in self._parts]
         return [subclasses.expand(plan, seen, saved) for plan in plans]
+
+    def frozen(self) -> dict[str, torch.Tensor]:
+        """Flat name -> live tensor that `trainable_only` leaves out, as far as this rank holds it.
+
+        Under FSDP1 all ranks have to call it together.
+        """
+        section = self._model.section
+        leaves = subclasses.apart(self._model.frozen(), section)
+        return {f"{section}.{name}": value for name, value in leaves.items() if isinstance(value, torch.Tensor)}
 
     def snapshot(self, rank: int) -> Snapshot:
         """Fingerprints of all tensors that this rank holds, and the values of everything else, by flat name.

@@ -119,10 +119,11 @@ def prepare(options: Options, screen: Screen) -> Prepared:
         overwrite=options.overwrite,
         layout=str(layout),
         saved_by={"torch": importlib.metadata.version("torch"), **origin_of(manifest, reader.kind)},
-        fingerprints=manifest.fingerprints,
+        fingerprints={name: digest for name, digest in manifest.fingerprints.items() if name in manifest.tensors},
     )
     plans = _plans(manifest, partition(manifest, layout))
     coordinator.merge([LocalPlan(uuid.uuid4().hex, items) for items in plans.values()])
+    coordinator.keep_frozen(manifest)
     files = {rank: _rank_file(manifest, coordinator.attempt, rank, items) for rank, items in plans.items()}
     return Prepared(layout, source, reader.files, target, coordinator, files)
 
