@@ -1,4 +1,4 @@
-"""One behavioral suite for storage, against a directory, a memory file system of fsspec, S3 and Google's store."""
+"""One behavioral suite for storage: a directory, a memory file system of fsspec, S3, Google's store, and `ram://`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def gcs():
         yield place
 
 
-@pytest.fixture(params=["path", "file", "memory", "s3", "gs"])
+@pytest.fixture(params=["path", "file", "memory", "s3", "gs", pytest.param("ram", marks=pytest.mark.slow)])
 def storage(request, tmp_path):
     if request.param == "path":
         return Storage(tmp_path / "new" / "place")
@@ -39,6 +39,9 @@ def storage(request, tmp_path):
         return Storage(f"file://{tmp_path}/new/place")
     if request.param == "memory":
         return Storage(f"memory://{uuid.uuid4().hex}/place")
+    if request.param == "ram":
+        request.getfixturevalue("local_ray")
+        return Storage(f"ram://suite/{uuid.uuid4().hex}/place?replicas=0")
     if request.param == "gs":
         return Storage(request.getfixturevalue("gcs").format(path=f"{uuid.uuid4().hex}/place"))
     return Storage(request.getfixturevalue("s3").uri(f"{uuid.uuid4().hex}/place"))

@@ -1,4 +1,4 @@
-"""A store of checkpoints on local files and on S3: what is a step, what is removed, and what never is."""
+"""A store of checkpoints on local files, on S3 and in memory: what is a step, what is removed, and what never is."""
 
 from __future__ import annotations
 
@@ -35,10 +35,13 @@ def gcs():
         yield place
 
 
-@pytest.fixture(params=["path", "s3", "gs"])
+@pytest.fixture(params=["path", "s3", "gs", pytest.param("ram", marks=pytest.mark.slow)])
 def store(request, tmp_path):
     if request.param == "path":
         return CheckpointStore(tmp_path / "run")
+    if request.param == "ram":
+        request.getfixturevalue("local_ray")
+        return CheckpointStore(Storage(f"ram://suite/{uuid.uuid4().hex}?replicas=0", retry=AT_ONCE))
     if request.param == "gs":
         return CheckpointStore(request.getfixturevalue("gcs").format(path=uuid.uuid4().hex))
     return CheckpointStore(Storage(request.getfixturevalue("s3").uri(uuid.uuid4().hex), retry=AT_ONCE))

@@ -16,7 +16,8 @@ The verbs are functions of a group rather than its methods: `WorkerGroup` knows 
 """
 
 from ray_ckpt.cluster.loading import load
+from ray_ckpt.cluster.ram.client import drop_memory
 from ray_ckpt.cluster.saving import save
 from ray_ckpt.cluster.verifying import verify, verify_by_tasks
 
-__all__ = ["load", "save", "verify", "verify_by_tasks"]
+__all__ = ["drop_memory", "load", "save", "verify", "verify_by_tasks"]

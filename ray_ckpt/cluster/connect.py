@@ -85,6 +85,25 @@ def find_cluster(address: str | None = None) -> str | None:
     return found
 
 
+def join_running() -> bool:
+    """Join the cluster that `connect` would join, for as long as this process runs, unless it is in one already.
+
+    Returns:
+        Whether it is in one: False when there is none to join.
+
+    Raises:
+        UsageError: none answers at RAY_ADDRESS, or it refuses our authentication mode.
+    """
+    if ray.is_initialized():
+        return True
+    found = find_cluster()
+    if found in (None, "local"):
+        return False
+    with without_daemon_messages():
+        _init(str(found), {"log_to_driver": False, "logging_level": logging.ERROR})
+    return True
+
+
 @contextmanager
 def connected(address: str | None = None) -> Iterator[None]:
     """As `connect`, for whoever may be connected already: then nothing is done.

@@ -2,6 +2,7 @@
 
 find_recorded_address    `ray start` notes where its cluster is; `ray.init()` looks there in the same way
 check_alive              one call that a cluster's control service answers at once
+has_ended                whether a driver is gone, also one that was killed
 free_resources           per node, where Ray's public interface has only the sum
 held_resources           Ray's public interface refuses to answer a driver
 without_daemon_messages  Ray's daemons write paragraphs to the driver's standard output
@@ -22,7 +23,7 @@ import ray
 from ray._private import ray_constants, services, utils
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.ray_logging import stdout_deduplicator
-from ray._private.state import available_resources_per_node
+from ray._private.state import available_resources_per_node, jobs
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 from ray.exceptions import AuthenticationError
@@ -59,6 +60,11 @@ def check_alive(address: str, timeout_s: float) -> bool:
     except AuthenticationError as error:
         raise RefusedError(str(error)) from error
     return True
+
+
+def has_ended(job_id: str) -> bool:
+    """Whether a job of Ray, which is one driver and all that it started, has ended in whatever way."""
+    return any(job["JobID"] == job_id and job["IsDead"] for job in jobs())
 
 
 def free_resources() -> list[Mapping[str, float]]:

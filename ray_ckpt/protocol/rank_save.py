@@ -183,8 +183,10 @@ class RankSave:
         items, values = self._holdings.items, self._holdings.values
         saved = _Saving()
         objects = ((p, saved(values[p])) for p in positions if items[p].spec is None)
+        size = sum(_size(items[p].spec) for p in positions)
         with meter.trial() as count:
-            record = file_record(pack_file(self._storage, name, objects, self._tensors(positions), count))
+            packed = pack_file(self._storage, name, objects, self._tensors(positions), count, num_bytes=size)
+            record = file_record(packed)
         if not self._fingerprints:
             return record
         return replace(record, sums=[self._sum(position) for position in record.positions])

@@ -63,13 +63,17 @@ def pack_file(
     objects: Iterable[tuple[K, SavedObject]],
     tensors: Iterable[tuple[K, torch.Tensor]],
     count: Callable[[int], None] = NOBODY.add,
+    *,
+    num_bytes: int = 0,
 ) -> Packed[K]:
     """Write one file. It is durable on return.
 
     Args:
         count: called with the bytes of tensors that have been written, as often as some have.
+        num_bytes: about how long the file will be, as far as that is known.
     """
-    return pack_pieces(storage, name, objects, host_pieces((entry, entry[1]) for entry in tensors), count)
+    pieces = host_pieces((entry, entry[1]) for entry in tensors)
+    return pack_pieces(storage, name, objects, pieces, count, num_bytes=num_bytes)
 
 
 def pack_pieces(
@@ -78,15 +82,17 @@ def pack_pieces(
     objects: Iterable[tuple[K, SavedObject]],
     pieces: Iterable[tuple[tuple[K, torch.Tensor], memoryview]],
     count: Callable[[int], None] = NOBODY.add,
+    *,
+    num_bytes: int = 0,
 ) -> Packed[K]:
     """Write one file whose tensors come piece by piece, each one's bytes in row-major order. It is durable on return.
 
     Args:
         pieces: (key, tensor) and the bytes of a piece. All pieces of a tensor have the same pair, the same object. The
             tensor may be on the meta device: only its dtype and shape are used.
-        count: as for `pack_file`.
+        count, num_bytes: as for `pack_file`.
     """
-    with storage.create(name) as file:
+    with storage.create(name, num_bytes=num_bytes) as file:
         return pack_into(file, objects, pieces, count)
 
 

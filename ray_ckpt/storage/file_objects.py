@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from ray_ckpt.errors import FormatError, StorageError
 from ray_ckpt.storage.local_files import sync_file
+from ray_ckpt.storage.registered import WritableFile
 
 if TYPE_CHECKING:
     from ray_ckpt.storage.files import Storage
@@ -144,7 +145,7 @@ class PreparedFile:
 class OutputFile:
     """A file being written. Leaving its `with` block by an error abandons it."""
 
-    def __init__(self, storage: Storage, name: str, native: pa.NativeFile) -> None:
+    def __init__(self, storage: Storage, name: str, native: pa.NativeFile | WritableFile) -> None:
         self.name = name
         self._storage = storage
         self._native = native
@@ -171,3 +172,5 @@ class OutputFile:
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         if error_type is None:
             self.close()
+        elif hasattr(self._native, "abandon"):  # pyarrow's have none: what is written of theirs stays as an orphan
+            self._storage.perform("abandon", self.name, self._native.abandon)

@@ -34,6 +34,7 @@ from ray_ckpt.storage.address import ARROW_SCHEMES, Address, parse
 from ray_ckpt.storage.file_objects import InputFile, OutputFile, PreparedFile
 from ray_ckpt.storage.local_files import is_plain_file, lock_directory, make_directory, remove_plain_file, rename
 from ray_ckpt.storage.redact import without_secrets
+from ray_ckpt.storage.registered import REGISTERED, RegisteredFileSystem, WritableFile, open_registered
 from ray_ckpt.storage.regular_files import check_readable
 from ray_ckpt.storage.retry import RetryPolicy, is_transient, retried
 
@@ -46,9 +47,9 @@ _LOCK_TIMEOUT_S = 30.0
 _LONGEST_CAUSE = 600
 """Characters of a library's message that are repeated."""
 
-_OBJECT_STORES = frozenset({"s3", "gcs", "abfs"})
+_OBJECT_STORES = frozenset({"s3", "gcs", "abfs", *REGISTERED})
 """`FileSystem.type_name` of those without directories, where an object appears whole when its writer closes it."""
-_PUT_AT_ONCE = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss"})
+_PUT_AT_ONCE = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", *REGISTERED})
 """Schemes where nobody sees a file before it is whole. Anywhere else one is written under another name and renamed."""
 
 
@@ -237,14 +238,20 @@ class Storage:
 
     # ------------------------------------------------------------------------------------------------- writing
 
-    def create(self, name: str) -> OutputFile:
+    def create(self, name: str, *, num_bytes: int = 0) -> OutputFile:
         """Start a new file. It is durable, and on an object store visible, once its `close` has returned.
 
         What was written before a failure stays as an orphan that no manifest names.
+
+        Args:
+            num_bytes: about how long it will be. Where room is shared out beforehand, as in memory, there must be as
+                much.
         """
         path = self.path(name)
 
-        def start() -> pa.NativeFile:
+        def start() -> pa.NativeFile | WritableFile:
+            if isinstance(self.filesystem, RegisteredFileSystem):
+                return self.filesystem.create(path, num_bytes)
             directory = os.path.dirname(path)
             self._make_directory(directory)
             try:
@@ -447,6 +454,8 @@ def _rebuild(cls: type[Storage], state: dict[str, Any]) -> Storage:
 def _open_filesystem(address: Address) -> tuple[pafs.FileSystem, str]:
     if address.is_local:
         return pafs.LocalFileSystem(), address.path
+    if address.scheme in REGISTERED:
+        return open_registered(address)
     if address.scheme not in ARROW_SCHEMES:
         return _open_fsspec(address)
     if address.scheme == "s3" and (anonymous := _open_anonymous_s3(address)):

@@ -32,6 +32,11 @@ _ATTEMPT = re.compile(r"[0-9a-f]{12}")
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
+def pin_name(step: int) -> str:
+    """Name of a step's pin in its store."""
+    return f"{_DIRECTORY}/step-{step}"
+
+
 @dataclass(frozen=True)
 class DeleteClaim:
     """A delete of a step that has begun and not ended."""

@@ -1,0 +1,301 @@
+"""`ram://NAME` as a process of the cluster sees it.
+
+A file of the own node is opened through `/proc` and costs what a local file costs; only where it lies, and that it is
+whole, is told by the index.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+import urllib.parse
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+
+from ray_ckpt.cluster.connect import join_running
+from ray_ckpt.cluster.ram.index import (
+    NAMESPACE,
+    Begun,
+    Found,
+    Options,
+    Refusal,
+    find_index,
+    keeper_name,
+    start_index,
+)
+from ray_ckpt.cluster.ram.keeper import Place, label
+from ray_ckpt.errors import UsageError
+from ray_ckpt.storage import registered
+from ray_ckpt.storage.address import Address
+
+INDEX_ANSWER_S = 900.0
+"""How long the index may take: it answers a `put` when all copies are made."""
+
+PIECE_ANSWER_S = 60.0
+"""How long another node may take to send a piece, before another copy is tried."""
+
+_logger = logging.getLogger("ray_ckpt")
+
+
+def open_files(address: Address) -> RamFiles:
+    """The files of `ram://NAME?replicas=1&capacity_bytes=...&lifetime=job`.
+
+    Raises:
+        UsageError: an option is not known or has a value that it cannot have, or no cluster is running.
+    """
+    if not join_running():
+        raise UsageError(
+            f"{address.display} is memory of a Ray cluster, and none is running here: set RAY_ADDRESS to one, call "
+            "ray.init() first, or run in a task, an actor or a job of Ray"
+        )
+    given = dict(urllib.parse.parse_qsl(address.options, keep_blank_values=True))
+    return RamFiles(address.place, _options(given), is_explicit=bool(given))
+
+
+def _options(given: Mapping[str, str]) -> Options:
+    values: dict[str, Any] = {}
+    for name, text in given.items():
+        if name in ("replicas", "capacity_bytes") and text.isdecimal():
+            values[name] = int(text)
+        elif name == "lifetime" and text in ("job", "detached"):
+            values[name] = text
+        else:
+            raise UsageError(
+                f"ram:// has no option {name}={text}: it takes replicas=1 (number of nodes besides the writer's that "
+                "hold a file), capacity_bytes=8589934592 (on each node) and lifetime=job or lifetime=detached"
+            )
+    return Options(**values)
+
+
+def drop_memory(name: str) -> bool:
+    """Free all that `ram://NAME` holds, on all nodes. Readers that have a file of their own node open keep that one.
+
+    Returns:
+        Whether there was such a store.
+    """
+    index = find_index(name)
+    if index is None:
+        return False
+    ray.get(index.drop.remote(), timeout=INDEX_ANSWER_S)
+    ray.kill(index)
+    return True
+
+
+class RamFiles:
+    """Files in the memory of the cluster's nodes."""
+
+    def __init__(self, store: str, options: Options, *, is_explicit: bool) -> None:
+        self._store = store
+        self._options = options
+        self._is_explicit = is_explicit
+        self._index: Any = None
+        self._is_told = False
+        self._lock = threading.Lock()
+        self.node: str = ray.get_runtime_context().get_node_id()
+
+    # ------------------------------------------------------------------------------------------------- reading
+
+    def look(self, paths: Sequence[str]) -> Sequence[registered.Found | None]:
+        return [None if f is None else registered.Found(f.num_bytes, f.modified_s) for f in self.find(paths)]
+
+    def find(self, paths: Sequence[str]) -> Sequence[Found | None]:
+        """Where files lie. No store is begun by looking for one."""
+        found: list[Found | None] = self._ask("find", list(paths), default=[None] * len(paths))
+        return found
+
+    def list(self, directory: str) -> Iterable[tuple[str, registered.Found]]:
+        for path, num_bytes, modified_s in self._ask("below", directory, default=[]):
+            yield path, registered.Found(num_bytes, modified_s)
+
+    def open(self, path: str) -> RamInput:
+        [found] = self.find([path])
+        if found is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        return RamInput(self, path, found)
+
+    def keeper(self, node: str) -> Any:
+        """The keeper of a node.
+
+        Raises:
+            OSError: it is gone.
+        """
+        try:
+            return ray.get_actor(keeper_name(self._store, node), namespace=NAMESPACE)
+        except ValueError as error:
+            raise OSError(errno.EIO, f"node {node} holds nothing of ram://{self._store} any more") from error
+
+    # ------------------------------------------------------------------------------------------------- writing
+
+    def create(self, path: str, num_bytes: int) -> RamOutput:
+        begun = self._ask("begin", path, self.node, os.getpid(), num_bytes)
+        if isinstance(begun, Refusal):
+            raise OSError(begun.code, begun.reason)
+        return RamOutput(self, path, begun)
+
+    def put(self, path: str, key: str) -> None:
+        """Give a written file its copies and its name."""
+        copies = self._ask("put", key)
+        if isinstance(copies, Refusal):
+            raise OSError(copies.code, copies.reason)
+        if copies <= self._options.replicas and not self._is_told:
+            self._is_told = True
+            _logger.warning(
+                "ram://%s is to have %d copies besides the first and has %d: the cluster has no other node that can "
+                "hold one. What is saved there is lost with the nodes that hold it",
+                self._store,
+                self._options.replicas,
+                copies - 1,
+            )
+
+    def abandon(self, key: str) -> None:
+        """Free a file that gets no name."""
+        self._ask("abandon", key)
+
+    def delete(self, path: str) -> None:
+        if not self._ask("delete", path, default=False):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+
+    # --------------------------------------------------------------------------------------------------- index
+
+    def _ask(self, method: str, *args: Any, default: Any = None) -> Any:
+        """Call the index.
+
+        Args:
+            default: the answer of a store that nobody has begun; None begins it.
+
+        Raises:
+            OSError: it does not answer.
+        """
+        index = self._find_index(begin=default is None)
+        if index is None:
+            return default
+        try:
+            return ray.get(getattr(index, method).remote(*args), timeout=INDEX_ANSWER_S)
+        except GetTimeoutError as error:
+            raise TimeoutError(
+                f"the index of ram://{self._store} gave no answer within {INDEX_ANSWER_S:g} s"
+            ) from error
+        except RayError as error:
+            with self._lock:
+                self._index = None
+            raise OSError(errno.EIO, f"the index of ram://{self._store} is lost: {error}".partition("\n")[0]) from error
+
+    def _find_index(self, *, begin: bool) -> Any:
+        with self._lock:
+            if self._index is None:
+                found = find_index(self._store)
+                if found is None and begin:
+                    found = start_index(self._store, self._options)
+                if found is not None:
+                    self._take(found)
+            return self._index
+
+    def _take(self, index: Any) -> None:
+        options: Options = ray.get(index.options.remote(), timeout=INDEX_ANSWER_S)
+        if self._is_explicit and options != self._options:
+            raise UsageError(
+                f"ram://{self._store} was begun with {options}, not with {self._options}: leave the options out, or "
+                "drop it first"
+            )
+        self._options, self._index = options, index
+
+
+class RamInput:
+    """An open file. It stays readable on its own node when its name goes to another."""
+
+    def __init__(self, files: RamFiles, path: str, found: Found) -> None:
+        self._files = files
+        self._path = path
+        self._found = found
+        self._position = 0
+        self._local = _open_here(found.key, found.copies.get(files.node), os.O_RDONLY)
+
+    def seek(self, offset: int, /) -> None:
+        self._position = offset
+
+    def readinto(self, memory: memoryview, /) -> int:
+        length = min(len(memory), self._found.num_bytes - self._position)
+        if length <= 0:
+            return 0
+        memory = memory[:length]
+        if self._local is not None:
+            return _read_fully(self._local, memory, self._position)
+        failures = []
+        for node in self._found.copies:
+            try:
+                return self._read_from(node, memory)
+            except (OSError, RayError) as error:
+                failures.append(f"node {node}: {error}".partition("\n")[0])
+        raise OSError(errno.EIO, f"no copy of {self._path} can be read: {'; '.join(failures)}")
+
+    def _read_from(self, node: str, memory: memoryview) -> int:
+        ref = self._files.keeper(node).read.remote(self._found.key, self._position, len(memory))
+        data = ray.get(ref, timeout=PIECE_ANSWER_S)
+        memory[: len(data)] = memoryview(data)
+        return len(data)
+
+    def close(self) -> None:
+        if self._local is not None:
+            os.close(self._local)
+            self._local = None
+
+
+class RamOutput:
+    """A file being written, into the memory of the own node. It has its name once it is closed."""
+
+    def __init__(self, files: RamFiles, path: str, begun: Begun) -> None:
+        self._files = files
+        self._path = path
+        self._key = begun.key
+        self._descriptor = _open_here(begun.key, begun.place, os.O_WRONLY)
+        if self._descriptor is None:
+            files.abandon(begun.key)
+            raise OSError(errno.EACCES, f"{begun.place.path}, where {path} is to be written, cannot be opened")
+
+    def write(self, data: Any, /) -> int:
+        assert self._descriptor is not None
+        view, done = memoryview(data).cast("B"), 0
+        while done < len(view):
+            done += os.write(self._descriptor, view[done:])
+        return done
+
+    def close(self) -> None:
+        if self._descriptor is None:
+            return
+        os.close(self._descriptor)
+        self._descriptor = None
+        self._files.put(self._path, self._key)
+
+    def abandon(self) -> None:
+        """Free what was written."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+            self._files.abandon(self._key)
+
+
+def _open_here(key: str, place: Place | None, flags: int) -> int | None:
+    """Open a file of the own node's memory; None where that cannot be done, as from another container."""
+    if place is None:
+        return None
+    try:
+        descriptor = os.open(place.path, flags | os.O_CLOEXEC)
+    except OSError:
+        return None
+    # Its keeper may have ended, and its number been given to another process.
+    if label(key) in os.readlink(f"/proc/self/fd/{descriptor}"):
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
+def _read_fully(descriptor: int, memory: memoryview, offset: int) -> int:
+    done = 0
+    while done < len(memory) and (num_read := os.preadv(descriptor, [memory[done:]], offset + done)):
+        done += num_read
+    return done

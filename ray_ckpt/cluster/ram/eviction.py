@@ -1,0 +1,37 @@
+"""Which step goes when memory is full. By names alone."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection
+
+from ray_ckpt.format.manifest import MANIFEST_NAME
+from ray_ckpt.storage.pins import pin_name
+from ray_ckpt.storage.steps import directory_of, parse_steps
+
+
+def superseded(paths: Collection[str], wanted_by: str) -> str | None:
+    """The directory of the lowest committed step that has a higher one beside it and is not pinned.
+
+    Args:
+        paths: of all files.
+        wanted_by: path of the file that needs room: its own step stays, and its own store's steps go first.
+    """
+    stores: dict[str, list[int]] = defaultdict(list)
+    for path in paths:
+        directory, _, name = path.rpartition("/")
+        store, _, step = directory.rpartition("/")
+        if name == MANIFEST_NAME:
+            stores[store] += parse_steps([step])
+    candidates = [
+        (not wanted_by.startswith(f"{store}/" if store else "step-"), step, directory)
+        for store, steps in stores.items()
+        for step in sorted(steps)[:-1]
+        if not wanted_by.startswith(f"{(directory := _join(store, directory_of(step)))}/")
+        and _join(store, pin_name(step)) not in paths
+    ]
+    return min(candidates)[2] if candidates else None
+
+
+def _join(store: str, name: str) -> str:
+    return f"{store}/{name}" if store else name

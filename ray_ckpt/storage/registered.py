@@ -1,0 +1,143 @@
+"""Schemes whose files neither pyarrow nor fsspec keeps: their home registers them by name, and Storage opens them.
+
+    REGISTERED[scheme] = "module:function"     a function of an Address that gives Files, imported at the first use
+    RegisteredFileSystem(files)                what Storage calls of a pyarrow file system, on these
+
+A file appears whole when its writer closes it, and there are no directories, as on an object store.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import pyarrow.fs as pafs
+
+from ray_ckpt.storage.address import Address
+
+REGISTERED: dict[str, str] = {"ram": "ray_ckpt.cluster.ram.client:open_files"}
+"""Scheme -> the function that opens it, as text: this floor knows nothing of those above."""
+
+
+class Found(NamedTuple):
+    """A file as it is found."""
+
+    num_bytes: int
+    modified_s: float
+    """When it was written, in seconds since the epoch."""
+
+
+class ReadableFile(Protocol):
+    """An open file for ranged reads, by one thread at a time."""
+
+    def seek(self, offset: int, /) -> object: ...
+    def readinto(self, memory: memoryview, /) -> int: ...
+    def close(self) -> None: ...
+
+
+class WritableFile(Protocol):
+    """A file being written. It appears when it is closed."""
+
+    def write(self, data: bytes | bytearray | memoryview, /) -> object: ...
+    def close(self) -> None: ...
+
+
+class Files(Protocol):
+    """Who keeps the files of a scheme. Paths are relative, with `/` between their parts."""
+
+    def look(self, paths: Sequence[str]) -> Sequence[Found | None]: ...
+    def list(self, directory: str) -> Iterable[tuple[str, Found]]:
+        """All files below a directory, at any depth, by path."""
+        ...
+
+    def open(self, path: str) -> ReadableFile: ...
+    def create(self, path: str, num_bytes: int) -> WritableFile:
+        """Start a file that will have about this many bytes. An error where there is no room for them."""
+        ...
+
+    def delete(self, path: str) -> None: ...
+
+
+def open_registered(address: Address) -> tuple[RegisteredFileSystem, str]:
+    """The file system of a registered scheme, and the path of the address in it."""
+    module, _, function = REGISTERED[address.scheme].partition(":")
+    opened: Callable[[Address], Files] = getattr(importlib.import_module(module), function)
+    return RegisteredFileSystem(address.scheme, opened(address)), address.path.strip("/")
+
+
+class RegisteredFileSystem:
+    """The methods of `pyarrow.fs.FileSystem` that Storage calls. Errors are `OSError`s."""
+
+    def __init__(self, scheme: str, files: Files) -> None:
+        self.type_name = scheme
+        self._files = files
+
+    def get_file_info(self, asked: str | Sequence[str] | pafs.FileSelector) -> Any:
+        """As pyarrow's: of a path, of several, or of everything below a directory."""
+        if isinstance(asked, str):
+            return self.get_file_info([asked])[0]
+        if isinstance(asked, pafs.FileSelector):
+            return self._entries(asked.base_dir.strip("/"), recursive=asked.recursive)
+        paths = [path.strip("/") for path in asked]
+        return [
+            pafs.FileInfo(path, pafs.FileType.NotFound) if found is None else _info(path, found)
+            for path, found in zip(paths, self._files.look(paths), strict=True)
+        ]
+
+    def _entries(self, directory: str, *, recursive: bool) -> list[pafs.FileInfo]:
+        prefix = f"{directory}/" if directory else ""
+        infos, directories = [], set()
+        for path, found in self._files.list(directory):
+            inner, deeper, _ = path.removeprefix(prefix).partition("/")
+            if deeper and not recursive:
+                directories.add(prefix + inner)
+            else:
+                infos.append(_info(path, found))
+        return infos + [pafs.FileInfo(path, pafs.FileType.Directory) for path in sorted(directories)]
+
+    def open_input_file(self, path: str) -> _Input:
+        """Open a file for ranged reads."""
+        path = path.strip("/")
+        [found] = self._files.look([path])
+        if found is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        return _Input(self._files.open(path), found.num_bytes)
+
+    def create(self, path: str, num_bytes: int) -> WritableFile:
+        """Start a file; it appears when it is closed."""
+        return self._files.create(path.strip("/"), num_bytes)
+
+    def delete_file(self, path: str) -> None:
+        """Remove a file; one that is not there is an error."""
+        self._files.delete(path.strip("/"))
+
+
+def _info(path: str, found: Found) -> pafs.FileInfo:
+    return pafs.FileInfo(path, pafs.FileType.File, mtime=found.modified_s, size=found.num_bytes)
+
+
+class _Input:
+    """An open file that can also be read whole."""
+
+    def __init__(self, file: ReadableFile, num_bytes: int) -> None:
+        self._file = file
+        self._num_bytes = num_bytes
+        self.seek, self.readinto = file.seek, file.readinto
+
+    def size(self) -> int:
+        return self._num_bytes
+
+    def read(self) -> bytearray:
+        memory = bytearray(self._num_bytes)
+        self._file.seek(0)
+        num_read = self._file.readinto(memoryview(memory))
+        return memory[:num_read]
+
+    def __enter__(self) -> _Input:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
