@@ -35,6 +35,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from ray_ckpt import cluster
+    from ray_ckpt.checkpoint.comparing import compare
     from ray_ckpt.checkpoint.loading import load, resume
     from ray_ckpt.checkpoint.saving import save
     from ray_ckpt.checkpoint.verifying import verify
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from ray_ckpt.pictures.page import write_report
     from ray_ckpt.protocol.save_handle import SaveHandle
     from ray_ckpt.report import (
+        CompareReport,
         ConversionReport,
         Damage,
         LoadReport,
@@ -82,6 +84,7 @@ __all__ = [
     "CheckpointNotFoundError",
     "CheckpointStore",
     "CommitError",
+    "CompareReport",
     "ConversionReport",
     "Damage",
     "DiffReport",
@@ -124,6 +127,7 @@ __all__ = [
     "WorkerGroup",
     "__version__",
     "cluster",
+    "compare",
     "convert",
     "diff",
     "doctor",
@@ -148,6 +152,7 @@ _HOMES = {
     "ArrowStorageWriter": "ray_ckpt.dcp.writer",
     "CheckpointContents": "ray_ckpt.inspection.contents",
     "CheckpointStore": "ray_ckpt.storage.store",
+    "CompareReport": "ray_ckpt.report",
     "ConversionReport": "ray_ckpt.report",
     "Damage": "ray_ckpt.report",
     "DiffReport": "ray_ckpt.inspection.differing",
@@ -176,6 +181,7 @@ _HOMES = {
     "WorkerContext": "ray_ckpt.cluster.worker",
     "WorkerGroup": "ray_ckpt.cluster.group",
     "cluster": "ray_ckpt",
+    "compare": "ray_ckpt.checkpoint.comparing",
     "convert": "ray_ckpt.conversion.importing",
     "diff": "ray_ckpt.inspection.differing",
     "doctor": "ray_ckpt.cluster.doctor",

@@ -186,6 +186,63 @@ class Damage:
         return f"{self.file} [{self.start}, {self.end}) {self.name!r}: {self.problem}"
 
 
+_NAMED = 5
+"""How many names a line of text shows of each kind."""
+
+
+@dataclass(frozen=True)
+class CompareReport:
+    """What `compare` found: whether ranks hold what a checkpoint holds.
+
+    Example:
+        >>> import torch
+        >>> from ray_ckpt import compare, save
+        >>> state = {"weight": torch.ones(3), "step": 7}
+        >>> report = save(state, "run/step-1", fingerprints=True)
+        >>> compare(state, "run/step-1").equal
+        True
+        >>> state["weight"][1] = 2
+        >>> compare(state, "run/step-1").differing
+        {'weight': 'other elements'}
+    """
+
+    uri: str
+    """The checkpoint's directory, without credentials and options."""
+    num_compared: int
+    """Number of tensors and objects that were compared."""
+    differing: Mapping[str, str]
+    """Name -> how it differs."""
+    missing: tuple[str, ...]
+    """Names in the checkpoint that no rank holds."""
+    unexpected: tuple[str, ...]
+    """Names that ranks hold and the checkpoint does not."""
+    unknown: tuple[str, ...]
+    """Names that could not be compared, as the checkpoint was saved without fingerprints or by another program."""
+    step: int | None = None
+    """The checkpoint's step in its store; None where the target is no store."""
+
+    @property
+    def equal(self) -> bool:
+        """Whether everything was compared and nothing differs."""
+        return not (self.differing or self.missing or self.unexpected or self.unknown)
+
+    def __str__(self) -> str:
+        where = self.uri if self.step is None else f"{self.uri} (step {self.step})"
+        if self.equal:
+            return f"equal: {self.num_compared} tensors and objects are as in {where}"
+        parts = [
+            f"{name}: {', '.join(names[:_NAMED])}{f' and {len(names) - _NAMED} more' * (len(names) > _NAMED)}"
+            for name, names in (
+                ("differ", [f"{name} ({how})" for name, how in self.differing.items()]),
+                ("are missing here", self.missing),
+                ("are not in the checkpoint", self.unexpected),
+                ("have no fingerprints there", self.unknown),
+            )
+            if names
+        ]
+        return f"NOT EQUAL to {where}: " + "; ".join(parts)
+
+
 @dataclass(frozen=True)
 class VerifyReport:
     """What `verify` found when it read every byte of a checkpoint.

@@ -109,6 +109,9 @@ def test_workers_without_a_process_group_save_one_checkpoint(group: WorkerGroup,
     assert digests.keys() == {"common", *(f"stage{rank}" for rank in range(NUM_WORKERS))}
     assert ArrowStorageReader(tmp_path / "a").read_manifest().fingerprints == {}
     assert load_step(tmp_path / "a", 5)
+    assert cluster.compare(group, rank_states.stage_of, tmp_path / "b").equal
+    group.run(rank_functions.remember, 7)
+    assert "stage1" in cluster.compare(group, rank_states.stage_of, tmp_path / "b").differing
 
 
 def test_the_layout_that_the_states_name_is_in_the_manifest(group: WorkerGroup, tmp_path: Path) -> None:

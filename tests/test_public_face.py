@@ -23,12 +23,12 @@ import torch
 
 import ray_ckpt
 from ray_ckpt import (
-    ArrowStorageReader, ArrowStorageWriter, CheckpointContents, CheckpointStore, ConversionReport, Damage,
-    DiffReport, DoctorReport, Finding, Fingerprint, Layout, LoadReport, Manifest, NodeFacts, NonFinite, PageReport,
-    Phase, Policy, RemovalReport, RetryPolicy, SaveHandle, SaveReport, Saved, Storage, StoreListing,
+    ArrowStorageReader, ArrowStorageWriter, CheckpointContents, CheckpointStore, CompareReport, ConversionReport,
+    Damage, DiffReport, DoctorReport, Finding, Fingerprint, Layout, LoadReport, Manifest, NodeFacts, NonFinite,
+    PageReport, Phase, Policy, RemovalReport, RetryPolicy, SaveHandle, SaveReport, Saved, Storage, StoreListing,
     TensorDifference, TensorStatistics, TrainState, VerifyReport, WorkerContext, WorkerError, WorkerGroup, cluster,
-    convert, diff, doctor, export, fingerprint, inspect, keep, keep_every, keep_last, list_steps, load, resume,
-    save, scan_nonfinite, tensor_statistics, verify, write_report,
+    compare, convert, diff, doctor, export, fingerprint, inspect, keep, keep_every, keep_last, list_steps, load,
+    resume, save, scan_nonfinite, tensor_statistics, verify, write_report,
 )
 
 
@@ -47,6 +47,8 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     loaded: LoadReport = load(state, store, strict=False, only=("model",), fallback=True)
     checked: VerifyReport = verify(store, 1)
     damages: tuple[Damage, ...] = checked.damages
+    compared: CompareReport = compare(state, store, 1, only=("model",))
+    print(compared.equal, compared.differing)
     policy: Policy = keep_last(3) | keep_every(1000) | keep([0])
     removed: RemovalReport = store.prune(policy)
     manifest: Manifest = store.manifest(2)

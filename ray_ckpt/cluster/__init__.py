@@ -15,9 +15,10 @@
 The verbs are functions of a group rather than its methods: `WorkerGroup` knows nothing of checkpoints.
 """
 
+from ray_ckpt.cluster.comparing import compare
 from ray_ckpt.cluster.loading import load
 from ray_ckpt.cluster.ram.client import drop_memory
 from ray_ckpt.cluster.saving import save
 from ray_ckpt.cluster.verifying import verify, verify_by_tasks
 
-__all__ = ["drop_memory", "load", "save", "verify", "verify_by_tasks"]
+__all__ = ["compare", "drop_memory", "load", "save", "verify", "verify_by_tasks"]

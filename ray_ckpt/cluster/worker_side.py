@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,6 +19,7 @@ from ray_ckpt.report import LoadReport, VerifyReport
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.stateful import Stateful
 
+    from ray_ckpt.protocol.comparison import Held
     from ray_ckpt.protocol.rank_load import RankLoad
     from ray_ckpt.protocol.rank_save import PlanMemory, RankSave
     from ray_ckpt.storage.files import Storage
@@ -169,6 +170,13 @@ def verify(ctx: WorkerContext, storage: Storage, num_ranks: int, scan_nan: bool,
 
     meter = Meter(ctx.progress)
     return verify_share(storage, rank=ctx.rank, num_ranks=num_ranks, scan_nan=scan_nan, trusted=trusted, meter=meter)
+
+
+def compare(ctx: WorkerContext, state_of: StateOf | str, only: Sequence[str] | None) -> Held:
+    """Fingerprints of what this worker holds."""
+    from ray_ckpt.protocol.comparison import held
+
+    return held(resolve(state_of)(ctx), only)
 
 
 def _saves(ctx: WorkerContext) -> dict[str, RankSave]:
