@@ -62,6 +62,25 @@ def test_stacked_layers_of_megatron_by_a_key_map(tmp_path: Path) -> None:
         ray_ckpt.load(TrainState(model), tmp_path, key_map=key_map)
 
 
+@pytest.mark.parametrize("key", ["exp_avg", "fp32_param"])
+def test_optimizer_state_by_its_key_first_is_refused_by_name(tmp_path: Path, key: str) -> None:
+    """Otherwise a load that is not strict leaves the optimizer without any."""
+    dcp.save({"weight": torch.ones(2, 3), f"optimizer.state.{key}.weight": torch.ones(2, 3)}, checkpoint_id=tmp_path)
+    rates = {"params": [0], "lr": 0.5, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "step": 3}
+    torch.save({"optimizer": {"optimizer": {"param_groups": [rates]}}}, tmp_path / "common.pt")
+    model = nn.Linear(3, 2, bias=False)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    for strict in (True, False):
+        with pytest.raises(StateMismatchError, match=r"below optimizer\.state\. is Megatron-core's.*Load the model"):
+            ray_ckpt.load(TrainState(model, optimizer), tmp_path, strict=strict)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    ray_ckpt.load(TrainState(model, optimizer), tmp_path, only=("model",))
+    assert (model.weight == 1).all()
+    state = {"optimizer": {"state": {key: {"weight": torch.zeros(2, 3)}}}}
+    ray_ckpt.load(state, tmp_path, only=(f"optimizer.state.{key}.weight",))
+    assert (state["optimizer"]["state"][key]["weight"] == 1).all()
+
+
 def _deepspeed(directory: Path, *, names: tuple[str, ...] = ("mp_rank_00_model_states.pt",)) -> nn.Module:
     model = nn.Linear(3, 2)
     step = directory / "global_step10"

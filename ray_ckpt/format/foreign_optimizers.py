@@ -25,6 +25,7 @@ __all__ = [
     "SORTED_NAMES",
     "Members",
     "Optimizer",
+    "find_named_by_key",
     "find_optimizers",
     "group_lists",
     "has_sorted_names",
@@ -43,6 +44,10 @@ _LIKE_THE_PARAMETER = (
     *("sum", "square_avg", "grad_avg", "acc_delta"),
 )
 """Optimizer state that has the shape of its parameter."""
+
+
+_BY_KEY = re.compile(r"(.+\.)?(state\.(fp32_param|exp_avg|exp_avg_sq|momentum_buffer)\.(.+)|gbuf_idx_[0-9]+\..+)")
+"""How Megatron-core names optimizer state: by the key first, then by the parameter; or as buckets of all of them."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,20 @@ def find_optimizers(manifest: Manifest, lists: Mapping[str, Any]) -> list[Optimi
         Optimizer(prefix, _sorted(of_prefix.get("params")), of_prefix.get("param_names", {}))
         for prefix, of_prefix in found.items()
     ]
+
+
+def find_named_by_key(manifest: Manifest, parameters: Collection[str]) -> tuple[str, ...]:
+    """What names of optimizer state begin with that have the key first, as Megatron-core's have it.
+
+    Args:
+        parameters: names that a parameter may have.
+    """
+    prefixes: dict[str, None] = {}
+    for name in manifest.tensors:
+        match = _BY_KEY.fullmatch(name)
+        if match and (match[3] in (None, "fp32_param") or match[4] in parameters):
+            prefixes[(match[1] or "") + ("state." if match[3] else "")] = None
+    return tuple(prefix for prefix in prefixes if prefix)
 
 
 def _sorted(groups: Mapping[int, Any] | None) -> Mapping[int, Any] | None:

@@ -24,12 +24,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ray_ckpt.errors import FormatError
+from ray_ckpt.errors import FormatError, StateMismatchError
 from ray_ckpt.format.foreign_optimizers import (
     MEMBERS,
     SORTED_NAMES,
     Members,
     Optimizer,
+    find_named_by_key,
     find_optimizers,
     group_lists,
     has_sorted_names,
@@ -107,8 +108,15 @@ def translate(manifest: Manifest, lists: Mapping[str, Any], names: Names) -> Tra
     """
     if manifest.has_own_names and not lists and _is_ours(manifest, names):
         return Translation(manifest)
+    by_key = () if manifest.has_own_names else find_named_by_key(manifest, {*names.model, *names.aliases})
+    if by_key and names.groups:
+        raise StateMismatchError(
+            f"the optimizer state below {listed(sorted(by_key))} is Megatron-core's, whose groups do not say which "
+            "parameters they have: it is not translated. Load the model alone, by only=('model',), and the tensors "
+            "that you need into a plain dict by their names"
+        )
     optimizers = find_optimizers(manifest, lists)
-    of_optimizers = tuple(optimizer.prefix for optimizer in optimizers if optimizer.prefix)
+    of_optimizers = (*by_key, *(optimizer.prefix for optimizer in optimizers if optimizer.prefix))
     is_optimizer_alone = any(not optimizer.prefix for optimizer in optimizers)
     saved = () if is_optimizer_alone else (name for name in manifest.tensors if not name.startswith(of_optimizers))
     model = spell(saved, [*names.model, *names.aliases], _PREFERRED)
