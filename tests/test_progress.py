@@ -182,7 +182,7 @@ def terminal_session(command: list[str]) -> tuple[int, str]:
     return process.wait(10), shown.decode()
 
 
-@pytest.mark.parametrize("arguments", [[], ["--scan-nan"]])
+@pytest.mark.parametrize("arguments", [[], pytest.param(["--scan-nan"], marks=pytest.mark.slow)])
 def test_a_terminal_shows_a_bar_with_bytes_rate_and_time_left(tmp_path: Path, arguments: list[str]) -> None:
     save(state(), tmp_path)
     code, shown = terminal_session([sys.executable, "-c", AT_ONCE, "verify", str(tmp_path), *arguments])
@@ -193,7 +193,10 @@ def test_a_terminal_shows_a_bar_with_bytes_rate_and_time_left(tmp_path: Path, ar
     assert "verified: 2 tensors" in shown
 
 
-@pytest.mark.parametrize("arguments", [["verify"], ["verify", "--json"], ["verify", "--scan-nan"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["verify"], *(pytest.param(["verify", more], marks=pytest.mark.slow) for more in ("--json", "--scan-nan"))],
+)
 def test_a_log_shows_none(tmp_path: Path, arguments: list[str]) -> None:
     save(state(), tmp_path)
     command = [sys.executable, "-c", AT_ONCE, *arguments, str(tmp_path)]

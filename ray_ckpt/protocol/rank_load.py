@@ -422,9 +422,10 @@ def _needed_by(state: State, key_map: KeyMap | None) -> Callable[[str], bool]:
         roots = plain_state.roots(state)
         places = SavedState({}, {}, only=[place for root in roots for place in plain_state.places(view.name_of(root))])
         return places.wants
-    if key_map is not None:
+    if callable(key_map):
         return _everything
-    return lambda name: name.partition(".")[0] in state.sections
+    mapped = set((key_map or {}).values())
+    return lambda name: name.partition(".")[0] in state.sections or name in mapped
 
 
 def _everything(name: str) -> bool:

@@ -63,7 +63,9 @@ def _tensor(shape: Sequence[int], chunks: list[ChunkStorageMetadata]) -> TensorS
 
 def _half_of_the_chunks_collide() -> bytes:
     offsets = [*colliding(30_000), *((number, 0) for number in range(30_002))]
-    places = {MetadataIndex("x", torch.Size(place)): _INFO for place in offsets}
+    places = {MetadataIndex("x", torch.Size((number,))): _INFO for number in range(len(offsets))}
+    for key, offset in zip(places, offsets, strict=True):
+        object.__setattr__(key, "offset", torch.Size(offset))  # a dict of them would take a minute to make
     return stock({"x": _tensor((4,), [ChunkStorageMetadata(*_POINT)])}, places)
 
 

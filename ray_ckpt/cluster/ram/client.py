@@ -75,6 +75,16 @@ def _options(given: Mapping[str, str]) -> Options:
 def drop_memory(name: str) -> bool:
     """Free all that `ram://NAME` holds, on all nodes. Readers that have a file of their own node open keep that one.
 
+    Example:
+        >>> import torch
+        >>> from ray_ckpt import WorkerGroup, cluster
+        >>> def state_of(ctx):
+        ...     return ctx.objects.setdefault("stage", {f"stage{ctx.rank}": torch.ones(3)})
+        >>> with WorkerGroup(2, process_group=False) as group:
+        ...     report = cluster.save(group, state_of, "ram://example")
+        ...     cluster.drop_memory("example"), cluster.drop_memory("example")
+        (True, False)
+
     Returns:
         Whether there was such a store.
     """
