@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import subprocess
 import sys
 import uuid
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ray
@@ -20,7 +18,6 @@ from ray_ckpt.cluster.ram.index import find_index
 from ray_ckpt.errors import CheckpointNotFoundError, StorageError, UsageError
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.store import CheckpointStore
-from tests.conftest import REPOSITORY
 
 
 @pytest.fixture
@@ -48,13 +45,6 @@ class TestOneNode:
         index = find_index(name)
         assert index is not None
         assert [used for used, _ in ray.get(index.nodes.remote()).values()] == [0]
-
-    def test_the_document_s_example_runs(self) -> None:
-        [code] = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "memory.md").read_text(), re.DOTALL)
-        names: dict[str, Any] = {}
-        exec(code, names)
-        assert torch.equal(names["state"]["weight"], torch.full((3,), 3.0))
-        assert find_index("run1") is None
 
     def test_looking_begins_nothing(self, name: str) -> None:
         assert CheckpointStore(f"ram://{name}").steps() == ()
