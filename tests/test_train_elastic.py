@@ -125,6 +125,7 @@ def run_under_kills(
     return report
 
 
+@pytest.mark.jobs
 def test_a_killed_worker_is_replaced_and_the_losses_are_those_of_an_uninterrupted_run(
     head: Head, tmp_path: Path
 ) -> None:
@@ -134,6 +135,7 @@ def test_a_killed_worker_is_replaced_and_the_losses_are_those_of_an_uninterrupte
     assert "died: process" in restart["cause"]
 
 
+@pytest.mark.jobs
 def test_after_the_loss_of_a_node_training_goes_on_in_another_layout(head: Head, tmp_path: Path) -> None:
     node = add_node(head, f"127.0.0.{next(NEVER_ALIKE)}")
     report = run_under_kills(head, tmp_path / "run", "fsdp2x3,pp2", [Kill(4, node=True)], seed=2, node=node)
