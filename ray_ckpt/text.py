@@ -5,7 +5,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Sequence
 
-__all__ = ["listed", "message_of", "printable", "quoted", "told"]
+__all__ = ["first_line", "listed", "message_of", "printable", "quoted", "told"]
 
 _LONGEST_QUOTE = 80
 
@@ -39,6 +39,12 @@ def message_of(error: BaseException) -> str:
         return str(error)
     except BaseException as failure:
         return f"its message cannot be had: {type(failure).__name__}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line with text of what an exception says; the name of its class where there is none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
 
 
 def told(error: BaseException) -> str:

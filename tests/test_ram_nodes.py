@@ -127,7 +127,7 @@ def test_the_index_starts_anew_from_what_the_keepers_hold(head: Head, name: str)
         ray_ckpt.save({"x": torch.full((5,), float(step))}, store, step=step)
     store.delete(1)
     before = store.location(2).list()
-    [pid] = {worker.pid for worker in psutil.process_iter() if _is_actor(worker, "Index")}
+    [pid] = {worker.pid for worker in head.sandbox.processes() if _is_actor(worker, "Index")}
     os.kill(pid, signal.SIGKILL)
     assert store.steps() == (2,)
     assert store.location(2).list() == before

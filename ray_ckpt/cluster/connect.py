@@ -29,6 +29,7 @@ from ray_ckpt.cluster.ray_internals import (
     without_daemon_messages,
 )
 from ray_ckpt.errors import UsageError
+from ray_ckpt.text import first_line
 
 PROBE_TIMEOUT_S = 5.0
 """How long a cluster's address may take to accept a connection. Ray's own client would wait for most of a minute."""
@@ -140,7 +141,7 @@ def _init(address: str, options: dict[str, Any]) -> None:
             ray.init(address=address, **options)
     except Exception as error:  # Ray raises that very class when its processes do not come up
         doing = "start a local Ray" if address == "local" else f"join the Ray cluster at {address}"
-        reason = _first_line(error)
+        reason = first_line(error)
         advice = "; set RAY_TMPDIR to a short path that has room and can be written" if address == "local" else ""
         if "timed out" in reason:
             advice += ", or try again when this machine is less busy" if advice else "; try again when it is less busy"
@@ -148,11 +149,6 @@ def _init(address: str, options: dict[str, Any]) -> None:
     except BaseException:  # a signal that came meanwhile
         ray.shutdown()
         raise
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _answers(address: str) -> bool:
@@ -167,7 +163,7 @@ def _answers(address: str) -> bool:
     try:
         return check_alive(address, PROBE_TIMEOUT_S)
     except RefusedError as error:
-        raise _refused(address, _first_line(error)) from error
+        raise _refused(address, first_line(error)) from error
 
 
 def _refused(address: str, reason: str) -> UsageError:

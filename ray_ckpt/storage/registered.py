@@ -8,9 +8,7 @@ A file appears whole when its writer closes it, and there are no directories, as
 
 from __future__ import annotations
 
-import errno
 import importlib
-import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -33,6 +31,8 @@ class Found(NamedTuple):
 class ReadableFile(Protocol):
     """An open file for ranged reads, by one thread at a time."""
 
+    num_bytes: int
+
     def seek(self, offset: int, /) -> object: ...
     def readinto(self, memory: memoryview, /) -> int: ...
     def close(self) -> None: ...
@@ -53,7 +53,10 @@ class Files(Protocol):
         """All files below a directory, at any depth, by path."""
         ...
 
-    def open(self, path: str) -> ReadableFile: ...
+    def open(self, path: str) -> ReadableFile:
+        """Open a file; one that is not there is a `FileNotFoundError`."""
+        ...
+
     def create(self, path: str, num_bytes: int) -> WritableFile:
         """Start a file that will have about this many bytes. An error where there is no room for them."""
         ...
@@ -100,11 +103,7 @@ class RegisteredFileSystem:
 
     def open_input_file(self, path: str) -> _Input:
         """Open a file for ranged reads."""
-        path = path.strip("/")
-        [found] = self._files.look([path])
-        if found is None:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
-        return _Input(self._files.open(path), found.num_bytes)
+        return _Input(self._files.open(path.strip("/")))
 
     def create(self, path: str, num_bytes: int) -> WritableFile:
         """Start a file; it appears when it is closed."""
@@ -122,16 +121,15 @@ def _info(path: str, found: Found) -> pafs.FileInfo:
 class _Input:
     """An open file that can also be read whole."""
 
-    def __init__(self, file: ReadableFile, num_bytes: int) -> None:
+    def __init__(self, file: ReadableFile) -> None:
         self._file = file
-        self._num_bytes = num_bytes
         self.seek, self.readinto = file.seek, file.readinto
 
     def size(self) -> int:
-        return self._num_bytes
+        return self._file.num_bytes
 
     def read(self) -> bytearray:
-        memory = bytearray(self._num_bytes)
+        memory = bytearray(self._file.num_bytes)
         self._file.seek(0)
         num_read = self._file.readinto(memoryview(memory))
         return memory[:num_read]

@@ -28,7 +28,7 @@ from ray_ckpt.cluster.ram.index import (
     keeper_name,
     start_index,
 )
-from ray_ckpt.cluster.ram.keeper import Place, label
+from ray_ckpt.cluster.ram.keeper import Place, label, read_fully
 from ray_ckpt.errors import UsageError
 from ray_ckpt.storage import registered
 from ray_ckpt.storage.address import Address
@@ -222,6 +222,7 @@ class RamInput:
         self._files = files
         self._path = path
         self._found = found
+        self.num_bytes = found.num_bytes
         self._position = 0
         self._local = _open_here(found.key, found.copies.get(files.node), os.O_RDONLY)
 
@@ -234,7 +235,7 @@ class RamInput:
             return 0
         memory = memory[:length]
         if self._local is not None:
-            return _read_fully(self._local, memory, self._position)
+            return read_fully(self._local, memory, self._position)
         failures = []
         for node in self._found.copies:
             try:
@@ -302,10 +303,3 @@ def _open_here(key: str, place: Place | None, flags: int) -> int | None:
         return descriptor
     os.close(descriptor)
     return None
-
-
-def _read_fully(descriptor: int, memory: memoryview, offset: int) -> int:
-    done = 0
-    while done < len(memory) and (num_read := os.preadv(descriptor, [memory[done:]], offset + done)):
-        done += num_read
-    return done

@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import ray
@@ -25,6 +25,7 @@ from ray_ckpt.cluster.ram.keeper import Keeper, Place
 from ray_ckpt.cluster.ray_internals import has_ended
 from ray_ckpt.format.manifest import MANIFEST_NAME
 from ray_ckpt.storage.publish import STOCK_RECORD_NAME
+from ray_ckpt.text import first_line
 from ray_ckpt.text_units import format_bytes
 
 NAMESPACE = "ray_ckpt"
@@ -112,7 +113,7 @@ class _Writing:
 class _Node:
     keeper: Any
     capacity: int
-    answers: bool = field(default=True)
+    answers: bool = True
 
 
 def index_name(store: str) -> str:
@@ -206,7 +207,7 @@ class Index:
             writing.place = ray.get(keeper.create.remote(key), timeout=ANSWER_S)
         except RayError as error:
             self.abandon(key)
-            return Refusal(errno.EIO, f"node {node} cannot hold a file: {_first_line(error)}")
+            return Refusal(errno.EIO, f"node {node} cannot hold a file: {first_line(error)}")
         return Begun(key, writing.place)
 
     def put(self, key: str) -> int | Refusal:
@@ -219,7 +220,7 @@ class Index:
             source = self._keeper_on(writing.node).keeper
             num_bytes: int = ray.get(source.size.remote(key), timeout=ANSWER_S)
         except RayError as error:
-            reason = f"node {writing.node}, which it was written on, does not hold it: {_first_line(error)}"
+            reason = f"node {writing.node}, which it was written on, does not hold it: {first_line(error)}"
             return Refusal(errno.EIO, reason)
         if no_room := self._reserve(key, writing, num_bytes):
             return no_room
@@ -292,7 +293,7 @@ class Index:
             try:
                 made[target] = ray.get(ref, timeout=COPY_S)
             except RayError as error:
-                _logger.warning("no copy of a file of ram://%s on node %s: %s", self._store, target, _first_line(error))
+                _logger.warning("no copy of a file of ram://%s on node %s: %s", self._store, target, first_line(error))
         return made
 
     def _name(self, file: _File) -> None:
@@ -301,9 +302,7 @@ class Index:
             for node in file.copies
             if node in self._nodes
         ]
-        for ref in asked:
-            with contextlib.suppress(RayError):
-                ray.get(ref, timeout=ANSWER_S)
+        _wait(asked)
 
     def _free(self, file: _File) -> None:
         self._tell(file.copies, file.key)
@@ -311,9 +310,7 @@ class Index:
     def _tell(self, nodes: Iterable[str], key: str) -> None:
         with self._lock:
             keepers = [self._nodes[node].keeper for node in nodes if node in self._nodes]
-        for ref in [keeper.drop.remote([key]) for keeper in keepers]:
-            with contextlib.suppress(RayError):
-                ray.get(ref, timeout=ANSWER_S)
+        _wait([keeper.drop.remote(key) for keeper in keepers])
 
     # --------------------------------------------------------------------------------------------------- room
 
@@ -479,6 +476,13 @@ def _found(file: _File) -> Found:
     return Found(file.key, file.num_bytes, file.modified_s, dict(file.copies))
 
 
+def _wait(asked: Iterable[Any]) -> None:
+    """Until keepers have answered; one that is lost is noticed by the watch."""
+    for ref in asked:
+        with contextlib.suppress(RayError):
+            ray.get(ref, timeout=ANSWER_S)
+
+
 def _alive_nodes() -> set[str]:
     return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
@@ -486,8 +490,3 @@ def _alive_nodes() -> set[str]:
 def _head_node() -> str:
     [head] = [node["NodeID"] for node in ray.nodes() if HEAD_RESOURCE in node["Resources"]]
     return str(head)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

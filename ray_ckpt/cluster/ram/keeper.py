@@ -25,9 +25,6 @@ SHARE_OF_SHARED_MEMORY = 4
 
 _SHARED_MEMORY = "/dev/shm"
 
-_WRITE_BYTES = 1 << 30
-"""Linux writes no more than 2 GiB at once."""
-
 
 class Place(NamedTuple):
     """Where processes of the node find a file: `/proc/<pid>/fd/<descriptor>`."""
@@ -43,6 +40,14 @@ class Place(NamedTuple):
 def label(key: str) -> str:
     """What the kernel calls the memory of a file: by this a process knows that it has opened the right one."""
     return f"ray_ckpt {key}"
+
+
+def read_fully(descriptor: int, memory: memoryview, offset: int) -> int:
+    """Fill memory from a file. Returns the number of bytes: fewer where the file ends before."""
+    done = 0
+    while done < len(memory) and (num_read := os.preadv(descriptor, [memory[done:]], offset + done)):
+        done += num_read
+    return done
 
 
 @dataclass
@@ -93,11 +98,11 @@ class Keeper:
                 piece: Any = memoryview(ray.get(coming.popleft()))
                 if not len(piece):
                     raise EOFError(f"{key} ends at {done} of {num_bytes} bytes")
-                for written in range(0, len(piece), _WRITE_BYTES):
-                    os.pwrite(place.descriptor, piece[written : written + _WRITE_BYTES], done + written)
-                done += len(piece)
+                end = done + len(piece)
+                while done < end:  # what is written at once may be less
+                    done += os.pwrite(place.descriptor, piece[len(piece) - (end - done) :], done)
         except BaseException:
-            self.drop([key])
+            self.drop(key)
             raise
         return place
 
@@ -109,11 +114,8 @@ class Keeper:
     def read(self, key: str, offset: int, length: int) -> np.ndarray[Any, Any]:
         """Bytes `[offset, offset + length)`; fewer where the file ends before."""
         data = np.empty(length, np.uint8)
-        view, done = memoryview(data.data), 0
         with self._opened(key) as descriptor:
-            while done < length and (num_read := os.preadv(descriptor, [view[done:]], offset + done)):
-                done += num_read
-        return data[:done]
+            return data[: read_fully(descriptor, data.data, offset)]
 
     @contextmanager
     def _opened(self, key: str) -> Iterator[int]:
@@ -140,13 +142,12 @@ class Keeper:
             if held.path
         ]
 
-    def drop(self, keys: Sequence[str]) -> None:
-        """Free files. Who has one open keeps it until it is closed."""
-        for key in keys:
-            with self._lock:
-                held = self._files.pop(key, None)
-                if held is not None:
-                    os.close(held.descriptor)
+    def drop(self, key: str) -> None:
+        """Free a file. Who has it open keeps it until it is closed."""
+        with self._lock:
+            held = self._files.pop(key, None)
+            if held is not None:
+                os.close(held.descriptor)
 
     def ended(self, pids: Sequence[int]) -> list[int]:
         """Those of these processes of the node that have ended. An answer also says that this one has not."""
