@@ -1,16 +1,14 @@
-"""compare(state, target, step): every rank takes fingerprints ── gather ──> coordinator: compare ── broadcast ──>"""
+"""compare(state, target, step): find it; every rank takes fingerprints ── gather ──> coordinator: compare ──>"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from ray_ckpt.checkpoint.exchange import TrainersExchange
 from ray_ckpt.checkpoint.saving import State
-from ray_ckpt.errors import UsageError
+from ray_ckpt.format.wanted_names import chosen
 from ray_ckpt.protocol import comparison
 from ray_ckpt.report import CompareReport
-from ray_ckpt.storage.checkpoint_reader import CheckpointReader
 from ray_ckpt.storage.resolve import Target, checkpoint_at
 
 
@@ -55,14 +53,8 @@ def compare(
         CheckpointNotFoundError: there is no committed checkpoint, or not that step.
         CheckpointError: ranks failed, or did not arrive within `timeout_s`; every rank learns which.
     """
-    if isinstance(only, str):
-        raise UsageError(f"only={only!r} is one text: give a sequence of them, as in only=({only!r},)")
+    names = chosen(only)
     ranks = TrainersExchange("compare", timeout_s)
-    of_ranks = ranks.gather(lambda: comparison.held(state, only))
-
-    def look() -> CompareReport:
-        found = checkpoint_at(target, step)
-        manifest = CheckpointReader(found.storage).read_manifest()
-        return replace(comparison.compare(manifest, of_ranks, only), uri=found.storage.address, step=found.step)
-
-    return ranks.broadcast(look)
+    found = ranks.broadcast(lambda: checkpoint_at(target, step))
+    of_ranks = ranks.gather(lambda: comparison.held(state, names))
+    return ranks.broadcast(lambda: comparison.compare(found, of_ranks, names))

@@ -14,9 +14,9 @@ from dataclasses import replace
 from typing import Literal
 
 from ray_ckpt.checkpoint.exchange import TrainersExchange
-from ray_ckpt.errors import CheckpointNotFoundError, RayCkptError, UsageError
+from ray_ckpt.errors import CheckpointNotFoundError, RayCkptError
 from ray_ckpt.format.saved import Saved
-from ray_ckpt.format.wanted_names import join_names
+from ray_ckpt.format.wanted_names import chosen, join_names
 from ray_ckpt.progress import Meter, Progress
 from ray_ckpt.protocol.agreement import agree
 from ray_ckpt.protocol.rank_load import LoadOptions, RankLoad, State
@@ -99,9 +99,7 @@ def load(
             nothing was changed.
         CheckpointError: ranks failed, or did not arrive within `timeout_s`; every rank learns which.
     """
-    if isinstance(only, str):
-        raise UsageError(f"only={only!r} is one text: give a sequence of them, as in only=({only!r},)")
-    options = LoadOptions(strict, cast, None if only is None else tuple(only), key_map, hyperparameters, trusted)
+    options = LoadOptions(strict, cast, chosen(only), key_map, hyperparameters, trusted)
     ranks = TrainersExchange("load", timeout_s)
     found = ranks.broadcast(lambda: checkpoint_at(target, step, fallback=fallback))
     return _load(ranks, state, found, options, progress)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from ray_ckpt.cluster import worker_side
 from ray_ckpt.cluster.group import WorkerGroup
-from ray_ckpt.errors import UsageError
+from ray_ckpt.format.wanted_names import chosen
 from ray_ckpt.report import CompareReport
 from ray_ckpt.storage.resolve import Target, checkpoint_at
 
@@ -48,16 +47,9 @@ def compare(
         WorkerError: workers failed or died; names each.
         GroupTimeoutError: workers did not answer in time; names each.
     """
-    # The driver goes without torch until somebody compares.
-    from ray_ckpt.protocol import comparison
-    from ray_ckpt.storage.checkpoint_reader import CheckpointReader
+    from ray_ckpt.protocol import comparison  # the driver goes without torch until somebody compares
 
-    if isinstance(only, str):
-        raise UsageError(f"only={only!r} is one text: give a sequence of them, as in only=({only!r},)")
-    found = checkpoint_at(target, step)
-    args = (state_of, None if only is None else tuple(only))
-    of_ranks = group.call(
-        worker_side.compare, dict.fromkeys(range(group.num_workers), args), timeout_s=timeout_s
-    ).values()
-    manifest = CheckpointReader(found.storage).read_manifest()
-    return replace(comparison.compare(manifest, list(of_ranks), only), uri=found.storage.address, step=found.step)
+    names, found = chosen(only), checkpoint_at(target, step)
+    args_of = dict.fromkeys(range(group.num_workers), (state_of, names))
+    of_ranks = group.call(worker_side.compare, args_of, timeout_s=timeout_s)
+    return comparison.compare(found, list(of_ranks.values()), names)

@@ -25,9 +25,9 @@ from typing import Any, Literal
 
 from ray_ckpt.cluster import worker_side
 from ray_ckpt.cluster.group import WorkerGroup
-from ray_ckpt.errors import RayCkptError, UsageError
+from ray_ckpt.errors import RayCkptError
 from ray_ckpt.format.saved import Saved
-from ray_ckpt.format.wanted_names import join_names
+from ray_ckpt.format.wanted_names import chosen, join_names
 from ray_ckpt.progress import Progress
 from ray_ckpt.protocol.agreement import agree
 from ray_ckpt.report import LoadReport
@@ -87,11 +87,9 @@ def load(
         WorkerError: workers failed or died, or the checkpoint does not fit what they hold; names each.
         GroupTimeoutError: workers did not answer in time; names each.
     """
-    if isinstance(only, str):
-        raise UsageError(f"only={only!r} is one text: give a sequence of them, as in only=({only!r},)")
-    found = checkpoint_at(target, step, fallback=fallback)
-    options: dict[str, Any] = {"strict": strict, "cast": cast, "only": None if only is None else tuple(only)}
+    options: dict[str, Any] = {"strict": strict, "cast": cast, "only": chosen(only)}
     options |= {"key_map": key_map, "hyperparameters": hyperparameters, "trusted": trusted}
+    found = checkpoint_at(target, step, fallback=fallback)
     attempt = uuid.uuid4().hex[:12]
     deadline = time.monotonic() + (group.call_timeout_s if timeout_s is None else timeout_s)
 

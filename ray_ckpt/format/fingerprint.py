@@ -12,7 +12,7 @@ Here are the values, which need no torch; `fingerprinting.py` computes them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ray_ckpt.errors import FormatError
@@ -89,3 +89,12 @@ def merge(fingerprints: Iterable[Fingerprint]) -> Fingerprint:
     for other in others:
         first = first.merge(other)
     return first
+
+
+def by_name(held: Iterable[Mapping[str, Fingerprint]]) -> dict[str, list[Fingerprint]]:
+    """Name -> what each rank holds of that tensor, from what the ranks hold."""
+    found: dict[str, list[Fingerprint]] = {}
+    for of_rank in held:
+        for name, part in of_rank.items():
+            found.setdefault(name, []).append(part)
+    return found

@@ -6,7 +6,9 @@ import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["Names", "join_names"]
+from ray_ckpt.errors import UsageError
+
+__all__ = ["Names", "chosen", "is_below", "join_names"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,22 @@ class Names:
     @property
     def parameters(self) -> list[str]:
         return [name for group in self.groups for name in group]
+
+
+def chosen(only: Sequence[str] | None) -> tuple[str, ...] | None:
+    """The names that were given as `only=`; None for all.
+
+    Raises:
+        UsageError: they are one text.
+    """
+    if isinstance(only, str):
+        raise UsageError(f"only={only!r} is one text: give a sequence of them, as in only=({only!r},)")
+    return None if only is None else tuple(only)
+
+
+def is_below(name: str, prefix: str) -> bool:
+    """Whether a name is this one, or lies below it."""
+    return name == prefix or name.startswith(f"{prefix}.")
 
 
 def join_names(offers: Sequence[Names | None]) -> Names | None:

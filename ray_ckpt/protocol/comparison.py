@@ -1,7 +1,7 @@
 """Does what ranks hold now equal a checkpoint? By fingerprints and digests: nothing is gathered, and no bytes are read.
 
 each rank    held(state) -> Held             sums over its boxes, digests of its objects
-one of them  compare(manifest, [Held, ...])  adds up, and names what differs
+one of them  compare(location, [Held, ...])  adds up, and names what differs
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from typing import Any
 from torch.distributed.checkpoint.stateful import Stateful
 
 from ray_ckpt.errors import FormatError, UsageError
-from ray_ckpt.format.boxes import Box, shared_box
-from ray_ckpt.format.fingerprint import Fingerprint, merge
-from ray_ckpt.format.fingerprinting import sum_of_part
-from ray_ckpt.format.manifest import Manifest
+from ray_ckpt.format.boxes import shared_box
+from ray_ckpt.format.fingerprint import Fingerprint, by_name, merge
 from ray_ckpt.format.memory import fault
+from ray_ckpt.format.wanted_names import is_below
 from ray_ckpt.gc_pause import collector_paused
-from ray_ckpt.protocol.holdings import hold
+from ray_ckpt.protocol.holdings import fingerprint_sum, hold
 from ray_ckpt.report import CompareReport
+from ray_ckpt.storage.checkpoint_reader import CheckpointReader
 from ray_ckpt.storage.objects import SavedObject, saved_object
+from ray_ckpt.storage.resolve import Location
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,8 @@ class Held:
     """Name -> checksum of what would be saved."""
 
 
-def wanted(name: str, only: Sequence[str] | None) -> bool:
-    """Whether a name is one of these, or lies below one."""
-    return only is None or any(name == part or name.startswith(f"{part}.") for part in only)
+def _wanted(name: str, only: Sequence[str] | None) -> bool:
+    return only is None or any(is_below(name, chosen) for chosen in only)
 
 
 def held(state: Stateful | Mapping[str, Any], only: Sequence[str] | None) -> Held:
@@ -49,29 +49,28 @@ def held(state: Stateful | Mapping[str, Any], only: Sequence[str] | None) -> Hel
         parts: dict[str, Fingerprint] = {}
         objects: dict[str, int] = {}
         for (name, _, spec), value in zip(holdings.items, holdings.values, strict=True):
-            if not wanted(name, only):
+            if not _wanted(name, only):
                 continue
             if spec is None:
                 objects[name] = (value if isinstance(value, SavedObject) else saved_object(value)).checksum
                 continue
             if wrong := fault(value):
                 raise UsageError(f"{name!r} {wrong}")
-            box: Box = shared_box(spec.offsets, spec.sizes)
-            part = Fingerprint(spec.dtype, spec.shape, {box: sum_of_part(value, box, spec.shape)})
+            box = shared_box(spec.offsets, spec.sizes)
+            part = Fingerprint(spec.dtype, spec.shape, {box: fingerprint_sum(spec, value)})
             parts[name] = merge([parts[name], part]) if name in parts else part
     return Held(parts, objects)
 
 
-def compare(manifest: Manifest, of_ranks: Sequence[Held], only: Sequence[str] | None) -> CompareReport:
-    """What differs. `uri` and `step` are for the caller to fill in."""
-    tensors: dict[str, list[Fingerprint]] = {}
+def compare(location: Location, of_ranks: Sequence[Held], only: Sequence[str] | None) -> CompareReport:
+    """What differs between a checkpoint and what all ranks hold."""
+    manifest = CheckpointReader(location.storage).read_manifest()
+    tensors = by_name(rank.tensors for rank in of_ranks)
     objects: dict[str, set[int]] = {}
     for rank in of_ranks:
-        for name, part in rank.tensors.items():
-            tensors.setdefault(name, []).append(part)
         for name, checksum in rank.objects.items():
             objects.setdefault(name, set()).add(checksum)
-    named = {name for name in (*manifest.tensors, *manifest.objects) if wanted(name, only)}
+    named = {name for name in (*manifest.tensors, *manifest.objects) if _wanted(name, only)}
     here = tensors.keys() | objects.keys()
     differing: dict[str, str] = {}
     unknown = []
@@ -90,8 +89,15 @@ def compare(manifest: Manifest, of_ranks: Sequence[Held], only: Sequence[str] | 
                 differing[name] = "another value" if len(objects[name]) == 1 else "ranks hold different values"
         else:
             differing[name] = "a tensor on one side, an object on the other"
-    missing, unexpected = tuple(sorted(named - here)), tuple(sorted(here - named))
-    return CompareReport("", len(named & here) - len(unknown), differing, missing, unexpected, tuple(unknown))
+    return CompareReport(
+        uri=location.storage.address,
+        num_compared=len(named & here) - len(unknown),
+        differing=differing,
+        missing=tuple(sorted(named - here)),
+        unexpected=tuple(sorted(here - named)),
+        unknown=tuple(unknown),
+        step=location.step,
+    )
 
 
 def _difference(recorded: str, parts: Sequence[Fingerprint]) -> str:

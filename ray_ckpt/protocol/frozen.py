@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ray_ckpt.errors import CommitError, FormatError
-from ray_ckpt.format.fingerprint import Fingerprint, merge
+from ray_ckpt.format.fingerprint import Fingerprint, by_name, merge
 from ray_ckpt.text import listed
 
 __all__ = ["NOTE", "Frozen", "compare", "digests"]
@@ -30,7 +30,7 @@ def digests(held: Sequence[Mapping[str, Fingerprint]]) -> dict[str, str]:
         CommitError: ranks hold different bits for one part, or not all of a tensor.
     """
     found: dict[str, str] = {}
-    for name, parts in _by_name(held).items():
+    for name, parts in by_name(held).items():
         try:
             found[name] = merge(parts).digest
         except FormatError as error:
@@ -43,7 +43,7 @@ def digests(held: Sequence[Mapping[str, Fingerprint]]) -> dict[str, str]:
 def compare(held: Sequence[Frozen]) -> tuple[tuple[str, ...], dict[str, str]]:
     """Names of the frozen tensors that are others than those of the save, and the note on all of them."""
     saved = {name: digest for frozen in held for name, (_, digest) in frozen.items()}
-    parts = _by_name([{name: part for name, (part, _) in frozen.items() if part is not None} for frozen in held])
+    parts = by_name([{name: part for name, (part, _) in frozen.items() if part is not None} for frozen in held])
     other = tuple(sorted(name for name in parts if _digest(parts[name]) != saved[name]))
     unknown = sorted(saved.keys() - parts.keys())
     told = [f"{len(parts) - len(other)} frozen tensors are those of the save"] if len(parts) > len(other) else []
@@ -62,11 +62,3 @@ def _digest(parts: Sequence[Fingerprint]) -> str | None:
         return merge(parts).digest
     except FormatError:  # replicas differ: they cannot all be what was saved
         return None
-
-
-def _by_name(held: Sequence[Mapping[str, Fingerprint]]) -> dict[str, list[Fingerprint]]:
-    found: dict[str, list[Fingerprint]] = {}
-    for frozen in held:
-        for name, part in frozen.items():
-            found.setdefault(name, []).append(part)
-    return found

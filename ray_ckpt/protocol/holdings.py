@@ -15,6 +15,8 @@ from torch.distributed.checkpoint.utils import find_state_dict_object
 from torch.distributed.tensor import DTensor
 
 from ray_ckpt.errors import UsageError
+from ray_ckpt.format.boxes import shared_box
+from ray_ckpt.format.fingerprinting import sum_of_part
 from ray_ckpt.format.memory import fault
 from ray_ckpt.format.shards import LocalBox, local_boxes
 from ray_ckpt.format.torch_container import dtype_name
@@ -37,6 +39,11 @@ class Holdings:
     items: tuple[Item, ...]
     values: tuple[Any, ...]
     """One per item: a plain tensor with the elements of its box; or the object, or a `SavedObject`."""
+
+
+def fingerprint_sum(spec: TensorSpec, part: torch.Tensor) -> int:
+    """The fingerprint's sum of a part that a rank holds."""
+    return sum_of_part(part, shared_box(spec.offsets, spec.sizes), spec.shape)
 
 
 def hold(state_dict: Mapping[str, Any]) -> Holdings:

@@ -17,15 +17,14 @@ import torch
 from torch.distributed.checkpoint.stateful import Stateful
 
 from ray_ckpt.errors import StorageError, UsageError
-from ray_ckpt.format.boxes import shared_box
-from ray_ckpt.format.fingerprinting import fingerprint, sum_of_part
+from ray_ckpt.format.fingerprinting import fingerprint
 from ray_ckpt.format.manifest import ObjectEntry
 from ray_ckpt.format.memory import fault
 from ray_ckpt.format.torch_container import parse_dtype
 from ray_ckpt.gc_pause import collector_paused
 from ray_ckpt.phase_clock import PhaseClock
 from ray_ckpt.progress import NOBODY, Meter
-from ray_ckpt.protocol.holdings import Holdings, hold
+from ray_ckpt.protocol.holdings import Holdings, fingerprint_sum, hold
 from ray_ckpt.protocol.host_copy import HostCopy
 from ray_ckpt.protocol.messages import (
     Assignment,
@@ -194,7 +193,7 @@ class RankSave:
     def _sum(self, position: int) -> int:
         spec = self._holdings.items[position].spec
         assert spec is not None, "only tensors have rows"
-        return sum_of_part(self._holdings.values[position], shared_box(spec.offsets, spec.sizes), spec.shape)
+        return fingerprint_sum(spec, self._holdings.values[position])
 
     def _tensors(self, positions: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
         items, values = self._holdings.items, self._holdings.values

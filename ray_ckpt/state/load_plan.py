@@ -21,6 +21,7 @@ from ray_ckpt.errors import UsageError
 from ray_ckpt.format.inner_tensors import Recipe, take_apart
 from ray_ckpt.format.manifest import Path
 from ray_ckpt.format.torch_container import dtype_name
+from ray_ckpt.format.wanted_names import is_below
 from ray_ckpt.format.wrappers import is_made_of_others
 
 KeyMap = Mapping[str, str] | Callable[[str], str]
@@ -158,7 +159,7 @@ class SavedState:
 
     def wants(self, name: str) -> bool:
         """Whether this name, or something below it, is to be loaded at all."""
-        return self._only is None or any(_is_below(name, chosen) or _is_below(chosen, name) for chosen in self._only)
+        return self._only is None or any(is_below(name, chosen) or is_below(chosen, name) for chosen in self._only)
 
     def name_of(self, wanted: str) -> str:
         """The name under which `wanted` was saved."""
@@ -172,10 +173,6 @@ class SavedState:
                 f"key_map gives {name!r:.200} for {wanted!r}: a function returns names; joins and splits need a mapping"
             )
         return name
-
-
-def _is_below(name: str, prefix: str) -> bool:
-    return name == prefix or name.startswith(f"{prefix}.")
 
 
 class StatePart(Protocol):
