@@ -5,10 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from ray_ckpt.report import Phase
 
 __all__ = ["PhaseClock"]
+
+
+@dataclass
+class Running:
+    """A stretch of time that has begun. What it takes to tell of it is filled in until it ends."""
+
+    start_s: float
+    """Seconds since the epoch."""
+    num_bytes: int = 0
+    checksum_s: float | None = None
+    """Seconds of it that were spent on checksums, which are a phase of their own; None when there were none."""
 
 
 class PhaseClock:
@@ -23,16 +35,11 @@ class PhaseClock:
         return tuple(self._phases)
 
     @contextmanager
-    def phase(self, name: str, num_bytes: int = 0) -> Iterator[None]:
+    def phase(self, name: str) -> Iterator[Running]:
         """Measure the block, unless it raises."""
-        start_s, began = time.time(), time.perf_counter()
-        yield
-        self.add(name, start_s, time.perf_counter() - began, num_bytes)
-
-    def add(self, name: str, start_s: float, seconds: float, num_bytes: int = 0) -> None:
-        """Note what was measured elsewhere.
-
-        Args:
-            start_s: seconds since the epoch.
-        """
-        self._phases.append(Phase(name, None, start_s, seconds, num_bytes))
+        running, began = Running(time.time()), time.perf_counter()
+        yield running
+        seconds = time.perf_counter() - began
+        self._phases.append(Phase(name, None, running.start_s, seconds, running.num_bytes))
+        if running.checksum_s is not None:
+            self._phases.append(Phase("checksum", None, running.start_s, running.checksum_s, running.num_bytes))

@@ -7,7 +7,6 @@ verify_by_tasks(target)   the driver reads the record and says what there is to 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING
 import ray
 
 from ray_ckpt.cluster import worker_side
-from ray_ckpt.cluster.connect import connect
+from ray_ckpt.cluster.connect import connected
 from ray_ckpt.cluster.group import WorkerGroup
 from ray_ckpt.cluster.tasks import run_tasks
 from ray_ckpt.errors import UsageError
@@ -126,7 +125,7 @@ def verify_by_tasks(
 
     found = committed_at(target, step)
     audit = Audit(found.storage, scan_nan=scan_nan, trusted=trusted)
-    with contextlib.nullcontext() if ray.is_initialized() else connect(address):
+    with connected(address):
         shares = _shares(audit.work, num_cpus=ray.cluster_resources().get("CPU", 1.0))
         sizes = [sum(part.num_bytes for part in share) for share in shares]
         meter = Meter(progress)

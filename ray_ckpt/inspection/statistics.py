@@ -10,11 +10,11 @@ import torch
 
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.manifest import Manifest
-from ray_ckpt.format.torch_container import parse_dtype
 from ray_ckpt.inspection.contents import tensor_of
 from ray_ckpt.inspection.opening import open_record
 from ray_ckpt.report import NonFinite
 from ray_ckpt.storage.files import Storage
+from ray_ckpt.storage.nonfinite import may_be_odd
 from ray_ckpt.storage.resolve import Target, committed_at
 from ray_ckpt.storage.rewrite import TensorPieces, WantedTensor
 
@@ -138,7 +138,7 @@ def scan_nonfinite(
     """
     opened = open_record(committed_at(target, step).storage, trusted=trusted)
     tensors = opened.manifest.tensors
-    names = [name for name, entry in tensors.items() if _may_be_odd(parse_dtype(entry.dtype))]
+    names = [name for name, entry in tensors.items() if may_be_odd(entry.dtype)]
     total, done, found = sum(tensors[name].num_bytes for name in names), 0, dict[str, NonFinite]()
     for name, piece in elements_of(opened.files, opened.manifest, names):
         real = _as_real(piece, double=False)
@@ -161,10 +161,6 @@ def elements_of(files: Storage, manifest: Manifest, names: Iterable[str]) -> Ite
     for (number, like), data in TensorPieces(files).pieces(wanted):
         if len(data):
             yield order[number], torch.frombuffer(data, dtype=torch.uint8).view(like.dtype)
-
-
-def _may_be_odd(dtype: torch.dtype) -> bool:
-    return dtype.is_floating_point or dtype.is_complex
 
 
 def _as_real(piece: torch.Tensor, *, double: bool = True) -> torch.Tensor:

@@ -254,9 +254,10 @@ class RankLoad:
             StorageError, FormatError, IntegrityError: it cannot be read, or is damaged.
         """
         self._reading = True
-        start_s, began, before = time.time(), time.perf_counter(), self._num_bytes
-        self._read({wanted: claim for plan in self._plans for wanted, claim in plan.claims.items()}, meter)
-        self._clock.add("read", start_s, time.perf_counter() - began, self._num_bytes - before)
+        before = self._num_bytes
+        with self._clock.phase("read") as phase:
+            self._read({wanted: claim for plan in self._plans for wanted, claim in plan.claims.items()}, meter)
+            phase.num_bytes = self._num_bytes - before
 
     def give_up(self) -> str:
         """After an error, on any rank: undo what can be undone. May be called from another thread than the rest.

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import itertools
-import time
 import uuid
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -114,7 +112,7 @@ class RankSave:
             plan = memory.plan(state, holdings, known)
             if isinstance(state, TrainState) and state.trainable_only:
                 held = {name: fingerprint(tensor) for name, tensor in state.frozen().items()}
-                plan = dataclasses.replace(plan, frozen=held)
+                plan = replace(plan, frozen=held)
             # If the plan is equal, the same items as before, so that comparing them next time costs nothing.
             self._holdings = Holdings(memory.items or (), holdings.values)
             return plan
@@ -147,13 +145,17 @@ class RankSave:
         """
         if self._staged is not None:
             self._holdings = self._staged  # lets go of the originals: training may be done with them
-        start_s, began, retries_before = time.time(), time.perf_counter(), self._storage.num_retries
+        retries_before = self._storage.num_retries
         # A staged save runs beside training, which needs the collector meanwhile.
-        with contextlib.nullcontext() if self._staged is not None else collector_paused():
+        with (
+            contextlib.nullcontext() if self._staged is not None else collector_paused(),
+            self._clock.phase("write") as phase,
+        ):
             items = self._holdings.items
             skipped = set(assignment.skipped)
             positions = [position for position in range(len(items)) if position not in skipped]
-            meter.expect(sum(num_bytes(spec) for p in positions if (spec := items[p].spec) is not None))
+            phase.num_bytes = sum(num_bytes(spec) for p in positions if (spec := items[p].spec) is not None)
+            meter.expect(phase.num_bytes)
             shares = share_out([_size(items[p].spec) for p in positions], self._threads, self._max_file_bytes)
             writes: list[Callable[[], FileRecord]] = [
                 functools.partial(self._write_file, assignment, [positions[index] for index in share], meter)
@@ -163,11 +165,8 @@ class RankSave:
             if self._host_copy is not None:
                 self._host_copy.check()
             digests = self._digests if self._digests is not None else self._digest_replicas(assignment.skipped)
-            written = sum(num_bytes(spec) for p in positions if (spec := items[p].spec) is not None)
-            self._clock.add("write", start_s, time.perf_counter() - began, written)
-            self._clock.add("checksum", start_s, sum(file.checksum_s for file in files), written)
-            retries = self._storage.num_retries - retries_before
-            return RankRecord(tuple(files), digests, self._clock.phases, retries)
+            phase.checksum_s = sum(file.checksum_s for file in files)
+        return RankRecord(tuple(files), digests, self._clock.phases, self._storage.num_retries - retries_before)
 
     def discard(self) -> None:
         """Remove the files of this attempt, which no manifest will name. Files that cannot be removed stay."""

@@ -33,6 +33,7 @@ from ray_ckpt.report import Damage, VerifyReport
 from ray_ckpt.storage.archives import Archive, archives
 from ray_ckpt.storage.checkpoint_reader import CheckpointReader
 from ray_ckpt.storage.files import Storage
+from ray_ckpt.storage.nonfinite import count_apart, may_be_odd
 from ray_ckpt.storage.objects import Decoder, fetch_containers
 from ray_ckpt.storage.publish import STOCK_RECORD_NAME
 from ray_ckpt.storage.ranged_reads import tuning_for
@@ -82,12 +83,13 @@ def verify_share(
     """
     audit = Audit(storage, scan_nan=scan_nan, trusted=trusted)
     mine = audit.work[rank::num_ranks]
-    meter.expect(sum(part.num_bytes for part in mine))
+    num_bytes = sum(part.num_bytes for part in mine)
+    meter.expect(num_bytes)
     checked = check_parts(audit.files, mine, tuning_for(audit.files).threads, meter)
     if rank == 0:
         checked.add(audit.check_records())
     meter.end()
-    return audit.report(checked, sum(part.num_bytes for part in mine))
+    return audit.report(checked, num_bytes)
 
 
 class Audit:
@@ -134,11 +136,8 @@ class Audit:
         if manifest.attempt:
             checked.damages += _misquoted(self.files, manifest, sizes)
             checked.damages += _stock_record(self.files, manifest)
-        if self._apart:
-            from ray_ckpt.storage.nonfinite import count_apart  # it loads what copies tensors
-
-            for name, chunk in self._apart:
-                count_apart(self.files, name, manifest.tensors[name].dtype, chunk, checked)
+        for name, chunk in self._apart:
+            count_apart(self.files, name, manifest.tensors[name].dtype, chunk, checked)
         return checked
 
     def report(self, checked: Checked, num_bytes: int) -> VerifyReport:
@@ -172,8 +171,6 @@ class Audit:
 def _countable(manifest: Manifest) -> tuple[dict[str, list[Elements]], list[tuple[str, Chunk]]]:
     """Tensor -> what of it can be counted where it lies, for tensors that may hold NaN or Inf; and chunks to be read
     apart, as their bytes are encoded or hold other elements in between."""
-    from ray_ckpt.storage.nonfinite import may_be_odd
-
     found: dict[str, list[Elements]] = {}
     apart: list[tuple[str, Chunk]] = []
     odd = {dtype for dtype in {tensor.dtype for tensor in manifest.tensors.values()} if may_be_odd(dtype)}

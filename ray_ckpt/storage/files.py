@@ -184,11 +184,7 @@ class Storage:
 
     def scan(self) -> dict[str, Scanned]:
         """As `list`, with times: one listing, whatever lies below the target."""
-        return {
-            name: Scanned(int(info.size or 0), None if info.mtime_ns is None else info.mtime_ns / 1e9)
-            for name, info in self._entries(recursive=True)
-            if info.is_file
-        }
+        return {name: _scanned(info) for name, info in self._entries(recursive=True) if info.is_file}
 
     def list_files(self) -> dict[str, int]:
         """The files directly in the target: name -> bytes."""
@@ -202,19 +198,13 @@ class Storage:
         if not self.has_local_files:
             listed = self.list()
             return {name: listed[name] for name in names if name in listed}
-        wanted = tuple(names)
-        infos = self._infos([self.path(name) for name in wanted], "")
-        return {name: int(info.size or 0) for name, info in zip(wanted, infos, strict=True) if info.is_file}
+        return {name: scanned.num_bytes for name, scanned in self.scan_files(names).items()}
 
     def scan_files(self, names: Iterable[str]) -> dict[str, Scanned]:
         """Those of these files that are there, with times: a look at each."""
         wanted = tuple(names)
         infos = self._infos([self.path(name) for name in wanted], "")
-        return {
-            name: Scanned(int(info.size or 0), None if info.mtime_ns is None else info.mtime_ns / 1e9)
-            for name, info in zip(wanted, infos, strict=True)
-            if info.is_file
-        }
+        return {name: _scanned(info) for name, info in zip(wanted, infos, strict=True) if info.is_file}
 
     def list_directories(self) -> Sequence[str]:
         """Names of the directories directly in the target, sorted. Object stores make them up from longer names."""
@@ -443,6 +433,10 @@ class Storage:
             self.filesystem.create_dir(path, recursive=True)
             return
         make_directory(path)
+
+
+def _scanned(info: pafs.FileInfo) -> Scanned:
+    return Scanned(int(info.size or 0), None if info.mtime_ns is None else info.mtime_ns / 1e9)
 
 
 def _rebuild(cls: type[Storage], state: dict[str, Any]) -> Storage:

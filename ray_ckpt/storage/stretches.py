@@ -79,7 +79,7 @@ class Checked:
         self.damages += other.damages
         self.uncounted |= other.uncounted
         for name, found in other.nonfinite.items():
-            self.nonfinite[name] = self.nonfinite.get(name, NonFinite(0, 0)) + found
+            self.count(name, found)
 
     def count(self, name: str, found: NonFinite) -> None:
         """Note the NaN and Inf of a part of a tensor."""

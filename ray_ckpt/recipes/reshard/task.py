@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -45,10 +44,7 @@ def write_rank(source: Storage, target: Storage, of_rank: RankFile) -> RankRecor
         return file_record(rewrite(source, target, name, of_rank.objects, of_rank.tensors))
 
     clock, before = PhaseClock(), target.num_retries + source.num_retries
-    start_s, began = time.time(), time.perf_counter()
-    file = target.retried(write)
-    parts = of_rank.tensors.values()
-    num_bytes = sum(part.box.num_elements * itemsize(part.dtype) for part in parts)
-    clock.add("write", start_s, time.perf_counter() - began, num_bytes)
-    clock.add("checksum", start_s, file.checksum_s, num_bytes)
+    with clock.phase("write") as phase:
+        file = target.retried(write)
+        phase.num_bytes, phase.checksum_s = of_rank.num_bytes, file.checksum_s
     return RankRecord((file,), b"", clock.phases, target.num_retries + source.num_retries - before)
