@@ -44,6 +44,16 @@ class Meter:
         self._due = 0.0
         self._failure: Exception | None = None
 
+    @property
+    def is_heard(self) -> bool:
+        """Whether anybody asked."""
+        return self._tell is not None
+
+    @property
+    def done(self) -> int:
+        """Bytes that are done, where anybody asked."""
+        return self._done
+
     def expect(self, num_bytes: int) -> None:
         """So many bytes more are to be done."""
         if self._tell is None:

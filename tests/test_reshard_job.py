@@ -32,6 +32,7 @@ from ray_ckpt.format.fingerprinting import fingerprint
 from ray_ckpt.format.manifest import MANIFEST_NAME, Chunk, Manifest, TensorEntry
 from ray_ckpt.parallel.layout import Layout
 from ray_ckpt.parallel.partition import partition
+from ray_ckpt.progress import Meter
 from ray_ckpt.recipes.reshard import job
 from ray_ckpt.recipes.screen import Screen
 from ray_ckpt.storage import rewrite as rewriting
@@ -401,6 +402,19 @@ class TestTasks:
         [failure] = raised.value.failures
         assert (failure.rank, failure.error_type) == (8, DIED)
         assert "lost 3 times" in failure.message
+
+    def test_what_tasks_count_is_told_while_they_run(self, tmp_path: Path) -> None:
+        told: list[int] = []
+
+        def tell(done: int, total: int) -> None:
+            told.append(done)
+            (tmp_path / "go").touch()  # for which both wait
+
+        meter = Meter(tell)
+        args = (str(tmp_path / "go"),)
+        run_tasks(task_functions.count_and_wait, {1: args, 2: args}, timeout_s=60, meter=meter)
+        assert told[0] < meter.done == 6
+        assert told == sorted(told)
 
     @pytest.mark.slow
     def test_what_hangs_is_named_and_ended(self, tmp_path: Path) -> None:

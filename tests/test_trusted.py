@@ -14,7 +14,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from click.testing import CliRunner
 
-from ray_ckpt import diff, inspect, load, resume, save, scan_nonfinite, tensor_statistics, verify
+from ray_ckpt import convert, diff, export, inspect, load, resume, save, scan_nonfinite, tensor_statistics, verify
 from ray_ckpt.cli.main import cli
 from ray_ckpt.errors import StateMismatchError, UnsafeCheckpointError
 
@@ -46,6 +46,8 @@ READERS: dict[str, Callable[..., object]] = {
     "tensor_statistics": lambda path, **options: tensor_statistics(path, "weight", **options),
     "scan_nonfinite": scan_nonfinite,
     "diff": lambda path, **options: diff(path, path, **options),
+    "export": lambda path, **options: export(path, path.parent / "exported", to="dcp", **options),
+    "convert": lambda path, **options: convert(path, path.parent / "converted", **options),
 }
 
 
@@ -60,10 +62,12 @@ def test_metadata_runs_nothing_unless_it_is_trusted(tmp_path: Path, name: str) -
     assert flag.exists()  # the attack works
 
 
-@pytest.mark.parametrize("command", ["inspect", "verify", "diff"])
+@pytest.mark.parametrize("command", ["inspect", "verify", "diff", "export --to dcp", "import"])
 def test_the_command_has_it_too(tmp_path: Path, command: str) -> None:
     write_stock(tmp_path / "at", tmp_path / "flag")
-    arguments = [command, str(tmp_path / "at")] + ([str(tmp_path / "at")] if command == "diff" else [])
+    arguments = [*command.split(), str(tmp_path / "at")]
+    if command not in ("inspect", "verify"):
+        arguments.append(str(tmp_path / ("at" if command == "diff" else "target")))
     refused = CliRunner().invoke(cli, arguments, standalone_mode=False)
     assert isinstance(refused.exception, UnsafeCheckpointError)
     assert not (tmp_path / "flag").exists()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ray_ckpt.cli.output import as_json, count, json_option, printable, table, trusted_option, uri_argument
+from ray_ckpt.cli.output import as_json, count, json_option, more, printable, table, trusted_option, uri_argument
 from ray_ckpt.text_units import format_bytes
 
 if TYPE_CHECKING:
@@ -53,8 +53,7 @@ def _show(report: DiffReport) -> None:
     for side, names in (("left", report.only_left), ("right", report.only_right)):
         for name in names[:_PAGE]:
             click.echo(printable(f"only {side}: {name}"))
-        if len(names) > _PAGE:
-            click.echo(f"only {side}: and {len(names) - _PAGE} more")
+        more(names, _PAGE, f"only {side}")
     rows = []
     for found in report.tensors[:_PAGE]:
         how = f"{found.left} / {found.right}" if found.left else ""
@@ -64,16 +63,13 @@ def _show(report: DiffReport) -> None:
             how += f", at most {found.max_absolute:.3g} apart, relative {found.max_relative:.3g}"
         rows.append([f"{found.what} differ" + "s" * (found.what != "elements"), found.name, how])
     table(rows)
-    if len(report.tensors) > _PAGE:
-        click.echo(f"and {len(report.tensors) - _PAGE} more tensors: --json has them all")
+    more(report.tensors, _PAGE, "tensors")
     for name, (left, right) in list(report.values.items())[:_PAGE]:
         click.echo(printable(f"value differs: {name}: {left} / {right}"))
-    if len(report.values) > _PAGE:
-        click.echo(f"and {len(report.values) - _PAGE} more values: --json has them all")
+    more(report.values, _PAGE, "values")
     for name in report.uncompared[:_PAGE]:
         click.echo(printable(f"value differs, or is the same in other bytes: {name}, which cannot be loaded safely"))
-    if len(report.uncompared) > _PAGE:
-        click.echo(f"and {len(report.uncompared) - _PAGE} more such values: --json has them all")
+    more(report.uncompared, _PAGE, "such values")
     verdict = "equal" if report.equal else "different"
     click.echo(
         printable(

@@ -6,11 +6,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ray_ckpt.cli.output import as_json, json_option, printable, uri_argument
+from ray_ckpt.cli.output import as_json, json_option, more, printable, uri_argument
 from ray_ckpt.text_units import format_bytes
 
 if TYPE_CHECKING:
     from ray_ckpt.report import RemovalReport
+
+_PAGE = 20
+"""Files that are listed."""
 
 _yes = click.option("--yes", is_flag=True, help="Do it. Without this only what would go is shown.")
 _steps = click.argument("steps", metavar="STEP...", type=click.IntRange(min=0), nargs=-1, required=True)
@@ -136,10 +139,9 @@ def _show(report: RemovalReport, in_json: bool, what: str) -> None:
     verb = "would remove" if report.dry_run else "removed"
     steps = f"steps {', '.join(map(str, report.removed))}" if report.removed else "no step"
     click.echo(f"{verb} {what}: {steps}; {len(report.files)} files with {format_bytes(report.total_bytes)}")
-    for name in report.files[:20]:
+    for name in report.files[:_PAGE]:
         click.echo(f"  {printable(name)}")
-    if len(report.files) > 20:
-        click.echo(f"  and {len(report.files) - 20} more")
+    more(report.files, _PAGE, "files")
     if report.kept:
         click.echo(f"kept: {', '.join(map(str, report.kept))}")
     for step, damage in report.damages.items():

@@ -9,6 +9,7 @@ from ray_ckpt.cli.output import (
     clock,
     count,
     json_option,
+    more,
     printable,
     step_option,
     table,
@@ -143,12 +144,10 @@ def verify(
     else:
         for damage in report.damages[:_PAGE]:
             click.echo(click.style(f"damaged: {printable(damage)}", fg="red"))
-        if (more := len(report.damages) - _PAGE) > 0:
-            click.echo(f"and {more} more damaged ranges: --json has them all")
+        more(report.damages, _PAGE, "damaged ranges")
         for name, found in list(odd.items())[:_PAGE]:
             click.echo(f"{printable(name)}: {count(found.num_nan)} NaN, {count(found.num_inf)} Inf")
-        if (more := len(odd) - _PAGE) > 0:
-            click.echo(f"and {more} more tensors: --json has them all")
+        more(odd, _PAGE, "tensors")
         click.echo(
             printable(report if not report.damages else f"DAMAGED: {len(report.damages)} ranges of {report.uri}")
         )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ray_ckpt.cli.output import as_json, count, json_option, printable, step_option
+from ray_ckpt.cli.output import as_json, count, json_option, printable, step_option, trusted_option
 from ray_ckpt.text_units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class _Rename(click.ParamType[tuple[str, str]]):
     "--max-shard", type=_Bytes(), default="5GB", show_default=True, metavar="SIZE", help="Size of a file, such as 5GB."
 )
 @click.option("--config", metavar="DIR", help="Directory with config.json and the tokenizer's files to copy.")
+@trusted_option
 @_ray
 @_address
 @json_option
@@ -82,6 +83,7 @@ def export(
 @click.argument("target", metavar="TARGET")
 @step_option
 @click.option("--target-step", type=click.IntRange(min=0), help="Step of the target's store.  [default: it is none]")
+@trusted_option
 @_ray
 @_address
 @json_option

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from typing import Any, TypeVar
 
 import click
@@ -23,6 +23,7 @@ __all__ = [
     "clock",
     "count",
     "json_option",
+    "more",
     "printable",
     "step_option",
     "table",
@@ -67,6 +68,12 @@ def table(rows: Sequence[Sequence[object]], *, head: Sequence[str] = (), right: 
         ]
         text = "  ".join(padded).rstrip()
         click.echo(click.style(text, bold=True) if head and number == 0 else text)
+
+
+def more(items: Sized, shown: int, what: str) -> None:
+    """Say how many there are beyond those that were shown, if there are."""
+    if (left := len(items) - shown) > 0:
+        click.echo(f"and {count(left)} more {what}: --json has them all")
 
 
 def clock(seconds: float | None) -> str:

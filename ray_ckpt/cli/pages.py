@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ray_ckpt.cli.output import count, printable, table
+from ray_ckpt.cli.output import count, more, printable, table
 from ray_ckpt.text import listed
 from ray_ckpt.text_units import format_bytes
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from ray_ckpt.inspection.statistics import TensorStatistics
 
 _WIDEST_BAR = 40
+_MOST_GROUPS = 10
+_MOST_CHUNKS = 20
 
 
 def show_overview(contents: CheckpointContents, *, max_lines: int) -> None:
@@ -27,17 +29,18 @@ def show_overview(contents: CheckpointContents, *, max_lines: int) -> None:
     table(rows, head=["section", "tensors", "elements", "size", "values"], right=[1, 2, 3, 4])
     click.echo()
     show_tree(contents, max_lines=max_lines)
-    for number, group in enumerate(contents.groups()[:10]):
+    groups = contents.groups()
+    for number, group in enumerate(groups[:_MOST_GROUPS]):
         values = ", ".join(f"{key}={value!r}" for key, value in group.values.items())
         click.echo(f"\nhyper-parameters {number}: {printable(values, at_most=300)}")
         click.echo(f"  of {len(group.parameters)} parameters: {printable(listed(group.parameters, at_most=3))}")
-    if more := len(contents.groups()) - 10:
-        click.echo(f"\nand {more} more groups of hyper-parameters" if more > 0 else "")
+    if groups:
+        click.echo()
+    more(groups, _MOST_GROUPS, "groups of hyper-parameters")
     values_of = contents.values()
     for name in list(values_of)[:max_lines]:
         click.echo(printable(f"{name} = {values_of[name]!r}", at_most=120))
-    if len(values_of) > max_lines:
-        click.echo(f"and {len(values_of) - max_lines} more values: --json has them all")
+    more(values_of, max_lines, "values")
 
 
 def show_tree(contents: CheckpointContents, *, max_lines: int) -> None:
@@ -71,8 +74,7 @@ def show_files(contents: CheckpointContents, *, max_lines: int) -> None:
         for f in contents.files()[:max_lines]
     ]
     table(rows, head=["rank", "file", "size", "tensors", "values"], right=[0, 2, 3, 4])
-    if (more := len(contents.manifest.files) - max_lines) > 0:
-        click.echo(f"and {more} more files: --json has them all")
+    more(contents.manifest.files, max_lines, "files")
 
 
 def show_layout(contents: CheckpointContents, *, max_lines: int) -> None:
@@ -89,17 +91,15 @@ def show_layout(contents: CheckpointContents, *, max_lines: int) -> None:
         [cut, count(number), format_bytes(num_bytes), example] for cut, (number, num_bytes, example) in cuts.items()
     ]
     table(rows[:max_lines], head=["cut into", "tensors", "size", "such as"], right=[1, 2])
-    if len(rows) > max_lines:
-        click.echo(f"and {len(rows) - max_lines} more kinds: --json has them all")
+    more(rows, max_lines, "kinds")
 
 
 def show_tensor(found: TensorStatistics) -> None:
     """One tensor: where it lies, and what is in it."""
     click.echo(f"{printable(found.name)}: {found.dtype} {list(found.shape)}, {format_bytes(found.num_bytes)}")
-    rows = [[list(offsets), list(sizes), file] for offsets, sizes, file in found.chunks[:20]]
+    rows = [[list(offsets), list(sizes), file] for offsets, sizes, file in found.chunks[:_MOST_CHUNKS]]
     table(rows, head=["chunk at", "size", "file"])
-    if len(found.chunks) > 20:
-        click.echo(f"and {len(found.chunks) - 20} more chunks: --json has them all")
+    more(found.chunks, _MOST_CHUNKS, "chunks")
     click.echo(f"min {found.minimum!r}  max {found.maximum!r}  mean {found.mean!r}  std {found.std!r}")
     click.echo(f"{count(found.num_nan)} NaN, {count(found.num_inf)} Inf")
     most = max((number for _, _, number in found.histogram), default=0) or 1

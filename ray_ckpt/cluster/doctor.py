@@ -29,7 +29,7 @@ from ray_ckpt.cluster.connect import connect, find_cluster
 from ray_ckpt.cluster.worker import CallOutcome, attempt, resolve
 from ray_ckpt.errors import CheckpointError, StorageError, UsageError
 from ray_ckpt.inspection.diagnosis import DoctorReport, Finding, NodeFacts, diagnose
-from ray_ckpt.inspection.machines import Machine, Written, look_at_machine, read_trial, write_trial
+from ray_ckpt.inspection.machines import Written, clock_ahead, look_at_machine, read_trial, write_trial
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.store import CheckpointStore
 
@@ -64,7 +64,8 @@ def doctor(storage: str | None = None, address: str | None = None, *, timeout_s:
     Raises:
         UsageError: `storage` is no path and no URI.
     """
-    trials = None if storage is None else Storage(storage).child(f".ray_ckpt-doctor-{secrets.token_hex(6)}")
+    place = None if storage is None else Storage(storage)
+    trials = None if place is None else place.child(f".ray_ckpt-doctor-{secrets.token_hex(6)}")
     findings: list[Finding] = []
     with contextlib.ExitStack() as stack:
         nodes: list[Mapping[str, Any]] = []
@@ -80,9 +81,8 @@ def doctor(storage: str | None = None, address: str | None = None, *, timeout_s:
         except UsageError as error:
             findings.append(Finding("wrong", "cluster", str(error)))
         facts = _examine(nodes, trials, timeout_s)
-    size = None if storage is None else _latest_size(storage)
-    place = None if storage is None else Storage(storage).address
-    return DoctorReport((*findings, *diagnose(facts, place, size)), tuple(facts))
+    about = (None, None) if place is None else (place.address, _latest_size(place))
+    return DoctorReport((*findings, *diagnose(facts, *about)), tuple(facts))
 
 
 def _is_reached(address: str | None, stack: contextlib.ExitStack) -> bool:
@@ -102,9 +102,9 @@ def _is_reached(address: str | None, stack: contextlib.ExitStack) -> bool:
     return True
 
 
-def _latest_size(storage: str) -> int | None:
+def _latest_size(place: Storage) -> int | None:
     with contextlib.suppress(CheckpointError, StorageError):
-        store = CheckpointStore(storage)
+        store = CheckpointStore(place)
         latest = store.latest(fallback=True)
         return None if latest is None else store.manifest(latest).total_bytes
     return None
@@ -126,7 +126,7 @@ def _examine(nodes: Sequence[Mapping[str, Any]], trials: Storage | None, timeout
     ended = time.time()
     for key, known in facts.items():
         if known.machine is not None:
-            facts[key] = replace(known, clock_ahead_s=_ahead(known.machine, began, ended))
+            facts[key] = replace(known, clock_ahead_s=clock_ahead(known.machine.clock_s, began, ended))
     if trials is not None:
         _try_storage(everywhere, trials)
     return [facts[key] for key in (*(key for key in facts if key != DRIVER), DRIVER)]
@@ -164,11 +164,6 @@ def _remove_trials(trials: Storage) -> None:
     if found := trials.parent():
         with contextlib.suppress(StorageError):
             found[0].delete_empty_directory(found[1])
-
-
-def _ahead(machine: Machine, began: float, ended: float) -> float:
-    """How far the machine's clock is outside of the time in which it was read, by the driver's."""
-    return min(0.0, machine.clock_s - began) or max(0.0, machine.clock_s - ended)
 
 
 def _versions_probe() -> Callable[[], dict[str, str | None]]:

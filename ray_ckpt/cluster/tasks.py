@@ -18,6 +18,8 @@ from ray.exceptions import RayError
 from ray_ckpt.cluster.gather import CAUSE_GRACE_S, POLL_S
 from ray_ckpt.cluster.worker import CallOutcome, attempt, resolve
 from ray_ckpt.errors import DIED, GroupTimeoutError, RankFailure, WorkerError
+from ray_ckpt.progress import Meter
+from ray_ckpt.text import first_line
 
 SUBMITTED_AT_ONCE = 64
 """Tasks that Ray holds, with their arguments."""
@@ -36,6 +38,7 @@ def run_tasks(
     timeout_s: float,
     cpus: float = 1.0,
     on_done: Callable[[int, Any], None] = lambda number, value: None,
+    meter: Meter | None = None,
 ) -> dict[int, Any]:
     """Call `fn(*args)` for every number of `args_of`, as tasks of the Ray cluster this process is connected to.
 
@@ -49,6 +52,8 @@ def run_tasks(
         timeout_s: time limit of all tasks together.
         cpus: number of CPUs that each task asks for.
         on_done: called in this process with the number and value of each task that has succeeded.
+        meter: when somebody asked for the progress, `fn` gets a meter as one more argument, and what the meters of all
+            tasks count is counted here too, from about twice a second to once a task.
 
     Returns:
         Number -> value.
@@ -57,11 +62,14 @@ def run_tasks(
         WorkerError: tasks raised or died; `failures` names each by its number, as `rank`.
         GroupTimeoutError: the time limit was reached; names the unfinished tasks. Running ones are canceled.
     """
-    run = _Run(fn, dict(args_of), cpus, on_done)
+    counts = _Counts(meter) if meter is not None and meter.is_heard else None
+    run = _Run(fn, dict(args_of), cpus, on_done, counts)
     try:
         run.to_the_end(time.monotonic() + timeout_s)
     finally:
         run.cancel()
+        if counts is not None:
+            counts.close()
     if run.failures:
         raise WorkerError(tuple(run.failures[number] for number in sorted(run.failures)))
     if left := sorted(args_of.keys() - run.values.keys()):
@@ -75,6 +83,7 @@ class _Run:
     waiting: dict[int, tuple[Any, ...]]
     cpus: float
     on_done: Callable[[int, Any], None]
+    counts: _Counts | None
     running: dict[Any, int] = field(default_factory=dict)
     values: dict[int, Any] = field(default_factory=dict)
     failures: dict[int, RankFailure] = field(default_factory=dict)
@@ -94,6 +103,8 @@ class _Run:
                 self._take(ref, self.running.pop(ref))
                 if self.failures and not had_failed:
                     deadline = min(deadline, time.monotonic() + CAUSE_GRACE_S)
+            if self.counts is not None:
+                self.counts.look()
 
     def cancel(self) -> None:
         """End what still runs, and wait until it has."""
@@ -114,24 +125,88 @@ class _Run:
             "scheduling_strategy": "SPREAD",
             "name": f"ray_ckpt task {number}",
         }
-        return ray.remote(**settings)(_call).remote(number, self.fn, args)
+        counter = None if self.counts is None else self.counts.counter
+        return ray.remote(**settings)(_call).remote(number, self.fn, args, counter)
 
     def _take(self, ref: Any, number: int) -> None:
         try:
-            outcome: CallOutcome = ray.get(ref)
+            outcome, num_bytes = ray.get(ref)
         except RayError as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            text = lines[0] if lines else ""
-            message = f"its process was lost {RESTARTS + 1} times: {type(error).__name__}: {text}"
+            told = f"{type(error).__name__}: {first_line(error)}"
+            message = f"its process was lost {RESTARTS + 1} times: {told}"
             self.failures[number] = RankFailure(number, "a node of the cluster", DIED, message)
             return
         if outcome.failure is not None:
             self.failures[number] = outcome.failure
         else:
             self.values[number] = outcome.value
+            if self.counts is not None:
+                self.counts.finish(number, num_bytes)
             self.on_done(number, outcome.value)
 
 
-def _call(number: int, fn: Callable[..., Any] | str, args: tuple[Any, ...]) -> CallOutcome:
-    """Runs in the task's process. What `fn` raises comes back as plain data, as not every exception pickles."""
-    return attempt(number, lambda: resolve(fn)(*args))
+def _call(
+    number: int, fn: Callable[..., Any] | str, args: tuple[Any, ...], counter: Any | None
+) -> tuple[CallOutcome, int]:
+    """Runs in the task's process. What `fn` raises comes back as plain data, as not every exception pickles.
+
+    Returns:
+        What came of it, and the bytes that were counted.
+    """
+    if counter is None:
+        return attempt(number, lambda: resolve(fn)(*args)), 0
+    meter = Meter(lambda done, total: counter.set.remote(number, done))
+    outcome = attempt(number, lambda: resolve(fn)(*args, meter))
+    return outcome, meter.done
+
+
+class _Counts:
+    """What the tasks of one run have counted, as it becomes known.
+
+    Tasks tell an actor, which this asks, and nobody waits for it. Where it is lost, or has no place to run, tasks are
+    counted when they have ended.
+    """
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+        self._known: dict[int, int] = {}
+        self._finished: set[int] = set()
+        actor: Any = ray.remote(num_cpus=0)(_Counter)
+        self.counter = actor.remote()
+        self._asked = self.counter.get.remote()
+
+    def look(self) -> None:
+        """Take in what the actor has answered, and ask it again."""
+        if not ray.wait([self._asked], timeout=0)[0]:
+            return
+        with contextlib.suppress(RayError):
+            for number, num_bytes in ray.get(self._asked).items():
+                self._note(number, num_bytes)
+        self._asked = self.counter.get.remote()
+
+    def finish(self, number: int, num_bytes: int) -> None:
+        """A task has ended, and has counted so many bytes in all."""
+        self._note(number, num_bytes)
+        self._finished.add(number)
+
+    def close(self) -> None:
+        """Nobody asks any more."""
+        ray.kill(self.counter)
+
+    def _note(self, number: int, num_bytes: int) -> None:
+        if number not in self._finished:
+            self._meter.add(num_bytes - self._known.get(number, 0))
+            self._known[number] = num_bytes
+
+
+class _Counter:
+    """Bytes that tasks have counted, by their numbers."""
+
+    def __init__(self) -> None:
+        self._counted: dict[int, int] = {}
+
+    def set(self, number: int, num_bytes: int) -> None:
+        self._counted[number] = num_bytes
+
+    def get(self) -> dict[int, int]:
+        return self._counted

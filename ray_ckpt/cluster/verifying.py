@@ -18,7 +18,7 @@ from ray_ckpt.cluster.connect import connected
 from ray_ckpt.cluster.group import WorkerGroup
 from ray_ckpt.cluster.tasks import run_tasks
 from ray_ckpt.errors import UsageError
-from ray_ckpt.progress import Meter, Progress
+from ray_ckpt.progress import NOBODY, Meter, Progress
 from ray_ckpt.report import VerifyReport
 from ray_ckpt.rounding import ceil_div
 from ray_ckpt.storage.resolve import Target, committed_at
@@ -111,7 +111,7 @@ def verify_by_tasks(
         address: of the cluster to join, where this process has joined none; by default as `WorkerGroup` finds or starts
             one.
         timeout_s: time limit of all tasks together.
-        progress: called with the bytes that finished tasks have read and all that will be. When it raises, the check
+        progress: called with the bytes that the tasks have read and all that will be. When it raises, the check
             goes on, without it and with a warning.
 
     Raises:
@@ -127,23 +127,21 @@ def verify_by_tasks(
     audit = Audit(found.storage, scan_nan=scan_nan, trusted=trusted)
     with connected(address):
         shares = _shares(audit.work, num_cpus=ray.cluster_resources().get("CPU", 1.0))
-        sizes = [sum(part.num_bytes for part in share) for share in shares]
+        total = sum(part.num_bytes for part in audit.work)
         meter = Meter(progress)
-        meter.expect(sum(sizes))
+        meter.expect(total)
         threads = LOCAL_THREADS if audit.files.is_local else tuning_for(audit.files).threads
-
-        def take(number: int, checked: Checked) -> None:
-            whole.add(checked)
-            meter.add(sizes[number])
 
         whole = audit.check_records()
         args_of = {number: (audit.files, share, threads) for number, share in enumerate(shares)}
-        run_tasks(check_share, args_of, timeout_s=timeout_s, on_done=take)
+        run_tasks(
+            check_share, args_of, timeout_s=timeout_s, on_done=lambda number, checked: whole.add(checked), meter=meter
+        )
     meter.end()
-    return replace(audit.report(whole, sum(sizes)), step=found.step)
+    return replace(audit.report(whole, total), step=found.step)
 
 
-def check_share(files: Storage, parts: Sequence[Work], threads: int) -> Checked:
+def check_share(files: Storage, parts: Sequence[Work], threads: int, meter: Meter = NOBODY) -> Checked:
     """What a task does.
 
     Raises:
@@ -158,7 +156,7 @@ def check_share(files: Storage, parts: Sequence[Work], threads: int) -> Checked:
             f"{files.address}/{unseen[0]} is not there on this node, but on the driver's: give a directory that is "
             "mounted on every node, or an object store"
         )
-    return check_parts(files, parts, threads)
+    return check_parts(files, parts, threads, meter)
 
 
 def _shares(work: Sequence[Work], num_cpus: float) -> list[Sequence[Work]]:

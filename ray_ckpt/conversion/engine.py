@@ -22,15 +22,11 @@ from ray_ckpt.conversion.remainder import SUFFIX, Remainder
 from ray_ckpt.conversion.writing import check_file, write_file
 from ray_ckpt.errors import CheckpointError, StorageError, WorkerError
 from ray_ckpt.inspection.opening import Opened
+from ray_ckpt.progress import Meter, Progress
 from ray_ckpt.report import ConversionReport
 from ray_ckpt.storage.files import Storage
 
-__all__ = ["Plan", "Progress", "identity_of", "run"]
-
-Progress = Callable[[int, int], None]
-"""Takes the bytes that are done, and all bytes."""
-
-WRITE_FILE, CHECK_FILE = (f"ray_ckpt.conversion.writing:{function}" for function in ("write_file", "check_file"))
+__all__ = ["Plan", "identity_of", "run"]
 
 _TASKS_TIMEOUT_S = 7 * 86400.0
 """Ends tasks that nobody waits for any more."""
@@ -70,7 +66,7 @@ def identity_of(opened: Opened, asked: Mapping[str, Any]) -> str:
     return xxhash.xxh3_128(text.encode("utf-8", "replace")).hexdigest()
 
 
-def run(plan: Plan, progress: Progress, *, ray: bool, address: str | None) -> ConversionReport:
+def run(plan: Plan, progress: Progress | None, *, ray: bool, address: str | None) -> ConversionReport:
     """
     Raises:
         CheckpointExistsError: something is in the way.
@@ -82,14 +78,16 @@ def run(plan: Plan, progress: Progress, *, ray: bool, address: str | None) -> Co
     names = [*(job.name for job in plan.files), *plan.records]
     remainder = Remainder(plan.target, plan.note, names, plan.identity, plan.what)
     remainder.open(plan.taken())
+    meter = Meter(progress)
     try:
         kept = remainder.kept(plan.files, plan.final)
-        written = _write_and_check(plan, dict(kept), remainder, progress, ray=ray, address=address)
+        written = _write_and_check(plan, dict(kept), remainder, meter, ray=ray, address=address)
     except BaseException:
         remainder.abandon()
         raise
     plan.commit(written)
     remainder.close()
+    meter.end()
     return ConversionReport(
         uri=plan.uri,
         source=plan.source_address,
@@ -107,34 +105,25 @@ def _write_and_check(
     plan: Plan,
     written: dict[str, Written],
     remainder: Remainder,
-    progress: Progress,
+    meter: Meter,
     *,
     ray: bool,
     address: str | None,
 ) -> dict[str, Written]:
-    total, done = (
-        2 * sum(job.num_bytes for job in plan.files),
-        sum(job.num_bytes for job in plan.files if job.name in written),
-    )
-
-    def passed(num_bytes: int) -> None:
-        nonlocal done
-        done += num_bytes
-        progress(done, total)
-
     todo = [job for job in plan.files if job.name not in written]
+    meter.expect(sum(job.num_bytes for job in (*todo, *plan.files)))
 
     def finished(number: int, file: Written) -> None:
         written[file.name] = file
         remainder.add(file)
 
     with _runner(ray, address) as call:
-        call(write_file, WRITE_FILE, [(plan.source, plan.target, job) for job in todo], finished, passed)
+        call(write_file, [(job, plan.source, plan.target) for job in todo], finished, meter)
         ordered = {job.name: written[job.name] for job in plan.files}
         places = [_place(plan, job) for job in plan.files]
-        checks = [(plan.target, job, file) for job, file in zip(places, ordered.values(), strict=True)]
+        checks = [(job, plan.target, file) for job, file in zip(places, ordered.values(), strict=True)]
         try:
-            call(check_file, CHECK_FILE, checks, lambda number, nothing: None, passed)
+            call(check_file, checks, lambda number, nothing: None, meter)
         except (CheckpointError, WorkerError):
             if len(plan.files) == 1:  # which may have the name of a whole already
                 with contextlib.suppress(StorageError):
@@ -155,7 +144,7 @@ _Call = Callable[..., None]
 
 @contextmanager
 def _runner(ray: bool, address: str | None) -> Iterator[_Call]:
-    """Calls a function with each of several arguments, here or as tasks."""
+    """Calls a function for each of several files, here or as tasks."""
     if not ray:
         yield _call_here
         return
@@ -167,26 +156,20 @@ def _runner(ray: bool, address: str | None) -> Iterator[_Call]:
 
 def _call_here(
     function: Callable[..., Any],
-    name: str,
     arguments: Sequence[tuple[Any, ...]],
     finished: Callable[[int, Any], None],
-    passed: Callable[[int], None],
+    meter: Meter,
 ) -> None:
     for number, args in enumerate(arguments):
-        finished(number, function(*args, passed))
+        finished(number, function(*args, meter))
 
 
 def _call_as_tasks(
     function: Callable[..., Any],
-    name: str,
     arguments: Sequence[tuple[Any, ...]],
     finished: Callable[[int, Any], None],
-    passed: Callable[[int], None],
+    meter: Meter,
 ) -> None:
     from ray_ckpt.cluster.tasks import run_tasks
 
-    def on_done(number: int, value: Any) -> None:
-        finished(number, value)
-        passed(arguments[number][-1].num_bytes)
-
-    run_tasks(name, dict(enumerate(arguments)), timeout_s=_TASKS_TIMEOUT_S, on_done=on_done)
+    run_tasks(function, dict(enumerate(arguments)), timeout_s=_TASKS_TIMEOUT_S, on_done=finished, meter=meter)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from ray_ckpt.conversion import torch_state
 from ray_ckpt.conversion.engine import Plan, identity_of, run
@@ -17,6 +17,7 @@ from ray_ckpt.conversion.writing import joined
 from ray_ckpt.errors import CheckpointExistsError, UsageError
 from ray_ckpt.format import dcp_metadata, safetensors
 from ray_ckpt.format.manifest import MANIFEST_NAME, itemsize
+from ray_ckpt.progress import Progress
 from ray_ckpt.report import ConversionReport
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.resolve import Target
@@ -48,9 +49,10 @@ def export(
     rename: Sequence[Rename] = (),
     max_shard_bytes: int = MAX_SHARD_BYTES,
     config: str | os.PathLike[str] | Storage | None = None,
+    trusted: bool = False,
     ray: bool = False,
     address: str | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress | None = None,
 ) -> ConversionReport:
     """Write a checkpoint, whoever wrote it and in whatever layout, as other programs read it, in bounded memory.
 
@@ -87,6 +89,7 @@ def export(
             model), one after the other.
         max_shard_bytes: bytes of tensors in one file at most, unless one tensor is larger. A `torch` file is one.
         config: directory with `config.json` and the tokenizer's files, which are copied beside safetensors.
+        trusted: as for `verify`.
         ray: write the files as tasks on a Ray cluster, which must see source and target.
         address: of that cluster; by default the one this process is connected to, the one that runs, or a local Ray.
         progress: called with the bytes that were written and read back, and all that will be.
@@ -108,8 +111,8 @@ def export(
     asked = _Asked(
         tuple(only), None if dtype is None else parse_dtype_name(dtype), tuple(rename), max_shard_bytes, config
     )
-    given = open_source(source, step)
-    storage = target if isinstance(target, Storage) else Storage(target)
+    given = open_source(source, step, trusted=trusted)
+    storage = Storage.of(target)
     plan = {"safetensors": _safetensors, "torch": _torch, "dcp": _dcp}[to](given, storage, asked)
     return run(plan, progress, ray=ray, address=address)
 
@@ -129,12 +132,8 @@ class _Asked:
         return self.dtype if self.dtype is not None and is_cast(dtype) else None
 
     def identity(self, source: Source, to: str) -> str:
-        config = None if self.config is None else _storage(self.config).address
+        config = None if self.config is None else Storage.of(self.config).address
         return identity_of(source.opened, {**dataclasses.asdict(self), "config": config, "to": to})
-
-
-def _storage(target: str | os.PathLike[str] | Storage) -> Storage:
-    return target if isinstance(target, Storage) else Storage(target)
 
 
 # -------------------------------------------------------------------------------------------------- safetensors
@@ -166,7 +165,7 @@ def _safetensors(source: Source, target: Storage, asked: _Asked) -> Plan:
         )
         for number, batch in enumerate(cut, start=1)
     ]
-    beside = {} if asked.config is None else _config_files(_storage(asked.config))
+    beside = {} if asked.config is None else _config_files(Storage.of(asked.config))
     index_name = f"model{safetensors.INDEX_SUFFIX}"
 
     def commit(written: Mapping[str, Written]) -> None:

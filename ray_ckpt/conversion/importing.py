@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from ray_ckpt.conversion.engine import Plan, identity_of, run
 from ray_ckpt.conversion.jobs import Written
@@ -17,6 +17,7 @@ from ray_ckpt.errors import UsageError
 from ray_ckpt.format import dcp_metadata
 from ray_ckpt.format.manifest import MANIFEST_NAME
 from ray_ckpt.format.translate import origin_of
+from ray_ckpt.progress import Progress
 from ray_ckpt.report import ConversionReport
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.publish import is_of_attempt, publish
@@ -34,9 +35,10 @@ def convert(
     *,
     step: int | None = None,
     target_step: int | None = None,
+    trusted: bool = False,
     ray: bool = False,
     address: str | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress | None = None,
 ) -> ConversionReport:
     """Copy a checkpoint, whoever wrote it, into one of ours: in any layout, with checksums, in bounded memory.
 
@@ -57,6 +59,7 @@ def convert(
         target: directory of the new checkpoint, or a store.
         step: number of the step in the source's store; by default the highest committed one.
         target_step: number of the step in the target's store; None where the target is no store.
+        trusted: as for `verify`.
         ray: write the files as tasks on a Ray cluster, which must see source and target.
         address: of that cluster; by default the one this process is connected to, the one that runs, or a local Ray.
         progress: called with the bytes that were written and read back, and all that will be.
@@ -68,7 +71,7 @@ def convert(
         CheckpointError, StorageError: the source cannot be read, or the target not be written.
         WorkerError: tasks on the cluster failed; names them by the numbers of their files.
     """
-    given = open_source(source, step)
+    given = open_source(source, step, trusted=trusted)
     storage = destination(target, target_step).storage
     if storage.address == given.opened.address:
         raise UsageError(f"{storage.address} is the source: give the new checkpoint a place of its own")

@@ -50,13 +50,16 @@ class Source:
         return TensorJob(wanted, whole, dtype or entry.dtype, self.manifest.fingerprints.get(name, ""))
 
 
-def open_source(source: Target, step: int | None) -> Source:
+def open_source(source: Target, step: int | None, *, trusted: bool) -> Source:
     """
+    Args:
+        trusted: as for `verify`.
+
     Raises:
         CheckpointNotFoundError: there is none.
         CheckpointError, StorageError: its record is damaged, or the storage does not answer.
     """
-    opened = open_record(committed_at(source, step).storage)
+    opened = open_record(committed_at(source, step).storage, trusted=trusted)
     lists = {name: opened.manifest.objects[name] for name in group_lists(opened.manifest)}
     return Source(opened, Source(opened, {}).values(lists))
 

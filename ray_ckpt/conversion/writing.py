@@ -25,7 +25,8 @@ from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.fingerprint import WORD_MASK, Fingerprint
 from ray_ckpt.format.fingerprinting import sum_of_part
 from ray_ckpt.format.manifest import Manifest, TensorEntry
-from ray_ckpt.format.torch_container import parse_dtype
+from ray_ckpt.format.torch_container import dtype_name, parse_dtype
+from ray_ckpt.progress import NOBODY, Meter
 from ray_ckpt.storage import safetensors_files, torch_files
 from ray_ckpt.storage.data_file import Packed, pack_into
 from ray_ckpt.storage.files import OutputFile, Storage
@@ -35,23 +36,24 @@ from ray_ckpt.text import quoted
 
 __all__ = ["check_file", "digest_of_file", "joined", "write_file"]
 
-_READ_BYTES = 4 << 20
 
-
-def write_file(
-    source: Storage, target: Storage, job: FileJob, passed: Callable[[int], None] = lambda num_bytes: None
-) -> Written:
+def write_file(job: FileJob, source: Storage, target: Storage, meter: Meter = NOBODY) -> Written:
     """Write one file. It is durable on return, and has its name only then.
 
     Args:
-        passed: called with the bytes of each piece that was written.
+        meter: counts the bytes of tensors that were written.
 
     Raises:
         IntegrityError: what was read differs from its checksum, or from the fingerprint in the source's record.
         UsageError: a cast would turn finite elements into infinite ones.
         CheckpointError, StorageError: something cannot be read, or not be written.
     """
-    return target.retried(lambda: _write_file(source, target, job, passed))
+
+    def attempt() -> Written:
+        with meter.trial() as passed:
+            return _write_file(source, target, job, passed)
+
+    return target.retried(attempt)
 
 
 def _write_file(source: Storage, target: Storage, job: FileJob, passed: Callable[[int], None]) -> Written:
@@ -148,7 +150,7 @@ def _converted(data: memoryview, dtype: torch.dtype, wanted: torch.dtype, name: 
     converted = elements.to(wanted)
     if num_lost := int((converted.isinf() & elements.isfinite()).sum()):
         raise UsageError(
-            f"{quoted(name)} has {num_lost} elements that are too large for {str(wanted).removeprefix('torch.')} and "
+            f"{quoted(name)} has {num_lost} elements that are too large for {dtype_name(wanted)} and "
             "would become infinite: choose another dtype, such as bfloat16 or float32"
         )
     return converted
@@ -227,13 +229,11 @@ def _record_of(job: FileJob, packed: Packed[int], num_bytes: int) -> Manifest:
 # --------------------------------------------------------------------------------------------------- reading back
 
 
-def check_file(
-    target: Storage, job: FileJob, written: Written, passed: Callable[[int], None] = lambda num_bytes: None
-) -> None:
+def check_file(job: FileJob, target: Storage, written: Written, meter: Meter = NOBODY) -> None:
     """Read a file as whoever wants it will, and compare every tensor with what was written.
 
     Args:
-        passed: called with the bytes of each piece that was read.
+        meter: counts the bytes of tensors that were read.
 
     Raises:
         IntegrityError: a tensor has other bits, or is missing.
@@ -254,7 +254,7 @@ def check_file(
         if (wanted[number].dtype, wanted[number].box.sizes) != (tensor.dtype, tensor.shape):
             raise FormatError(f"{quoted(tensor.name)} in {job.name} reads back as another dtype or shape")
     reading = TensorPieces(target)
-    for _ in _summed(reading.pieces(wanted), job, sums, passed):
+    for _ in _summed(reading.pieces(wanted), job, sums, meter.add):
         pass
     if job.objects:
         reading.objects({key: (name, manifest.objects[name]) for key, (name, _) in job.objects.items()})
@@ -284,11 +284,9 @@ def digest_of_file(storage: Storage, name: str, num_bytes: int) -> str | None:
     """XXH3-128 of a file; None when there is none of that size."""
     if storage.size(name) != num_bytes:
         return None
-    found, memory = xxhash.xxh3_128(), memoryview(bytearray(min(_READ_BYTES, num_bytes)))
+    found = xxhash.xxh3_128()
     with storage.open_input(name) as file:
-        for start in range(0, num_bytes, _READ_BYTES):
-            piece = memory[: min(_READ_BYTES, num_bytes - start)]
-            file.read_into(start, piece)
+        for piece in file.pieces(num_bytes):
             found.update(piece)
     return found.hexdigest()
 

@@ -35,7 +35,7 @@ _MAX_WITHOUT_PLACE = 50_000
 _MAX_SAME_HASH = 16
 """Chunks that may share their hash with others. No two of a million do by chance."""
 
-TRUST_ADVICE = "if you trust its author, say trusted=True: load, verify, inspect and ArrowStorageReader take it"
+TRUST_ADVICE = "if you trust its author, say trusted=True, which all take that load, look, check or copy"
 """Ends the message of a refusal that an option lifts."""
 
 

@@ -19,6 +19,7 @@ from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.fingerprint import WORD_MASK, Fingerprint
 from ray_ckpt.format.memory import fault
 from ray_ckpt.format.shards import local_boxes
+from ray_ckpt.format.torch_container import dtype_name
 from ray_ckpt.format.torch_internals import local_tensor
 from ray_ckpt.format.word_sums import FIRST_FACTOR, GOLDEN, SECOND_FACTOR, sum_words
 
@@ -53,7 +54,7 @@ def fingerprint(tensor: torch.Tensor) -> Fingerprint:
         raise ValueError(f"there are no bits to fingerprint: what was given {wrong}")
     for box, local in _local_parts(tensor.detach()):
         parts[box] = sum_of_part(local, box, tensor.shape)
-    return Fingerprint(dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape), parts=parts)
+    return Fingerprint(dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape), parts=parts)
 
 
 def sum_of_part(part: torch.Tensor, box: Box, shape: Sequence[int]) -> int:

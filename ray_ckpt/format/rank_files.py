@@ -21,6 +21,7 @@ from ray_ckpt.errors import FormatError
 from ray_ckpt.format.boxes import Box, check_cover
 from ray_ckpt.format.manifest import Chunk, Manifest, ObjectEntry, TensorEntry
 from ray_ckpt.format.rank_names import RankFile
+from ray_ckpt.format.torch_container import dtype_name
 from ray_ckpt.format.torch_file import Content
 from ray_ckpt.format.torch_pickle import Sharded
 from ray_ckpt.text import listed, quoted
@@ -184,7 +185,7 @@ def _join_shards(name: str, parts: Sequence[Part]) -> TensorEntry:
 def _described(name: str, part: Part) -> str:
     sharded = part.content.tensors[name]
     assert isinstance(sharded, Sharded), "asked for sharded tensors only"
-    return f"{str(sharded.dtype).removeprefix('torch.')}{list(sharded.shape)} placed as {sharded.layout}"
+    return f"{dtype_name(sharded.dtype)}{list(sharded.shape)} placed as {sharded.layout}"
 
 
 def _absent(name: str, parts: Sequence[Part]) -> str:

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from ray_ckpt.errors import UsageError
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.torch_internals import StridedShard, local_tensor, locate_shard
+from ray_ckpt.rounding import ceil_div
 
 
 class LocalBox(NamedTuple):
@@ -91,7 +92,7 @@ def _parts(indices: torch.Tensor, num_parts: int) -> list[torch.Tensor]:
 
 
 def _part(indices: torch.Tensor, num_parts: int, part: int) -> torch.Tensor:
-    size = -(-len(indices) // num_parts)
+    size = ceil_div(len(indices), num_parts)
     return indices[part * size : (part + 1) * size]
 
 

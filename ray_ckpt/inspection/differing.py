@@ -8,7 +8,7 @@ values                  those that are not tensors, as `torch.save` would write 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from ray_ckpt.errors import UnsafeCheckpointError
 from ray_ckpt.format.torch_internals import ExtensionRegistry
 from ray_ckpt.inspection.opening import Opened, open_record
 from ray_ckpt.inspection.statistics import elements_of
+from ray_ckpt.progress import Meter, Progress
 from ray_ckpt.storage.objects import Decoder, saved_object
 from ray_ckpt.storage.resolve import Target, committed_at
 from ray_ckpt.storage.rewrite import TensorPieces
@@ -94,7 +95,7 @@ def diff(
     right_step: int | None = None,
     values: bool = False,
     trusted: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress | None = None,
 ) -> DiffReport:
     """Compare two checkpoints by name, whatever layouts or programs wrote them.
 
@@ -182,17 +183,18 @@ def _by_records(one: Opened, other: Opened) -> tuple[list[TensorDifference], lis
 
 
 def _by_elements(
-    one: Opened, other: Opened, names: Sequence[str], progress: Callable[[int, int], None], *, measure: bool
+    one: Opened, other: Opened, names: Sequence[str], progress: Progress | None, *, measure: bool
 ) -> dict[str, TensorDifference]:
     """Both are cut into the same pieces, as shapes and dtypes are equal and the names come in one order."""
     found: dict[str, TensorDifference] = {}
-    total, done = sum(one.manifest.tensors[name].num_bytes for name in names), 0
+    meter = Meter(progress)
+    meter.expect(sum(one.manifest.tensors[name].num_bytes for name in names))
     pieces = elements_of(one.files, one.manifest, names), elements_of(other.files, other.manifest, names)
     for (name, left), (_, right) in zip(*pieces, strict=True):
         if not torch.equal(left.view(torch.uint8), right.view(torch.uint8)):
             found[name] = _joined(found.get(name), _compare(name, left, right, measure=measure))
-        done += left.nbytes
-        progress(done, total)
+        meter.add(left.nbytes)
+    meter.end()
     return found
 
 

@@ -24,7 +24,7 @@ import xxhash
 from ray_ckpt.errors import CheckpointError, StorageError
 from ray_ckpt.storage.files import Storage
 
-__all__ = ["Machine", "Read", "Written", "look_at_machine", "read_trial", "write_trial"]
+__all__ = ["Machine", "Read", "Written", "clock_ahead", "look_at_machine", "read_trial", "write_trial"]
 
 TRIAL_BYTES = 64 << 20
 """Size of the file that each machine writes."""
@@ -133,7 +133,8 @@ def write_trial(storage: Storage, name: str) -> Written:
                 file.write(data[start : start + _PIECE_BYTES])
         seconds, after = time.monotonic() - began, time.time()
         seen = storage.scan().get(name)
-        ahead = None if seen is None or seen.modified_s is None else _ahead(seen.modified_s, before, after)
+        # Times of storages are cut to whole seconds.
+        ahead = None if seen is None or seen.modified_s is None else clock_ahead(seen.modified_s, before - 1, after)
         return Written("", xxhash.xxh3_64_hexdigest(data), len(data) / seconds, ahead, _free_bytes(storage))
     except (StorageError, CheckpointError) as error:
         return Written(problem=str(error))
@@ -147,12 +148,9 @@ def read_trial(storage: Storage, name: str, digest: str) -> Read:
             return Read(is_there=False)
         if storage.has_local_files:
             _drop_from_cache(storage.path(name))
-        hasher, memory = xxhash.xxh3_64(), memoryview(bytearray(_PIECE_BYTES))
-        began = time.monotonic()
+        hasher, began = xxhash.xxh3_64(), time.monotonic()
         with storage.open_input(name) as file:
-            for start in range(0, size, _PIECE_BYTES):
-                piece = memory[: min(_PIECE_BYTES, size - start)]
-                file.read_into(start, piece)
+            for piece in file.pieces(size):
                 hasher.update(piece)
         seconds = time.monotonic() - began
         problem = "" if hasher.hexdigest() == digest else "reads back other bytes than were written"
@@ -161,9 +159,9 @@ def read_trial(storage: Storage, name: str, digest: str) -> Read:
         return Read(problem=str(error))
 
 
-def _ahead(modified_s: float, before: float, after: float) -> float:
-    """How far a time lies outside of an interval; times of storages are cut to whole seconds."""
-    return min(0.0, modified_s + 1 - before) or max(0.0, modified_s - after)
+def clock_ahead(read_s: float, began: float, ended: float) -> float:
+    """How far a clock is outside of the time in which it was read, by another one."""
+    return min(0.0, read_s - began) or max(0.0, read_s - ended)
 
 
 def _free_bytes(storage: Storage) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.manifest import Manifest
 from ray_ckpt.inspection.contents import tensor_of
 from ray_ckpt.inspection.opening import open_record
+from ray_ckpt.progress import Meter, Progress
 from ray_ckpt.report import NonFinite
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.nonfinite import may_be_odd
@@ -116,7 +117,7 @@ def scan_nonfinite(
     step: int | None = None,
     *,
     trusted: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress | None = None,
 ) -> Mapping[str, NonFinite]:
     """The tensors of a checkpoint that hold NaN or Inf, in the order of the record.
 
@@ -139,14 +140,15 @@ def scan_nonfinite(
     opened = open_record(committed_at(target, step).storage, trusted=trusted)
     tensors = opened.manifest.tensors
     names = [name for name, entry in tensors.items() if may_be_odd(entry.dtype)]
-    total, done, found = sum(tensors[name].num_bytes for name in names), 0, dict[str, NonFinite]()
+    meter, found = Meter(progress), dict[str, NonFinite]()
+    meter.expect(sum(tensors[name].num_bytes for name in names))
     for name, piece in elements_of(opened.files, opened.manifest, names):
         real = _as_real(piece, double=False)
         num_nan, num_inf = int(real.isnan().sum()), int(real.isinf().sum())
         if num_nan or num_inf:
             found[name] = found.get(name, NonFinite(0, 0)) + NonFinite(num_nan, num_inf)
-        done += piece.nbytes
-        progress(done, total)
+        meter.add(piece.nbytes)
+    meter.end()
     return found
 
 

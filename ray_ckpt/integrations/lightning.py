@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 import ray_ckpt
 from ray_ckpt.errors import UsageError
 from ray_ckpt.state.train_state import TrainState
-from ray_ckpt.storage.files import Storage
-from ray_ckpt.storage.store import CheckpointStore
+from ray_ckpt.storage.resolve import Target
 
 __all__ = ["CheckpointCallback"]
 
@@ -38,7 +35,7 @@ class CheckpointCallback(Callback):
         trainer.fit(module, data)
     """
 
-    def __init__(self, target: str | os.PathLike[str] | Storage | CheckpointStore, *, every: int = 1) -> None:
+    def __init__(self, target: Target, *, every: int = 1) -> None:
         if every < 1:
             raise UsageError(f"every={every}: the number of epochs between saves starts at 1")
         self._target = target

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import ray_ckpt
 from ray_ckpt.state.train_state import TrainState
-from ray_ckpt.storage.files import Storage
-from ray_ckpt.storage.store import CheckpointStore
+from ray_ckpt.storage.resolve import Target
 
 __all__ = ["CheckpointCallback"]
 
@@ -34,7 +32,7 @@ class CheckpointCallback(TrainerCallback):
         trainer.train(resume_from_checkpoint="output/checkpoint-100")  # and step 100 of ours
     """
 
-    def __init__(self, target: str | os.PathLike[str] | Storage | CheckpointStore) -> None:
+    def __init__(self, target: Target) -> None:
         self._target = target
         self._is_amid_epoch = False
 

@@ -13,7 +13,7 @@ import functools
 import importlib.resources
 import importlib.util
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +27,7 @@ from ray_ckpt.pictures.modules import module_map
 from ray_ckpt.pictures.resharding import reshard_of, writers_of
 from ray_ckpt.pictures.timeline import losses_of, operations_of, phases_of
 from ray_ckpt.plain_data import plain
+from ray_ckpt.progress import Progress
 from ray_ckpt.report import LoadReport, SaveReport, VerifyReport
 from ray_ckpt.storage.resolve import Target, committed_at
 from ray_ckpt.text import printable
@@ -55,7 +56,7 @@ def write_report(
     loads: Sequence[Sequence[LoadReport]] = (),
     losses: Mapping[str, Mapping[int, float]] | None = None,
     events: Sequence[str] = (),
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress | None = None,
 ) -> PageReport:
     """Draw a checkpoint as one HTML page that needs no network: modules, who wrote and who reads what, times, losses.
 

@@ -19,6 +19,7 @@ from ray_ckpt.parallel.layout import Layout
 from ray_ckpt.parallel.partition import parts_of_tensors, replicas
 from ray_ckpt.pictures.contents import Flow, Piece, Reshard, Writer
 from ray_ckpt.report import LoadReport
+from ray_ckpt.rounding import ceil_div
 from ray_ckpt.text import listed
 from ray_ckpt.text_units import count
 
@@ -91,7 +92,7 @@ class _Names(NamedTuple):
 
     @classmethod
     def of_ranks(cls, ranks: Sequence[int]) -> _Names:
-        size = -(-len(ranks) // MAX_NAMES)
+        size = ceil_div(len(ranks), MAX_NAMES)
         groups = [ranks[start : start + size] for start in range(0, len(ranks), max(1, size))]
         of = {str(rank): _of_group(group) for group in groups for rank in group}
         return cls(of, f"{len(ranks)} ranks are put together, {size} in one" if size > 1 else "")

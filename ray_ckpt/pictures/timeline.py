@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from ray_ckpt.pictures.contents import LossPoint, Operation, PhaseOfRank
 from ray_ckpt.report import LoadReport, Phase, SaveReport
+from ray_ckpt.rounding import ceil_div
 
 __all__ = ["losses_of", "operations_of", "phases_of"]
 
@@ -65,7 +66,7 @@ def losses_of(losses: Mapping[str, Mapping[int, float]]) -> tuple[tuple[LossPoin
     thinned = []
     for run, by_step in losses.items():
         steps = sorted(by_step)
-        every = -(-len(steps) // MAX_POINTS)
+        every = ceil_div(len(steps), MAX_POINTS)
         if every > 1:
             thinned.append(f"every {every}th of {len(steps)} steps of {run!r}")
             steps = [*steps[:-1:every], steps[-1]]
@@ -101,11 +102,7 @@ def _of_save(report: SaveReport) -> tuple[Operation, tuple[Phase, ...]]:
 
 def _of_load(by_rank: Sequence[LoadReport]) -> tuple[Operation, tuple[Phase, ...]]:
     num_bytes, seconds = sum(report.num_bytes for report in by_rank), max(report.seconds for report in by_rank)
-    phases = tuple(
-        Phase(phase.name, rank, phase.start_s, phase.seconds, phase.num_bytes)
-        for rank, report in enumerate(by_rank)
-        for phase in report.phases
-    )
+    phases = tuple(replace(phase, rank=rank) for rank, report in enumerate(by_rank) for phase in report.phases)
     operation = Operation(
         name=_named("load", by_rank[0].step),
         num_bytes=num_bytes,

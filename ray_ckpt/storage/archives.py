@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from ray_ckpt.errors import CheckpointError, StorageError
 from ray_ckpt.format import zip_directory
 from ray_ckpt.format.manifest import Manifest
-from ray_ckpt.format.torch_container import parse_dtype
+from ray_ckpt.format.torch_container import dtype_name, parse_dtype
 from ray_ckpt.report import Damage
 from ray_ckpt.storage.chunk_sources import SavedChunk, locate
 from ray_ckpt.storage.files import InputFile, Storage
@@ -123,7 +123,7 @@ def check_archive(storage: Storage, archive: Archive, count: Callable[[int], Non
             locate(storage, {0: archive.chunk}, tuning_for(storage), verify=False)
             if archive.counted and not counted:
                 name, dtype, chunk = archive.chunk
-                count_apart(storage, name, str(dtype).removeprefix("torch."), chunk, checked)
+                count_apart(storage, name, dtype_name(dtype), chunk, checked)
     except (StorageError, CheckpointError) as error:
         if isinstance(error, StorageError) and error.transient:
             raise
@@ -167,7 +167,7 @@ def _chunk_in(archive: Archive, member: str, start: int, num_bytes: int) -> tupl
     name, dtype, chunk = archive.chunk
     if not num_bytes or num_bytes != chunk.box.num_elements * dtype.itemsize or "/data/" not in member:
         return ()
-    return (Elements(name, str(dtype).removeprefix("torch."), start, start + num_bytes),)
+    return (Elements(name, dtype_name(dtype), start, start + num_bytes),)
 
 
 def _crc(

@@ -65,7 +65,7 @@ class CheckpointReader:
     ) -> None:
         if threads is not None and threads < 1:
             raise UsageError(f"threads={threads} must be at least 1")
-        self.storage = target if isinstance(target, Storage) else Storage(target)
+        self.storage = Storage.of(target)
         self.verify_checksums = verify_checksums
         self.trusted = trusted
         self.threads = threads

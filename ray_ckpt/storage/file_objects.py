@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, NoReturn
 
 import pyarrow as pa
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from ray_ckpt.storage.files import Storage
 
 __all__ = ["InputFile", "OutputFile", "PreparedFile"]
+
+_PIECE_BYTES = 4 << 20
 
 _COMPARED_BYTES = 4096
 """Number of first bytes by which a file that was just published is recognized: they hold a record's attempt."""
@@ -52,6 +55,18 @@ class InputFile:
                 f"{self.name} is too short: wanted bytes [{offset}, {offset + len(memory)}), "
                 f"it ends at {offset + num_read}; the file is truncated or the metadata that points into it is damaged"
             )
+
+    def pieces(self, num_bytes: int) -> Iterator[memoryview]:
+        """The first bytes in pieces of some MiB, each of which is valid until the next one is asked for.
+
+        Raises:
+            FormatError: the file has less.
+        """
+        memory = memoryview(bytearray(min(_PIECE_BYTES, num_bytes)))
+        for start in range(0, num_bytes, _PIECE_BYTES):
+            piece = memory[: num_bytes - start]
+            self.read_into(start, piece)
+            yield piece
 
 
 class PreparedFile:

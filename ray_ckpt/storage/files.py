@@ -93,6 +93,11 @@ class Storage:
         self._retries: list[None] = []
         """One for each retry, as threads may append at the same time. Children and parents share it."""
 
+    @classmethod
+    def of(cls, target: str | os.PathLike[str] | Storage) -> Storage:
+        """The target itself where it is a storage, else the storage there."""
+        return target if isinstance(target, Storage) else cls(target)
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), {**self.__dict__, "_built": None})
 

@@ -42,7 +42,7 @@ def destination(target: Target, step: int | None) -> Location:
         return Location(_store(target).location(step), step)
     if isinstance(target, CheckpointStore):
         raise UsageError(f"which step of {target.address} is to be saved? Say save(..., step=N)")
-    return Location(_storage(target), None)
+    return Location(Storage.of(target), None)
 
 
 def checkpoint_at(target: Target, step: int | None, *, fallback: bool = False) -> Location:
@@ -81,7 +81,7 @@ def _found_at(target: Target, step: int | None, latest_of: Callable[[CheckpointS
         if not (_is_recorded(named) or is_foreign(named)):
             raise store.not_found(step)
         return Location(named, step)
-    directory = None if isinstance(target, CheckpointStore) else _storage(target)
+    directory = None if isinstance(target, CheckpointStore) else Storage.of(target)
     if directory is not None and (_is_recorded(directory) or is_file(directory)):
         return Location(directory, None)
     latest = latest_of(store)
@@ -116,10 +116,6 @@ def _latest_of_others(directory: Storage, listing: Listing) -> Location | None:
 
 def _is_recorded(directory: Storage) -> bool:
     return directory.exists(MANIFEST_NAME) or directory.exists(STOCK_RECORD_NAME)
-
-
-def _storage(target: str | os.PathLike[str] | Storage) -> Storage:
-    return target if isinstance(target, Storage) else Storage(target)
 
 
 def _store(target: Target) -> CheckpointStore:

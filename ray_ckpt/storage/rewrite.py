@@ -9,7 +9,7 @@ network), and the objects. A tensor that a DCP stream extension has encoded is t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.manifest import Chunk, ObjectEntry
 from ray_ckpt.format.torch_container import parse_dtype
 from ray_ckpt.format.torch_internals import ExtensionRegistry, narrow
+from ray_ckpt.progress import NOBODY
 from ray_ckpt.rounding import round_up
 from ray_ckpt.storage.checkpoint_reader import CheckpointReader, Wanted
 from ray_ckpt.storage.chunk_sources import SavedChunk
@@ -57,6 +58,7 @@ def rewrite(
     file: str,
     objects: Mapping[int, tuple[str, ObjectEntry]],
     tensors: Mapping[int, WantedTensor],
+    count: Callable[[int], None] = NOBODY.add,
 ) -> Packed[int]:
     """Write one file from the bytes of others. It is durable on return.
 
@@ -65,6 +67,7 @@ def rewrite(
         file: name of the new file in `target`.
         objects: the caller's key -> name and entry.
         tensors: the caller's key -> parts of tensors.
+        count: called with the bytes of tensors as they are written.
 
     Raises:
         IntegrityError: what was read differs from its checksum.
@@ -72,7 +75,7 @@ def rewrite(
     """
     reading = TensorPieces(source)
     saved = reading.objects(objects)
-    return pack_pieces(target, file, saved, reading.pieces(tensors))
+    return pack_pieces(target, file, saved, reading.pieces(tensors), count)
 
 
 class TensorPieces:

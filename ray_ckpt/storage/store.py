@@ -71,7 +71,7 @@ class CheckpointStore:
     """
 
     def __init__(self, target: str | os.PathLike[str] | Storage) -> None:
-        self._storage = target if isinstance(target, Storage) else Storage(target)
+        self._storage = Storage.of(target)
         self._steps = Steps(self._storage)
         self._pins = Pins(self._storage)
         self._removal = Removal(self._storage, self._pins)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 from ray_ckpt.cluster.group import WorkerGroup
 from ray_ckpt.cluster.worker import WorkerContext
+from ray_ckpt.progress import Meter
 
 
 def square(number: int) -> int:
@@ -36,6 +38,16 @@ def die_once(directory: str) -> str:
         mark.write_text("")
         os.kill(os.getpid(), signal.SIGKILL)
     return "alive"
+
+
+def count_and_wait(path: str, meter: Meter) -> None:
+    """Counts two bytes, and one more once the file is there."""
+    meter.add(2)
+    deadline = time.monotonic() + 60
+    while not Path(path).exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    meter.add(1)
 
 
 def hang(directory: str) -> None:

@@ -25,6 +25,7 @@ from ray_ckpt.format.translate import origin_of
 from ray_ckpt.parallel.layout import Layout
 from ray_ckpt.parallel.partition import partition
 from ray_ckpt.pictures.page import write_report
+from ray_ckpt.progress import Meter
 from ray_ckpt.protocol.coordinator import Coordinator
 from ray_ckpt.protocol.messages import Item, LocalPlan, RankRecord, TensorSpec
 from ray_ckpt.recipes.reshard.task import RankFile
@@ -189,18 +190,15 @@ def _wanted(manifest: Manifest, name: str, box: Box) -> WantedTensor:
 def _run_tasks(prepared: Prepared, timeout_s: float, screen: Screen) -> dict[int, RankRecord]:
     files = prepared.files
     with screen.phase("rewrite", f"{len(files)} tasks, one per rank of {prepared.layout} that writes") as line:
-        sizes = {rank: file.num_bytes for rank, file in files.items()}
-        done: list[int] = []
-
-        def show(rank: int, record: RankRecord) -> None:
-            done.append(sizes[rank])
-            line.progress(sum(done), sum(sizes.values()), f"{len(done)} of {len(files)} ranks written")
-
+        written: list[int] = []
+        meter = Meter(lambda done, total: line.progress(done, total, f"{len(written)} of {len(files)} ranks written"))
+        meter.expect(sum(file.num_bytes for file in files.values()))
         records: dict[int, RankRecord] = run_tasks(
             WRITE_RANK,
             {rank: (prepared.source, prepared.target, file) for rank, file in files.items()},
             timeout_s=timeout_s,
-            on_done=show,
+            on_done=lambda rank, record: written.append(rank),
+            meter=meter,
         )
         line.result = f"{len(records)} ranks written"
     return records

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ray_ckpt.format.manifest import ObjectEntry, itemsize
 from ray_ckpt.phase_clock import PhaseClock
+from ray_ckpt.progress import NOBODY, Meter
 from ray_ckpt.protocol.messages import FileRecord, RankRecord
 from ray_ckpt.protocol.rank_save import file_record
 from ray_ckpt.storage.files import Storage
@@ -30,8 +31,11 @@ class RankFile:
         return sum(tensor.box.num_elements * itemsize(tensor.dtype) for tensor in self.tensors.values())
 
 
-def write_rank(source: Storage, target: Storage, of_rank: RankFile) -> RankRecord:
+def write_rank(source: Storage, target: Storage, of_rank: RankFile, meter: Meter = NOBODY) -> RankRecord:
     """Copy what the rank holds, checked on the way, into a file of its own. A second run takes another name.
+
+    Args:
+        meter: counts the bytes of tensors.
 
     Raises:
         IntegrityError: what was read differs from its checksum.
@@ -41,7 +45,8 @@ def write_rank(source: Storage, target: Storage, of_rank: RankFile) -> RankRecor
     def write() -> FileRecord:
         # A broken upload, or a task that was given up, may still finish in the background.
         name = f"__{of_rank.rank}_{secrets.randbelow(10**9)}-{of_rank.attempt}.distcp"
-        return file_record(rewrite(source, target, name, of_rank.objects, of_rank.tensors))
+        with meter.trial() as count:
+            return file_record(rewrite(source, target, name, of_rank.objects, of_rank.tensors, count))
 
     clock, before = PhaseClock(), target.num_retries + source.num_retries
     with clock.phase("write") as phase:
