@@ -206,6 +206,26 @@ def test_tied_weights_of_a_file_are_written_once(tmp_path: Path) -> None:
     assert report.left_out == ("head.weight: tied to embed.weight",)
 
 
+@pytest.mark.parametrize("key", ["", "state_dict", "ours"])
+def test_both_names_of_a_tied_weight_are_changed(tmp_path: Path, key: str) -> None:
+    shared = torch.arange(12.0).reshape(3, 4)
+    weights = {"module.embed.weight": shared, "module.head.weight": shared, "module.norm.weight": torch.ones(4)}
+    source = tmp_path / ("run" if key == "ours" else "tied.pt")
+    if key == "ours":
+        save({"model": weights}, source)
+    else:
+        torch.save({key: weights} if key else weights, source)
+    rename = [(r"\.weight$", ".gain"), ("^head", "lm_head")]
+    export(source, tmp_path / "state.pt", to="torch", rename=rename)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    found = state[key.replace("ours", "model")] if key else state
+    assert sorted(found) == ["embed.gain", "lm_head.gain", "norm.gain"]
+    assert torch.equal(found["embed.gain"], shared)
+    assert torch.equal(found["lm_head.gain"], shared)
+    with pytest.raises(UsageError, match=r"would both be called 'tied\.weight'"):
+        export(source, tmp_path / "other.pt", to="torch", rename=[("embed|head", "tied")])
+
+
 def test_weights_are_cast_as_torch_does_and_names_changed(tmp_path: Path) -> None:
     state = {"model": {"a.weight": torch.randn(300, 70), "count": torch.arange(3), "scale": torch.rand(3).half()}}
     state["optim"] = {"state.a.weight.exp_avg": torch.randn(300, 70)}

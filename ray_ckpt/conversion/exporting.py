@@ -236,9 +236,7 @@ def _dcp(source: Source, target: Storage, asked: _Asked) -> Plan:
     names = renamed({name: name for name in chosen(manifest, model, asked.only, address)}, asked.rename)
     tensors = [
         dataclasses.replace(
-            source.tensor_job(
-                name, names[name], asked.dtype_of(entry.dtype) if name in model.names or name in model.aliases else None
-            ),
+            source.tensor_job(name, names[name], asked.dtype_of(entry.dtype) if name in model.plain else None),
             path=renamed_path(entry.path, names[name]),
         )
         for name, entry in manifest.tensors.items()

@@ -6,19 +6,20 @@ none, as in a file of weights, it is every tensor that belongs neither to an opt
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ray_ckpt.errors import FormatError, UsageError
-from ray_ckpt.format.foreign_optimizers import find_optimizers
+from ray_ckpt.format.foreign_optimizers import Optimizer, find_optimizers
 from ray_ckpt.format.foreign_sections import section_of
 from ray_ckpt.format.manifest import Chunk, Manifest, ObjectEntry, Path, TensorEntry, itemsize
 from ray_ckpt.format.torch_container import parse_dtype
 from ray_ckpt.text import listed, quoted
 
-__all__ = ["Rename", "chosen", "is_cast", "model_of", "parse_dtype_name", "renamed", "renamed_path"]
+__all__ = ["Rename", "chosen", "is_cast", "model_of", "optimizer_parts", "parse_dtype_name", "renamed", "renamed_path"]
 
 Rename = tuple[str, str]
 """A regular expression, and what replaces what it matches in a name."""
@@ -41,10 +42,15 @@ class Model:
 
     key: str
     """The key below which it lies; empty where it lies below none."""
-    names: Mapping[str, str]
-    """Name in the checkpoint -> name without key and wrappers. Of tied weights, the first alone."""
+    plain: Mapping[str, str]
+    """Name in the checkpoint -> name without key and wrappers."""
     aliases: Mapping[str, str]
-    """Name in the checkpoint of a tied weight -> the name of it that is in `names`."""
+    """Name in the checkpoint of a tied weight -> the first name of it there."""
+
+    @functools.cached_property
+    def names(self) -> dict[str, str]:
+        """As `plain`; of tied weights, the first alone."""
+        return {name: plain for name, plain in self.plain.items() if name not in self.aliases}
 
 
 def model_of(manifest: Manifest, lists: Mapping[str, Any]) -> Model:
@@ -60,7 +66,7 @@ def model_of(manifest: Manifest, lists: Mapping[str, Any]) -> Model:
     if key:
         saved = [name for name, entry in manifest.tensors.items() if _key(name, entry) == key]
     else:
-        prefixes = tuple(optimizer.prefix + part for optimizer in find_optimizers(manifest, lists) for part in _PARTS)
+        prefixes = tuple(start for start, _ in optimizer_parts(find_optimizers(manifest, lists)))
         everything = manifest.tensors.keys() | manifest.objects.keys()
         saved = [
             name
@@ -68,20 +74,22 @@ def model_of(manifest: Manifest, lists: Mapping[str, Any]) -> Model:
             if not name.startswith(prefixes) and section_of(name, (), everything) is None
         ]
     bare = {name: name[len(key) + 1 :] if key else name for name in saved}
-    names: dict[str, str] = {}
+    plain = _without_wrappers(bare)
     aliases: dict[str, str] = {}
     places: dict[tuple[Chunk, ...], str] = {}
-    for name, plain in _without_wrappers(bare).items():
+    for name in plain:
         entry = manifest.tensors[name]
         first = places.setdefault(entry.chunks, name) if entry.num_bytes else name
         if first != name and manifest.tensors[first].shape == entry.shape:
             aliases[name] = first
-        else:
-            names[name] = plain
-    return Model(key, names, aliases)
+    return Model(key, plain, aliases)
 
 
-_PARTS = ("state.", "param_groups.")
+def optimizer_parts(optimizers: Iterable[Optimizer]) -> list[tuple[str, str]]:
+    """What the names of their state and groups start with, and the optimizer's prefix of it."""
+    return [
+        (optimizer.prefix + part, optimizer.prefix) for optimizer in optimizers for part in ("state.", "param_groups.")
+    ]
 
 
 def _key(name: str, entry: TensorEntry | ObjectEntry) -> str:
@@ -120,8 +128,7 @@ def chosen(manifest: Manifest, model: Model, only: Collection[str], where: str) 
     everything = [*manifest.tensors, *manifest.objects]
     if not only:
         return everything
-    of_model = {*model.names, *model.aliases}
-    sections = {name: "model" if name in of_model else name.partition(".")[0] for name in everything}
+    sections = {name: "model" if name in model.plain else name.partition(".")[0] for name in everything}
     wanted = {"model" if section == model.key else section for section in only}
     if lacking := sorted(wanted - set(sections.values())):
         known = listed(sorted(set(sections.values())), at_most=8)

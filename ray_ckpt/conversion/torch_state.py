@@ -20,7 +20,7 @@ import torch
 from ray_ckpt.conversion.jobs import TensorJob
 from ray_ckpt.conversion.optimizers import indexed, named_optimizer
 from ray_ckpt.conversion.schedulers import scheduler_states
-from ray_ckpt.conversion.selection import Model, Rename, chosen, model_of, renamed
+from ray_ckpt.conversion.selection import Model, Rename, chosen, model_of, optimizer_parts, renamed
 from ray_ckpt.conversion.source import Source
 from ray_ckpt.errors import FormatError, UnsafeCheckpointError
 from ray_ckpt.format.foreign_optimizers import find_optimizers
@@ -86,7 +86,7 @@ def state_of(source: Source, only: Sequence[str], rename: Sequence[Rename]) -> T
     model = model_of(manifest, source.lists)
     names = set(chosen(manifest, model, only, source.opened.address))
     values, left_out = _values(source, [name for name in manifest.objects if name in names])
-    weights = frozenset(name for name in (*model.names, *model.aliases) if name in names)
+    weights = frozenset(name for name in model.plain if name in names)
     if manifest.has_own_names:
         leaves: dict[str, Any] = {name: Reference(name) for name in manifest.tensors if name in names}
         state = _ours(leaves | values, model, rename, left_out)
@@ -97,9 +97,13 @@ def state_of(source: Source, only: Sequence[str], rename: Sequence[Rename]) -> T
 
 def _values(source: Source, names: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """Values that are no tensors, and those that cannot be had, with the reason."""
+    entries = {name: source.manifest.objects[name] for name in names}
+    try:
+        return source.values(entries), []
+    except UnsafeCheckpointError:
+        pass  # One by one, to find which.
     values: dict[str, Any] = {}
     left_out: list[str] = []
-    entries = {name: source.manifest.objects[name] for name in names}
     for name, entry in entries.items():
         try:
             values |= source.values({name: entry})
@@ -118,13 +122,9 @@ def _ours(leaves: Mapping[str, Any], model: Model, rename: Sequence[Rename], lef
         section, _, rest = name.partition(".")
         sections.setdefault(section, {})[rest] = leaf
     root: dict[str, Any] = {}
-    weights = renamed({name: plain for name, plain in model.names.items() if name in leaves}, rename)
+    weights = renamed({name: plain for name, plain in model.plain.items() if name in leaves}, rename)
     if weights:
-        root["model"] = {wanted: leaves[name] for name, wanted in weights.items()}
-        root["model"] |= {
-            wanted: leaves[model.aliases[name]] for name, wanted in _aliases(model, leaves, rename).items()
-        }
-    in_model = {*model.names, *model.aliases}
+        root["model"] = {wanted: leaves[model.aliases.get(name, name)] for name, wanted in weights.items()}
     groups: list[list[str]] = []
     if "optim" in sections:
         plain = {name.removeprefix("model."): wanted for name, wanted in weights.items()}
@@ -137,7 +137,7 @@ def _ours(leaves: Mapping[str, Any], model: Model, rename: Sequence[Rename], lef
     for section, of_section in sections.items():
         if section in ("optim", "schedulers"):
             continue
-        others = {name: leaf for name, leaf in of_section.items() if f"{section}.{name}" not in in_model}
+        others = {name: leaf for name, leaf in of_section.items() if f"{section}.{name}" not in model.plain}
         if "" in others:
             root[section] = sealing.unpack(section, {section: others[""], **_below(section, others)})
         elif others and section != "model":
@@ -149,11 +149,6 @@ def _ours(leaves: Mapping[str, Any], model: Model, rename: Sequence[Rename], lef
 
 def _below(section: str, leaves: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{section}.{name}": leaf for name, leaf in leaves.items() if name}
-
-
-def _aliases(model: Model, leaves: Collection[str], rename: Sequence[Rename]) -> dict[str, str]:
-    bare = {name: name.removeprefix(f"{model.key}.") for name in model.aliases if name in leaves}
-    return renamed(bare, rename) if bare and not rename else bare
 
 
 # ------------------------------------------------------------------------------------------------------- foreign
@@ -170,17 +165,15 @@ def _foreign(
     """The nested state dict as it was."""
     manifest = source.manifest
     optimizers = find_optimizers(manifest, source.lists)
-    wanted = renamed({name: plain for name, plain in model.names.items() if name in names}, rename)
+    wanted = renamed({name: plain for name, plain in model.plain.items() if name in names}, rename)
     root: dict[Any, Any] = {}
     of_optimizers: dict[str, dict[str, Any]] = {optimizer.prefix: {} for optimizer in optimizers}
-    parts = [
-        (optimizer.prefix, optimizer.prefix + part) for optimizer in optimizers for part in ("state.", "param_groups.")
-    ]
+    parts = optimizer_parts(optimizers)
     for name in _in_order(manifest.tensors, manifest.objects, names):
         if name not in manifest.tensors and name not in values:
             continue
         leaf = Reference(name) if name in manifest.tensors else values[name]
-        prefix = next((prefix for prefix, start in parts if name.startswith(start)), None)
+        prefix = next((prefix for start, prefix in parts if name.startswith(start)), None)
         if prefix is not None:
             of_optimizers[prefix][name[len(prefix) :]] = leaf
         elif name in wanted:
