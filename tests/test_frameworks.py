@@ -224,6 +224,8 @@ OPTIMIZERS = [
     "pytorch_optimizer.Lion",
     "pytorch_optimizer.SOAP",
     "pytorch_optimizer.Adan",
+    "pytorch_optimizer.TRAC",
+    "pytorch_optimizer.Lookahead",
 ]
 
 
@@ -234,6 +236,8 @@ def test_optimizers_of_others(tmp_path: Path, name: str) -> None:
 
     def built(seed: int) -> tuple[nn.Module, Any]:
         model = net(seed)
+        if kind in ("TRAC", "Lookahead"):
+            return model, make(torch.optim.AdamW(model.parameters(), lr=0.01))
         optimizer = make(model.parameters(), lr=0.01)
         if hasattr(optimizer, "train"):
             optimizer.train()

@@ -133,14 +133,25 @@ class Tracking(torch.optim.Optimizer):
         own = self.state.setdefault("tracking", {"scale": torch.ones(()), "steps": deque(maxlen=2)})
         own["scale"] *= 0.5
         own["steps"].append(float(own["scale"]))
-        for parameter in (p for group in self.param_groups for p in group["params"]):
-            parameter.data.mul_(sum(own["steps"]))
+        for parameter in self.members:
+            parameter.data.mul_(sum(own["steps"])).add_(own.setdefault(parameter, parameter.clone()), alpha=0.1)
+
+    @property
+    def members(self) -> list[Any]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
 
     def state_dict(self) -> dict[str, Any]:
-        return self.base.state_dict()
+        """What is kept by parameter is shown by number."""
+        shown = self.base.state_dict()
+        if "tracking" in shown["state"]:
+            numbers = {parameter: number for number, parameter in enumerate(self.members)}
+            shown["state"]["tracking"] = {numbers.get(k, k): v for k, v in shown["state"]["tracking"].items()}
+        return shown
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.base.load_state_dict(state)
+        own = state["state"].get("tracking", {})
+        own = {self.members[key] if type(key) is int else key: value for key, value in own.items()}
+        self.base.load_state_dict({**state, "state": {**state["state"], **({"tracking": own} if own else {})}})
 
 
 OWN: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -172,11 +183,12 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 def test_it_trains_on_where_it_was(tmp_path: Path, kind: str, steps: int) -> None:
     """Loaded into a fresh optimizer, and into one that has stepped."""
     (model, optimizer), (target, other) = (made(seed, OWN[kind]) for seed in range(2))
+    state = TrainState(model, optimizer)
     for _ in range(3):
         step(model, optimizer)
     for _ in range(steps):
         step(target, other)
-    ray_ckpt.save(TrainState(model, optimizer), tmp_path / "run")
+    ray_ckpt.save(state, tmp_path / "run")
     report = ray_ckpt.load(TrainState(target, other), tmp_path / "run")
     assert report.missing == report.unexpected == ()
     for _ in range(2):
@@ -193,6 +205,15 @@ def test_a_wrapper_that_adds_nothing_is_what_it_wraps(tmp_path: Path) -> None:
     target, bare = made(1, lambda params: torch.optim.AdamW(params, lr=0.3))
     ray_ckpt.load(TrainState(target, bare), tmp_path / "run")
     assert torch.equal(bare.state[target[0].weight]["exp_avg"], optimizer.state[model[0].weight]["exp_avg"])
+
+
+def test_a_wrapper_with_a_state_of_its_own_is_another_kind(tmp_path: Path) -> None:
+    model, optimizer = made(0, OWN["tracking"])
+    step(model, optimizer)
+    ray_ckpt.save(TrainState(model, optimizer), tmp_path / "run")
+    for kind in (torch.optim.AdamW, lambda params: Tracking(Counting(params))):
+        with pytest.raises(StateMismatchError, match=r"kind of optimizer than .* was saved: Tracking over AdamW for"):
+            ray_ckpt.load(TrainState(*made(1, kind)), tmp_path / "run")
 
 
 def test_state_by_order_fits_the_same_order_only(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from ray_ckpt.errors import UsageError
 from ray_ckpt.state import hyperparameters
 from ray_ckpt.state.named_model import sharded_state_dicts
 from ray_ckpt.state.own_optimizers import states_in
+from ray_ckpt.state.wrappers import stepping
 
 
 def flat_states(
@@ -64,7 +65,7 @@ def _fill_blanks(
 
 
 def check_elementwise(optimizer: torch.optim.Optimizer) -> None:
-    if isinstance(optimizer, torch.optim.Adafactor):
+    if isinstance(stepping(optimizer), torch.optim.Adafactor):
         raise UsageError(
             "under FSDP1 Adafactor works on flattened pieces of the parameters, and what it remembers of them fits no "
             "other layout: use DDP, or another optimizer"

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from ray_ckpt.errors import UsageError
-from ray_ckpt.state import hyperparameters, own_optimizers, sealing
+from ray_ckpt.state import hyperparameters, own_optimizers, sealing, wrappers
 from ray_ckpt.state.flat_optimizers import check_elementwise, flat_states, load_flat
 from ray_ckpt.state.load_plan import Claim, LoadPlan, SavedState
 from ray_ckpt.state.named_model import NamedModel
@@ -50,9 +50,9 @@ class NamedOptimizers:
         self.optimizers = tuple(inner for given in optimizers for inner in self._partitions.stepping(given))
         self._model = model
         self.scheduled: frozenset[int] = frozenset()
-        """Ids of optimizers whose schedulers can follow when groups are split."""
+        """Ids of optimizers, without what wraps them, whose schedulers can follow when groups are split."""
         self.origins: dict[int, list[int]] = {}
-        """Id of an optimizer -> for each of its groups, which one it was before the last load."""
+        """Id of such an optimizer -> for each of its groups, which one it was before the last load."""
 
     def leaves(self) -> dict[str, Any]:
         """Live tensors, and sealed values of what is none.
@@ -63,7 +63,7 @@ class NamedOptimizers:
         names = self.names()
         leaves: dict[str, Any] = {}
         for nth, optimizer in enumerate(self.optimizers):
-            kind = type(optimizer).__qualname__
+            kind = wrappers.kind(optimizer)
             self._partitions.take_groups(optimizer)
             shown = optimizer.state_dict()
             check_shows_all(optimizer, shown)
@@ -169,8 +169,7 @@ class NamedOptimizers:
             problems += others[-1].problems
             misfits = self._check_groups(optimizer, names, index)
             problems += misfits
-            kinds = self._partitions.kinds(optimizer)
-            doubts += [] if misfits else _other_kinds(optimizer, kinds, names, index)
+            doubts += [] if misfits else _other_kinds(optimizer, names, index)
             expected = _expected_keys(optimizer, names, index)
             shared = index.hyperparameter_names(
                 name for parameter in hyperparameters.members(optimizer) for name in names[parameter]
@@ -205,7 +204,7 @@ class NamedOptimizers:
                     wrong = [hyperparameters.conflict(parts, _PARTITIONED_ADVICE)]
                 elif _has_stepped(optimizer):
                     wrong = [hyperparameters.conflict(parts, _FRESH_ADVICE)]
-                elif _is_scheduled(optimizer) and id(optimizer) not in self.scheduled:
+                elif _is_scheduled(optimizer) and id(wrappers.stepping(optimizer)) not in self.scheduled:
                     wrong = [hyperparameters.conflict(parts, _SCHEDULED_ADVICE)]
                 elif any(len({_part_of(name, parts) for name in names[p]}) > 1 for p in group["params"]):
                     wrong = [hyperparameters.conflict(parts, "FSDP1 has flattened them into one: use_orig_params=True")]
@@ -257,7 +256,7 @@ class NamedOptimizers:
                 groups.append(part)
                 origins.append(number)
         optimizer.param_groups[:] = groups
-        self.origins[id(optimizer)] = origins
+        self.origins[id(wrappers.stepping(optimizer))] = origins
 
     def _states(
         self,
@@ -306,12 +305,11 @@ def _set(optimizer: torch.optim.Optimizer, states: Mapping[int, dict[str, Any]],
 
 def _other_kinds(
     optimizer: torch.optim.Optimizer,
-    kinds: Sequence[str],
     names: Mapping[nn.Parameter, Sequence[str]],
     index: SavedOptimizers,
 ) -> list[str]:
-    """What was saved by optimizers of another class than these, of which the first is its own."""
-    own, *_ = kinds
+    """What was saved by optimizers of another class."""
+    own, *_ = kinds = wrappers.kinds(optimizer)
     found: dict[str, list[str]] = {}
     for parameter in hyperparameters.members(optimizer):
         for name in names[parameter]:
@@ -342,7 +340,7 @@ def _expected_keys(
     expected: dict[str, Sequence[str]] = {}
     for alike, _ in hyperparameters.grouped_by_values(index.hyperparameters(members)):
         keys: dict[int, set[str]] = {}
-        by_dims = isinstance(optimizer, torch.optim.Adafactor)
+        by_dims = isinstance(wrappers.stepping(optimizer), torch.optim.Adafactor)
         num_dims = {name: len(index.shape(name) or ()) if by_dims else 0 for name in alike}
         for name in alike:
             # Items of a list are as many as a parameter has dims, or as the optimizer likes.
@@ -352,7 +350,7 @@ def _expected_keys(
 
 
 def _is_torchs(optimizer: torch.optim.Optimizer) -> bool:
-    return f"{type(optimizer).__module__}.".startswith("torch.optim.")
+    return f"{type(wrappers.stepping(optimizer)).__module__}.".startswith("torch.optim.")
 
 
 def _twins(names: Mapping[nn.Parameter, Sequence[str]]) -> dict[nn.Parameter, int]:
@@ -376,7 +374,8 @@ def _has_stepped(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _is_scheduled(optimizer: torch.optim.Optimizer) -> bool:
-    return hasattr(optimizer.step, "_wrapped_by_lr_sched")
+    several = (optimizer, wrappers.stepping(optimizer))
+    return any(hasattr(each.step, "_wrapped_by_lr_sched") for each in several)
 
 
 def _part_of(name: str, parts: Sequence[tuple[Sequence[str], Any]]) -> int | None:

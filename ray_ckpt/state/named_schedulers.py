@@ -28,7 +28,7 @@ from ray_ckpt.state.hyperparameters import same, without_numpy
 from ray_ckpt.state.load_plan import Claim, LoadPlan, SavedState
 from ray_ckpt.state.named_optimizers import NamedOptimizers
 from ray_ckpt.state.replicated_parts import claim_under, gathered
-from ray_ckpt.state.wrappers import is_scheduler, optimizer_of, stepping_schedulers
+from ray_ckpt.state.wrappers import is_scheduler, optimizer_of, stepping, stepping_schedulers
 from ray_ckpt.text import listed
 
 _KIND, _GROUPS, _OTHERS, _PLACE = "kind", "groups", "others", "place"
@@ -128,7 +128,7 @@ class _Scheduler:
         self._scheduler = scheduler
         self._optimizers = optimizers
         self.optimizer: torch.optim.Optimizer = optimizer_of(scheduler)  # type: ignore[assignment]
-        if all(self.optimizer is not optimizer for optimizer in optimizers.optimizers):
+        if all(self.optimizer is not stepping(optimizer) for optimizer in optimizers.optimizers):
             raise UsageError(f"scheduler {name!r} belongs to an optimizer that is not in the state: add that too")
         self._foreign: tuple[Any, int] | None = None
         """Another program's state that is to be loaded, and the number of groups that it was fitted to."""

@@ -1,13 +1,15 @@
 """What really steps: the optimizers and schedulers within the wrappers that frameworks hand out.
 
-A wrapper that shows the state of what it wraps and nothing else, such as accelerate's `AcceleratedOptimizer` and
-`AcceleratedScheduler`, is taken for what it wraps. One with a state of its own stays what it is.
+A scheduler that shows the state of what it wraps and nothing else, such as accelerate's `AcceleratedScheduler`, is
+taken for what it wraps. An optimizer may share the state of another one and show nothing else today, as accelerate's
+does, and more once it has stepped: so it saves and loads by its own methods, and is called by the class of what it
+wraps for as long as it shows no more.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ def optimizer_of(scheduler: Any) -> torch.optim.Optimizer | None:
     """The optimizer of a scheduler, or of the one that it wraps; None if there is none."""
     own = getattr(scheduler, "optimizer", None)
     if isinstance(own, torch.optim.Optimizer):
-        return stepping_optimizer(own)
+        return _wrapped(own)[-1]
     return next((found for inner in _schedulers_within(scheduler) if (found := optimizer_of(inner)) is not None), None)
 
 
@@ -50,34 +52,14 @@ def stepping_schedulers(given: Any) -> list[Any]:
     return [given]
 
 
-def stepping_optimizer(given: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer that has the state, within wrappers that add nothing to it.
-
-    Raises:
-        UsageError: a `ZeroRedundancyOptimizer` has not made it yet.
-    """
-    if _is_partitioned(given):
-        if not isinstance(part := getattr(given, "optim", None), torch.optim.Optimizer):
-            raise UsageError(
-                "ZeroRedundancyOptimizer(overlap_with_ddp=True) steps by what is no optimizer with a state_dict: use "
-                "overlap_with_ddp=False"
-            )
-        return part
-    for inner in vars(given).values():
-        if isinstance(inner, torch.optim.Optimizer) and _shows_only(given, inner):
-            return stepping_optimizer(inner)
-    return given
-
-
 class Partitions:
-    """The optimizers that really step, and the `ZeroRedundancyOptimizer`s that they are each a rank's part of."""
+    """The optimizers that step, and the `ZeroRedundancyOptimizer`s that they are each a rank's part of."""
 
     def __init__(self) -> None:
         self._wholes: dict[int, torch.optim.Optimizer] = {}
-        self._wrappers: dict[int, str] = {}
 
     def stepping(self, given: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
-        """Those within wrappers, containers and partitions. A container is an optimizer that has a list of others.
+        """Those within containers and partitions. A container is an optimizer that has a list of others.
 
         Raises:
             UsageError: a partition is not known yet.
@@ -85,21 +67,15 @@ class Partitions:
         for several in vars(given).values():
             if isinstance(several, list) and several and all(isinstance(o, torch.optim.Optimizer) for o in several):
                 return [inner for optimizer in several for inner in self.stepping(optimizer)]
-        inner = stepping_optimizer(given)
-        self._wrappers[id(inner)] = type(given).__qualname__
-        if inner is not given and _is_partitioned(given):
-            self._wholes[id(inner)] = given
-        return [inner]
+        *_, whole, part = given, *_wrapped(given)
+        if not _is_partitioned(whole):
+            return [given]
+        self._wholes[id(part)] = whole
+        return [part]
 
     def whole(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """The optimizer that has all parameters, of which it has some; itself, if that has them."""
         return self._wholes.get(id(optimizer), optimizer)
-
-    def kinds(self, optimizer: torch.optim.Optimizer) -> tuple[str, str]:
-        """Names of its class, and of the outermost wrapper's. Some wrappers have a state of their own as soon as they
-        have stepped, and are then what is saved."""
-        own = type(optimizer).__qualname__
-        return own, self._wrappers.get(id(optimizer), own)
 
     def take_groups(self, optimizer: torch.optim.Optimizer) -> None:
         """Give a part the hyper-parameters of the whole, as the whole itself does before it steps."""
@@ -122,12 +98,54 @@ def _is_partitioned(given: torch.optim.Optimizer) -> bool:
     return zero is not None and isinstance(given, zero.ZeroRedundancyOptimizer)
 
 
-def _shows_only(wrapper: torch.optim.Optimizer, inner: torch.optim.Optimizer) -> bool:
-    return (
-        wrapper.param_groups is inner.param_groups
-        and wrapper.state is inner.state
-        and same(wrapper.state_dict(), inner.state_dict())
-    )
+def stepping(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The innermost of those that share its state."""
+    return _wrapped(optimizer)[-1]
+
+
+def kind(optimizer: torch.optim.Optimizer) -> str:
+    """What it is saved as: class names of it and of what it wraps, without wrappers that show nothing else."""
+    several = _wrapped(optimizer)
+    while len(several) > 1 and same(several[0].state_dict(), several[1].state_dict()):
+        del several[0]
+    return _kinds(several)[-1]
+
+
+def kinds(optimizer: torch.optim.Optimizer) -> list[str]:
+    """What it loads: what it wraps may have been saved without it, or before it had a state of its own."""
+    return _kinds(_wrapped(optimizer))
+
+
+def _kinds(several: Sequence[torch.optim.Optimizer]) -> list[str]:
+    names = [type(each).__qualname__ for each in several]
+    return [" over ".join(names[place:]) for place in reversed(range(len(names)))]
+
+
+def _wrapped(given: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    """The optimizer, the one that it shares its state with, and so on.
+
+    Raises:
+        UsageError: a `ZeroRedundancyOptimizer` has not made its part yet.
+    """
+    if _is_partitioned(given):
+        return [given, _part(given)]
+    for inner in vars(given).values():
+        if (
+            isinstance(inner, torch.optim.Optimizer)
+            and given.param_groups is inner.param_groups
+            and (given.state is inner.state)
+        ):
+            return [given, *_wrapped(inner)]
+    return [given]
+
+
+def _part(partitioned: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    if not isinstance(part := getattr(partitioned, "optim", None), torch.optim.Optimizer):
+        raise UsageError(
+            "ZeroRedundancyOptimizer(overlap_with_ddp=True) steps by what is no optimizer with a state_dict: use "
+            "overlap_with_ddp=False"
+        )
+    return part
 
 
 def _schedulers_within(wrapper: Any) -> Iterator[Any]:
