@@ -238,7 +238,8 @@ KILLED = list(_faults("killed"))
 @pytest.mark.parametrize(
     ("verbs", "phase", "fault"),
     [
-        *(("dcp", *case) for case in KILLED),
+        *(("dcp", *case) for case in KILLED[::2]),
+        *(_slow("dcp", *case) for case in KILLED[1::2]),
         ("ours", *KILLED[-1]),
         *(_slow("ours", *case) for case in KILLED[:-1]),
     ],
@@ -394,10 +395,9 @@ def _step_in(directory):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is")
-@pytest.mark.parametrize(
-    ("where", "overwrite"),
-    [_slow("local", False), ("local", True), _slow("s3", False), _slow("s3", True)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("where", ["local", "s3"])
 def test_kill_at_every_file_operation(tmp_path, request, where, overwrite):
     """Killed before its k-th operation, for all k: the target holds the old step, or nothing, or all of the new one."""
     below = _Below(tmp_path) if where == "local" else _below_bucket(request.getfixturevalue("s3"))

@@ -44,7 +44,7 @@ def whole(value: torch.Tensor) -> torch.Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value.clone()
 
 
-@pytest.mark.parametrize("name", ["perceptron", "llama"])
+@pytest.mark.parametrize("name", ["perceptron", pytest.param("llama", marks=pytest.mark.slow)])
 def test_every_layout_starts_from_the_same_values(tmp_path: Path, name: str) -> None:
     [alone] = run_ranks(values_under, 1, tmp_path, name, ["single"])
     expected = alone["single"]

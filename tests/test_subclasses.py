@@ -232,7 +232,15 @@ def train_sharded(rank: int, kind: str, source: Path | None, target: Path) -> An
     return before, state.snapshot(rank)
 
 
-@pytest.mark.parametrize("kind", ["block", "packed", "doubled", "hidden"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("block", marks=pytest.mark.slow),
+        "packed",
+        pytest.param("doubled", marks=pytest.mark.slow),
+        "hidden",
+    ],
+)
 def test_a_fresh_optimizer_gets_the_kind_that_was_saved_in_any_layout(tmp_path: Path, kind: str) -> None:
     from_ranks = run_ranks(train_sharded, 2, tmp_path, kind, None, tmp_path / "two")
     alone = trained(kind, 0, shards=False, steps=2)

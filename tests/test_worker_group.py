@@ -75,10 +75,10 @@ def test_results_come_in_rank_order_with_a_context(group: WorkerGroup) -> None:
 @pytest.mark.parametrize(
     ("ranks", "kind", "error_type"),
     [
-        ([0], "ValueError", "ValueError"),
+        pytest.param([0], "ValueError", "ValueError", marks=pytest.mark.slow),
         ([0, 1], "ValueError", "ValueError"),
         ([1], "unpicklable", "tests.support.rank_functions.UnpicklableError"),
-        ([1], "checkpoint", "torch.distributed.checkpoint.api.CheckpointException"),
+        pytest.param([1], "checkpoint", "torch.distributed.checkpoint.api.CheckpointException", marks=pytest.mark.slow),
     ],
 )
 def test_a_raising_rank_is_named_while_others_sit_in_a_collective(
