@@ -24,11 +24,13 @@ from ray_ckpt.checkpoint.exchange import Exchange, TrainersExchange
 from ray_ckpt.checkpoint.meetings import Deadline
 from ray_ckpt.errors import CheckpointExistsError, RayCkptError, UsageError
 from ray_ckpt.format import dcp_metadata
+from ray_ckpt.format.saved import Saved
 from ray_ckpt.progress import Meter, Progress
 from ray_ckpt.protocol.coordinator import Coordinator
 from ray_ckpt.protocol.messages import Assignment, LocalPlan, Outcome, RankRecord
 from ray_ckpt.protocol.rank_save import RankSave
 from ray_ckpt.protocol.save_handle import SaveHandle
+from ray_ckpt.protocol.save_options import Cast, SaveOptions
 from ray_ckpt.report import SaveReport
 from ray_ckpt.state.train_state import TrainState
 from ray_ckpt.storage.resolve import Location, Target, destination
@@ -63,6 +65,9 @@ def save(
     target: Target,
     step: int | None = ...,
     *,
+    only: Sequence[str] | None = ...,
+    cast: Cast | None = ...,
+    key_map: Mapping[str, str | Saved] | None = ...,
     layout: str | None = ...,
     overwrite: bool = ...,
     fingerprints: bool = ...,
@@ -77,6 +82,9 @@ def save(
     target: Target,
     step: int | None = ...,
     *,
+    only: Sequence[str] | None = ...,
+    cast: Cast | None = ...,
+    key_map: Mapping[str, str | Saved] | None = ...,
     layout: str | None = ...,
     overwrite: bool = ...,
     fingerprints: bool = ...,
@@ -91,6 +99,9 @@ def save(
     target: Target,
     step: int | None = ...,
     *,
+    only: Sequence[str] | None = ...,
+    cast: Cast | None = ...,
+    key_map: Mapping[str, str | Saved] | None = ...,
     layout: str | None = ...,
     overwrite: bool = ...,
     fingerprints: bool = ...,
@@ -104,6 +115,9 @@ def save(
     target: Target,
     step: int | None = None,
     *,
+    only: Sequence[str] | None = None,
+    cast: Cast | None = None,
+    key_map: Mapping[str, str | Saved] | None = None,
     layout: str | None = None,
     overwrite: bool = False,
     fingerprints: bool = False,
@@ -136,6 +150,15 @@ def save(
         target: the checkpoint's directory: a local path, a URI as `Storage` takes it, or a `Storage`. With `step` the
             store to save into: the same, or a `CheckpointStore`.
         step: number of the step in the store, from 0.
+        only: prefixes of the names to save, in whole components, such as `("model",)`; nothing else is. What is loaded
+            from such a checkpoint has to be named likewise: a load of the whole state says what is missing.
+        cast: save tensors of float64, float32, float16 and bfloat16 in this one of them, converted in windows of 8 MiB
+            on the way into the file or the copy; checksums and fingerprints are of what is saved. Other dtypes, and
+            tensors made of others, stay as they are. An element that would become infinite fails the save.
+        key_map: name in the checkpoint -> name in the state, or `Saved` of such names, which joins, splits and slices:
+            as for `load`, on the left what is made, on the right of what. What it uses is saved only so, and the rest
+            of what it slices is not saved. Each rank that holds any of what is joined has to know all of it in its
+            state. Both `cast` and `key_map` are for weights, and refuse an optimizer's state.
         layout: how the state lies across ranks, for the manifest; by default what the `TrainState` says.
         overwrite: replace a committed checkpoint; it stays valid until the new one is committed.
         fingerprints: also record the fingerprint of every tensor, by which `diff` compares checkpoints of any layouts
@@ -152,6 +175,7 @@ def save(
     Raises:
         CheckpointExistsError: `target` holds a committed checkpoint already and `overwrite` was not given.
         CommitError: the ranks' parts do not fit together, or ranks hold different things under one name.
+        StateMismatchError: shapes do not allow what `key_map` asks for, or it uses an element twice.
         CheckpointError: ranks failed, or did not arrive within `timeout_s`; every rank learns which. Nothing was
             committed. Or the previous save in the background failed and some rank has not seen that yet; then this one
             was not begun.
@@ -159,26 +183,13 @@ def save(
     """
     if if_busy not in ("wait", "skip"):
         raise UsageError(f"if_busy={if_busy!r} is neither 'wait' nor 'skip'")
+    options = SaveOptions.of(only, cast, key_map, fingerprints=fingerprints)
     ranks = TrainersExchange("save", timeout_s)
     location = destination(target, step)
     layout = state.layout if layout is None and isinstance(state, TrainState) else layout
     meter, beside = Meter(progress), not blocking
-    this = _Save(
-        location, overwrite=overwrite, layout=layout, fingerprints=fingerprints, beside_training=beside, meter=meter
-    )
-    order = this.start(state, ranks, skip=if_busy == "skip")
-    address = location.storage.address
-    if order is None:
-        if ranks.rank == 0:
-            _logger.info("skipped the save of %s: the one before is still being written", address)
-            text = f"the save of {address} is skipped: the one before is still being written"
-            warnings.warn(text, stacklevel=2)
-        return None
-    if blocking:
-        return this.finish(ranks)
-    handle = SaveHandle(address)
-    this.finish_beside_training(handle, ranks.deadline, order)
-    return handle
+    this = _Save(location, options, overwrite=overwrite, layout=layout, beside_training=beside, meter=meter)
+    return this.run(state, ranks, skip=if_busy == "skip")
 
 
 class _Save:
@@ -192,10 +203,10 @@ class _Save:
     def __init__(
         self,
         location: Location,
+        options: SaveOptions,
         *,
         overwrite: bool,
         layout: str | None,
-        fingerprints: bool,
         beside_training: bool,
         meter: Meter,
     ) -> None:
@@ -203,7 +214,8 @@ class _Save:
         self._beside_training = beside_training
         self._mine = saver()
         self._mine.meet()
-        self._writer = RankSave(location.storage, fingerprints=fingerprints)
+        self._address = location.storage.address
+        self._writer = RankSave(location.storage, options=options)
         self._coordinator = Coordinator(
             location.storage,
             overwrite=overwrite,
@@ -216,6 +228,21 @@ class _Save:
         self._offer: Outcome[_Offer] = Outcome()
         self._staged: Outcome[None] = Outcome()
         self._assignment: Assignment | None = None
+
+    def run(self, state: State, ranks: TrainersExchange, *, skip: bool) -> SaveReport | SaveHandle | None:
+        """All of it, or all that the trainer waits for.
+
+        Args:
+            skip: whether not to wait for the save before: then there may be None.
+        """
+        order = self.start(state, ranks, skip=skip)
+        if order is None:
+            if ranks.rank == 0:
+                _logger.info("skipped the save of %s: the one before is still being written", self._address)
+                text = f"the save of {self._address} is skipped: the one before is still being written"
+                warnings.warn(text, stacklevel=3)
+            return None
+        return self.finish_beside_training(ranks, order) if self._beside_training else self.finish(ranks)
 
     def start(self, state: State, ranks: TrainersExchange, *, skip: bool) -> _Order | None:
         """Everything before the writing. None where this save is to be skipped.
@@ -308,10 +335,12 @@ class _Save:
         self._meter.end()
         return report
 
-    def finish_beside_training(self, handle: SaveHandle, deadline: Deadline | None, order: _Order) -> None:
+    def finish_beside_training(self, trainers: TrainersExchange, order: _Order) -> SaveHandle:
         """Begin `finish` in a thread; the handle tells how it ends. All ranks call it."""
-        ranks = Exchange("save", self._mine.carrier(deadline, anew=order.new_carrier))
+        handle = SaveHandle(self._address)
+        ranks = Exchange("save", self._mine.carrier(trainers.deadline, anew=order.new_carrier))
         self._mine.start(handle, lambda: self.finish(ranks))
+        return handle
 
     def _write(self) -> RankRecord:
         self._staged.get()

@@ -23,10 +23,12 @@ from weakref import WeakKeyDictionary
 from ray_ckpt.cluster import worker_side
 from ray_ckpt.cluster.group import WorkerGroup
 from ray_ckpt.errors import CheckpointExistsError
+from ray_ckpt.format.saved import Saved
 from ray_ckpt.progress import Progress
 from ray_ckpt.protocol.coordinator import Coordinator, PlanCache
 from ray_ckpt.protocol.messages import Assignment
 from ray_ckpt.protocol.save_handle import SaveHandle
+from ray_ckpt.protocol.save_options import Cast, SaveOptions
 from ray_ckpt.report import SaveReport
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.resolve import Target, destination
@@ -39,6 +41,9 @@ def save(
     target: Target,
     step: int | None = ...,
     *,
+    only: Sequence[str] | None = ...,
+    cast: Cast | None = ...,
+    key_map: Mapping[str, str | Saved] | None = ...,
     overwrite: bool = ...,
     fingerprints: bool = ...,
     layout: str | None = ...,
@@ -54,6 +59,9 @@ def save(
     target: Target,
     step: int | None = ...,
     *,
+    only: Sequence[str] | None = ...,
+    cast: Cast | None = ...,
+    key_map: Mapping[str, str | Saved] | None = ...,
     overwrite: bool = ...,
     fingerprints: bool = ...,
     layout: str | None = ...,
@@ -68,6 +76,9 @@ def save(
     target: Target,
     step: int | None = None,
     *,
+    only: Sequence[str] | None = None,
+    cast: Cast | None = None,
+    key_map: Mapping[str, str | Saved] | None = None,
     overwrite: bool = False,
     fingerprints: bool = False,
     layout: str | None = None,
@@ -100,6 +111,7 @@ def save(
         target: the checkpoint's directory as every worker's node knows it: a path, a URI, or a `Storage`. With `step`
             the store to save into: the same, or a `CheckpointStore`.
         step: number of the step in the store, from 0.
+        only, cast, key_map: as for `ray_ckpt.save`.
         overwrite: replace a committed checkpoint; it stays valid until the new one is committed.
         fingerprints: also record the fingerprint of every tensor, as for `ray_ckpt.save`.
         layout: how the state lies across the workers, for the manifest; by default what rank 0's `TrainState` says.
@@ -113,35 +125,31 @@ def save(
         CheckpointExistsError: `target` holds a committed checkpoint already and `overwrite` was not given.
         CommitError: the workers' parts do not fit together, or differ under one name; or the driver, which commits,
             does not see at `target` what the workers have written.
-        WorkerError: workers failed or died; names each. Nothing was committed.
-        GroupTimeoutError: workers did not answer in time; names each. Nothing was committed.
+        WorkerError, GroupTimeoutError: workers failed, died or were too slow; names each. Nothing was committed.
         CheckpointError: the previous save, with `blocking=False`, failed, and no call has raised that yet; this one was
             not begun.
         SavePendingError: the save before this one has not ended within `timeout_s`; this one was not begun.
     """
+    options = SaveOptions.of(only, cast, key_map, fingerprints=fingerprints)
     deadline = time.monotonic() + (group.call_timeout_s if timeout_s is None else timeout_s)
     storage, step, _ = destination(target, step)
     memory = _memories.setdefault(group, _GroupMemory())
     memory.settle(deadline - time.monotonic())
-    saved_by = {"torch": importlib.metadata.version("torch")}
     coordinator = Coordinator(
         storage,
         overwrite=overwrite,
         layout=layout,
-        saved_by=saved_by,
+        saved_by={"torch": importlib.metadata.version("torch")},
         cache=memory.plans,
         step=step,
         called="the driver",
     )
     attempt = _Attempt(group, storage, coordinator, retries, deadline, progress)
-    assignments = attempt.plan(state_of, memory.plans.tokens, fingerprints)
+    assignments = attempt.plan(state_of, memory.plans.tokens, options)
     if blocking:
         return attempt.finish(assignments)
-    attempt.stage(assignments)
-    memory.pending = handle = SaveHandle(storage.address)
-    group.wait_for(handle.wait)
-    handle.start(lambda: attempt.finish(assignments))
-    return handle
+    memory.pending = attempt.finish_beside_training(assignments)
+    return memory.pending
 
 
 class _GroupMemory:
@@ -190,16 +198,16 @@ class _Attempt:
         self._progress = progress
 
     def plan(
-        self, state_of: worker_side.StateOf | str, known: frozenset[str], fingerprints: bool
+        self, state_of: worker_side.StateOf | str, known: frozenset[str], options: SaveOptions
     ) -> Sequence[Assignment]:
         """Let the workers look through their states; who writes what.
 
         Args:
             known: tokens of plans that need not be sent again.
-            fingerprints: whether they will take those of what they write.
+            options: what of their states they save, and how.
         """
         coordinator = self._coordinator
-        args = (coordinator.attempt, state_of, self._storage, known, fingerprints)
+        args = (coordinator.attempt, state_of, self._storage, known, options)
         with self._discarding():
             offers = self._call(worker_side.plan, dict.fromkeys(range(self._group.num_workers), args))
             coordinator.layout = coordinator.layout or offers[0].layout
@@ -209,6 +217,14 @@ class _Attempt:
         """Let the workers copy what they will write. Afterwards their states may change."""
         with self._discarding():
             self._call(worker_side.stage, {assignment.rank: (assignment,) for assignment in assignments})
+
+    def finish_beside_training(self, assignments: Sequence[Assignment]) -> SaveHandle:
+        """Wait until the workers have copied their parts, and begin `finish` in a thread."""
+        self.stage(assignments)
+        handle = SaveHandle(self._storage.address)
+        self._group.wait_for(handle.wait)
+        handle.start(lambda: self.finish(assignments))
+        return handle
 
     def finish(self, assignments: Sequence[Assignment]) -> SaveReport:
         """Let the workers write, check what they have written, and commit it."""

@@ -14,6 +14,7 @@ from ray_ckpt.format.manifest import Manifest
 from ray_ckpt.format.wanted_names import Names
 from ray_ckpt.progress import Meter
 from ray_ckpt.protocol.messages import Assignment, LoadOffer, LocalPlan, RankRecord
+from ray_ckpt.protocol.save_options import SaveOptions
 from ray_ckpt.report import LoadReport, VerifyReport
 
 if TYPE_CHECKING:
@@ -53,21 +54,21 @@ def plan(
     state_of: StateOf | str,
     storage: Storage,
     known: frozenset[str],
-    fingerprints: bool,
+    options: SaveOptions,
 ) -> SaveOffer:
     """Look through the state and plan how to write it.
 
     Args:
         attempt: names the save: an earlier one that failed may still be writing here, on the worker's other thread.
         known: tokens of plans that the driver still has.
-        fingerprints: whether `write` takes those of what it writes.
+        options: what of the state is saved, and how.
     """
     # The driver loads this module too, and goes without torch.
     from ray_ckpt.protocol.rank_save import PlanMemory, RankSave
     from ray_ckpt.state.train_state import TrainState
 
     memory: PlanMemory = ctx.objects.setdefault(_MEMORY, PlanMemory())
-    save = RankSave(storage, fingerprints=fingerprints)
+    save = RankSave(storage, options=options)
     _saves(ctx)[attempt] = save
     state = resolve(state_of)(ctx)
     return SaveOffer(save.plan(state, memory, known), state.layout if isinstance(state, TrainState) else None)

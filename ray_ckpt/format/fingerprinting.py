@@ -10,7 +10,7 @@ On the CPU `word_sums.py` adds up; elsewhere torch does, by the same formula.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -57,15 +57,22 @@ def fingerprint(tensor: torch.Tensor) -> Fingerprint:
     return Fingerprint(dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape), parts=parts)
 
 
-def sum_of_part(part: torch.Tensor, box: Box, shape: Sequence[int]) -> int:
+def sum_of_part(
+    part: torch.Tensor,
+    box: Box,
+    shape: Sequence[int],
+    convert: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> int:
     """Sum of the contributions of a part of a tensor, modulo 2^64.
 
     Args:
         part: a plain tensor, of any strides.
         box: where it lies in the whole tensor.
         shape: the whole tensor's.
+        convert: gives the elements of a window in the dtype that counts, if that is not their own.
     """
-    return sum(_sum_contiguous(each, at, shape) for each, at in _contiguous_parts(part.detach(), box)) & WORD_MASK
+    parts = _contiguous_parts(part.detach(), box, convert)
+    return sum(_sum_contiguous(each, at, shape) for each, at in parts) & WORD_MASK
 
 
 def _local_parts(tensor: torch.Tensor) -> list[tuple[Box, torch.Tensor]]:
@@ -77,16 +84,18 @@ def _local_parts(tensor: torch.Tensor) -> list[tuple[Box, torch.Tensor]]:
     return [(part.box, part.of(local)) for part in local_boxes(tensor)]
 
 
-def _contiguous_parts(tensor: torch.Tensor, box: Box) -> Iterator[tuple[torch.Tensor, Box]]:
-    """Split a strided tensor until each part is contiguous or small enough to copy."""
-    if tensor.is_contiguous() or tensor.numel() <= CHUNK_WORDS:
-        yield tensor.contiguous(), box
+def _contiguous_parts(
+    tensor: torch.Tensor, box: Box, convert: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> Iterator[tuple[torch.Tensor, Box]]:
+    """Split a strided tensor until each part is contiguous or small enough to copy; one to convert, always."""
+    if tensor.numel() <= CHUNK_WORDS or (convert is None and tensor.is_contiguous()):
+        yield (tensor if convert is None else convert(tensor)).contiguous(), box
         return
     dim = max(range(tensor.dim()), key=lambda d: tensor.shape[d])
     offset = 0
     for half in tensor.tensor_split(2, dim=dim):
         offsets = tuple(o + offset if d == dim else o for d, o in enumerate(box.offsets))
-        yield from _contiguous_parts(half, Box(offsets, tuple(half.shape)))
+        yield from _contiguous_parts(half, Box(offsets, tuple(half.shape)), convert)
         offset += half.shape[dim]
 
 

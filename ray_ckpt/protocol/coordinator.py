@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from ray_ckpt.errors import CommitError
+from ray_ckpt.errors import CommitError, UsageError
 from ray_ckpt.format.boxes import Box, shared_box
-from ray_ckpt.format.fingerprint import Fingerprint, digest_of
+from ray_ckpt.format.fingerprint import digest_of
 from ray_ckpt.format.manifest import Chunk, Manifest, ObjectEntry, TensorEntry
 from ray_ckpt.gc_pause import collector_paused
 from ray_ckpt.phase_clock import PhaseClock
@@ -43,32 +43,31 @@ class PlanCache:
 
     def __init__(self) -> None:
         self.merged: GlobalPlan | None = None
-        self._items: list[tuple[Item, ...]] = []
-        self._buffers: list[frozenset[str]] = []
-        self._tokens: list[str] = []
-        self._frozen: list[Mapping[str, Fingerprint]] = []
+        self._plans: list[LocalPlan] = []
 
     @property
     def tokens(self) -> frozenset[str]:
         """Tokens whose items are known: ranks need not send these again."""
-        return frozenset(self._tokens)
+        return frozenset(plan.token for plan in self._plans)
 
     @property
     def plans(self) -> list[LocalPlan]:
         """By rank, the plan of a rank whose state is unchanged: a token instead of items."""
-        return [LocalPlan(token, None, frozen=held) for token, held in zip(self._tokens, self._frozen, strict=True)]
+        return [LocalPlan(plan.token, None, frozen=plan.frozen) for plan in self._plans]
 
     def update(self, plans: Sequence[LocalPlan]) -> GlobalPlan:
         """Merge these plans, or return the last result where no token has changed."""
-        tokens = [plan.token for plan in plans]
-        self._frozen = [plan.frozen for plan in plans]
-        if self.merged is None or tokens != self._tokens:
-            known = dict(zip(self._tokens, zip(self._items, self._buffers, strict=True), strict=True))
-            parts = [known[plan.token] if plan.items is None else (plan.items, plan.buffers) for plan in plans]
-            self._items, self._buffers = [items for items, _ in parts], [buffers for _, buffers in parts]
-            self._tokens = tokens
+        known = {plan.token: plan for plan in self._plans}
+        is_new = [plan.token for plan in plans] != [plan.token for plan in self._plans]
+        self._plans = [
+            plan if plan.items is not None else replace(known[plan.token], frozen=plan.frozen) for plan in plans
+        ]
+        if self.merged is None or is_new:
             self.merged = None
-            self.merged = merge(self._items, frozenset().union(*self._buffers))
+            if absent := frozenset.intersection(*(plan.absent for plan in self._plans)):
+                raise UsageError(f"no rank holds anything of {listed(sorted(absent))}; nothing was saved")
+            items = [plan.items for plan in self._plans if plan.items is not None]
+            self.merged = merge(items, frozenset().union(*(plan.buffers for plan in self._plans)))
         return self.merged
 
 
@@ -124,6 +123,7 @@ class Coordinator:
         Raises:
             CheckpointExistsError: the storage holds a committed checkpoint and `overwrite` was not given.
             CommitError: the ranks' parts do not cover a tensor exactly once, or contradict each other.
+            UsageError: something is asked for by a name that no rank has.
         """
         with self._measured("plan"), collector_paused():
             self._frozen = frozen.digests([plan.frozen for plan in plans])

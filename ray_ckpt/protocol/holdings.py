@@ -6,7 +6,7 @@ hold(state_dict) -> Holdings(items, values)     flattened as stock DCP does it, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from ray_ckpt.format.wrappers import join
 from ray_ckpt.protocol.messages import Item, TensorSpec
 from ray_ckpt.state.plain_state import is_stateful, key_records
 from ray_ckpt.state.subclasses import inner_of
+from ray_ckpt.storage.staging import Converted
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,18 @@ class Holdings:
 
     items: tuple[Item, ...]
     values: tuple[Any, ...]
-    """One per item: a plain tensor with the elements of its box; or the object, or a `SavedObject`."""
+    """One per item: a plain tensor with the elements of its box, or a `Converted` one; or the object, or a
+    `SavedObject`."""
+    elsewhere: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+    """Dtype and shape of the tensors that are in the state, and of which this rank holds no element."""
 
 
-def fingerprint_sum(spec: TensorSpec, part: torch.Tensor) -> int:
-    """The fingerprint's sum of a part that a rank holds."""
-    return sum_of_part(part, shared_box(spec.offsets, spec.sizes), spec.shape)
+def fingerprint_sum(spec: TensorSpec, part: torch.Tensor | Converted) -> int:
+    """The fingerprint's sum of a part that a rank holds, in the dtype in which it is saved."""
+    box = shared_box(spec.offsets, spec.sizes)
+    if isinstance(part, Converted):
+        return sum_of_part(part.tensor, box, spec.shape, part.convert)
+    return sum_of_part(part, box, spec.shape)
 
 
 def hold(state_dict: Mapping[str, Any]) -> Holdings:
@@ -87,13 +94,16 @@ class _Holder:
         self._shards: dict[object, list[tuple[TensorSpec, LocalBox]]] = {}
 
     def hold(self, values: Mapping[str, Any], paths: Mapping[str, Any]) -> Holdings:
-        items, held = [], []
+        items, held, elsewhere = [], [], {}
         for name, value in values.items():
             path = paths[name] if len(paths[name]) > 1 else None
-            for spec, part in self._parts(name, value):
+            parts = self._parts(name, value)
+            for spec, part in parts:
                 items.append(Item(name, path, spec))
                 held.append(part)
-        return Holdings(tuple(items), tuple(held))
+            if not parts:
+                elsewhere[name] = dtype_name(value.dtype), tuple(value.size())
+        return Holdings(tuple(items), tuple(held), elsewhere)
 
     def _parts(self, name: str, value: Any) -> list[tuple[TensorSpec | None, Any]]:
         """The parts of one entry that this rank holds: usually one, none of a shard that is empty."""

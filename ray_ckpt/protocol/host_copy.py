@@ -36,7 +36,7 @@ from ray_ckpt.protocol.holdings import Holdings
 from ray_ckpt.protocol.messages import Item, TensorSpec, num_bytes
 from ray_ckpt.rounding import round_up
 from ray_ckpt.storage.objects import SavedObject, saved_object
-from ray_ckpt.storage.staging import bytes_of, plain
+from ray_ckpt.storage.staging import Converted, bytes_of, is_on_cuda, plain
 from ray_ckpt.text import listed
 
 _ALIGNMENT = 64
@@ -77,7 +77,7 @@ class HostCopy:
         The originals may change as soon as this returns.
 
         Raises:
-            UsageError: a tensor has no plain elements, or is no longer what was planned.
+            UsageError: a tensor has no plain elements, or is no longer what was planned, or cannot be cast.
         """
         if self._taken is not None:
             self._taken.result()  # of a copy that nobody has checked
@@ -96,14 +96,17 @@ class HostCopy:
                     frozen[id(value)] = holdings.items[position].name, kept, _digest_object(kept)
                 values.append(frozen[id(value)][1])
             else:
-                if wrong := fault(value):
+                tensor = value.tensor if isinstance(value, Converted) else value
+                if wrong := fault(tensor):
                     raise UsageError(f"{holdings.items[position].name!r} {wrong}")
-                source = plain(value)
-                place = self._place(position, source)
+                place = self._place(position, value)
                 values.append(place)
-                devices.add(value.device)
+                devices.add(tensor.device)
+                if isinstance(value, Converted):
+                    value.copy_to(place)
+                    continue
                 places.append(_copied(place))
-                sources.append(_copied(source))
+                sources.append(_copied(plain(value)))
         if places:
             # One call for all: what Python adds to the copy of a small tensor is as much as the copy.
             copy_each(places, sources)
@@ -142,7 +145,7 @@ class HostCopy:
             and place.data_ptr() + place.nbytes > start
         ]
 
-    def _place(self, position: int, source: torch.Tensor) -> torch.Tensor:
+    def _place(self, position: int, source: torch.Tensor | Converted) -> torch.Tensor:
         place = self._places[position]
         assert place is not None, "what is not skipped has its place"
         if (source.dtype, source.shape) != (place.dtype, place.shape):
@@ -155,7 +158,7 @@ class HostCopy:
 
     def _lay_out(self, holdings: Holdings, skipped: Sequence[int]) -> None:
         """Give every tensor its place in the buffer."""
-        on_cuda = any(isinstance(value, torch.Tensor) and value.is_cuda for value in holdings.values)
+        on_cuda = any(is_on_cuda(value) for value in holdings.values)
         must_pin = on_cuda and not self._pinned
         if not must_pin and (holdings.items, skipped) == (self._items, self._skipped):
             return

@@ -90,6 +90,8 @@ class LocalPlan:
     """What the rank holds; None for the items that were sent before under this token."""
     buffers: frozenset[str] = frozenset()
     """Names in which ranks may differ, as in the statistics of a BatchNorm: the first rank's are saved."""
+    absent: frozenset[str] = frozenset()
+    """What the options of the save ask for by name and this rank holds nothing of."""
     frozen: Mapping[str, Fingerprint] = field(default_factory=dict)
     """Name -> fingerprint of what this rank holds of a tensor that is not saved; sent with every token."""
 

@@ -35,11 +35,14 @@ from ray_ckpt.protocol.messages import (
     digest_tensor,
     num_bytes,
 )
+from ray_ckpt.protocol.save_options import SAVE_ALL, SaveOptions
+from ray_ckpt.protocol.selecting import Selected, select
 from ray_ckpt.state.buffers import buffers_of
 from ray_ckpt.state.train_state import TrainState
 from ray_ckpt.storage.data_file import MAX_FILE_BYTES, Packed, hash_tensors, pack_file, share_out, write_in_threads
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.objects import SavedObject, saved_object
+from ray_ckpt.storage.staging import Converted
 
 
 class PlanMemory:
@@ -52,19 +55,23 @@ class PlanMemory:
         self.token = ""
         """Token of the last plan."""
         self.items: tuple[Item, ...] | None = None
+        self._absent: frozenset[str] = frozenset()
 
-    def plan(self, state: object, holdings: Holdings, known: frozenset[str]) -> LocalPlan:
-        """The plan of these holdings.
+    def plan(
+        self, selected: Selected, known: frozenset[str], buffers: Callable[[], frozenset[str]] = frozenset
+    ) -> LocalPlan:
+        """The plan of what is to be saved.
 
         Args:
-            state: what they were made from.
             known: tokens that the coordinator still has the items of.
+            buffers: gives the names in which ranks may differ; asked only where they are sent.
         """
-        if self.items != holdings.items:
-            self.token, self.items = uuid.uuid4().hex, holdings.items
+        holdings = selected.holdings
+        if (self.items, self._absent) != (holdings.items, selected.absent):
+            self.token, self.items, self._absent = uuid.uuid4().hex, holdings.items, selected.absent
         if self.token in known:
             return LocalPlan(self.token, None)
-        return LocalPlan(self.token, holdings.items, buffers_of(state))
+        return LocalPlan(self.token, holdings.items, buffers(), selected.absent)
 
 
 class RankSave:
@@ -74,7 +81,7 @@ class RankSave:
         storage: the checkpoint's directory.
         threads: number of files written at the same time.
         max_file_bytes: another file is started before one grows past this; a single tensor may be larger.
-        fingerprints: whether to take the fingerprint of each tensor that is written.
+        options: what of the state is saved, and how.
     """
 
     def __init__(
@@ -83,12 +90,12 @@ class RankSave:
         *,
         threads: int = 1,
         max_file_bytes: int = MAX_FILE_BYTES,
-        fingerprints: bool = False,
+        options: SaveOptions = SAVE_ALL,
     ) -> None:
         self._storage = storage
         self._threads = threads
         self._max_file_bytes = max_file_bytes
-        self._fingerprints = fingerprints
+        self._options = options
         self._holdings = Holdings((), ())
         self._staged: Holdings | None = None
         self._host_copy: HostCopy | None = None
@@ -105,14 +112,16 @@ class RankSave:
             known: tokens of plans that the coordinator still has.
 
         Raises:
-            UsageError: as `hold`.
+            UsageError: as `hold` and `select`.
         """
         with collector_paused(), self._clock.phase("plan"):
-            holdings = hold(state.state_dict() if isinstance(state, Stateful) else state)
-            plan = memory.plan(state, holdings, known)
+            everything = hold(state.state_dict() if isinstance(state, Stateful) else state)
+            selected = select(everything, self._options)
+            holdings = selected.holdings
+            plan = memory.plan(selected, known, lambda: self._options.saved_names(buffers_of(state)))
             if isinstance(state, TrainState) and state.trainable_only:
-                held = {name: fingerprint(tensor) for name, tensor in state.frozen().items()}
-                plan = replace(plan, frozen=held)
+                frozen = {name: tensor for name, tensor in state.frozen().items() if self._options.takes(name)}
+                plan = replace(plan, frozen={name: fingerprint(tensor) for name, tensor in frozen.items()})
             # If the plan is equal, the same items as before, so that comparing them next time costs nothing.
             self._holdings = Holdings(memory.items or (), holdings.values)
             return plan
@@ -185,7 +194,7 @@ class RankSave:
         with meter.trial() as count:
             packed = pack_file(self._storage, name, objects, self._tensors(positions), count, num_bytes=size)
             record = file_record(packed)
-        if not self._fingerprints:
+        if not self._options.fingerprints:
             return record
         return replace(record, sums=[self._sum(position) for position in record.positions])
 
@@ -194,7 +203,7 @@ class RankSave:
         assert spec is not None, "only tensors have rows"
         return fingerprint_sum(spec, self._holdings.values[position])
 
-    def _tensors(self, positions: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
+    def _tensors(self, positions: Sequence[int]) -> Iterator[tuple[int, torch.Tensor | Converted]]:
         items, values = self._holdings.items, self._holdings.values
         for position in positions:
             name, _, spec = items[position]
@@ -206,7 +215,7 @@ class RankSave:
                     f"{name!r} was planned as {spec.dtype}{list(spec.sizes)} but is now {value.dtype}"
                     f"{list(value.shape)}; do not change the state dict during a save"
                 )
-            if self._staged is None and (wrong := fault(value)):
+            if self._staged is None and (wrong := fault(value.tensor if isinstance(value, Converted) else value)):
                 raise UsageError(f"{name!r} {wrong}")
             yield position, value
 

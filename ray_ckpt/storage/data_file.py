@@ -21,7 +21,7 @@ from ray_ckpt.format.torch_container import ALIGNMENT, container
 from ray_ckpt.progress import NOBODY
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.objects import INLINE_BLOB_BYTES, SavedObject
-from ray_ckpt.storage.staging import host_pieces
+from ray_ckpt.storage.staging import Converted, host_pieces
 
 MAX_FILE_BYTES = 16 << 30
 """A rank starts another file before one grows past this; a single tensor may be larger."""
@@ -61,7 +61,7 @@ def pack_file(
     storage: Storage,
     name: str,
     objects: Iterable[tuple[K, SavedObject]],
-    tensors: Iterable[tuple[K, torch.Tensor]],
+    tensors: Iterable[tuple[K, torch.Tensor | Converted]],
     count: Callable[[int], None] = NOBODY.add,
     *,
     num_bytes: int = 0,
@@ -80,7 +80,7 @@ def pack_pieces(
     storage: Storage,
     name: str,
     objects: Iterable[tuple[K, SavedObject]],
-    pieces: Iterable[tuple[tuple[K, torch.Tensor], memoryview]],
+    pieces: Iterable[tuple[tuple[K, torch.Tensor | Converted], memoryview]],
     count: Callable[[int], None] = NOBODY.add,
     *,
     num_bytes: int = 0,
@@ -99,7 +99,7 @@ def pack_pieces(
 def pack_into(
     file: Sink,
     objects: Iterable[tuple[K, SavedObject]],
-    pieces: Iterable[tuple[tuple[K, torch.Tensor], memoryview]],
+    pieces: Iterable[tuple[tuple[K, torch.Tensor | Converted], memoryview]],
     count: Callable[[int], None] = NOBODY.add,
 ) -> Packed[K]:
     """As `pack_pieces`, into a file that the caller has opened, and closes."""
@@ -110,9 +110,11 @@ def pack_into(
     return packer.packed(entries)
 
 
-def hash_tensors(tensors: Iterable[tuple[K, torch.Tensor]]) -> Iterator[tuple[K, torch.Tensor, bytes]]:
+def hash_tensors(
+    tensors: Iterable[tuple[K, torch.Tensor | Converted]],
+) -> Iterator[tuple[K, torch.Tensor | Converted, bytes]]:
     """Tensors with their block sums, as writing them would give."""
-    opened: tuple[K, torch.Tensor] | None = None
+    opened: tuple[K, torch.Tensor | Converted] | None = None
     hasher = BlockHasher(1)
     for entry, piece in host_pieces((entry, entry[1]) for entry in tensors):
         if entry is not opened:
@@ -202,9 +204,9 @@ class _Packer(Generic[K]):
             checksum=saved.checksum,
         )
 
-    def add_pieces(self, pieces: Iterable[tuple[tuple[K, torch.Tensor], memoryview]]) -> None:
+    def add_pieces(self, pieces: Iterable[tuple[tuple[K, torch.Tensor | Converted], memoryview]]) -> None:
         """Append tensors, hashing their bytes on the way."""
-        opened: tuple[K, torch.Tensor] | None = None
+        opened: tuple[K, torch.Tensor | Converted] | None = None
         tail, hasher = b"", BlockHasher(1)
         for entry, piece in pieces:
             if entry is not opened:
@@ -225,7 +227,7 @@ class _Packer(Generic[K]):
             self._file.write(self._buffer)
             self._buffer = bytearray()
 
-    def _start_tensor(self, key: K, tensor: torch.Tensor) -> tuple[bytes, BlockHasher]:
+    def _start_tensor(self, key: K, tensor: torch.Tensor | Converted) -> tuple[bytes, BlockHasher]:
         """Write the part of the container before the elements, and return the part after them."""
         wrapping = container(tensor.dtype, tensor.shape)
         block_bytes = block_size(wrapping.data_bytes)

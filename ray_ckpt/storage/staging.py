@@ -1,14 +1,15 @@
 """Tensors -> the bytes of their elements, in row-major order, in host memory, piece by piece.
 
 A contiguous CPU tensor is handed out as views of its own memory. Everything else passes through bounded buffers: a
-strided CPU tensor through small copies, a CUDA tensor through two pinned buffers, so that the copy of the next piece
-(of the same tensor or of the next one) runs while the caller works on this one.
+strided CPU tensor and one that is to be converted through small copies, a CUDA tensor through two pinned buffers, so
+that the copy of the next piece (of the same tensor or of the next one) runs while the caller works on this one.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -24,7 +25,64 @@ STAGING_BYTES = 8 << 20
 K = TypeVar("K")
 
 
-def host_pieces(tensors: Iterable[tuple[K, torch.Tensor]]) -> Iterator[tuple[K, memoryview]]:
+@dataclass(frozen=True)
+class Converted:
+    """A tensor of whose elements another dtype is wanted. They are converted window by window, when they are needed."""
+
+    name: str
+    """What messages call it."""
+    tensor: torch.Tensor
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tensor.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.numel() * self.dtype.itemsize
+
+    def convert(self, window: torch.Tensor) -> torch.Tensor:
+        """Elements of the tensor in the other dtype.
+
+        Raises:
+            UsageError: a finite one is beyond what the other dtype can hold.
+        """
+        window = plain(window)
+        self._check(window)
+        return window.to(self.dtype)
+
+    def windows(self) -> Iterator[torch.Tensor]:
+        """All of it in row-major order, converted; at most `STAGING_BYTES` at a time."""
+        for window in self._windows():
+            yield self.convert(window).contiguous()
+
+    def copy_to(self, target: torch.Tensor) -> None:
+        """Convert all of it into contiguous memory."""
+        flat, start = target.reshape(-1), 0
+        for window in self._windows():
+            self._check(window)
+            flat[start : start + window.numel()].view(window.shape).copy_(window)
+            start += window.numel()
+
+    def _windows(self) -> Iterator[torch.Tensor]:
+        elements = STAGING_BYTES // max(self.dtype.itemsize, self.tensor.itemsize)
+        return _row_major_parts(plain(self.tensor), elements * self.tensor.itemsize)
+
+    def _check(self, window: torch.Tensor) -> None:
+        largest = torch.finfo(self.dtype).max
+        if largest >= torch.finfo(window.dtype).max or not window.numel():
+            return
+        low, high = torch.aminmax(window)  # costs as much as a copy; to look at each element costs four times that
+        if -largest <= low.item() and high.item() <= largest:
+            return
+        if not torch.equal(window.to(self.dtype).isinf(), window.isinf()):
+            raise UsageError(
+                f"{self.name!r} has elements beyond {largest:g}, the largest {self.dtype}; cast it to another dtype"
+            )
+
+
+def host_pieces(tensors: Iterable[tuple[K, torch.Tensor | Converted]]) -> Iterator[tuple[K, memoryview]]:
     """The bytes of many tensors, in order. Each tensor yields at least one piece; an empty tensor yields an empty one.
 
     A piece is valid only until the next one is yielded.
@@ -33,16 +91,22 @@ def host_pieces(tensors: Iterable[tuple[K, torch.Tensor]]) -> Iterator[tuple[K, 
         tensors: such that `format.memory.fault` finds none; whoever knows their names asks.
     """
     staging = _PinnedStaging()
-    for key, tensor in tensors:
-        tensor = plain(tensor)
-        if tensor.is_cuda:
-            yield from staging.push(key, tensor)
+    for key, given in tensors:
+        parts = given.windows() if isinstance(given, Converted) else _parts(plain(given))
+        if is_on_cuda(given):
+            yield from staging.push(key, parts)
             continue
         if staging.is_filling:
             yield from staging.drain()
-        for piece in _cpu_pieces(tensor):
-            yield key, piece
+        for part in parts:
+            for piece in _views(part):
+                yield key, piece
     yield from staging.drain()
+
+
+def is_on_cuda(value: object) -> bool:
+    tensor = value.tensor if isinstance(value, Converted) else value
+    return isinstance(tensor, torch.Tensor) and tensor.is_cuda
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:
@@ -65,12 +129,17 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(memory).cast("B")
 
 
-def _cpu_pieces(tensor: torch.Tensor) -> Iterator[memoryview]:
-    if not tensor.is_contiguous():
-        for part in _row_major_parts(tensor, STAGING_BYTES):
-            yield bytes_of(part.contiguous())
+def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensor in row-major order: as it is where its memory can be handed out, else in small parts."""
+    if tensor.is_contiguous() and not tensor.is_cuda:
+        yield tensor
         return
-    data = bytes_of(tensor)
+    for part in _row_major_parts(tensor, STAGING_BYTES):
+        yield part if part.is_cuda else part.contiguous()
+
+
+def _views(contiguous: torch.Tensor) -> Iterator[memoryview]:
+    data = bytes_of(contiguous)
     if len(data) <= PIECE_BYTES:
         yield data
         return
@@ -105,9 +174,9 @@ class _PinnedStaging:
         """Whether a piece is in flight."""
         return self._in_flight is not None
 
-    def push(self, key: K, tensor: torch.Tensor) -> Iterator[tuple[K, memoryview]]:
-        """Start copying a tensor; yields the pieces that are complete meanwhile."""
-        for part in _row_major_parts(tensor, STAGING_BYTES):
+    def push(self, key: K, parts: Iterable[torch.Tensor]) -> Iterator[tuple[K, memoryview]]:
+        """Start copying the parts of a tensor; yields the pieces that are complete meanwhile."""
+        for part in parts:
             started = self._start(key, part)
             yield from self.drain()
             self._in_flight = started
