@@ -89,7 +89,8 @@ class LoadReport:
     rng: str | None
     """Random generators: `restored`; `reseeded` when another layout saved them; None when they were not loaded."""
     dataloader: str | None
-    """Data loader: `restored`; `left as it was` when another layout saved it; None when it was not loaded."""
+    """Data loader: `restored`, in another layout with the number of samples that come again, if any; `left as it was`,
+    and why, when another layout saved it and its sampler cannot be set; None when it was not loaded."""
     lost: str = ""
     """What of another program's checkpoint was not loaded: what it had already lost when it was saved, and what lies
     beside the model and the optimizer and is not translated, or not part of the state. Empty when nothing."""

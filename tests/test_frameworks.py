@@ -290,3 +290,29 @@ def test_torchdata(tmp_path: Path) -> None:
     target, others = net(1), loader()
     load(TrainState(target, dataloader=others), tmp_path / "at")
     assert [batch.tolist() for batch in others] == [batch.tolist() for batch in batches]
+
+
+def dealt(rank: int, directory: str, workers: int, layout: str, verb: str) -> tuple[list[int], str | None]:
+    from torchdata.stateful_dataloader import StatefulDataLoader
+    from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
+
+    data = list(range(48))
+    sampler = StatefulDistributedSampler(data)
+    loader = StatefulDataLoader(data, batch_size=3, sampler=sampler, num_workers=workers)
+    state = TrainState(nn.Flatten(), step=1, dataloader=loader, layout=layout)
+    if verb == "save":
+        taken = [sample for _, batch in zip(range(2), loader, strict=False) for sample in batch.tolist()]
+        save(state, directory)
+        return taken, None
+    report = load(state, directory)
+    return [sample for batch in loader for sample in batch.tolist()], report.dataloader
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_torchdata_goes_on_over_fewer_ranks(tmp_path: Path, workers: int) -> None:
+    pytest.importorskip("torchdata.stateful_dataloader")
+    saved = run_ranks(dealt, 4, tmp_path, str(tmp_path / "at"), workers, "dp4", "save", timeout_s=240)
+    loaded = run_ranks(dealt, 2, tmp_path, str(tmp_path / "at"), workers, "dp2", "load", timeout_s=240)
+    assert [note for _, note in loaded] == ["restored"] * 2
+    samples = [sample for taken, _ in (*saved, *loaded) for sample in taken]
+    assert len(samples) == len(set(samples)) == 48

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import re
 import sys
 from collections import Counter, OrderedDict, deque, namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import Enum, IntEnum
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +18,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, DistributedSampler
 
 import ray_ckpt
 from ray_ckpt.errors import CommitError, StateMismatchError, UsageError
@@ -59,6 +62,44 @@ class Loader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         assert state == Loader(state["position"]).state_dict()
         self.position = state["position"]
+
+
+class Dealt(DataLoader[int]):
+    """Deals samples out to replicas and can be set to any place, as torchdata's stateful loader and sampler do."""
+
+    class Sampler(DistributedSampler[int]):
+        start = 0
+
+        def __iter__(self) -> Iterator[int]:
+            return itertools.islice(super().__iter__(), self.start, None)
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"yielded": self.start}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.start = state["yielded"]
+
+    def __init__(self, replica: int, num_replicas: int) -> None:
+        samples = range(36)
+        sampler = self.Sampler(samples, num_replicas, replica)  # type: ignore[arg-type]
+        super().__init__(samples, batch_size=2, sampler=sampler)  # type: ignore[arg-type]
+        self.num_batches = 0
+
+    def take(self, num_batches: int) -> list[int]:
+        batches = list(itertools.islice(self, self.num_batches, num_batches))
+        self.num_batches += len(batches)
+        return torch.cat(batches).tolist()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"_num_yielded": self.num_batches}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.num_batches = state.get("_num_yielded", 0)
+
+
+def dealing(replica: int, num_replicas: int) -> tuple[TrainState, Dealt]:
+    loader = Dealt(replica, num_replicas)
+    return TrainState(nn.Flatten(), step=3, dataloader=loader, layout=f"dp{num_replicas}"), loader
 
 
 def scheduled(kind: str, layout: str = "single", seed: int = 0, steps: int = 0) -> tuple[TrainState, Any, nn.Module]:
@@ -220,11 +261,14 @@ def load_and_draw(directory: str, layout: str) -> tuple[Any, ...]:
 
 def random_ranks(rank: int, directory: str) -> dict[str, Any]:
     """What was drawn after the save, and what each load does to this rank's generators and data loader."""
+    state, loader = dealing(rank, 2)
+    taken = loader.take(3)
+    ray_ckpt.save(state, f"{directory}/dealt")
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(rank + 7)
     draw()
     ray_ckpt.save(drawing(rank + 100, "ddp2")[0], f"{directory}/run")
-    return {"drawn": draw(), **{name: load_and_draw(directory, name) for name in ("fsdp2x2", "ddp2")}}
+    return {"taken": taken, "drawn": draw(), **{name: load_and_draw(directory, name) for name in ("fsdp2x2", "ddp2")}}
 
 
 def test_generators_and_loaders_of_each_rank_come_back_in_the_same_layout_only(tmp_path: Path) -> None:
@@ -237,9 +281,21 @@ def test_generators_and_loaders_of_each_rank_come_back_in_the_same_layout_only(t
     assert fewer == load_and_draw(str(tmp_path), "ddp2")
     others = [fewer, ranks[1]["fsdp2x2"]]
     for other in (*others, ranks[0]["fsdp2x2"]):
-        assert other[:3] == ("reseeded", "left as it was", 0)
+        assert (other[0], other[2]) == ("reseeded", 0)
+        assert re.match(
+            r"left as it was: nothing tells what the 2 ranks .* samples of the running epoch again", other[1]
+        )
         assert other[3] not in [found["drawn"] for found in ranks]
     assert others[0][3] != others[1][3]
+    taken = ranks[0]["taken"] + ranks[1]["taken"]
+    for num_replicas in (1, 2, 3, 9):
+        states = [dealing(replica, num_replicas) for replica in range(num_replicas)]
+        reports = [ray_ckpt.load(state, tmp_path / "dealt") for state, _ in states]
+        again = 12 % num_replicas
+        note = f"restored; {again} samples come again" if again else "restored"
+        assert all(str(report.dataloader).startswith(note) for report in reports)
+        rest = [sample for _, loader in states for sample in loader.take(18)]
+        assert sorted(Counter(rest + taken).values()) == [1] * (36 - again) + [2] * again
 
 
 def disagreeing(rank: int, directory: str) -> str:

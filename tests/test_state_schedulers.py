@@ -236,3 +236,24 @@ def test_a_scheduler_that_does_not_take_its_state_is_an_error(tmp_path: Path) ->
     follower = Forgetful(optimizer, 3)
     with pytest.raises(StateMismatchError, match=r"schedulers\.0 \(Forgetful\) does not show what was read as gamma"):
         ray_ckpt.load(TrainState(model, optimizer, schedulers=follower), tmp_path / "run")
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_the_lists_of_another_program_fit_the_same_order_of_groups_only(tmp_path: Path, order: list[int]) -> None:
+    def made(order: Sequence[int], rates: list[float]) -> tuple[nn.Module, Any, Rated]:
+        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        groups = [{"params": list(model[n].named_parameters(prefix=str(n)))} for n in order]
+        optimizer = torch.optim.SGD(groups, lr=0.1)
+        return model, optimizer, Rated(optimizer, list, rates)
+
+    model, optimizer, scheduler = made([0, 1], [0.25, 0.5])
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    torch.save({name: part.state_dict() for name, part in parts.items()}, tmp_path / "state.pt")
+    target, other, follower = made(order, [1.0, 2.0])
+    state = TrainState(target, other, schedulers=follower)
+    if order == [0, 1]:
+        ray_ckpt.load(state, tmp_path / "state.pt")
+        assert follower.kept == [0.25, 0.5]
+    else:
+        with pytest.raises(StateMismatchError, match=r"schedulers\.0\.\w+ has an item .* saved in another order"):
+            ray_ckpt.load(state, tmp_path / "state.pt")

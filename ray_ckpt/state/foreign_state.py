@@ -9,11 +9,12 @@ live object says what its state looks like, and what is saved has to fit it, key
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ray_ckpt.state.group_lists import PER_GROUP
+from ray_ckpt.state.group_lists import PER_GROUP, GroupList, split
+from ray_ckpt.state.hyperparameters import same
 from ray_ckpt.state.load_plan import Claim, SavedState
 from ray_ckpt.text import listed
 
@@ -131,16 +132,29 @@ def fit_groups(name: str, state: Any, num_groups: int, origins: Sequence[int]) -
     return fitted, problems
 
 
-def misplaced(name: str, state: Any, groups: Sequence[Sequence[str]], saved: SavedState) -> list[str]:
-    """Lists whose order is not that of the optimizer's groups, as the saved hyper-parameters of their members tell.
+def misplaced(
+    name: str, state: Any, groups: Sequence[Sequence[str]], saved: SavedState, is_whole: Container[Any] = ()
+) -> list[str]:
+    """Lists with an item per group, where the optimizer's groups are in another order than those that were saved.
 
     Args:
         groups: saved names of the members of each group of the live optimizer.
+        is_whole: keys of the state whose lists have other items.
     """
-    problems = []
+    if not isinstance(state, Mapping):
+        return []
+    of_groups: dict[GroupList, Any] = {}
+    split({key: value for key, value in state.items() if key not in is_whole}, len(groups), of_groups)
+    varied = {place: items for place, items in of_groups.items() if any(not same(item, items[0]) for item in items)}
+    problems = [
+        f"{name}.{place.name} has an item for each parameter group ({listed(list(items), at_most=4)}), and the groups "
+        "were saved in another order: give the optimizer the order that was saved"
+        for place, items in varied.items()
+        if not _is_in_order(groups, saved)
+    ]
     for key, hyperparameter in (("base_lrs", "initial_lr"), ("_last_lr", "lr")):
-        items = state.get(key) if isinstance(state, Mapping) else None
-        if not isinstance(items, list) or len(items) != len(groups) or all(item == items[0] for item in items):
+        items = state.get(key)
+        if problems or not isinstance(items, list) or len(items) != len(groups):
             continue
         for item, members in zip(items, groups, strict=True):
             places = [f"optim.param_groups.{member}.{hyperparameter}" for member in members]
@@ -151,3 +165,12 @@ def misplaced(name: str, state: Any, groups: Sequence[Sequence[str]], saved: Sav
                 )
                 break
     return problems
+
+
+def _is_in_order(groups: Sequence[Sequence[str]], saved: SavedState) -> bool:
+    """Whether groups stand in the order in which hyper-parameters of their members were saved."""
+    start = "optim.param_groups."
+    names = (flat.removeprefix(start).rpartition(".")[0] for flat in saved.values if flat.startswith(start))
+    order = {member: place for place, member in enumerate(dict.fromkeys(names))}
+    places = [min(known) for members in groups if (known := [order[name] for name in members if name in order])]
+    return places == sorted(places)

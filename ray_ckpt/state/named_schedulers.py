@@ -142,6 +142,10 @@ class _Scheduler:
     def _kind(self) -> str:
         return type(self._scheduler).__name__
 
+    @property
+    def _is_torchs(self) -> bool:
+        return type(self._scheduler).__module__ == lr_scheduler.__name__
+
     def leaves(self, names: _Names) -> Iterator[tuple[str, Any]]:
         state = without_numpy(self._scheduler.state_dict())
         inner = self._inner(state)
@@ -160,7 +164,7 @@ class _Scheduler:
 
     def _split(self, key: Any, value: Any, lists: dict[GroupList, Any]) -> Any:
         """A value without lists of one item per group. torch's own schedulers have them under known keys only."""
-        if type(self._scheduler).__module__ == lr_scheduler.__name__ and key not in PER_GROUP:
+        if self._is_torchs and key not in PER_GROUP:
             return value
         return group_lists.split(value, len(self.optimizer.param_groups), lists, (key,))
 
@@ -214,11 +218,13 @@ class _Scheduler:
 
     def _plan_foreign(self, saved: SavedState) -> tuple[dict[str, Claim], list[str]]:
         """Of what another program saved, without the class and without names of parameters."""
-        rebuilt = foreign_state.rebuild(saved, self._place, without_numpy(self._scheduler.state_dict()))
+        live = without_numpy(self._scheduler.state_dict())
+        rebuilt = foreign_state.rebuild(saved, self._place, live)
         num_groups = len(self.optimizer.param_groups)
         problems = foreign_state.fit_groups(self._place, rebuilt.value, num_groups, range(num_groups))[1]
         groups = [_members(group, self._optimizers.names(), saved) for group in self.optimizer.param_groups]
-        problems += foreign_state.misplaced(self._place, rebuilt.value, groups, saved)
+        whole = {key for key in live if self._is_torchs and key not in PER_GROUP}
+        problems += foreign_state.misplaced(self._place, rebuilt.value, groups, saved, whole)
         if rebuilt.unknown:
             problems.append(
                 f"another kind of scheduler than a {self._kind} was saved as {self._place}: it has "

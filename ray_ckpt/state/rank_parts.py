@@ -1,10 +1,12 @@
 """Parts of a training state that every rank has of its own: random generators and data loaders.
 
     <section>.rank<n>. ...
+    dataloader.positions.<n>     of a data loader that goes by a DistributedSampler: sampler_positions.py
 
 Loaded by as many ranks in a layout of the same name, each rank takes its own again. Otherwise random generators are
-seeded from the saved seed, the step and the rank, so that every such load gives the same numbers, and a data loader is
-left as it is. The plan's notes say which happened. (Ranks that have to draw the same numbers, such as those of one
+seeded from the saved seed, the step and the rank, so that every such load gives the same numbers. A data loader goes on
+where all of the saved ones were, if its sampler can be set there, and else is left as it is. The plan's notes say which
+happened, and which samples come again. (Ranks that have to draw the same numbers, such as those of one
 tensor-parallel group, must be seeded by the user after such a load: the names do not say who belongs together.)
 """
 
@@ -14,6 +16,7 @@ import random
 import re
 import sys
 from collections.abc import Mapping
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -26,9 +29,12 @@ from ray_ckpt.state import sealing
 from ray_ckpt.state.foreign_state import rebuild
 from ray_ckpt.state.load_plan import Claim, LoadPlan, SavedState
 from ray_ckpt.state.replicated_parts import NUM_RANKS, claim_under, gathered, handed_over, has_records, is_whole
+from ray_ckpt.state.sampler_positions import Position, mover, position_of, replica_of
 from ray_ckpt.text import quoted
 
 RESTORED, RESEEDED, LEFT = "restored", "reseeded", "left as it was"
+
+_POSITIONS = "positions"
 
 
 class RankPart:
@@ -47,7 +53,11 @@ class RankPart:
 
     def leaves(self) -> dict[str, Any]:
         rank, num_ranks = _place()
-        return {NUM_RANKS: num_ranks} | sealing.pack_state(f"rank{rank}", self._owner.state_dict())
+        state = self._owner.state_dict()
+        leaves = {NUM_RANKS: num_ranks} | sealing.pack_state(f"rank{rank}", state)
+        if position := position_of(self._owner, state):
+            leaves[f"{_POSITIONS}.{rank}"] = astuple(position)
+        return leaves
 
     def plan(self, saved: SavedState) -> LoadPlan:
         if not saved.wants(self.section):
@@ -67,30 +77,53 @@ class RankPart:
                 "checkpoint is damaged"
             )
         if num_saved == num_ranks and saved.layout == self._layout:
-            name = f"{self.section}.rank{rank}"
-            claims = claim_under(saved, name, is_recorded=True)
-
-            if not is_whole(saved, claims):
-                return LoadPlan(claims, lambda loaded: None, taken=known, notes={self.section: LEFT})
-
-            if not isinstance(self._owner, Rng):
-                handovers = handed_over(saved, name, self._owner, claims, may_be_asked=False)
-                return LoadPlan(
-                    claims, lambda loaded: None, taken=known, notes={self.section: RESTORED}, handovers=handovers
-                )
-
-            def restore(loaded: Mapping[str, torch.Tensor]) -> None:
-                self._owner.load_state_dict(sealing.unpack(name, gathered(saved, claims, loaded)))
-
-            return LoadPlan(claims, restore, taken=known, notes={self.section: RESTORED})
+            return self._plan_restored(saved, f"{self.section}.rank{rank}")
         if not isinstance(self._owner, Rng):
-            return LoadPlan({}, lambda loaded: None, taken=known, notes={self.section: LEFT})
+            return self._plan_elsewhere(saved, num_saved)
         seed = f"{self.section}.rank0.seed"
         seeds = (saved.values.get(seed), saved.values.get("counters.step"), rank)
         owner = self._owner
         return LoadPlan(
             {seed: Claim(seed)}, lambda loaded: owner.reseed(*seeds), taken=known, notes={self.section: RESEEDED}
         )
+
+    def _plan_restored(self, saved: SavedState, name: str) -> LoadPlan:
+        """Of the state that one rank saved under this name."""
+        known = saved.under(self.section)
+        claims = claim_under(saved, name, is_recorded=True)
+        if not is_whole(saved, claims):
+            return LoadPlan(claims, _nothing, taken=known, notes={self.section: LEFT})
+        if not isinstance(self._owner, Rng):
+            handovers = handed_over(saved, name, self._owner, claims, may_be_asked=False)
+            return LoadPlan(claims, _nothing, taken=known, notes={self.section: RESTORED}, handovers=handovers)
+
+        def restore(loaded: Mapping[str, torch.Tensor]) -> None:
+            self._owner.load_state_dict(sealing.unpack(name, gathered(saved, claims, loaded)))
+
+        return LoadPlan(claims, restore, taken=known, notes={self.section: RESTORED})
+
+    def _plan_elsewhere(self, saved: SavedState, num_saved: int) -> LoadPlan:
+        """Of what a data loader's ranks saved in another layout."""
+        known = saved.under(self.section)
+        below = f"{self.section}.{_POSITIONS}"
+        positions = {int(name[len(below) + 1 :]): Position(*saved.values[name]) for name in saved.under(below)}
+        own = replica_of(self._owner)
+        for number, position in positions.items():
+            if (position.replica, position.num_replicas) == own:
+                return self._plan_restored(saved, f"{self.section}.rank{number}")
+        if found := mover(self._owner, list(positions.values())):
+            move, again = found
+            note = (
+                f"{RESTORED}; {again} samples come again, as that many is less than one per replica"
+                if again
+                else RESTORED
+            )
+            return LoadPlan({}, lambda loaded: move(), taken=known, notes={self.section: note})
+        note = (
+            f"{LEFT}: nothing tells what the {num_saved} ranks that saved it had taken together, so a new loader gives "
+            "the samples of the running epoch again"
+        )
+        return LoadPlan({}, _nothing, taken=known, notes={self.section: note})
 
     def _plan_foreign(self, saved: SavedState) -> LoadPlan:
         """Of what another program saved: all of it goes to the object, which takes its own rank's part."""

@@ -72,7 +72,8 @@ class TrainState:
         step: number of steps trained; set `state.step` as training goes on. A load sets it.
         counters: other numbers, such as tokens seen; a load replaces the values in this mapping.
         rng: whether to save and restore the random generators of each rank.
-        dataloader: this rank's data loader: anything with `state_dict` and `load_state_dict`.
+        dataloader: this rank's data loader: anything with `state_dict` and `load_state_dict`. A torchdata
+            `StatefulDataLoader` over a `StatefulDistributedSampler` goes on in any layout, each sample once.
         ema: a second set of parameters: a module (also torch's `AveragedModel`), or name -> tensor.
         extra: name -> tensor, plain value, or anything with `state_dict` and `load_state_dict`; a load fills tensors
             in place and replaces plain values in this mapping.
@@ -85,7 +86,7 @@ class TrainState:
             other means. Their fingerprints are saved, and a load beside another base is refused by name. That reads
             all frozen elements once per save and load, but none from or to the storage. (DCP's own verbs do not.)
         layout: name of the layout in which this rank runs, for the manifest. The states that each rank has of its own
-            (`rng`, `dataloader`) are restored only in a layout of the same name and number of ranks.
+            (`rng`, `dataloader`) are restored only in a layout of the same name and number of ranks; see `dataloader`.
     """
 
     def __init__(
