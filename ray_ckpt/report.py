@@ -107,6 +107,12 @@ class LoadReport:
     """How often this rank asked the storage again after an error that may pass."""
     bytes_by_file: Mapping[str, int] = field(default_factory=dict, repr=False)
     """Data file -> bytes of tensors that this rank has read from it."""
+    tier: str | None = None
+    """Where a store has two tiers, the one that was loaded from: `front` or `durable`; else None."""
+    durable_bytes: int = 0
+    """Bytes that this rank has read from the durable tier: of tensors, and of what was damaged in the front."""
+    damaged_copies: tuple[str, ...] = ()
+    """What was found damaged or gone and read from another copy instead, and from where."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ray_ckpt.format.manifest import MANIFEST_NAME, Manifest
 from ray_ckpt.storage.files import Storage
-from ray_ckpt.storage.record_files import parse_or_take
+from ray_ckpt.storage.record_files import read_record
 
 __all__ = ["Opened", "open_record", "size_problem"]
 
@@ -37,8 +37,7 @@ def open_record(storage: Storage, *, trusted: bool = False) -> Opened:
         CheckpointError, StorageError: it is damaged, not safe to read, or the storage does not answer.
     """
     if storage.exists(MANIFEST_NAME):  # also where the target is a file, in which nothing can be looked for
-        manifest = parse_or_take(storage.read_bytes(MANIFEST_NAME), f"{storage.address}/{MANIFEST_NAME}")
-        return Opened(storage.address, manifest, storage, "ray_ckpt")
+        return Opened(storage.address, read_record(storage), storage, "ray_ckpt")
     from ray_ckpt.storage.checkpoint_reader import CheckpointReader  # it loads torch
 
     reader = CheckpointReader(storage, trusted=trusted)

@@ -117,6 +117,7 @@ class RankLoad:
         self._clock = PhaseClock()
         self._storage = storage
         self._retries_before = storage.num_retries
+        self._rereads_before = len(storage.rereads)
 
     def open(self) -> None:
         """Raises:
@@ -345,6 +346,7 @@ class RankLoad:
             for plan in self._plans:
                 handing_over.finish(plan, self._loaded)
                 self._num_applied += 1
+        again = self._storage.rereads[self._rereads_before :]
         return LoadReport(
             uri=self._source.address,
             num_bytes=self._num_bytes,
@@ -358,6 +360,11 @@ class RankLoad:
             phases=self._clock.phases,
             num_retries=self._storage.num_retries - self._retries_before,
             bytes_by_file=self._source.bytes_by_file,
+            tier=self._storage.tier,
+            durable_bytes=self._num_bytes
+            if self._storage.tier == "durable"
+            else sum(r.num_bytes for r in again if r.is_durable),
+            damaged_copies=tuple(dict.fromkeys(map(str, again))),
             base=verdict.notes.get(frozen.NOTE),
         )
 

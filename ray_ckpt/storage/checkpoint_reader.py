@@ -26,7 +26,7 @@ from ray_ckpt.storage.foreign import recognize
 from ray_ckpt.storage.member_sums import check_members, long_members
 from ray_ckpt.storage.objects import Decoder, decoded_containers, read_values
 from ray_ckpt.storage.ranged_reads import Piece, Tuning, fetch, local_threads, tuning_for
-from ray_ckpt.storage.record_files import parse_or_take
+from ray_ckpt.storage.record_files import read_record
 
 __all__ = ["CheckpointReader", "Wanted"]
 
@@ -92,9 +92,8 @@ class CheckpointReader:
             FormatError, UnsafeCheckpointError: there is one, but it is damaged or not safe to read.
         """
         if self.storage.exists(MANIFEST_NAME):
-            data = self.storage.read_bytes(MANIFEST_NAME)
             self.files = self.storage
-            return parse_or_take(data, f"{self.storage.address}/{MANIFEST_NAME}")
+            return read_record(self.storage)
         found = recognize(self.storage, trusted=self.trusted)
         self.files, self.kind, self.notes = found.storage, found.kind, found.notes
         return found.manifest

@@ -32,6 +32,7 @@ from ray_ckpt.format import limits
 from ray_ckpt.format.manifest import check_file_name
 from ray_ckpt.storage.address import ARROW_SCHEMES, Address, parse
 from ray_ckpt.storage.file_objects import InputFile, OutputFile, PreparedFile
+from ray_ckpt.storage.good_reads import Reread
 from ray_ckpt.storage.local_files import is_plain_file, lock_directory, make_directory, remove_plain_file, rename
 from ray_ckpt.storage.redact import without_secrets
 from ray_ckpt.storage.registered import REGISTERED, RegisteredFileSystem, WritableFile, open_registered
@@ -84,6 +85,11 @@ class Storage:
     Names of files are relative to the target, with `/` between their parts; a name that leaves the target is refused.
     """
 
+    tier: str | None = None
+    """`front` or `durable`, for a step of a store with two tiers."""
+    durable: Storage | None = None
+    """Where a step of a front is copied to, and read from when what is here is damaged."""
+
     def __init__(self, target: str | os.PathLike[str], *, retry: RetryPolicy | None = None) -> None:
         self._address = parse(target)
         self.retry = retry or RetryPolicy()
@@ -92,6 +98,8 @@ class Storage:
         self._built: tuple[int, pafs.FileSystem, str] | None = None
         self._retries: list[None] = []
         """One for each retry, as threads may append at the same time. Children and parents share it."""
+        self.rereads: list[Reread] = []
+        """What was read from another copy, as one was damaged; shared likewise."""
 
     @classmethod
     def of(cls, target: str | os.PathLike[str] | Storage) -> Storage:

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import xxhash
 
 from ray_ckpt.errors import IntegrityError
 from ray_ckpt.format import ranges
@@ -32,6 +31,7 @@ from ray_ckpt.gc_pause import collector_paused
 from ray_ckpt.progress import NOBODY, Meter
 from ray_ckpt.rounding import round_up
 from ray_ckpt.storage.files import InputFile, Storage
+from ray_ckpt.storage.good_reads import check_blocks, read_good
 from ray_ckpt.storage.staging import bytes_of
 
 
@@ -355,11 +355,14 @@ class _Worker:
     def run(self, read: _Read) -> None:
         size = read.end - read.start
         memory = self._scratch_of(size) if read.memory is None else read.memory
-        self._input(read.file).read_into(read.start, memory)
+
+        def check(data: memoryview) -> None:
+            for wanted in read.ranges:
+                _verify(wanted, data[wanted.start - read.start : wanted.end - read.start])
+
+        read_good(self._storage, read.file, read.start, memory, opened=lambda: self._input(read.file), check=check)
         for wanted in read.ranges:
-            data = memory[wanted.start - read.start : wanted.end - read.start]
-            _verify(wanted, data)
-            _deliver(wanted, data)
+            _deliver(wanted, memory[wanted.start - read.start : wanted.end - read.start])
 
     def _input(self, file: str) -> InputFile:
         """Reads come in the order of the files: one open file at a time will do."""
@@ -388,21 +391,7 @@ def _verify(wanted: _Range, data: memoryview) -> None:
         if source.has_crc and wanted.start == source.data_start and len(data) >= source.data_bytes:
             check_crc(source, data[: source.data_bytes], data[source.data_bytes :])
         return
-    start = wanted.start - wanted.source.data_start
-    size = checksums.block_bytes
-    for at in range(0, len(data), size):
-        block = data[at : at + size]
-        found, saved = xxhash.xxh3_64_intdigest(block), checksums[(start + at) // size]
-        if found != saved:
-            raise IntegrityError(
-                file=wanted.source.file,
-                start=wanted.start + at,
-                end=wanted.start + at + len(block),
-                tensor=wanted.source.name,
-                expected=f"{saved:016x}",
-                found=f"{found:016x}",
-                hint="restore the file from a copy, or load an earlier step",
-            )
+    check_blocks(data, checksums, file=source.file, start=wanted.start, data_start=source.data_start, name=source.name)
 
 
 def check_crc(source: Source, data: memoryview, behind: memoryview) -> None:

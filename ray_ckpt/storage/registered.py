@@ -57,6 +57,10 @@ class Files(Protocol):
         """Open a file; one that is not there is a `FileNotFoundError`."""
         ...
 
+    def open_copies(self, path: str) -> Iterable[tuple[str, ReadableFile]]:
+        """Every copy of a file that there is, opened by itself, with the place where it is."""
+        ...
+
     def create(self, path: str, num_bytes: int) -> WritableFile:
         """Start a file that will have about this many bytes. An error where there is no room for them."""
         ...
@@ -104,6 +108,10 @@ class RegisteredFileSystem:
     def open_input_file(self, path: str) -> _Input:
         """Open a file for ranged reads."""
         return _Input(self._files.open(path.strip("/")))
+
+    def open_copies(self, path: str) -> Iterable[tuple[str, _Input]]:
+        """Every copy of a file, opened by itself, with the place where it is."""
+        return ((place, _Input(file)) for place, file in self._files.open_copies(path.strip("/")))
 
     def create(self, path: str, num_bytes: int) -> WritableFile:
         """Start a file; it appears when it is closed."""

@@ -17,7 +17,7 @@ from ray_ckpt.errors import CheckpointError, CheckpointNotFoundError, FormatErro
 from ray_ckpt.format.manifest import MANIFEST_NAME
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.publish import DATA_FILE
-from ray_ckpt.storage.record_files import parse_and_keep, read_if_there
+from ray_ckpt.storage.record_files import parse_and_keep, read_record
 
 __all__ = ["Look", "Steps", "directory_of", "look_at", "name_in", "parse_steps"]
 
@@ -71,11 +71,10 @@ def look_at(directory: Storage) -> Look | None:
         None when none is committed there.
     """
     try:
-        data = read_if_there(directory, MANIFEST_NAME)
-        if data is None:
-            return None
-        manifest = parse_and_keep(data, f"{directory.address}/{MANIFEST_NAME}")
+        manifest = read_record(directory, parse_and_keep)
     except (CheckpointError, StorageError) as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
         if isinstance(error, StorageError) and error.transient:
             raise
         return Look("", {}, str(error))

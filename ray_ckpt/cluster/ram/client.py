@@ -128,6 +128,11 @@ class RamFiles:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
         return RamInput(self, path, found)
 
+    def open_copies(self, path: str) -> Iterable[tuple[str, RamInput]]:
+        for found in filter(None, self.find([path])):
+            for node, place in found.copies.items():
+                yield f"node {node}", RamInput(self, path, found._replace(copies={node: place}))
+
     def keeper(self, node: str) -> Any:
         """The keeper of a node.
 
