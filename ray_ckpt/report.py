@@ -60,6 +60,8 @@ class SaveReport:
     """What took how long on which rank."""
     num_retries: int = 0
     """How often the ranks asked the storage again after an error that may pass."""
+    not_durable: tuple[str, ...] = ()
+    """Where the store has a front: what could not be copied to the durable tier until then, with reasons."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,28 @@ class RemovalReport:
     """Whether this is only what would be removed."""
     damages: Mapping[int, str] = field(default_factory=dict)
     """Step -> path and reason, of the damaged steps that `prune` left alone."""
+
+
+@dataclass(frozen=True)
+class CopyReport:
+    """What has not been copied from the front of a store to its durable tier, as `CheckpointStore.copying` tells.
+
+    Example:
+        >>> from ray_ckpt import CheckpointStore
+        >>> CheckpointStore("run").copying()  # there is nothing to be copied without a front
+        CopyReport(waiting={}, given_up={})
+    """
+
+    waiting: Mapping[int, str]
+    """Step -> why it could not be copied so far; empty when nothing is wrong. It is tried again."""
+    given_up: Mapping[int, str]
+    """Step -> why it is not going to be durable."""
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """One line for each step that could not be copied."""
+        found = {**{step: f"{why}; it is tried again" for step, why in self.waiting.items() if why}, **self.given_up}
+        return tuple(f"step {step} is not durable: {why}" for step, why in sorted(found.items()))
 
 
 @dataclass(frozen=True)

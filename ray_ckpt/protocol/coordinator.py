@@ -190,7 +190,7 @@ class Coordinator:
         """
         manifest = self.manifest
         with self._measured("commit"):
-            publish(self._storage, manifest, stock_record, overwrite=self._overwrite)
+            not_durable = publish(self._storage, manifest, stock_record, overwrite=self._overwrite)
         report = SaveReport(
             uri=self._storage.address,
             total_bytes=manifest.total_bytes,
@@ -200,6 +200,7 @@ class Coordinator:
             differing_buffers=self._differing,
             phases=(*self._phases, *self._clock.phases),
             num_retries=self._num_retries,
+            not_durable=not_durable,
         )
         _logger.info(
             "committed %s: %d bytes in %d files, %.1f s",

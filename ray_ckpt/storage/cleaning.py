@@ -29,7 +29,8 @@ _logger = logging.getLogger("ray_ckpt")
 
 _PROBE = re.compile(r"probe-[0-9a-f]{12}-[0-9]+(?:\.[0-9a-f]{12}\.tmp)?")
 _TEMPORARY = re.compile(
-    rf"(?:{re.escape(MANIFEST_NAME)}|{re.escape(STOCK_RECORD_NAME)})\.[0-9a-f]{{12}}\.tmp|{_PROBE.pattern}"
+    rf"(?:{re.escape(MANIFEST_NAME)}|{re.escape(STOCK_RECORD_NAME)}|__[0-9]+_[0-9]+-[0-9a-f]{{12}}\.distcp)"
+    rf"\.[0-9a-f]{{12}}\.tmp|{_PROBE.pattern}"
 )
 
 

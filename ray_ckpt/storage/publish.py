@@ -20,6 +20,7 @@ from ray_ckpt.format.record import digest
 from ray_ckpt.gc_pause import collector_paused
 from ray_ckpt.storage.file_objects import PreparedFile
 from ray_ckpt.storage.files import Storage
+from ray_ckpt.storage.front import FrontStorage
 from ray_ckpt.storage.record_files import read_if_there
 
 STOCK_RECORD_NAME = ".metadata"
@@ -44,7 +45,7 @@ def is_of_attempt(storage: Storage, attempt: str) -> bool:
     return record is not None and attempt.encode() in record
 
 
-def publish(storage: Storage, manifest: Manifest, stock_record: bytes, *, overwrite: bool) -> None:
+def publish(storage: Storage, manifest: Manifest, stock_record: bytes, *, overwrite: bool) -> tuple[str, ...]:
     """Commit. What was there stays valid until the manifest has its name; its data files are deleted after that.
 
     Without `overwrite` one of several writers wins, and the others raise. On local files the kernel decides. Elsewhere,
@@ -54,10 +55,18 @@ def publish(storage: Storage, manifest: Manifest, stock_record: bytes, *, overwr
     Args:
         stock_record: the `.metadata` that lets stock DCP read the same files.
 
+    Returns:
+        Where it is the front of a store that was written to: what could not be copied to the durable tier so far.
+
     Raises:
         CheckpointExistsError: another attempt has committed meanwhile, and `overwrite` was not given.
         StorageError: a record could not be written. The commit may or may not have happened; look at `store.steps()`.
     """
+    _publish(storage, manifest, stock_record, overwrite=overwrite)
+    return storage.order_copy(overwrite=overwrite) if isinstance(storage, FrontStorage) else ()
+
+
+def _publish(storage: Storage, manifest: Manifest, stock_record: bytes, *, overwrite: bool) -> None:
     if not overwrite:
         refuse_if_taken(storage)
     replaced = _committed_files(storage) if overwrite else None

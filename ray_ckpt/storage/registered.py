@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import pyarrow.fs as pafs
 
+from ray_ckpt.report import CopyReport
 from ray_ckpt.storage.address import Address
+
+if TYPE_CHECKING:
+    from ray_ckpt.storage.files import Storage
 
 REGISTERED: dict[str, str] = {"ram": "ray_ckpt.cluster.ram.client:open_files"}
 """Scheme -> the function that opens it, as text: this floor knows nothing of those above."""
@@ -45,6 +49,21 @@ class WritableFile(Protocol):
     def close(self) -> None: ...
 
 
+class CopyOrder(NamedTuple):
+    """Committed steps of a store that are to be copied to another store, in the background."""
+
+    source: str
+    """Path of the store in its file system."""
+    target: Storage
+    """The other store."""
+    every: int
+    """Steps that are multiples of this are to be copied, once each."""
+    step: int
+    """This one is to be copied anew, whatever its number."""
+    overwrite: bool
+    """Whether `step` may replace another attempt's checkpoint."""
+
+
 class Files(Protocol):
     """Who keeps the files of a scheme. Paths are relative, with `/` between their parts."""
 
@@ -66,6 +85,14 @@ class Files(Protocol):
         ...
 
     def delete(self, path: str) -> None: ...
+
+    def copy_out(self, order: CopyOrder) -> CopyReport:
+        """Take an order; whoever keeps the files carries it out, after a failure again and again."""
+        ...
+
+    def copying(self, store: str) -> CopyReport:
+        """What has not been copied yet of a store in this file system."""
+        ...
 
 
 def open_registered(address: Address) -> tuple[RegisteredFileSystem, str]:
@@ -120,6 +147,14 @@ class RegisteredFileSystem:
     def delete_file(self, path: str) -> None:
         """Remove a file; one that is not there is an error."""
         self._files.delete(path.strip("/"))
+
+    def copy_out(self, order: CopyOrder) -> CopyReport:
+        """Have steps copied to another store in the background."""
+        return self._files.copy_out(order)
+
+    def copying(self, store: str) -> CopyReport:
+        """What has not been copied yet."""
+        return self._files.copying(store)
 
 
 def _info(path: str, found: Found) -> pafs.FileInfo:

@@ -77,7 +77,7 @@ def committed_at(target: Target, step: int | None) -> Location:
 def _found_at(target: Target, step: int | None, latest_of: Callable[[CheckpointStore], int | None]) -> Location:
     store = _store(target)
     if step is not None:
-        named = store.location(step)
+        named = store.holding(step)
         if not (_is_recorded(named) or is_foreign(named)):
             raise store.not_found(step)
         return Location(named, step)
@@ -86,7 +86,7 @@ def _found_at(target: Target, step: int | None, latest_of: Callable[[CheckpointS
         return Location(directory, None)
     latest = latest_of(store)
     if latest is not None:
-        return Location(store.location(latest), latest)
+        return Location(store.holding(latest), latest)
     if directory is None:
         raise CheckpointNotFoundError(f"no committed checkpoint at {store.address}, nor in a step-<N> below it")
     listing = list_target(directory)

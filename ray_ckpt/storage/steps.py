@@ -95,6 +95,10 @@ class Steps:
         """The storage of a step's directory, whether a checkpoint is there or not."""
         return self._storage.child(directory_of(step))
 
+    def holding(self, step: int) -> Storage:
+        """The storage that a committed step is read from."""
+        return self.location(step)
+
     def committed(self) -> tuple[int, ...]:
         """Those with a manifest, ascending."""
         return tuple(sorted(parse_steps(self._storage.directories_with(MANIFEST_NAME))))

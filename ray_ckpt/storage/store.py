@@ -16,10 +16,11 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
 from ray_ckpt.errors import CheckpointError, CheckpointNotFoundError, StorageError, UsageError
 from ray_ckpt.format.manifest import MANIFEST_NAME, Manifest
-from ray_ckpt.report import RemovalReport
+from ray_ckpt.report import CopyReport, RemovalReport
 from ray_ckpt.storage.cleaning import Cleaning
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.pins import Pins
@@ -66,15 +67,52 @@ class CheckpointStore:
       latter case the `.metadata` for stock DCP may be missing if the two write it within the same moment.
     - A reader whose step is deleted meanwhile fails. Within `reading`, the error says that this is why.
 
+    With a `front`, which is memory of a Ray cluster, the store has two tiers. A save is committed in the front, and
+    training goes on; a process of the cluster, not the one that trains, copies the step to `target` and commits it
+    there. `latest`, `load` and all else read the newest good step of either, and of a step that both have the front's;
+    `LoadReport.tier` says which it was. A copy that fails never stops training: it is told (`SaveReport.not_durable`,
+    `copying`), and tried again. Before a job ends, `make_durable` waits for the last one.
+
+    - `prune` applies to each tier by itself, so that the highest good step of either stays. A step that is still to be
+      copied stays in the front, unless its memory is needed for a new one: then this is told.
+    - A step of `target` that another attempt has saved is replaced only by a save with `overwrite`.
+
     Args:
         target: a local path, a URI as `Storage` takes it, or a `Storage`.
+        front: a store in front of it, such as `ram://run?replicas=1`.
+        durable_every: with a front, which steps are copied: the multiples of this.
+
+    Raises:
+        UsageError: nobody could copy from the front in the background, or `durable_every` is below 1.
     """
 
-    def __init__(self, target: str | os.PathLike[str] | Storage) -> None:
+    def __new__(
+        cls,
+        target: str | os.PathLike[str] | Storage,
+        front: str | os.PathLike[str] | Storage | None = None,
+        durable_every: int = 1,
+    ) -> CheckpointStore:
+        if front is None:
+            return super().__new__(cls)
+        from ray_ckpt.storage.two_tiers import TwoTierStore  # which is one of these
+
+        return super().__new__(TwoTierStore)
+
+    def __init__(
+        self,
+        target: str | os.PathLike[str] | Storage,
+        front: str | os.PathLike[str] | Storage | None = None,
+        durable_every: int = 1,
+    ) -> None:
+        if front is None and durable_every != 1:
+            raise UsageError(f"durable_every={durable_every} says what of a front becomes durable, and there is none")
         self._storage = Storage.of(target)
         self._steps = Steps(self._storage)
         self._pins = Pins(self._storage)
         self._removal = Removal(self._storage, self._pins)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CheckpointStore, (self._storage,)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.address!r})"
@@ -128,7 +166,7 @@ class CheckpointStore:
             CheckpointNotFoundError: the step is not committed.
             FormatError, UnsafeCheckpointError: its manifest is damaged.
         """
-        data = read_if_there(self.location(step), MANIFEST_NAME)
+        data = read_if_there(self.holding(step), MANIFEST_NAME)
         if data is None:
             raise self._steps.not_found(step)
         return Manifest.from_json(data, f"{self.location(step).address}/{MANIFEST_NAME}")
@@ -143,17 +181,25 @@ class CheckpointStore:
             FormatError: no step was named, and the latest is damaged.
         """
         chosen = self.latest() if step is None else step
-        if chosen is None or not self._steps.is_committed(chosen):
+        if chosen is None or not self.is_committed(chosen):
             raise self._steps.not_found(chosen)
         try:
-            yield self.location(chosen)
+            yield self.holding(chosen)
         except (StorageError, CheckpointError) as error:
-            if self._steps.is_committed(chosen):
+            if self.is_committed(chosen):
                 raise
             raise CheckpointNotFoundError(
                 f"step {chosen} of {self.address} was deleted while it was read; read a step that is left, "
                 "or pin it before you read it"
             ) from error
+
+    def is_committed(self, step: int) -> bool:
+        """Whether the step is committed, at the cost of one look."""
+        return self._steps.is_committed(step)
+
+    def holding(self, step: int) -> Storage:
+        """The storage that a committed step is read from: of two tiers the one that has it whole, the front first."""
+        return self._steps.holding(step)
 
     def not_found(self, step: int | None) -> CheckpointNotFoundError:
         """The error for a step that is not committed. It names the latest one."""
@@ -162,12 +208,37 @@ class CheckpointStore:
     # ------------------------------------------------------------------------------------------------- writing
 
     def location(self, step: int) -> Storage:
-        """The storage of a step's directory, whether a checkpoint is there or not. Nothing is read or written.
+        """The storage that a step is saved to, whether a checkpoint is there or not. Nothing is read or written.
 
         Raises:
             UsageError: `step` is not a number from 0.
         """
         return self._steps.location(step)
+
+    def copying(self) -> CopyReport:
+        """What has not been copied from the front to the durable tier; of a store without a front, nothing.
+
+        Raises:
+            StorageError: the front does not answer.
+        """
+        return CopyReport({}, {})
+
+    def make_durable(self, step: int | None = None, *, timeout_s: float) -> int | None:
+        """Wait until a step, by default the latest good one, is in the durable tier; have it copied if it is not to be.
+
+        What is in memory alone ends with its cluster, or its job: call this before.
+
+        Returns:
+            The step; None where there is none.
+
+        Raises:
+            CheckpointNotFoundError: the step is not committed.
+            CheckpointError: it is not durable after `timeout_s`, or is not going to be. The message says why.
+        """
+        chosen = self.latest(fallback=True) if step is None else step
+        if chosen is not None and not self.is_committed(chosen):
+            raise self.not_found(chosen)
+        return chosen
 
     def delete(self, *steps: int, dry_run: bool = False) -> RemovalReport:
         """Remove committed steps, the lowest first: the commit record, durably, then the files that it names.
@@ -243,10 +314,10 @@ class CheckpointStore:
             CheckpointNotFoundError: the step is not committed.
             CheckpointError: a delete of the step has begun. The pin is there, but may have come too late.
         """
-        if not self._steps.is_committed(step):
+        if not self.is_committed(step):
             raise self._steps.not_found(step)
         is_safe = self._pins.pin(step)
-        if not self._steps.is_committed(step):
+        if not self.is_committed(step):
             raise self._steps.not_found(step)
         if not is_safe:
             raise CheckpointError(

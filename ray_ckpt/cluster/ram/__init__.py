@@ -3,6 +3,7 @@
     client.py   what a process sees: Files, as `storage/registered.py` wants them
     index.py    one actor: which file is where; who gets a copy; whose memory is full; when all of it ends
     keeper.py   one actor per node: holds files in its node's memory
+    durable_copies.py   in the index: what is to be copied to a durable store; the keepers copy
 
     write  client ── create ──> index ──> keeper of the own node        an empty file in its memory
            client ── bytes straight into that memory

@@ -18,18 +18,11 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from ray_ckpt.cluster.connect import join_running
-from ray_ckpt.cluster.ram.index import (
-    NAMESPACE,
-    Begun,
-    Found,
-    Options,
-    Refusal,
-    find_index,
-    keeper_name,
-    start_index,
-)
+from ray_ckpt.cluster.ram.index import NAMESPACE, find_index, keeper_name, start_index
 from ray_ckpt.cluster.ram.keeper import Place, label, read_fully
+from ray_ckpt.cluster.ram.records import Begun, Found, Options, Refusal
 from ray_ckpt.errors import UsageError
+from ray_ckpt.report import CopyReport
 from ray_ckpt.storage import registered
 from ray_ckpt.storage.address import Address
 
@@ -174,6 +167,16 @@ class RamFiles:
     def delete(self, path: str) -> None:
         if not self._ask("delete", path, default=False):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+
+    # ------------------------------------------------------------------------------------------------- durable
+
+    def copy_out(self, order: registered.CopyOrder) -> CopyReport:
+        report: CopyReport = self._ask("copy_out", order)
+        return report
+
+    def copying(self, store: str) -> CopyReport:
+        report: CopyReport = self._ask("copying", store, default=CopyReport({}, {}))
+        return report
 
     # --------------------------------------------------------------------------------------------------- index
 

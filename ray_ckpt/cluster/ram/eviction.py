@@ -10,12 +10,13 @@ from ray_ckpt.storage.pins import pin_name
 from ray_ckpt.storage.steps import directory_of, parse_steps
 
 
-def superseded(paths: Collection[str], wanted_by: str) -> str | None:
+def superseded(paths: Collection[str], wanted_by: str, spared: Collection[str] = ()) -> str | None:
     """The directory of the lowest committed step that has a higher one beside it and is not pinned.
 
     Args:
         paths: of all files.
         wanted_by: path of the file that needs room: its own step stays, and its own store's steps go first.
+        spared: directories that stay.
     """
     stores: dict[str, list[int]] = defaultdict(list)
     for path in paths:
@@ -29,6 +30,7 @@ def superseded(paths: Collection[str], wanted_by: str) -> str | None:
         for step in sorted(steps)[:-1]
         if not wanted_by.startswith(f"{(directory := _join(store, directory_of(step)))}/")
         and _join(store, pin_name(step)) not in paths
+        and directory not in spared
     ]
     return min(candidates)[2] if candidates else None
 

@@ -12,19 +12,23 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ray_ckpt.cluster.ram.durable_copies import DurableCopies
 from ray_ckpt.cluster.ram.eviction import superseded
-from ray_ckpt.cluster.ram.keeper import Keeper, Place
+from ray_ckpt.cluster.ram.keeper import COPIES, Keeper, Place
+from ray_ckpt.cluster.ram.records import Begun, Found, Options, Refusal
 from ray_ckpt.cluster.ray_internals import has_ended
 from ray_ckpt.format.manifest import MANIFEST_NAME
+from ray_ckpt.report import CopyReport
 from ray_ckpt.storage.publish import STOCK_RECORD_NAME
+from ray_ckpt.storage.registered import CopyOrder
 from ray_ckpt.text import first_line
 from ray_ckpt.text_units import format_bytes
 
@@ -47,44 +51,6 @@ CALLS_AT_ONCE = 64
 KEEPER_CALLS_AT_ONCE = 8
 
 _logger = logging.getLogger("ray_ckpt")
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a `ram://` URI says behind its `?`."""
-
-    replicas: int = 1
-    """Number of nodes, besides the writer's, that hold a file."""
-    capacity_bytes: int | None = None
-    """Bytes that the files may take on each node; None takes a quarter of the node's shared memory."""
-    lifetime: str = "job"
-    """`job`: all of it ends with the job of Ray that began it. `detached`: it stays until it is dropped."""
-
-
-class Found(NamedTuple):
-    """A file with a name, and where it lies."""
-
-    key: str
-    num_bytes: int
-    modified_s: float
-    copies: Mapping[str, Place]
-    """Node id -> where processes of that node find it."""
-
-
-class Begun(NamedTuple):
-    """A file that a process of a node may write."""
-
-    key: str
-    place: Place
-
-
-class Refusal(NamedTuple):
-    """Why a file cannot be written."""
-
-    code: int
-    """As in `errno`."""
-    reason: str
-    """One line."""
 
 
 @dataclass
@@ -166,6 +132,7 @@ class Index:
         self._writing: dict[str, _Writing] = {}
         self._nodes: dict[str, _Node] = {}
         self._version = 0
+        self._durable = DurableCopies(store, self._lock, self._found_below, self._keeper_of)
         self._find_keepers()
         threading.Thread(target=self._watch, name="ray_ckpt-ram-watch", daemon=True).start()
 
@@ -267,6 +234,24 @@ class Index:
         for keeper in keepers:
             ray.kill(keeper)
 
+    # ------------------------------------------------------------------------------------------------ durable
+
+    def copy_out(self, order: CopyOrder) -> CopyReport:
+        """Have steps copied to a durable store."""
+        return self._durable.order(order)
+
+    def copying(self, store: str) -> CopyReport:
+        """What of a store has not been copied yet."""
+        return self._durable.report(store)
+
+    def _found_below(self, directory: str) -> dict[str, Found]:
+        prefix = f"{directory}/" if directory else ""
+        return {path.removeprefix(prefix): _found(f) for path, f in self._files.items() if path.startswith(prefix)}
+
+    def _keeper_of(self, node: str) -> Any | None:
+        there = self._nodes.get(node)
+        return None if there is None or not there.answers else there.keeper
+
     # ------------------------------------------------------------------------------------------------- copies
 
     def _targets(self, node: str, alive: set[str]) -> list[str]:
@@ -329,12 +314,14 @@ class Index:
                 if short is None:
                     writing.num_bytes = num_bytes
                     return None
-                directory = superseded(self._files, path)
+                waiting = self._durable.waiting
+                directory = superseded(self._files, path, waiting) or superseded(self._files, path)
                 gone = [] if directory is None else [p for p in self._files if p.startswith(f"{directory}/")]
             if not gone:
                 self.abandon(key)
                 return short
-            _logger.warning("ram://%s/%s is removed to make room for %s", self._store, directory, path)
+            text = "ram://%s/%s is removed to make room for %s" + ", before it was durable" * (directory in waiting)
+            _logger.warning(text, self._store, directory, path)
             # The record goes first: from then on the step does not exist.
             for name in sorted(gone, key=lambda p: p != f"{directory}/{MANIFEST_NAME}"):
                 self.delete(name)
@@ -368,6 +355,7 @@ class Index:
                 "num_cpus": 0,
                 "max_restarts": 0,
                 "max_concurrency": KEEPER_CALLS_AT_ONCE,
+                "concurrency_groups": {COPIES: 1},  # a durable store that hangs leaves the keeper's other calls alone
                 "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
             }
             there = self._node(ray.remote(**settings)(Keeper).remote())

@@ -15,6 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import ray
 
+from ray_ckpt.storage.copying import commit_copy, copy_files
+from ray_ckpt.storage.files import Storage
+
 PIECE_BYTES = 32 << 20
 """Size of a transfer between nodes. Ray moves twice as much per second in pieces of 64 MiB as in those of 4."""
 
@@ -22,6 +25,9 @@ PIECES_IN_FLIGHT = 3
 
 SHARE_OF_SHARED_MEMORY = 4
 """Without a `capacity_bytes`, files take one of so many parts of the node's shared memory."""
+
+COPIES = "copies"
+"""The concurrency group of calls that may take as long as a durable store does."""
 
 _SHARED_MEMORY = "/dev/shm"
 
@@ -105,6 +111,14 @@ class Keeper:
             self.drop(key)
             raise
         return place
+
+    def copy_out(self, source: Storage, target: Storage, files: Sequence[str]) -> None:
+        """Copy files of a checkpoint in this memory to a durable store."""
+        copy_files(source, target, files)
+
+    def commit_out(self, source: Storage, target: Storage, overwrite: bool) -> None:
+        """Commit what has been copied."""
+        commit_copy(source, target, overwrite=overwrite)
 
     def size(self, key: str) -> int:
         """Bytes in a file."""
