@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from ray_ckpt.report import (
         CompareReport,
         ConversionReport,
+        CopyReport,
         Damage,
         LoadReport,
         NonFinite,
@@ -86,6 +87,7 @@ __all__ = [
     "CommitError",
     "CompareReport",
     "ConversionReport",
+    "CopyReport",
     "Damage",
     "DiffReport",
     "DoctorReport",
@@ -154,6 +156,7 @@ _HOMES = {
     "CheckpointStore": "ray_ckpt.storage.store",
     "CompareReport": "ray_ckpt.report",
     "ConversionReport": "ray_ckpt.report",
+    "CopyReport": "ray_ckpt.report",
     "Damage": "ray_ckpt.report",
     "DiffReport": "ray_ckpt.inspection.differing",
     "DoctorReport": "ray_ckpt.inspection.diagnosis",

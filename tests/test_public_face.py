@@ -24,11 +24,11 @@ import torch
 import ray_ckpt
 from ray_ckpt import (
     ArrowStorageReader, ArrowStorageWriter, CheckpointContents, CheckpointStore, CompareReport, ConversionReport,
-    Damage, DiffReport, DoctorReport, Finding, Fingerprint, Layout, LoadReport, Manifest, NodeFacts, NonFinite,
-    PageReport, Phase, Policy, RemovalReport, RetryPolicy, SaveHandle, SaveReport, Saved, Storage, StoreListing,
-    TensorDifference, TensorStatistics, TrainState, VerifyReport, WorkerContext, WorkerError, WorkerGroup, cluster,
-    compare, convert, diff, doctor, export, fingerprint, inspect, keep, keep_every, keep_last, list_steps, load,
-    resume, save, scan_nonfinite, tensor_statistics, verify, write_report,
+    CopyReport, Damage, DiffReport, DoctorReport, Finding, Fingerprint, Layout, LoadReport, Manifest, NodeFacts,
+    NonFinite, PageReport, Phase, Policy, RemovalReport, RetryPolicy, SaveHandle, SaveReport, Saved, Storage,
+    StoreListing, TensorDifference, TensorStatistics, TrainState, VerifyReport, WorkerContext, WorkerError,
+    WorkerGroup, cluster, compare, convert, diff, doctor, export, fingerprint, inspect, keep, keep_every, keep_last,
+    list_steps, load, resume, save, scan_nonfinite, tensor_statistics, verify, write_report,
 )
 
 
@@ -51,6 +51,8 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     print(compared.equal, compared.differing)
     policy: Policy = keep_last(3) | keep_every(1000) | keep([0])
     removed: RemovalReport = store.prune(policy)
+    copying: CopyReport = CheckpointStore("run", front="ram://run", durable_every=2).copying()
+    print(copying.waiting, copying.problems, store.make_durable(timeout_s=60))
     manifest: Manifest = store.manifest(2)
     part: Fingerprint = fingerprint(torch.ones(2))
     ArrowStorageWriter(Path("run")), ArrowStorageReader("run")

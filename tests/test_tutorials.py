@@ -15,7 +15,7 @@ from tests.support.s3 import run_s3
 
 PROGRAMS = {
     "index.md": "",
-    "memory.md": "3.0",
+    "memory.md": "durable (4, 5)",
     "howto/damaged.md": "1",
     "howto/elastic.md": "5\n",
     "howto/retention.md": "(300, 500, 900, 1000)",

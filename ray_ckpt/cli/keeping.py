@@ -1,4 +1,4 @@
-"""prune, clean, delete, pin, unpin: what stays in a store. What would go is shown first, and goes with --yes."""
+"""prune, clean, delete, pin, unpin, ram: what stays in a store. What would go is shown first, and goes with --yes."""
 
 from __future__ import annotations
 
@@ -132,6 +132,27 @@ def unpin(uri: str, steps: tuple[int, ...], in_json: bool) -> int:
     return 0
 
 
+@click.command()
+@click.option("--drop", "name", metavar="NAME", required=True, help="Free all that ram://NAME holds, on all nodes.")
+@json_option
+def ram(name: str, in_json: bool) -> int:
+    """End a storage in the memory of the cluster that RAY_ADDRESS names, or that `ray start` left on this machine.
+
+    Exit code 1 when there is none of that name.
+
+    \b
+    ray-ckpt ram --drop run1
+    """
+    from ray_ckpt.cluster.ram.client import drop_memory
+
+    dropped = drop_memory(name)
+    if in_json:
+        as_json({"dropped": dropped})
+    else:
+        click.echo(f"ram://{name} is dropped" if dropped else f"there is no ram://{name}")
+    return int(not dropped)
+
+
 def _show(report: RemovalReport, in_json: bool, what: str) -> None:
     if in_json:
         as_json(report)
@@ -157,4 +178,4 @@ def _show_pins(pins: tuple[int, ...], in_json: bool) -> None:
         click.echo(f"pinned: {', '.join(map(str, pins)) or 'none'}")
 
 
-COMMANDS = (prune, clean, delete, pin, unpin)
+COMMANDS = (prune, clean, delete, pin, unpin, ram)

@@ -24,8 +24,9 @@ _PAGE = 40
 
 @click.command()
 @uri_argument()
+@click.option("--front", metavar="URI", help="The store's front, such as ram://run: which step is in which tier.")
 @json_option
-def ls(uri: str, in_json: bool) -> int:
+def ls(uri: str, front: str | None, in_json: bool) -> int:
     """List the steps of a store, or the one checkpoint at URI.
 
     \b
@@ -33,8 +34,9 @@ def ls(uri: str, in_json: bool) -> int:
     ray-ckpt ls s3://bucket/run --json
     """
     from ray_ckpt.inspection.listing import list_steps
+    from ray_ckpt.storage.store import CheckpointStore
 
-    found = list_steps(uri)
+    found = list_steps(uri if front is None else CheckpointStore(uri, front))
     is_damaged = any(step.damage for step in found.steps)
     if in_json:
         as_json(found)
@@ -48,7 +50,9 @@ def ls(uri: str, in_json: bool) -> int:
             step.layout or "-",
             step.saved_by.get("torch", "-"),
             step.kind,
-            " ".join(filter(None, ["pinned" * step.pinned, "latest" * (step.step == found.latest is not None)])),
+            " ".join(
+                filter(None, [*step.tiers, "pinned" * step.pinned, "latest" * (step.step == found.latest is not None)])
+            ),
         ]
         for step in found.steps
     ]

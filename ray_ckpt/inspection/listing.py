@@ -6,9 +6,10 @@ another program wrote has a `.metadata` instead, which needs torch to be read.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ray_ckpt.errors import CheckpointError, CheckpointNotFoundError
 from ray_ckpt.format.manifest import MANIFEST_NAME, Manifest
@@ -20,6 +21,7 @@ from ray_ckpt.storage.record_files import parse_or_take, read_if_there
 from ray_ckpt.storage.resolve import Target, committed_at
 from ray_ckpt.storage.steps import directory_of, parse_steps
 from ray_ckpt.storage.store import CheckpointStore
+from ray_ckpt.storage.two_tiers import TwoTierStore
 
 __all__ = ["StepListing", "StoreListing", "list_steps"]
 
@@ -46,6 +48,8 @@ class StepListing:
     saved_by: Mapping[str, str]
     """Software -> version that wrote it."""
     pinned: bool
+    tiers: tuple[str, ...] = ()
+    """Where the store has two: those of `front` and `durable` in which the step is."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,8 @@ def list_steps(target: Target) -> StoreListing:
         CheckpointNotFoundError: neither a checkpoint nor a step is there.
         CheckpointError, StorageError: the one checkpoint that is there is damaged, or the storage does not answer.
     """
+    if isinstance(target, TwoTierStore):
+        return _list_two_tiers(target)
     store = target if isinstance(target, CheckpointStore) else CheckpointStore(target)
     directory = store.location(0).parent()
     assert directory is not None, "the step's directory lies in the store's"
@@ -110,6 +116,30 @@ def list_steps(target: Target) -> StoreListing:
     return StoreListing(
         store.address, steps, max(good, default=None), {name: sizes.get(name, 0) for name in orphans.files}
     )
+
+
+def _list_two_tiers(store: TwoTierStore) -> StoreListing:
+    """The steps of both tiers, each as it would be read."""
+    listings: dict[str, StoreListing] = {}
+    for name, tier in (("front", store.front), ("durable", store.durable)):
+        with contextlib.suppress(CheckpointNotFoundError):
+            listings[name] = list_steps(tier)
+    if not listings:
+        raise store.not_found(None)
+    places: dict[int, dict[str, StepListing]] = {}
+    for name, listing in listings.items():
+        for found in listing.steps:
+            if found.step is not None:
+                places.setdefault(found.step, {})[name] = found
+    steps = []
+    for step in sorted(places):
+        of_step = list(places[step].values())
+        shown = next((found for found in of_step if not found.damage), of_step[0])
+        pinned = any(found.pinned for found in of_step)
+        steps.append(replace(shown, pinned=pinned, tiers=tuple(places[step])))
+    good = [found.step for found in steps if not found.damage and found.step is not None]
+    orphans = {name: size for listing in listings.values() for name, size in listing.orphans.items()}
+    return StoreListing(store.address, tuple(steps), max(good, default=None), orphans)
 
 
 def _by_step(directory: Storage) -> dict[int, dict[str, Scanned]]:

@@ -41,13 +41,17 @@ def open_files(address: Address) -> RamFiles:
     Raises:
         UsageError: an option is not known or has a value that it cannot have, or no cluster is running.
     """
-    if not join_running():
-        raise UsageError(
-            f"{address.display} is memory of a Ray cluster, and none is running here: set RAY_ADDRESS to one, call "
-            "ray.init() first, or run in a task, an actor or a job of Ray"
-        )
+    _join(address.display)
     given = dict(urllib.parse.parse_qsl(address.options, keep_blank_values=True))
     return RamFiles(address.place, _options(given), is_explicit=bool(given))
+
+
+def _join(store: str) -> None:
+    if not join_running():
+        raise UsageError(
+            f"{store} is memory of a Ray cluster, and none is running here: set RAY_ADDRESS to one, call ray.init() "
+            "first, or run in a task, an actor or a job of Ray"
+        )
 
 
 def _options(given: Mapping[str, str]) -> Options:
@@ -80,7 +84,11 @@ def drop_memory(name: str) -> bool:
 
     Returns:
         Whether there was such a store.
+
+    Raises:
+        UsageError: no cluster is running.
     """
+    _join(f"ram://{name}")
     index = find_index(name)
     if index is None:
         return False
@@ -201,6 +209,8 @@ class RamFiles:
         except RayError as error:
             with self._lock:
                 self._index = None
+            if default is not None and find_index(self._store) is None:
+                return default  # it has been dropped, or has ended with its job
             raise OSError(errno.EIO, f"the index of ram://{self._store} is lost: {error}".partition("\n")[0]) from error
 
     def _find_index(self, *, begin: bool) -> Any:

@@ -31,6 +31,10 @@ from ray_ckpt.recipes.json_output import check_json_path, check_report_path, jso
 @click.option("--layers", type=click.IntRange(min=1), default=4, help="Layers of the default model.")
 @click.option("--model", metavar="PKG.MODULE:FACTORY", help="Your own model instead of the default one.")
 @click.option("--storage", metavar="PATH|URI", help="Shared storage, resumed from.  [default: a temporary directory]")
+@click.option("--front", metavar="ram|URI", help="Save into the cluster's memory first; a URI as ram://run?replicas=2.")
+@click.option(
+    "--durable-every", type=click.IntRange(min=1), default=1, help="With --front: steps that are copied to --storage."
+)
 @click.option("--address", help="Ray cluster to join.  [default: RAY_ADDRESS, a running one, or a local Ray]")
 @click.option("--backend", metavar="NAME", help="Process-group backend.  [default: NCCL with a GPU each, else gloo]")
 @click.option("--cpus-per-worker", type=click.FloatRange(min=0), default=1.0)

@@ -6,6 +6,7 @@
         start         from the latest committed step, or from the beginning
         train         step by step; every few steps a save that goes on beside training
         a failure     of a worker, its node or a save: the group is given up, and the loop begins again
+      make durable  with a front: wait until the last step is in the durable storage
 
 Every step is one call on the workers: the driver knows which step failed, and a signal finds the end of a step.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import math
 import re
+import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -22,13 +24,13 @@ from dataclasses import dataclass, field
 from ray_ckpt import cluster
 from ray_ckpt.cluster.capacity import all_slots, free_slots
 from ray_ckpt.cluster.group import PlacementWait, WorkerGroup
-from ray_ckpt.errors import GroupError, UsageError, WorkerError
+from ray_ckpt.errors import CheckpointError, GroupError, UsageError, WorkerError
 from ray_ckpt.parallel.layout import Layout
 from ray_ckpt.pictures.page import write_report
 from ray_ckpt.recipes import probe
 from ray_ckpt.recipes.screen import Line, Screen
 from ray_ckpt.recipes.setting import check_layouts, check_storage, connected, describe_group, show_wait, storage_of
-from ray_ckpt.recipes.train_elastic.report import ElasticReport, Restart
+from ray_ckpt.recipes.train_elastic.report import ElasticReport, Restart, Resume
 from ray_ckpt.recipes.train_elastic.stopping import Stopper
 from ray_ckpt.recipes.workload import Workload
 from ray_ckpt.report import LoadReport, SaveReport
@@ -41,6 +43,9 @@ RANKS = "ray_ckpt.recipes.train_elastic.ranks"
 
 KEPT_REPORTS = 100
 """Reports of saves, and of loads, that are kept for the page."""
+
+OWN_MEMORY = "ram"
+"""A front that is memory of this job's own, and ends with it."""
 
 SETTLE_S = 5.0
 """How long after the end of a group all resources count as free, because Ray reports them with a delay."""
@@ -63,6 +68,8 @@ class Options:
     layers: int = 4
     model: str | None = None
     storage: str | None = None
+    front: str | None = None
+    durable_every: int = 1
     report: str | None = None
     """Where to draw the run as an HTML page."""
     address: str | None = None
@@ -128,6 +135,9 @@ class Progress:
     """The last ones, for the page."""
     loads: deque[Sequence[LoadReport]] = field(default_factory=lambda: deque(maxlen=KEPT_REPORTS))
     """The last ones: the reports of all ranks each."""
+    resumes: list[Resume] = field(default_factory=list)
+    not_durable: dict[str, None] = field(default_factory=dict)
+    """What was told of copies that failed, each text once, in order."""
     _last: _Failure | None = None
     _open: _Failure | None = None
     """The last failure, until training is back where it had been."""
@@ -141,6 +151,7 @@ class Progress:
         """Note what the ranks, which all know the same, tell of a save."""
         if reports[0] is not None:
             self.saves.append(reports[0])
+            self.not_durable |= dict.fromkeys(reports[0].not_durable)
 
     def trained(self, loss: float) -> None:
         self.losses.append(loss)
@@ -174,9 +185,9 @@ class Run:
     options: Options
     screen: Screen
     uri: str
-    """URI of the store, for the workers. It may hold credentials and is never shown."""
+    """URI of the storage. It may hold credentials and is never shown."""
     store: CheckpointStore
-    """The same store for the driver, for the whole run, as it keeps its connections."""
+    """The store there, behind its front, for the whole run, as it keeps its connections."""
     stopper: Stopper
     progress: Progress = field(default_factory=Progress)
 
@@ -185,8 +196,9 @@ def check(options: Options) -> None:
     """Find out what cannot work before Ray is started.
 
     Raises:
-        UsageError: the workers ask for nothing, or as `check_layouts`.
+        UsageError: the workers ask for nothing, or as `check_layouts` and `CheckpointStore`.
     """
+    CheckpointStore(options.storage or ".", _front(options), options.durable_every)  # it knows what it cannot have
     if not options.bundle:
         raise UsageError("a worker must ask for some CPU or GPU, or the cluster cannot place it")
     check_layouts(options.workload, options.layouts)
@@ -207,8 +219,14 @@ def run(options: Options, screen: Screen) -> ElasticReport:
         storage_of(options.storage) as uri,
         stopper.listening(),
     ):
-        job = Run(options, screen, uri, CheckpointStore(uri), stopper)
-        train_all(job)
+        front = _front(options)
+        job = Run(options, screen, uri, CheckpointStore(uri, front, options.durable_every), stopper)
+        try:
+            train_all(job)
+        except GroupError:
+            make_durable(job)
+            raise
+        make_durable(job)
         report = ElasticReport(
             final_step=job.store.latest(fallback=True) or 0,
             steps=options.steps,
@@ -218,11 +236,38 @@ def run(options: Options, screen: Screen) -> ElasticReport:
             losses=job.progress.losses,
             damaged=job.progress.damaged,
             storage=Storage(uri).address,
+            front=None if front is None else Storage(front).address,
+            resumes=job.progress.resumes,
+            not_durable=[*job.progress.not_durable],
             phases=dict(screen.seconds),
         )
         if options.report is not None and report.final_step:
             draw(options.report, job, report)
         return report
+
+
+def _front(options: Options) -> str | None:
+    return f"ram://train-{secrets.token_hex(6)}?replicas=1" if options.front == OWN_MEMORY else options.front
+
+
+def make_durable(job: Run) -> None:
+    """Wait until the last step is in the durable storage, as memory ends with the job.
+
+    Raises:
+        CheckpointError: it is not, in the time that a step may take, or that is left of the grace.
+    """
+    if job.options.front is None:
+        return
+    with job.screen.phase("durable", f"copying to {job.store.address}") as line, job.stopper.deferred():
+        patience_s = 0.8 * job.stopper.left_s if job.stopper.asked else job.options.timeout_s
+        try:
+            step = job.store.make_durable(timeout_s=patience_s)
+        except KeyboardInterrupt:
+            if not job.stopper.out_of_time:
+                raise
+            raise CheckpointError(f"the grace is over, and the last step is not in {job.store.address}") from None
+        job.store.prune(keep_last(job.options.keep_last))
+        line.result = f"step {step} in {job.store.address}"
 
 
 def draw(path: str, job: Run, report: ElasticReport) -> None:
@@ -336,11 +381,14 @@ def start(job: Run, group: WorkerGroup, layout: Layout) -> None:
         job.screen.console.print(f"step {step} is damaged: {reason}", highlight=False, markup=False, soft_wrap=True)
     with job.screen.phase("start", "from the beginning" if latest is None else f"from step {latest}") as line:
         group.run(f"{RANKS}:start", job.options.workload, layout, latest is None)
+        reports: Sequence[LoadReport] = ()
         if latest is not None:
             reports = cluster.load(group, f"{RANKS}:state_of", job.store, step=latest, progress=line.progress)
             progress.loads.append(reports)
+            progress.resumes.append(Resume.of(str(layout), reports, durable_alone=job.options.front is None))
         progress.losses = group.run(f"{RANKS}:losses")[0]
-        line.result = f"{layout} from step {progress.step}"
+        tier = f" in the {reports[0].tier} tier" if reports and reports[0].tier else ""
+        line.result = f"{layout} from step {progress.step}{tier}"
 
 
 def train(job: Run, group: WorkerGroup, layout: Layout) -> None:
@@ -348,19 +396,23 @@ def train(job: Run, group: WorkerGroup, layout: Layout) -> None:
     options, progress, stopper = job.options, job.progress, job.stopper
     with job.screen.phase("train", f"from step {progress.step} as {layout}") as line, stopper.deferred():
         saved = progress.step
+        told = set(progress.not_durable)
         while progress.step < options.steps and not stopper.asked:
             progress.trained(group.run(f"{RANKS}:train_step", options.workload, progress.step)[0])
             line.update(f"step {progress.step} of {options.steps}, loss {progress.losses[-1]:.4f}")
             if progress.step % options.save_every == 0:
                 saved = progress.step
-                progress.saved(group.run(f"{RANKS}:begin_save", job.uri, saved, saved in progress.damaged))
+                progress.saved(group.run(f"{RANKS}:begin_save", job.store, saved, saved in progress.damaged))
                 job.store.prune(keep_last(options.keep_last))
                 line.note(f"step {saved} of {options.steps}, loss {progress.losses[-1]:.4f}, saving")
+                for problem in [text for text in progress.not_durable if text not in told]:
+                    told.add(problem)
+                    line.note(problem)
                 if options.grow and _room_for_better(options, layout):
                     break
         if saved < progress.step:
             damaged = progress.step in progress.damaged
-            progress.saved(group.run(f"{RANKS}:begin_save", job.uri, progress.step, damaged))
+            progress.saved(group.run(f"{RANKS}:begin_save", job.store, progress.step, damaged))
         patience_s = stopper.left_s if stopper.asked else options.timeout_s
         progress.saved(group.run(f"{RANKS}:finish_save", patience_s, progress=line.progress))
         job.store.prune(keep_last(options.keep_last))

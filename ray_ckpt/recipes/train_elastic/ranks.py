@@ -15,6 +15,7 @@ from ray_ckpt.recipes.training import Trainer, grouped_by_part, parameters_of
 from ray_ckpt.recipes.workload import Workload, num_microbatches
 from ray_ckpt.report import SaveReport
 from ray_ckpt.state.train_state import TrainState
+from ray_ckpt.storage.store import CheckpointStore
 
 
 def start(ctx: WorkerContext, workload: Workload, layout: Layout, fresh: bool) -> None:
@@ -56,7 +57,7 @@ def train_step(ctx: WorkerContext, workload: Workload, step: int) -> float:
     return loss
 
 
-def begin_save(ctx: WorkerContext, store: str, step: int, overwrite: bool) -> SaveReport | None:
+def begin_save(ctx: WorkerContext, store: CheckpointStore, step: int, overwrite: bool) -> SaveReport | None:
     """Save this step beside the training that goes on. Raises the failure of the save before, if it failed.
 
     Args:

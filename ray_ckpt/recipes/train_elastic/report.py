@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
+
+from ray_ckpt.report import LoadReport
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,42 @@ class Restart:
     """The step that was being trained, or the next to be."""
     seconds_lost: float
     """Seconds from the failure until training was back at `step`."""
+
+
+@dataclass(frozen=True)
+class Resume:
+    """A start from a committed step."""
+
+    step: int
+    layout: str
+    tier: str | None
+    """With a front: `front` or `durable`, whichever the step was read from."""
+    num_bytes: int
+    """Bytes of tensors that all workers have read."""
+    durable_bytes: int
+    """Bytes that they have read from the durable storage."""
+    seconds: float
+    """Of the load, on the slowest worker."""
+    damaged_copies: list[str]
+    """What was read from another copy, because one is damaged."""
+
+    @classmethod
+    def of(cls, layout: str, reports: Sequence[LoadReport], durable_alone: bool) -> Resume:
+        """What the reports of all workers say.
+
+        Args:
+            durable_alone: whether the store has no front.
+        """
+        num_bytes = sum(report.num_bytes for report in reports)
+        return cls(
+            step=reports[0].step or 0,
+            layout=layout,
+            tier=reports[0].tier,
+            num_bytes=num_bytes,
+            durable_bytes=num_bytes if durable_alone else sum(report.durable_bytes for report in reports),
+            seconds=max(report.seconds for report in reports),
+            damaged_copies=sorted({text for report in reports for text in report.damaged_copies}),
+        )
 
 
 @dataclass(frozen=True)
@@ -41,6 +80,12 @@ class ElasticReport:
     damaged: dict[int, str]
     """Damaged steps that were passed over at a start: path and reason."""
     storage: str
+    front: str | None
+    """The storage in front of it; None without one."""
+    resumes: list[Resume]
+    """Every start from a committed step, in order."""
+    not_durable: list[str]
+    """What could not be copied to the durable storage at some time, with reasons."""
     phases: dict[str, float]
     """Phase name -> seconds, of the last time that it ran."""
 
