@@ -29,7 +29,7 @@ test-slow: .venv/.installed-dev
 test-matrix: .venv/.installed-dev
 	$(BIN)/python -m pytest -m matrix $(ARGS)
 
-# Twenty seeded runs of the elastic job, whose workers and nodes are killed.
+# Forty seeded runs of the elastic job, whose workers and nodes are killed; half of them save into memory first.
 test-faults: .venv/.installed-dev
 	$(BIN)/python -m pytest -m faults $(ARGS)
 
@@ -46,6 +46,7 @@ bench: .venv/.installed-dev
 	PYTHONPATH=. $(BIN)/python benchmarks/planning.py
 	PYTHONPATH=. $(BIN)/python benchmarks/fingerprints.py
 	PYTHONPATH=. $(BIN)/python benchmarks/exporting.py
+	PYTHONPATH=. $(BIN)/python benchmarks/tiers.py
 
 bench-async: .venv/.installed-dev
 	PYTHONPATH=. $(BIN)/python benchmarks/async_save.py $(ARGS)

@@ -7,7 +7,7 @@ import random
 import re
 import signal
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +39,28 @@ def head() -> Iterator[Head]:
 
 
 @pytest.fixture
-def nodes(head: Head) -> Iterator[list[Started]]:
-    started = [add_node(head, f"127.0.0.{next(NEVER_ALIKE)}") for _ in range(3)]
+def nodes(head: Head) -> Iterator[dict[str, Started]]:
+    """Three nodes of one CPU each, by address."""
+    started = {ip: add_node(head, ip) for ip in (f"127.0.0.{next(NEVER_ALIKE)}" for _ in range(3))}
     yield started
-    for node in started:
+    for node in started.values():
         head.sandbox.kill(node)
     wait_until(lambda: sum(node["Alive"] for node in ray.nodes()) == 1, 60, ray.nodes)
 
 
-def strike(head: Head, job: Started, storage: Path, step: int, victims: Sequence[Started]) -> None:
-    """Once the job saves this step beside training, and some step is durable, kill these nodes at once."""
+def neighbors(front: str, nodes: Mapping[str, Started]) -> list[str]:
+    """The addresses of two nodes that alone hold some file."""
+    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+    files = open_files(parse(front))
+    for file in files.find([path for path, _ in files.list("")]):
+        pair = [] if file is None else [addresses[node] for node in file.copies]
+        if len(pair) == 2 and nodes.keys() >= set(pair):
+            return pair
+    raise AssertionError("all files are on the head's node")
+
+
+def strike(head: Head, job: Started, storage: Path, step: int, choose: Callable[[], Sequence[Started]]) -> None:
+    """Once the job saves this step beside training, and some step is durable, kill some nodes at once."""
     saving = re.compile(rf"step {step} of {STEPS}, .* saving")
     wait_until(
         lambda: job.ended or (bool(saving.search(job.stdout)) and CheckpointStore(storage).steps() != ()),
@@ -56,6 +68,7 @@ def strike(head: Head, job: Started, storage: Path, step: int, victims: Sequence
         lambda: (step, job.stdout, job.stderr),
     )
     assert not job.ended, (step, job.stdout, job.stderr)
+    victims = choose()
     for node in victims:
         os.killpg(node.pid, signal.SIGSTOP)  # so that no copy is made between two kills
     for node in victims:
@@ -81,7 +94,7 @@ def finished(job: Started, storage: Path) -> dict[str, Any]:
 
 @pytest.mark.faults
 @pytest.mark.parametrize("seed", range(20))
-def test_nodes_are_killed_at_random_steps(head: Head, nodes: list[Started], tmp_path: Path, seed: int) -> None:
+def test_nodes_are_killed_at_random_steps(head: Head, nodes: dict[str, Started], tmp_path: Path, seed: int) -> None:
     """Of eight runs, five lose one node, one loses two, one after the other; one has no copies, and one loses two nodes
     at once, which had the copies of each other."""
     chance = random.Random(seed)
@@ -91,15 +104,18 @@ def test_nodes_are_killed_at_random_steps(head: Head, nodes: list[Started], tmp_
     shared_before = set(os.listdir("/dev/shm"))
     job = start_job(head, LAYOUTS, storage, "--front", front, "--max-failures", "6", "--start-timeout", "60")
     first = chance.randrange(6, STEPS // 2, SAVE_EVERY)
-    order = chance.sample(nodes, 3)
-    strike(head, job, storage, first, order[: 2 if seed % 8 == 7 else 1])
+    one, other, _ = chance.sample(sorted(nodes), 3)
+    lose_neighbors = seed % 8 == 7
+    strike(
+        head, job, storage, first, lambda: [nodes[ip] for ip in (neighbors(front, nodes) if lose_neighbors else [one])]
+    )
     if seed % 8 == 5:
-        strike(head, job, storage, first + 4 * SAVE_EVERY, order[1:2])
+        strike(head, job, storage, first + 4 * SAVE_EVERY, lambda: [nodes[other]])
     report = finished(job, storage)
     resumes = report["resumes"]
     assert resumes, job.stdout
     assert all(resume["layout"] != "fsdp2x3" for resume in resumes)
-    if seed % 8 in (3, 7):
+    if replicas == 0 or lose_neighbors:
         assert resumes[0]["durable_bytes"] > 0
     else:
         assert [(resume["tier"], resume["durable_bytes"]) for resume in resumes] == [("front", 0)] * len(resumes)
@@ -110,7 +126,7 @@ def test_nodes_are_killed_at_random_steps(head: Head, nodes: list[Started], tmp_
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_a_killed_driver_leaves_whole_steps_in_the_durable_store(
-    head: Head, nodes: list[Started], tmp_path: Path, seed: int
+    head: Head, nodes: dict[str, Started], tmp_path: Path, seed: int
 ) -> None:
     storage = tmp_path / "run"
     job = start_job(head, LAYOUTS, storage, "--front", "ram", "--keep-last", "100")
@@ -125,7 +141,7 @@ def test_a_killed_driver_leaves_whole_steps_in_the_durable_store(
 
 @pytest.mark.slow
 def test_a_flipped_bit_in_memory_is_read_from_another_copy_and_told(
-    head: Head, nodes: list[Started], tmp_path: Path
+    head: Head, nodes: dict[str, Started], tmp_path: Path
 ) -> None:
     name = f"run{uuid.uuid4().hex[:8]}"
     store = CheckpointStore(tmp_path / "run", front=f"ram://{name}?replicas=1")

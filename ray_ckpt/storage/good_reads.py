@@ -32,7 +32,7 @@ class Reread(NamedTuple):
     """Bytes that were read from another copy of a file, because one is damaged or gone."""
 
     problem: str
-    """Of the copy that was read first, in one line."""
+    """What is wrong with the copy that was read first, in one line."""
     place: str
     """Where they were read instead."""
     num_bytes: int

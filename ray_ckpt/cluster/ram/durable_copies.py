@@ -26,7 +26,6 @@ from ray_ckpt.errors import CheckpointExistsError, RayCkptError, StorageError
 from ray_ckpt.format.manifest import MANIFEST_NAME
 from ray_ckpt.report import CopyReport
 from ray_ckpt.storage.files import Storage
-from ray_ckpt.storage.publish import DATA_FILE
 from ray_ckpt.storage.registered import CopyOrder
 from ray_ckpt.storage.steps import directory_of, parse_steps
 from ray_ckpt.text import first_line
@@ -47,7 +46,7 @@ class _Waiting:
     target: Storage
     """Its directory in the durable store."""
     key: str
-    """Of its record in memory, which tells one attempt from another."""
+    """Key of its record in memory, which tells one attempt from another."""
     overwrite: bool
     problem: str = ""
 
@@ -162,12 +161,10 @@ class DurableCopies:
         _all_of([committer.commit_out.options(concurrency_group=COPIES).remote(source, item.target, item.overwrite)])
 
     def _shares(self, directory: str) -> tuple[list[tuple[Any, list[str]]], Any]:
-        """Keepers and the data files that each is to copy, of those that it holds; and the keeper that commits."""
+        """Keepers and the files that each is to look after, of those that it holds; and the keeper that commits."""
         shares: dict[str, list[str]] = defaultdict(list)
         num_bytes: dict[str, int] = defaultdict(int)
         for name, file in self._files_below(directory).items():
-            if not (DATA_FILE.fullmatch(name) or name == MANIFEST_NAME):
-                continue
             holders = [node for node in file.copies if self._keeper_of(node) is not None]
             if not holders:
                 raise OSError(f"no node that answers holds {directory}/{name}")

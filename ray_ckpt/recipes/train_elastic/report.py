@@ -39,7 +39,7 @@ class Resume:
     durable_bytes: int
     """Bytes that they have read from the durable storage."""
     seconds: float
-    """Of the load, on the slowest worker."""
+    """Seconds that the load took on the slowest worker."""
     damaged_copies: list[str]
     """What was read from another copy, because one is damaged."""
 
