@@ -61,7 +61,9 @@ def test_a_rank_that_does_not_come_in_time_is_named_to_all_and_the_group_goes_on
     for told in of_ranks:
         for verb in VERBS:
             name = verb.partition(",")[0]
-            assert re.match(rf"{name} failed on rank 2: not heard of within 1\.0 s of the other ranks' call", told[verb])
+            assert re.match(
+                rf"{name} failed on rank 2: not heard of within 1\.0 s of the other ranks' call", told[verb]
+            )
 
 
 def fall_behind(rank: int, directory: str) -> str:

@@ -8,6 +8,7 @@ Star          messages between the coordinator and each rank, over a gloo group 
 from __future__ import annotations
 
 import contextlib
+import math
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -17,7 +18,9 @@ import torch
 import torch.distributed as dist
 
 from ray_ckpt.checkpoint.meetings import Deadline, meetings_of
+from ray_ckpt.errors import CheckpointError
 from ray_ckpt.protocol.messages import Outcome
+from ray_ckpt.protocol.peers import Peers, begin_to_ask_any
 
 _COORDINATOR = 0
 _SIZE, _DATA = 0, 1
@@ -55,8 +58,15 @@ class Carrier(Protocol):
 class TrainersCarrier(Carrier, Protocol):
     """For the thread that trains."""
 
+    told: CheckpointError | None
+    """Why the ranks have given up: all know it, and there is nothing left to tell each other."""
+
     def ask_any(self, flag: bool) -> Callable[[], bool]:
         """Begin to ask whether the flag is set on any rank. What is returned waits for the answer."""
+        ...
+
+    def peers(self) -> Peers | None:
+        """To send them bytes; None where there are none."""
         ...
 
 
@@ -72,6 +82,7 @@ def trainers_carrier(deadline: Deadline | None = None) -> TrainersCarrier:
 
 class Alone:
     rank, num_ranks = 0, 1
+    told: CheckpointError | None = None
 
     def gather(self, outcome: Outcome[Any]) -> list[Outcome[Any]]:
         return [outcome]
@@ -85,6 +96,9 @@ class Alone:
     def ask_any(self, flag: bool) -> Callable[[], bool]:
         return lambda: flag
 
+    def peers(self) -> None:
+        return None
+
 
 class Collectives:
     """A rank that is lost is an error of torch's, on some of the others at once, on the rest at the group's timeout.
@@ -96,6 +110,7 @@ class Collectives:
         self.rank, self.num_ranks = group.rank(), group.size()
         self._group = group
         self._deadline = deadline
+        self.told: CheckpointError | None = None
 
     def gather(self, outcome: Outcome[Any]) -> list[Outcome[Any]]:
         self._meet()
@@ -116,22 +131,26 @@ class Collectives:
         return received[0]
 
     def ask_any(self, flag: bool) -> Callable[[], bool]:
-        """By one small collective: objects cost five times that."""
-        kinds = {device.type for device in self._group._device_types}
-        device = torch.device("cpu" if "cpu" in kinds else kinds.pop())
-        told = torch.tensor([flag], dtype=torch.int32, device=device)
-        answer = dist.all_reduce(told, dist.ReduceOp.MAX, async_op=True)
+        answer = begin_to_ask_any(self._group, flag)
 
         def wait() -> bool:
             self._meet()
-            answer.wait()
-            return bool(told.item())
+            return answer()
 
         return wait
 
+    def peers(self) -> Peers:
+        deadline = self._deadline
+        left_s = (lambda: math.inf) if deadline is None else (lambda: deadline.left_s)
+        return Peers(self._group, lambda flag: self.ask_any(flag)(), left_s)
+
     def _meet(self) -> None:
         if self._deadline is not None:
-            meetings_of(self._group).meet(self._deadline)
+            try:
+                meetings_of(self._group).meet(self._deadline)
+            except CheckpointError as error:
+                self.told = error
+                raise
 
 
 class Star:

@@ -96,6 +96,8 @@ class TrainersExchange(Exchange):
     def __init__(self, operation: str, timeout_s: float | None = None) -> None:
         self.deadline = Deadline.after(operation, timeout_s)
         self._trainers = trainers_carrier(self.deadline)
+        self.peers = self._trainers.peers()
+        """The other ranks; None where there are none."""
         super().__init__(operation, self._trainers)
 
     def ask_any(self, flag: bool) -> Callable[[], bool]:
@@ -109,6 +111,8 @@ class TrainersExchange(Exchange):
             RayCkptError: a rank failed.
         """
         outcome = Outcome.of(of_rank)
+        if self._trainers.told is not None and outcome.failure is self._trainers.told:
+            raise self._trainers.told
         if self.ask_any(outcome.failure is not None)():
             # Only now are they told how: a collective for one bit costs a fraction of one for objects.
             self.gather(outcome.get)

@@ -1,17 +1,20 @@
 """load(state, target), resume(state, store): the phases of `protocol/rank_load.py`, carried by collectives.
 
-coordinator    where the checkpoint is ── broadcast ──>
+coordinator    where the checkpoint is, and its record unless files are local ── broadcast ──>
 every rank     open        and where that may be somebody else's: names ── gather ──> join ── broadcast ──> adapt
-every rank     offer ── gather ──> coordinator: agree ── broadcast ──> prepare -> read -> finish -> LoadReport
+every rank     offer ── gather ──> coordinator: agree ── broadcast ──> prepare
+every rank     want  ── gather ──> coordinator: share_out ── broadcast ──>         where it is worth it
+every rank     read -> finish -> LoadReport
 
-The manifest tells every rank where its bytes are, so ranks need not talk while they read.
+The manifest tells every rank where its bytes are, so ranks need not talk while they read, unless what several want is
+read once (`protocol/shared_reading.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ray_ckpt.checkpoint.exchange import TrainersExchange
 from ray_ckpt.errors import CheckpointNotFoundError, RayCkptError
@@ -19,9 +22,12 @@ from ray_ckpt.format.saved import Saved
 from ray_ckpt.format.wanted_names import chosen, join_names
 from ray_ckpt.progress import Meter, Progress
 from ray_ckpt.protocol.agreement import agree
-from ray_ckpt.protocol.rank_load import LoadOptions, RankLoad, State
+from ray_ckpt.protocol.load_options import LoadOptions
+from ray_ckpt.protocol.rank_load import RankLoad, State
+from ray_ckpt.protocol.share_plan import Share, SharePlan, is_shared, share_out
 from ray_ckpt.report import LoadReport
 from ray_ckpt.state.train_state import TrainState
+from ray_ckpt.storage.record_files import read_for_all
 from ray_ckpt.storage.resolve import Location, Target, checkpoint_at
 
 
@@ -37,6 +43,7 @@ def load(
     hyperparameters: Literal["from-checkpoint", "from-optimizer"] = "from-checkpoint",
     fallback: bool = False,
     trusted: bool = False,
+    share: Share = "auto",
     timeout_s: float | None = None,
     progress: Progress | None = None,
 ) -> LoadReport:
@@ -87,9 +94,10 @@ def load(
         trusted: let the checkpoint's pickles run whatever code they name, as `weights_only=False` of `torch.load` does.
             Only for a checkpoint whose author you trust. Otherwise nothing of it is run, and what needs that is refused
             by name. What lies in files by `torch.save` is never run.
-        timeout_s: time limit for waiting for other ranks; by default the process group's own. It does not limit this
-            rank's own work, such as reading.
-        progress: as for `save`, with the bytes that this rank has read and all that it will, on a thread that reads.
+        share: whether bytes that several ranks want are read once and sent to the others, who check them too, in
+            128 MiB of memory a rank: "auto" does so for object stores, as local files are faster to read.
+        timeout_s: time limit for waiting for other ranks, not for own work; by default the process group's own.
+        progress: as for `save`, with the bytes that this rank has read and will, on a thread that reads.
 
     Raises:
         CheckpointNotFoundError: there is no committed checkpoint, or not that step.
@@ -101,8 +109,8 @@ def load(
     """
     options = LoadOptions(strict, cast, chosen(only), key_map, hyperparameters, trusted)
     ranks = TrainersExchange("load", timeout_s)
-    found = ranks.broadcast(lambda: checkpoint_at(target, step, fallback=fallback))
-    return _load(ranks, state, found, options, progress)
+    found = ranks.broadcast(lambda: _found(checkpoint_at(target, step, fallback=fallback)))
+    return _load(ranks, state, found, options, progress, share)
 
 
 def resume(
@@ -144,22 +152,38 @@ def resume(
     """
     ranks = TrainersExchange("resume", timeout_s)
 
-    def latest() -> Location | None:
+    def latest() -> _Found | None:
         try:
-            return checkpoint_at(store, None, fallback=fallback)
+            return _found(checkpoint_at(store, None, fallback=fallback))
         except CheckpointNotFoundError:
             return None
 
-    location = ranks.broadcast(latest)
-    return None if location is None else _load(ranks, state, location, LoadOptions(trusted=trusted), progress)
+    found = ranks.broadcast(latest)
+    return None if found is None else _load(ranks, state, found, LoadOptions(trusted=trusted), progress)
+
+
+class _Found(NamedTuple):
+    location: Location
+    record: bytes | None
+    """As `read_for_all` gives it."""
+
+
+def _found(location: Location) -> _Found:
+    return _Found(location, read_for_all(location.storage))
 
 
 def _load(
-    ranks: TrainersExchange, state: State, location: Location, options: LoadOptions, progress: Progress | None
+    ranks: TrainersExchange,
+    state: State,
+    found: _Found,
+    options: LoadOptions,
+    progress: Progress | None,
+    share: Share = "auto",
 ) -> LoadReport:
+    location, record = found
     meter = Meter(progress)
     rank = RankLoad(location.storage, options)
-    ranks.on_all(rank.open)
+    ranks.on_all(lambda: rank.open(record))
     if rank.may_be_foreign and ranks.ask_any(isinstance(state, TrainState))():
         names = ranks.gather(lambda: rank.names(state))
         common = ranks.broadcast(lambda: join_names(names))
@@ -168,7 +192,8 @@ def _load(
     verdict = ranks.broadcast(lambda: agree(offers))
     try:
         ranks.on_all(lambda: rank.prepare(verdict))
-        ranks.on_all(lambda: rank.read(meter))
+        plan = _share_out(ranks, rank) if ranks.peers and is_shared(share, location.storage) else None
+        ranks.on_all(lambda: rank.read(meter, plan, ranks.peers))
         report = ranks.on_all(lambda: rank.finish(verdict))
     except BaseException as error:
         if (told := rank.give_up()) and isinstance(error, RayCkptError):
@@ -176,3 +201,8 @@ def _load(
         raise
     meter.end()
     return replace(report, step=location.step, passed_over=location.passed_over)
+
+
+def _share_out(ranks: TrainersExchange, rank: RankLoad) -> SharePlan | None:
+    wants = ranks.gather(rank.want)
+    return ranks.broadcast(lambda: share_out(wants))

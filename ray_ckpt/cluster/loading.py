@@ -2,17 +2,20 @@
 
 driver                                    every worker
     find the step
-    open    ── storage, options ─────────>  the manifest
+    open    ── storage, options, record ─>  the manifest
     names   ── state_of ─────────────────>  only where somebody else may have written it   <── Names ──
     adapt   ── what all are called ──────>  the manifest under our names
     offer   ── state_of ─────────────────>  compare; refuse what is missing  <── LoadOffer ──
     agree
     prepare ── what they agreed on ──────>  refuse what is left over; hand over what may be refused
-    read    ─────────────────────────────>  bytes into the live tensors
+    want    ─────────────────────────────>  only where it is worth it: what is to be read  <── Wants ──
+    share_out
+    read    ── who reads what for whom ──>  bytes into the live tensors
     finish  ─────────────────────────────>  set everything else              <── LoadReport ──
 
 A phase begins when all workers have come through the one before. The manifest tells each where its bytes are: nobody
-waits for another, and no process group is needed.
+waits for another, and no process group is needed. Where there is one, bytes that several workers want of an object
+store are read by one of them and go through it to the others.
 """
 
 from __future__ import annotations
@@ -30,7 +33,9 @@ from ray_ckpt.format.saved import Saved
 from ray_ckpt.format.wanted_names import chosen, join_names
 from ray_ckpt.progress import Progress
 from ray_ckpt.protocol.agreement import agree
+from ray_ckpt.protocol.share_plan import Share, is_shared, share_out
 from ray_ckpt.report import LoadReport
+from ray_ckpt.storage.record_files import read_for_all
 from ray_ckpt.storage.resolve import Target, checkpoint_at
 
 
@@ -47,6 +52,7 @@ def load(
     hyperparameters: Literal["from-checkpoint", "from-optimizer"] = "from-checkpoint",
     fallback: bool = False,
     trusted: bool = False,
+    share: Share = "auto",
     timeout_s: float | None = None,
     progress: Progress | None = None,
 ) -> list[LoadReport]:
@@ -74,8 +80,8 @@ def load(
             wrote, as for `ray_ckpt.load`.
         step: number of the step in the store; None loads the checkpoint at `target` itself, or else the latest
             committed step of the store there.
-        strict, cast, only, key_map, hyperparameters, fallback, trusted: as for `ray_ckpt.load`; a function as `key_map`
-            must be one that pickles.
+        strict, cast, only, key_map, hyperparameters, fallback, trusted, share: as for `ray_ckpt.load`; a function as
+            `key_map` must be one that pickles, and bytes are shared where the group has a process group.
         timeout_s: time limit of the whole load; by default the group's `call_timeout_s`.
         progress: as for `save`, with the bytes that the workers have read and all that they will.
 
@@ -90,20 +96,24 @@ def load(
     options: dict[str, Any] = {"strict": strict, "cast": cast, "only": chosen(only)}
     options |= {"key_map": key_map, "hyperparameters": hyperparameters, "trusted": trusted}
     found = checkpoint_at(target, step, fallback=fallback)
+    record, shared = read_for_all(found.storage), is_shared(share, found.storage)
     attempt = uuid.uuid4().hex[:12]
     deadline = time.monotonic() + (group.call_timeout_s if timeout_s is None else timeout_s)
 
+    def left_s() -> float:
+        return max(0.0, deadline - time.monotonic())
+
     def call(fn: Callable[..., Any], *args: Any, progress: Progress | None = None) -> list[Any]:
         args_of = dict.fromkeys(range(group.num_workers), (attempt, *args))
-        left_s = max(0.0, deadline - time.monotonic())
-        return list(group.call(fn, args_of, timeout_s=left_s, progress=progress).values())
+        return list(group.call(fn, args_of, timeout_s=left_s(), progress=progress).values())
 
     try:
-        if any(call(worker_side.open_load, found.storage, options, state_of)):
+        if any(call(worker_side.open_load, found.storage, options, state_of, record)):
             call(worker_side.adapt_load, join_names(call(worker_side.name_load, state_of)))
         verdict = agree(call(worker_side.offer_load, state_of))
         call(worker_side.prepare_load, verdict)
-        call(worker_side.read_load, progress=progress)
+        plan = share_out(call(worker_side.want_load)) if shared else None
+        call(worker_side.read_load, plan, left_s(), progress=progress)
         reports = call(worker_side.finish_load, verdict)
         return [replace(report, step=found.step, passed_over=found.passed_over) for report in reports]
     except BaseException as error:

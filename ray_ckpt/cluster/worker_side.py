@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ray_ckpt.protocol.comparison import Held
     from ray_ckpt.protocol.rank_load import RankLoad
     from ray_ckpt.protocol.rank_save import PlanMemory, RankSave
+    from ray_ckpt.protocol.share_plan import SharePlan, Wants
     from ray_ckpt.storage.files import Storage
 
 T = TypeVar("T")
@@ -109,18 +110,25 @@ def stock_record(ctx: WorkerContext, manifest: Manifest) -> bytes:
 
 
 def open_load(
-    ctx: WorkerContext, attempt: str, storage: Storage, options: Mapping[str, Any], state_of: StateOf | str
+    ctx: WorkerContext,
+    attempt: str,
+    storage: Storage,
+    options: Mapping[str, Any],
+    state_of: StateOf | str,
+    record: bytes | None,
 ) -> bool:
     """Read what the checkpoint says of itself, and tell whether its names may have to be translated for the state.
 
     Args:
         options: fields of `LoadOptions`.
+        record: the bytes of `manifest.json`, where the driver has read them for all.
     """
-    from ray_ckpt.protocol.rank_load import LoadOptions, RankLoad
+    from ray_ckpt.protocol.load_options import LoadOptions
+    from ray_ckpt.protocol.rank_load import RankLoad
     from ray_ckpt.state.train_state import TrainState
 
     load = RankLoad(storage, LoadOptions(**options))
-    load.open()
+    load.open(record)
     _loads(ctx)[attempt] = load
     return load.may_be_foreign and isinstance(resolve(state_of)(ctx), TrainState)
 
@@ -145,10 +153,28 @@ def prepare_load(ctx: WorkerContext, attempt: str, verdict: LoadOffer) -> None:
     _loads(ctx)[attempt].prepare(verdict)
 
 
-def read_load(ctx: WorkerContext, attempt: str) -> None:
-    """Read into the state."""
+def want_load(ctx: WorkerContext, attempt: str) -> Wants:
+    """What is to be read into the state; nothing where there is no process group to share it through."""
+    import torch.distributed as dist
+
+    from ray_ckpt.protocol.share_plan import Wants
+
+    is_of_group = dist.is_initialized() and (dist.get_rank(), dist.get_world_size()) == (ctx.rank, ctx.world_size)
+    return _loads(ctx)[attempt].want() if is_of_group else Wants({})
+
+
+def read_load(ctx: WorkerContext, attempt: str, plan: SharePlan | None, timeout_s: float) -> None:
+    """Read into the state.
+
+    Args:
+        plan: who reads what for whom; None where each worker reads all that it wants.
+        timeout_s: how long other workers may be waited for.
+    """
+    from ray_ckpt.protocol.peers import Peers
+
     meter = Meter(ctx.progress)
-    _loads(ctx)[attempt].read(meter)
+    peers = None if plan is None else Peers.of_all(timeout_s)
+    _loads(ctx)[attempt].read(meter, plan, peers)
     meter.end()
 
 

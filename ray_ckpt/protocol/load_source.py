@@ -20,16 +20,13 @@ from ray_ckpt.format.torch_internals import narrow, set_element
 from ray_ckpt.format.views import Piece, View
 from ray_ckpt.format.wanted_names import Names
 from ray_ckpt.gc_pause import collector_paused
-from ray_ckpt.progress import NOBODY, Meter
 from ray_ckpt.protocol.holdings import hold
 from ray_ckpt.protocol.messages import TensorSpec
 from ray_ckpt.state.load_plan import KeyMap, SavedState, Spec
 from ray_ckpt.state.train_state import is_hyperparameter
-from ray_ckpt.storage.checkpoint_reader import CheckpointReader, Wanted
+from ray_ckpt.storage.checkpoint_reader import CheckpointReader, TensorReads, Wanted
 from ray_ckpt.storage.chunk_sources import SavedChunk
 from ray_ckpt.storage.files import Storage
-
-_NO_VIEWS: Mapping[str, View] = {}
 
 
 class LoadSource:
@@ -59,8 +56,8 @@ class LoadSource:
     def address(self) -> str:
         return self._reader.address
 
-    def open(self) -> None:
-        self.manifest = self._reader.read_manifest()
+    def open(self, record: bytes | None = None) -> None:
+        self.manifest = self._reader.read_manifest(record)
 
     @property
     def label(self) -> str:
@@ -142,56 +139,44 @@ class LoadSource:
         """Whether a tensor is a counter of another program's, such as torchtitan's: we have them as numbers."""
         return self._is_adapted and name.startswith("counters.") and spec.shape in ((), (1,))
 
-    def read(self, wanted: dict[str, Any], meter: Meter = NOBODY) -> None:
-        """Fill the tensors of these names, and replace other entries by their values.
+    def read(self, state: dict[str, Any]) -> None:
+        """Load this rank's part of a state dict: tensors in place, everything else by replacing it.
+
+        A tensor whose dtype differs from the saved one is cast.
 
         Args:
-            meter: counts the bytes of tensors that are read.
+            state: name -> tensor (plain, DTensor, ShardedTensor), or something else.
+
+        Raises:
+            StateMismatchError: the checkpoint lacks something of that name, or it has another shape.
+            UsageError: a tensor has no memory of its own.
+            StorageError, FormatError, IntegrityError: as the reader raises them.
         """
-        if wanted:
-            for file, num_bytes in fill(wanted, self._reader, self.manifest, self._views, meter).items():
-                self.bytes_by_file[file] = self.bytes_by_file.get(file, 0) + num_bytes
+        if not state:
+            return
+        with collector_paused():
+            wanted, objects = _want(state, self.manifest, self._views)
+        self._count(wanted)
+        self._reader.read_tensors(wanted)
+        for name, value in self._reader.read_values({name: entry for name, (_, entry) in objects.items()}).items():
+            set_element(state, objects[name][0], value)
+
+    def plan(self, targets: dict[str, Any]) -> TensorReads:
+        """What has to be read to fill the tensors of these names. It counts as read."""
+        with collector_paused():
+            wanted, _ = _want(targets, self.manifest, self._views)
+        self._count(wanted)
+        return self._reader.plan_tensors(wanted)
+
+    def _count(self, wanted: Sequence[Wanted]) -> None:
+        for (_, dtype, chunk), box, _ in wanted:
+            num_bytes = box.num_elements * dtype.itemsize
+            self.bytes_by_file[chunk.file] = self.bytes_by_file.get(chunk.file, 0) + num_bytes
 
     def describe(self, name: str) -> str:
         entry = self.manifest.tensors.get(name)
         rest = f" (of which the key map uses a part: {self._rests[name]})" if name in self._rests else ""
         return "a value" if entry is None else f"{Spec(entry.dtype, entry.shape)}{rest}"
-
-
-def fill(
-    state: dict[str, Any],
-    reader: CheckpointReader,
-    manifest: Manifest,
-    views: Mapping[str, View] = _NO_VIEWS,
-    meter: Meter = NOBODY,
-) -> Mapping[str, int]:
-    """Load this rank's part of a state dict: tensors in place, everything else by replacing it.
-
-    A tensor whose dtype differs from the saved one is cast.
-
-    Args:
-        state: nested dicts and lists of tensors (plain, DTensor, ShardedTensor) and other things.
-        manifest: what `reader.read_manifest` returned.
-        views: tensors in it that are made of others, by name.
-        meter: counts the bytes of tensors that are read.
-
-    Returns:
-        File -> bytes of tensors that were read from it.
-
-    Raises:
-        StateMismatchError: the checkpoint lacks something of that name, or it has another shape.
-        UsageError: a tensor has no memory of its own.
-        StorageError, FormatError, IntegrityError: as the reader raises them.
-    """
-    with collector_paused():
-        wanted, objects = _want(state, manifest, views)
-    reader.read_tensors(wanted, meter)
-    for name, value in reader.read_values({name: entry for name, (_, entry) in objects.items()}).items():
-        set_element(state, objects[name][0], value)
-    counts: dict[str, int] = {}
-    for (_, dtype, chunk), box, _ in wanted:
-        counts[chunk.file] = counts.get(chunk.file, 0) + box.num_elements * dtype.itemsize
-    return counts
 
 
 def _want(

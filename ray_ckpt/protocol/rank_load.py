@@ -8,6 +8,9 @@ every rank     adapt    the manifest under our names
 every rank     offer    plan; refuse what this rank misses                     (changes nothing)
 coordinator    agree    agreement.py: what no rank wants
 every rank     prepare  refuse what is left over; objects that may refuse what was saved take it
+only where it is shared what several ranks want:
+every rank     want     allocate; what is to be read
+coordinator    share_plan.share_out: who reads what, and for whom
 every rank     read     allocate; bytes go straight into the live tensors
 every rank     finish   hyper-parameters, schedulers, counters, generators
 after an error
@@ -21,17 +24,16 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.checkpoint.stateful import Stateful
 
-from ray_ckpt.errors import CheckpointError, FormatError, StateMismatchError, UsageError
+from ray_ckpt.errors import CheckpointError, FormatError, StateMismatchError
 from ray_ckpt.format.fingerprinting import fingerprint
 from ray_ckpt.format.manifest import itemsize
-from ray_ckpt.format.saved import Saved
 from ray_ckpt.format.torch_internals import local_tensor
 from ray_ckpt.format.translate import HYPERPARAMETERS
 from ray_ckpt.format.wanted_names import Names
@@ -41,13 +43,18 @@ from ray_ckpt.progress import NOBODY, Meter
 from ray_ckpt.protocol import frozen
 from ray_ckpt.protocol.agreement import mark, marked
 from ray_ckpt.protocol.frozen import Frozen
+from ray_ckpt.protocol.load_options import LoadOptions
 from ray_ckpt.protocol.load_source import LoadSource
 from ray_ckpt.protocol.messages import LoadOffer
+from ray_ckpt.protocol.peers import Peers
+from ray_ckpt.protocol.share_plan import SharePlan, Wants
+from ray_ckpt.protocol.shared_reading import read_shared, wants_of
 from ray_ckpt.report import LoadReport
 from ray_ckpt.state import handing_over, plain_state
 from ray_ckpt.state.load_plan import Claim, KeyMap, LoadPlan, SavedState
 from ray_ckpt.state.subclasses import expand, whole
 from ray_ckpt.state.train_state import TrainState
+from ray_ckpt.storage.checkpoint_reader import TensorReads
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.text import listed
 
@@ -56,41 +63,19 @@ State = TrainState | Stateful | Mapping[str, Any]
 _listed = partial(listed, at_most=8, separator="; ")
 
 
-@dataclass(frozen=True)
-class LoadOptions:
-    """How much of a checkpoint is loaded, and how exactly it has to fit. See `load`."""
+class _Wanted(NamedTuple):
+    """What is to be read into allocated tensors."""
 
-    strict: bool = True
-    cast: bool = False
-    only: tuple[str, ...] | None = None
-    key_map: Mapping[str, str | Saved] | Callable[[str], str] | None = None
-    hyperparameters: str = "from-checkpoint"
-    """`from-checkpoint`, or `from-optimizer`: the optimizers keep their own."""
-    trusted: bool = False
+    reads: TensorReads
+    copies: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    """(target, filled) where several targets want the same."""
+    num_bytes: int
 
-    def __post_init__(self) -> None:
-        if self.hyperparameters not in ("from-checkpoint", "from-optimizer"):
-            raise UsageError(
-                f"hyperparameters={self.hyperparameters!r} is neither 'from-checkpoint' nor 'from-optimizer'"
-            )
-
-    @property
-    def names(self) -> KeyMap | None:
-        """The part of the key map that renames."""
-        if not isinstance(self.key_map, Mapping):
-            return self.key_map
-        return {wanted: saved for wanted, saved in self.key_map.items() if isinstance(saved, str)}
-
-    @property
-    def made(self) -> dict[str, Saved]:
-        """The part of the key map that joins and splits."""
-        if not isinstance(self.key_map, Mapping):
-            return {}
-        return {wanted: saved for wanted, saved in self.key_map.items() if isinstance(saved, Saved)}
-
-    @property
-    def keep_hyperparameters(self) -> bool:
-        return self.hyperparameters == "from-optimizer"
+    def copy(self) -> None:
+        """After the reading."""
+        with torch.no_grad():
+            for target, filled in self.copies:
+                target.copy_(filled)
 
 
 class RankLoad:
@@ -113,18 +98,25 @@ class RankLoad:
         self._preparing = threading.Lock()
         self._given_up = False
         self._reading = False
+        self._wanted: _Wanted | None = None
+        self._cut_short = False
         self._num_applied = 0
         self._clock = PhaseClock()
         self._storage = storage
         self._retries_before = storage.num_retries
         self._rereads_before = len(storage.rereads)
 
-    def open(self) -> None:
-        """Raises:
+    def open(self, record: bytes | None = None) -> None:
+        """Read what the checkpoint says of itself.
+
+        Args:
+            record: the bytes of its `manifest.json`, where the coordinator has read them for all.
+
+        Raises:
         CheckpointNotFoundError, FormatError, UnsafeCheckpointError: there is nothing that can be read.
         """
         with self._clock.phase("open"):
-            self._source.open()
+            self._source.open(record)
             self._list_names()
 
     @property
@@ -243,22 +235,39 @@ class RankLoad:
             if handovers := handing_over.early(self._plans):
                 claims = {wanted: claim for handover in handovers for wanted, claim in handover.claims.items()}
                 with self._clock.phase("prepare"):
-                    self._taken.take(handovers, lambda: self._read(claims))
+                    self._taken.take(handovers, lambda: self._read_early(claims))
 
-    def read(self, meter: Meter = NOBODY) -> None:
+    def want(self) -> Wants:
+        """Allocate what has no memory yet, and tell what is to be read for it. `read` follows on all ranks."""
+        self._reading = True
+        with self._clock.phase("share"):
+            self._wanted = self._want(self._claims())
+            return wants_of(self._wanted.reads)
+
+    def read(self, meter: Meter = NOBODY, share: SharePlan | None = None, peers: Peers | None = None) -> None:
         """Allocate what has no memory yet, and read. After an error while reading the tensors hold parts of two states.
 
         Args:
             meter: counts the bytes that are read.
+            share: what of it other ranks read, as came of what all ranks `want`. All ranks have to call it together.
+                If one of them fails, the others return without having read all, and wait to hear of it.
+            peers: these ranks.
 
         Raises:
             StorageError, FormatError, IntegrityError: it cannot be read, or is damaged.
         """
         self._reading = True
-        before = self._num_bytes
         with self._clock.phase("read") as phase:
-            self._read({wanted: claim for plan in self._plans for wanted, claim in plan.claims.items()}, meter)
-            phase.num_bytes = self._num_bytes - before
+            wanted = self._wanted or self._want(self._claims())
+            if share is None or peers is None:
+                wanted.reads.run(meter)
+            else:
+                self._cut_short = not read_shared(wanted.reads, share, peers, meter)
+            wanted.copy()
+            phase.num_bytes = wanted.num_bytes
+
+    def _claims(self) -> dict[str, Claim]:
+        return {wanted: claim for plan in self._plans for wanted, claim in plan.claims.items()}
 
     def give_up(self) -> str:
         """After an error, on any rank: undo what can be undone. May be called from another thread than the rest.
@@ -304,18 +313,21 @@ class RankLoad:
                 "only=('model', ...), or all that fits by strict=False"
             )
 
-    def _read(self, claims: Mapping[str, Claim], meter: Meter = NOBODY) -> dict[str, torch.Tensor]:
-        """Read what is claimed and has not been read yet; wanted name -> tensor, of all that has."""
+    def _read_early(self, claims: Mapping[str, Claim]) -> Mapping[str, torch.Tensor]:
+        wanted = self._want(claims)
+        wanted.reads.run()
+        wanted.copy()
+        return self._loaded
+
+    def _want(self, claims: Mapping[str, Claim]) -> _Wanted:
+        """What is claimed and has not been read yet."""
         with collector_paused():
             tensors, copies = self._allocate(claims)
-        self._source.read(tensors, meter)
-        with torch.no_grad():
-            for target, filled in copies:
-                target.copy_(filled)
-        self._num_bytes += sum(
+        num_bytes = sum(
             _local_elements(tensor) * itemsize(self._saved.tensors[name].dtype) for name, tensor in tensors.items()
         )
-        return self._loaded
+        self._num_bytes += num_bytes
+        return _Wanted(self._source.plan(dict(tensors)), copies, num_bytes)
 
     def _allocate(
         self, claims: Mapping[str, Claim]
@@ -342,6 +354,8 @@ class RankLoad:
         Raises:
             CheckpointError: an object refuses what was saved; the tensors have been read.
         """
+        if self._cut_short:
+            raise CheckpointError("another rank has failed to read")
         with self._clock.phase("set"):
             for plan in self._plans:
                 handing_over.finish(plan, self._loaded)

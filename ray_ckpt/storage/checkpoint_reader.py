@@ -1,7 +1,7 @@
 """CheckpointReader: any checkpoint, ours or somebody else's, reading only the bytes that are wanted.
 
 read_manifest    `manifest.json`, else foreign.recognize
-read_tensors     chunk_sources.locate where the elements start, ranged_reads.fetch exactly the wanted bytes
+read_tensors     chunk_sources.locate where the elements start, ranged_reads.run exactly the wanted bytes
 read_values      from the manifest, or the object's container read whole (objects.py)
 """
 
@@ -23,12 +23,12 @@ from ray_ckpt.progress import NOBODY, Meter
 from ray_ckpt.storage.chunk_sources import SavedChunk, load_whole, locate
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.foreign import recognize
-from ray_ckpt.storage.member_sums import check_members, long_members
+from ray_ckpt.storage.member_sums import LongMember, check_members, long_members
 from ray_ckpt.storage.objects import Decoder, decoded_containers, read_values
-from ray_ckpt.storage.ranged_reads import Piece, Tuning, fetch, local_threads, tuning_for
-from ray_ckpt.storage.record_files import read_record
+from ray_ckpt.storage.ranged_reads import Piece, Range, Tuning, cut, local_threads, run, tuning_for
+from ray_ckpt.storage.record_files import parse_or_take, read_record
 
-__all__ = ["CheckpointReader", "Wanted"]
+__all__ = ["CheckpointReader", "TensorReads", "Wanted"]
 
 
 class Wanted(NamedTuple):
@@ -38,6 +38,39 @@ class Wanted(NamedTuple):
     box: Box
     """The box in the chunk's own coordinates."""
     target: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorReads:
+    """What has to be read to fill tensors."""
+
+    storage: Storage
+    tuning: Tuning
+    ranges: Sequence[Range]
+    """In the order of the files."""
+    undivided: Sequence[Wanted]
+    """Of chunks that can only be read and decoded whole."""
+    members: Sequence[LongMember]
+    decoder: Decoder
+    on_cuda: bool
+    """Whether the ranges are read for a CUDA device."""
+
+    def run(self, meter: Meter = NOBODY) -> None:
+        """Read all of it."""
+        self.read_undivided(meter)
+        run(self.storage, self.ranges, self.tuning, meter, pinned=self.on_cuda)
+        self.check()
+
+    def read_undivided(self, meter: Meter = NOBODY) -> None:
+        meter.expect(sum(item.saved.chunk.length for item in self.undivided))
+        for saved, box, target in self.undivided:
+            whole = load_whole(self.storage, saved, self.decoder, self.tuning)
+            target.copy_(narrow(whole, box.offsets, box.sizes))
+            meter.add(saved.chunk.length)
+
+    def check(self) -> None:
+        """Compare what can only be compared when all ranges have been read."""
+        check_members(self.members, self.tuning.threads)
 
 
 class CheckpointReader:
@@ -81,16 +114,22 @@ class CheckpointReader:
     def address(self) -> str:
         return self.storage.address
 
-    def read_manifest(self) -> Manifest:
+    def read_manifest(self, record: bytes | None = None) -> Manifest:
         """What the checkpoint holds, at the cost of one small read. Non-tensor values are in it: `Manifest.values()`.
 
         For another program's checkpoint (stock DCP, accelerate, Lightning, `torch.save`, safetensors) the manifest is
         derived from the headers there; it has no checksums of ours, and values only where a header holds them.
 
+        Args:
+            record: the bytes of its `manifest.json`, where somebody has read them already.
+
         Raises:
             CheckpointNotFoundError: there is no committed checkpoint.
             FormatError, UnsafeCheckpointError: there is one, but it is damaged or not safe to read.
         """
+        if record is not None:
+            self.files = self.storage
+            return parse_or_take(record, f"{self.storage.address}/{MANIFEST_NAME}")
         if self.storage.exists(MANIFEST_NAME):
             self.files = self.storage
             return read_record(self.storage)
@@ -104,25 +143,21 @@ class CheckpointReader:
         Args:
             meter: counts the bytes that are read; of what must be decoded whole, when it has been.
         """
-        if not wanted:
-            return
+        if wanted:
+            self.plan_tensors(wanted).run(meter)
+
+    def plan_tensors(self, wanted: Sequence[Wanted]) -> TensorReads:
+        """What has to be read to fill these targets. Of another program's file it may have to be looked for."""
         storage, tuning = self.files, self._tuning
         with collector_paused():
             chunks = {position: item.saved for position, item in enumerate(wanted)}
             sources = locate(storage, chunks, tuning, verify=self.verify_checksums)
-        meter.expect(sum(item.saved.chunk.length for position, item in enumerate(wanted) if position not in sources))
-        pieces: list[Piece] = []
-        for position, (saved, box, target) in enumerate(wanted):
-            if source := sources.get(position):
-                pieces.append(Piece(source, box, target))
-            else:
-                whole = load_whole(storage, saved, self.decoder, tuning)
-                target.copy_(narrow(whole, box.offsets, box.sizes))
-                meter.add(saved.chunk.length)
-        members = long_members(pieces, tuning) if self.verify_checksums else []
-        pieces += [member.descriptor for member in members if member.descriptor is not None]
-        fetch(storage, pieces, tuning, meter)
-        check_members(members, tuning.threads)
+            pieces = [Piece(source, *wanted[position][1:]) for position, source in sources.items()]
+            members = long_members(pieces, tuning) if self.verify_checksums else []
+            pieces += [member.descriptor for member in members if member.descriptor is not None]
+            undivided = [item for position, item in enumerate(wanted) if position not in sources]
+            on_cuda = any(piece.target.is_cuda for piece in pieces)
+            return TensorReads(storage, tuning, cut(pieces, tuning), undivided, members, self.decoder, on_cuda)
 
     def read_values(self, entries: Mapping[str, ObjectEntry]) -> dict[str, Any]:
         """Non-tensors by name."""

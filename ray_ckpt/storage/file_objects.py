@@ -31,21 +31,30 @@ _COMPARED_BYTES = 4096
 
 
 class InputFile:
-    """An open file, for ranged reads. Not for two threads at a time: each opens its own."""
+    """An open file, for ranged reads.
 
-    def __init__(self, storage: Storage, name: str, native: pa.NativeFile) -> None:
+    Args:
+        for_threads: whether several threads may read it at the same time. It takes a copy of what is read.
+    """
+
+    def __init__(self, storage: Storage, name: str, native: pa.NativeFile, *, for_threads: bool = False) -> None:
         self.name = name
         self._storage = storage
         self._native = native
+        self._for_threads = for_threads
 
     def read_into(self, offset: int, memory: memoryview) -> None:
-        """Fill `memory` with the bytes `[offset, offset + len(memory))`, without an intermediate copy.
+        """Fill `memory` with the bytes `[offset, offset + len(memory))`.
 
         Raises:
             FormatError: the file ends before that. A short read is an error, never "the remainder".
         """
 
         def read() -> int:
+            if self._for_threads:
+                data = self._native.read_at(len(memory), offset)
+                memory[: len(data)] = data
+                return len(data)
             self._native.seek(offset)
             return int(self._native.readinto(memory))
 

@@ -50,6 +50,8 @@ _LONGEST_CAUSE = 600
 
 _OBJECT_STORES = frozenset({"s3", "gcs", "abfs", *REGISTERED})
 """`FileSystem.type_name` of those without directories, where an object appears whole when its writer closes it."""
+_ASKED_FOR_SIZES = frozenset({"s3", "gcs", "abfs"})
+"""`FileSystem.type_name` of those that pyarrow asks how long a file is when it is opened. Threads may share it then."""
 _PUT_AT_ONCE = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", *REGISTERED})
 """Schemes where nobody sees a file before it is whole. Anywhere else one is written under another name and renamed."""
 
@@ -169,7 +171,7 @@ class Storage:
 
     @contextmanager
     def open_input(self, name: str) -> Iterator[InputFile]:
-        """Open a file for ranged reads by one thread at a time.
+        """Open a file for ranged reads, by one thread at a time unless `opening_costs_a_request`.
 
         Raises:
             StorageError: it cannot be opened.
@@ -180,7 +182,7 @@ class Storage:
         path = self.path(name)
         native = self.retried(lambda: self.perform("open", name, lambda: self.filesystem.open_input_file(path)))
         with native:
-            yield InputFile(self, name, native)
+            yield InputFile(self, name, native, for_threads=self.opening_costs_a_request)
 
     def exists(self, name: str) -> bool:
         """Whether there is a file of that name."""
@@ -404,6 +406,11 @@ class Storage:
     def has_local_files(self) -> bool:
         """Whether the operating system's own calls reach the files, by `path`."""
         return isinstance(self.filesystem, pafs.LocalFileSystem)
+
+    @property
+    def opening_costs_a_request(self) -> bool:
+        """Whether a file had better be opened once for all threads, which may read it at the same time."""
+        return self.filesystem.type_name in _ASKED_FOR_SIZES
 
     def _build(self) -> tuple[int, pafs.FileSystem, str]:
         if self._built is None or self._built[0] != os.getpid():

@@ -1,6 +1,6 @@
 """Getting byte ranges of files into tensors: coalesced, concurrent, checked, without a needless copy.
 
-    pieces (chunk, wanted box, target) ── plan ──> reads of one file each ── fetch ──> targets filled
+    pieces (chunk, wanted box, target) ── cut ──> ranges ── group ──> reads of one file each ── run ──> targets filled
 
 Where a wanted box is one run of bytes in the file and in the target's CPU memory, its whole checksum blocks are read
 straight into that memory. Everything else (edges of such runs, column slices, other dtypes, CUDA targets, small
@@ -13,6 +13,7 @@ import binascii
 import operator
 import os
 import queue
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -108,7 +109,7 @@ class Piece(NamedTuple):
     target: torch.Tensor
 
 
-class _Range(NamedTuple):
+class Range(NamedTuple):
     """Bytes `[start, end)` of a file, on whole blocks, and who wants what of them."""
 
     source: Source
@@ -116,17 +117,19 @@ class _Range(NamedTuple):
     end: int
     lead: int = 0
     """Number of bytes in front of the wanted ones."""
-    target: memoryview | _Scatter | None = None
-    """Takes the wanted bytes; None when they were read directly into the target."""
+    target: memoryview | Scatter | None = None
+    """Takes the wanted bytes; None where they are only checked."""
+    is_direct: bool = False
+    """Whether the target takes all of the bytes as they are, so that they are best read into it."""
 
 
-class _Read(NamedTuple):
+class Read(NamedTuple):
     """One request: a run of a file that serves these ranges."""
 
     file: str
     start: int
     end: int
-    ranges: Sequence[_Range]
+    ranges: Sequence[Range]
     memory: memoryview | None = None
     """Memory that the bytes are read into; None for scratch."""
 
@@ -142,27 +145,35 @@ def fetch(storage: Storage, pieces: Sequence[Piece], tuning: Tuning, meter: Mete
         StorageError, FormatError: a file cannot be read, or is too short.
     """
     with collector_paused():
-        reads = plan(pieces, tuning)
-    meter.expect(sum(read.end - read.start for read in reads))
-    pinned = any(piece.target.is_cuda for piece in pieces)
-    _run(storage, reads, min(tuning.threads, len(reads)), meter, pinned=pinned)
+        ranges = cut(pieces, tuning)
+    run(storage, ranges, tuning, meter, pinned=any(piece.target.is_cuda for piece in pieces))
 
 
-def plan(pieces: Iterable[Piece], tuning: Tuning) -> list[_Read]:
-    """Cut pieces into reads, in the order of the files."""
-    reads: list[_Read] = []
-    scattered: list[_Range] = []
+def cut(pieces: Iterable[Piece], tuning: Tuning) -> list[Range]:
+    """Cut pieces into ranges, in the order of the files. None is much longer than a read."""
+    found: list[Range] = []
     for piece in pieces:
-        if piece.box.num_elements == 0:
-            continue
-        if is_direct(piece, tuning):
-            direct, edges = _plan_direct(piece, tuning)
-            reads += direct
-            scattered += edges
+        if piece.box.num_elements:
+            found += _cut_direct(piece, tuning) if is_direct(piece, tuning) else _cut_scattered(piece, tuning)
+    found.sort(key=lambda item: (item.source.file, item.start, item.end))
+    return found
+
+
+def group(found: Iterable[Range], tuning: Tuning) -> list[Read]:
+    """Reads that serve these ranges, in the order of the files."""
+    reads: list[Read] = []
+    scattered: dict[str, list[Range]] = {}
+    for item in found:
+        if item.is_direct:
+            assert isinstance(item.target, memoryview)
+            reads.append(Read(item.source.file, item.start, item.end, (item,), item.target))
         else:
-            scattered += _plan_scattered(piece, tuning)
-    scattered.sort(key=lambda item: (item.source.file, item.start, item.end))
-    reads += _group(scattered, tuning)
+            scattered.setdefault(item.source.file, []).append(item)
+    for file, items in scattered.items():
+        extents = [(item.start, item.end) for item in items]
+        for members in ranges.group(extents, max_gap=tuning.max_gap_bytes, max_bytes=tuning.max_read_bytes):
+            of_read = [items[position] for position in members]
+            reads.append(Read(file, of_read[0].start, max(item.end for item in of_read), of_read))
     reads.sort(key=lambda read: (read.file, read.start))
     return reads
 
@@ -187,33 +198,29 @@ def is_plain_copy(piece: Piece) -> bool:
     )
 
 
-def _plan_direct(piece: Piece, tuning: Tuning) -> tuple[list[_Read], list[_Range]]:
+def _cut_direct(piece: Piece, tuning: Tuning) -> Iterator[Range]:
     """A run of bytes: its whole blocks go straight to the target, its edges through scratch."""
     source, memory = piece.source, bytes_of(piece.target)
     first = _first_byte(source, piece.box)
     start, end = first, first + len(memory)  # narrowed below to what goes straight to the target
-    reads, edges = [], []
+    step = tuning.max_read_bytes
     if source.checksums is not None:
         block = source.checksums.block_bytes
         if start % block:
             # The block that the run begins in holds bytes of others too: it cannot be read into the target.
             start = min(round_up(start + tuning.edge_bytes, block), end)
-            edges.append(_widened(source, first, start, memory[: start - first]))
+            yield _widened(source, first, start, memory[: start - first])
         # Likewise the block that it ends in, unless that is the last one, which is short; or no whole block is left.
         if end % block and end != source.data_bytes and start < end:
             end = max((end - tuning.edge_bytes) // block * block, start)
-            edges.append(_widened(source, end, first + len(memory), memory[end - first :]))
-        step = max(block, tuning.max_read_bytes // block * block)
-    else:
-        step = tuning.max_read_bytes
+            yield _widened(source, end, first + len(memory), memory[end - first :])
+        step = max(block, step // block * block)
     for at, until in ranges.cut(start, end, step):
-        absolute = (source.data_start + at, source.data_start + until)
-        wanted = _Range(source, *absolute)
-        reads.append(_Read(source.file, *absolute, (wanted,), memory[at - first : until - first]))
-    return reads, edges
+        target = memory[at - first : until - first]
+        yield Range(source, source.data_start + at, source.data_start + until, 0, target, is_direct=True)
 
 
-def _plan_scattered(piece: Piece, tuning: Tuning) -> Iterator[_Range]:
+def _cut_scattered(piece: Piece, tuning: Tuning) -> Iterator[Range]:
     source = piece.source
     if source.has_crc and source.data_bytes <= tuning.max_read_bytes and is_whole(piece):
         yield _whole_member(piece)
@@ -232,7 +239,7 @@ def _plan_scattered(piece: Piece, tuning: Tuning) -> Iterator[_Range]:
     )
     for part in parts:
         target = narrow(piece.target, part.box.within(piece.box).offsets, part.box.sizes)
-        scatter = _Scatter(target, source.dtype, source.strides, part.end - part.start)
+        scatter = Scatter(target, source.dtype, source.strides, part.end - part.start)
         yield _widened(source, part.start, part.end, scatter)
 
 
@@ -241,19 +248,19 @@ def is_whole(piece: Piece) -> bool:
     return piece.box.num_elements * piece.source.dtype.itemsize == piece.source.data_bytes
 
 
-def _whole_member(piece: Piece) -> _Range:
+def _whole_member(piece: Piece) -> Range:
     """All of a member, and behind it the descriptor where its CRC-32 stands."""
     source = piece.source
     end = source.data_start + source.data_bytes
     if not source.crc:
         end = min(end + DESCRIPTOR_BYTES, source.container_end)
     if is_plain_copy(piece) and ranges.is_dense(piece.box.sizes, source.strides):
-        return _Range(source, source.data_start, end, 0, bytes_of(piece.target))
-    scatter = _Scatter(piece.target, source.dtype, source.strides, source.data_bytes)
-    return _Range(source, source.data_start, end, 0, scatter)
+        return Range(source, source.data_start, end, 0, bytes_of(piece.target))
+    scatter = Scatter(piece.target, source.dtype, source.strides, source.data_bytes)
+    return Range(source, source.data_start, end, 0, scatter)
 
 
-class _Scatter(NamedTuple):
+class Scatter(NamedTuple):
     """Copies elements out of the bytes that enclose them."""
 
     target: torch.Tensor
@@ -274,36 +281,35 @@ def _first_byte(source: Source, box: Box) -> int:
     return first * source.dtype.itemsize
 
 
-def _widened(source: Source, start: int, end: int, target: memoryview | _Scatter) -> _Range:
+def _widened(source: Source, start: int, end: int, target: memoryview | Scatter) -> Range:
     """The range on whole blocks; the target gets the bytes that were asked for."""
     if source.checksums is None:
-        return _Range(source, source.data_start + start, source.data_start + end, 0, target)
+        return Range(source, source.data_start + start, source.data_start + end, 0, target)
     wide_start, wide_end = ranges.widen(start, end, source.checksums.block_bytes, source.data_bytes)
-    return _Range(source, source.data_start + wide_start, source.data_start + wide_end, start - wide_start, target)
-
-
-def _group(scattered: Sequence[_Range], tuning: Tuning) -> Iterator[_Read]:
-    by_file: dict[str, list[_Range]] = {}
-    for item in scattered:
-        by_file.setdefault(item.source.file, []).append(item)
-    for file, items in by_file.items():
-        extents = [(item.start, item.end) for item in items]
-        for members in ranges.group(extents, max_gap=tuning.max_gap_bytes, max_bytes=tuning.max_read_bytes):
-            group = [items[position] for position in members]
-            yield _Read(file, group[0].start, max(item.end for item in group), group)
+    return Range(source, source.data_start + wide_start, source.data_start + wide_end, start - wide_start, target)
 
 
 # ----------------------------------------------------------------------------------------------------- doing it
 
 
-def _run(storage: Storage, reads: Sequence[_Read], threads: int, meter: Meter, *, pinned: bool) -> None:
-    """Run all reads on a few threads; the first failure stops the others and is raised."""
-    todo: queue.SimpleQueue[_Read] = queue.SimpleQueue()
+def run(
+    storage: Storage, found: Sequence[Range], tuning: Tuning, meter: Meter = NOBODY, *, pinned: bool = False
+) -> None:
+    """Fill the targets of ranges on a few threads; the first failure stops the others and is raised.
+
+    Args:
+        pinned: whether scratch is pinned memory, because a target is on CUDA.
+    """
+    with collector_paused():
+        reads = group(found, tuning)
+    meter.expect(sum(read.end - read.start for read in reads))
+    threads = min(tuning.threads, len(reads))
+    todo: queue.SimpleQueue[Read] = queue.SimpleQueue()
     for read in reads:
         todo.put(read)
 
     def work() -> None:
-        with _Worker(storage, pinned=pinned) as worker:
+        with Worker(files, pinned=pinned) as worker:
             while True:
                 try:
                     read = todo.get_nowait()
@@ -316,16 +322,17 @@ def _run(storage: Storage, reads: Sequence[_Read], threads: int, meter: Meter, *
                     _clear(todo)
                     raise
 
-    if threads <= 1:
-        work()
-        return
-    with ThreadPoolExecutor(threads, thread_name_prefix="ray_ckpt-read") as pool:
-        workers = [pool.submit(work) for _ in range(threads)]
-    for future in workers:
-        future.result()
+    with OpenFiles(storage) as files:
+        if threads <= 1:
+            work()
+            return
+        with ThreadPoolExecutor(threads, thread_name_prefix="ray_ckpt-read") as pool:
+            workers = [pool.submit(work) for _ in range(threads)]
+        for future in workers:
+            future.result()
 
 
-def _clear(todo: queue.SimpleQueue[_Read]) -> None:
+def _clear(todo: queue.SimpleQueue[Read]) -> None:
     while True:
         try:
             todo.get_nowait()
@@ -333,42 +340,69 @@ def _clear(todo: queue.SimpleQueue[_Read]) -> None:
             return
 
 
-class _Worker:
+class OpenFiles:
+    """Files that stay open for all threads of a fetch, where several may read one at a time."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+        self._lock = threading.Lock()
+        self._files: dict[str, InputFile] = {}
+        self._closing = ExitStack()
+
+    def __enter__(self) -> OpenFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.close()
+
+    def get(self, name: str) -> InputFile:
+        with self._lock:
+            if name not in self._files:
+                self._files[name] = self._closing.enter_context(self.storage.open_input(name))
+            return self._files[name]
+
+
+class Worker:
     """One thread's open file and scratch buffer.
 
     The buffer is pinned when a target is on CUDA: one thread's copy to the device then runs while others read.
     """
 
-    def __init__(self, storage: Storage, *, pinned: bool) -> None:
-        self._storage = storage
+    def __init__(self, files: OpenFiles, *, pinned: bool) -> None:
+        self._shared = files
         self._pinned = pinned
-        self._files = ExitStack()
+        self._own = ExitStack()
         self._open: tuple[str, InputFile] | None = None
         self._scratch = torch.empty(0, dtype=torch.uint8)
 
-    def __enter__(self) -> _Worker:
+    def __enter__(self) -> Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._files.close()
+        self._own.close()
 
-    def run(self, read: _Read) -> None:
+    def run(self, read: Read) -> None:
         size = read.end - read.start
         memory = self._scratch_of(size) if read.memory is None else read.memory
 
         def check(data: memoryview) -> None:
             for wanted in read.ranges:
-                _verify(wanted, data[wanted.start - read.start : wanted.end - read.start])
+                verify(wanted, data[wanted.start - read.start : wanted.end - read.start])
 
-        read_good(self._storage, read.file, read.start, memory, opened=lambda: self._input(read.file), check=check)
+        read_good(
+            self._shared.storage, read.file, read.start, memory, opened=lambda: self._input(read.file), check=check
+        )
         for wanted in read.ranges:
-            _deliver(wanted, memory[wanted.start - read.start : wanted.end - read.start])
+            deliver(wanted, memory[wanted.start - read.start : wanted.end - read.start])
 
     def _input(self, file: str) -> InputFile:
-        """Reads come in the order of the files: one open file at a time will do."""
+        storage = self._shared.storage
+        if storage.opening_costs_a_request:
+            return self._shared.get(file)
+        # Reads come in the order of the files: one open file at a time will do.
         if self._open is None or self._open[0] != file:
-            self._files.close()
-            self._open = (file, self._files.enter_context(self._storage.open_input(file)))
+            self._own.close()
+            self._open = (file, self._own.enter_context(storage.open_input(file)))
         return self._open[1]
 
     def _scratch_of(self, size: int) -> memoryview:
@@ -377,15 +411,17 @@ class _Worker:
         return bytes_of(self._scratch[:size])
 
 
-def _deliver(wanted: _Range, data: memoryview) -> None:
+def deliver(wanted: Range, data: memoryview) -> None:
     lead, target = wanted.lead, wanted.target
+    if wanted.is_direct:
+        return  # they are there
     if isinstance(target, memoryview):
         target[:] = data[lead : lead + len(target)]
     elif target is not None:
         target.deliver(data[lead : lead + target.num_bytes])
 
 
-def _verify(wanted: _Range, data: memoryview) -> None:
+def verify(wanted: Range, data: memoryview) -> None:
     source, checksums = wanted.source, wanted.source.checksums
     if checksums is None:
         if source.has_crc and wanted.start == source.data_start and len(data) >= source.data_bytes:

@@ -14,7 +14,7 @@ from ray_ckpt.gc_pause import collector_paused
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.good_reads import Reread, note, other_copies
 
-__all__ = ["parse_and_keep", "parse_or_take", "read_if_there", "read_record"]
+__all__ = ["parse_and_keep", "parse_or_take", "read_for_all", "read_if_there", "read_record"]
 
 _kept: dict[bytes, Manifest] = {}
 """The record that was parsed last, until it is taken."""
@@ -28,6 +28,14 @@ def read_if_there(storage: Storage, name: str) -> bytes | None:
         if isinstance(error.__cause__, FileNotFoundError):
             return None
         raise
+
+
+def read_for_all(storage: Storage) -> bytes | None:
+    """The record of a checkpoint, for one process to send to all that load it, where each reading costs requests.
+
+    None where every process had better read it by itself: it is in local files, or another program's checkpoint.
+    """
+    return None if storage.is_local else read_if_there(storage, MANIFEST_NAME)
 
 
 def read_record(storage: Storage, parse: Callable[[bytes, str], Manifest] | None = None) -> Manifest:

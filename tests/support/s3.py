@@ -28,8 +28,10 @@ class S3:
     port: int
     requests: collections.Counter[str] = field(default_factory=collections.Counter)
     """Number of requests by method."""
-    sent_bytes: int = 0
-    """Bytes of all GET responses."""
+    sent: collections.Counter[str] = field(default_factory=collections.Counter)
+    """Bytes of GET responses by path, `/bucket/name`."""
+    requests_by_path: collections.Counter[tuple[str, str]] = field(default_factory=collections.Counter)
+    """Number of requests by method and path."""
     throttle: Callable[[Environment], bool] | None = None
     """Sees every request, and says whether to answer it with 503 SlowDown."""
 
@@ -46,9 +48,25 @@ class S3:
         finally:
             self.throttle = None
 
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes of all GET responses."""
+        return self.sent.total()
+
+    def sent_below(self, path: str) -> int:
+        return sum(count for name, count in self.sent.items() if name.startswith(f"/{_BUCKET}/{path}/"))
+
+    def requests_below(self, path: str, method: str) -> int:
+        return sum(
+            count
+            for (how, name), count in self.requests_by_path.items()
+            if how == method and name.startswith(f"/{_BUCKET}/{path}/")
+        )
+
     def reset(self) -> None:
         self.requests.clear()
-        self.sent_bytes = 0
+        self.requests_by_path.clear()
+        self.sent.clear()
 
 
 @contextmanager
@@ -58,13 +76,15 @@ def run_s3() -> Iterator[S3]:
     state: S3
 
     def application(environment: Environment, start_response: Callable[..., Any]) -> Iterable[bytes]:
-        state.requests[environment["REQUEST_METHOD"]] += 1
+        method, path = environment["REQUEST_METHOD"], environment["PATH_INFO"]
+        state.requests[method] += 1
+        state.requests_by_path[method, path] += 1
         if state.throttle is not None and state.throttle(environment):
             start_response("503 Slow Down", [("Content-Type", "application/xml")])
             return [_SLOW_DOWN]
         body = list(moto(environment, start_response))
-        if environment["REQUEST_METHOD"] == "GET":
-            state.sent_bytes += sum(map(len, body))
+        if method == "GET":
+            state.sent[path] += sum(map(len, body))
         return body
 
     server = make_server("127.0.0.1", 0, application, threaded=True)
