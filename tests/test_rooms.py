@@ -44,7 +44,7 @@ FLOORS = {
 
 ONLY_HOMES = {
     "ray": {"cluster", "integrations.ray_train"},
-    "pyarrow": {"storage.files", "storage.file_objects", "storage.registered"},
+    "pyarrow": {"storage.files", "storage.filesystems", "storage.file_objects", "storage.registered"},
     "click": {"cli", "recipes"},
     "rich": {"cli", "recipes"},
     "jinja2": {"pictures"},

@@ -17,7 +17,6 @@ import contextlib
 import copy
 import errno
 import os
-import urllib.parse
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,10 +31,11 @@ from ray_ckpt.format import limits
 from ray_ckpt.format.manifest import check_file_name
 from ray_ckpt.storage.address import ARROW_SCHEMES, Address, parse
 from ray_ckpt.storage.file_objects import InputFile, OutputFile, PreparedFile
+from ray_ckpt.storage.filesystems import open_filesystem
 from ray_ckpt.storage.good_reads import Reread
 from ray_ckpt.storage.local_files import is_plain_file, lock_directory, make_directory, remove_plain_file, rename
 from ray_ckpt.storage.redact import without_secrets
-from ray_ckpt.storage.registered import REGISTERED, RegisteredFileSystem, WritableFile, open_registered
+from ray_ckpt.storage.registered import REGISTERED, RegisteredFileSystem, WritableFile
 from ray_ckpt.storage.regular_files import check_readable
 from ray_ckpt.storage.retry import RetryPolicy, is_transient, retried
 
@@ -414,7 +414,7 @@ class Storage:
 
     def _build(self) -> tuple[int, pafs.FileSystem, str]:
         if self._built is None or self._built[0] != os.getpid():
-            filesystem, root = self.perform("open", "", lambda: _open_filesystem(self._address))
+            filesystem, root = self.perform("open", "", lambda: open_filesystem(self._address))
             self._built = (os.getpid(), filesystem, root)
         return self._built
 
@@ -463,36 +463,6 @@ def _rebuild(cls: type[Storage], state: dict[str, Any]) -> Storage:
     storage = cls.__new__(cls)
     storage.__dict__.update(state)
     return storage
-
-
-def _open_filesystem(address: Address) -> tuple[pafs.FileSystem, str]:
-    if address.is_local:
-        return pafs.LocalFileSystem(), address.path
-    if address.scheme in REGISTERED:
-        return open_registered(address)
-    if address.scheme not in ARROW_SCHEMES:
-        return _open_fsspec(address)
-    if address.scheme == "s3" and (anonymous := _open_anonymous_s3(address)):
-        return anonymous
-    filesystem, path = pafs.FileSystem.from_uri(address.text)
-    return filesystem, path
-
-
-def _open_fsspec(address: Address) -> tuple[pafs.FileSystem, str]:
-    import fsspec  # only those who use such a URI need it
-
-    if address.scheme not in fsspec.available_protocols():
-        raise ValueError(f"no file system is known for {address.scheme}://, neither by pyarrow nor by fsspec")
-    filesystem, path = fsspec.url_to_fs(address.text)
-    return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
-
-
-def _open_anonymous_s3(address: Address) -> tuple[pafs.FileSystem, str] | None:
-    """What `from_uri` cannot say: S3 without credentials, asked for by `anonymous=true`."""
-    options = dict(urllib.parse.parse_qsl(address.options))
-    if options.pop("anonymous", "false").lower() != "true":
-        return None
-    return pafs.S3FileSystem(anonymous=True, **options), urllib.parse.unquote(address.place + address.path)
 
 
 def _describe(error: BaseException, address: Address) -> str:
