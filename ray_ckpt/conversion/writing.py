@@ -148,6 +148,8 @@ def _converted(data: memoryview, dtype: torch.dtype, wanted: torch.dtype, name: 
     """
     elements = torch.frombuffer(data, dtype=torch.uint8).view(dtype)
     converted = elements.to(wanted)
+    if all(bool(end.isfinite()) for end in torch.aminmax(converted)):  # many times faster than to count
+        return converted
     if num_lost := int((converted.isinf() & elements.isfinite()).sum()):
         raise UsageError(
             f"{quoted(name)} has {num_lost} elements that are too large for {dtype_name(wanted)} and "
