@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from ray_ckpt import CheckpointNotFoundError, CheckpointStore
+from tests.conftest import REPOSITORY
 
 pytestmark = [
     pytest.mark.slow,
@@ -77,3 +80,36 @@ def test_without_our_step_nothing_is_trained(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "store")
     with pytest.raises(CheckpointNotFoundError):
         trainer(tmp_path, 6, seed=0).train(resume_from_checkpoint=str(tmp_path / "output" / "checkpoint-3"))
+
+
+def test_two_processes_under_torchrun(tmp_path: Path) -> None:
+    """As one does it: DDP, each rank with its own random numbers."""
+    for name, seed, resumed_at in (("whole", 0, 0), ("resumed", 1, 3)):
+        program = ["-m", "tests.test_trainer", tmp_path, tmp_path / name, seed, resumed_at]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program]
+        done = subprocess.run(
+            [*map(str, command)], cwd=REPOSITORY, capture_output=True, text=True, timeout=240, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        expected, found = (torch.load(tmp_path / f"{name}-{rank}.pt") for name in ("whole", "resumed"))
+        assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+        assert len(expected) == len(found) > 20
+    first, other = (torch.load(tmp_path / f"started-{seed}.pt") for seed in (0, 1))
+    assert not torch.equal(first, other)  # the control: the resumed run began as another
+
+
+def main(directory: str, name: str, seed: str, resumed_at: str) -> None:
+    """What each process runs: six steps, or those from a checkpoint on; what it holds then goes to a file."""
+    run = trainer(Path(directory), 6, int(seed))
+    rank = run.args.process_index
+    if rank == 0:
+        torch.save(next(run.model.parameters()).detach().clone(), Path(directory, f"started-{seed}.pt"))
+    output = Path(directory, "output", f"checkpoint-{resumed_at}")
+    run.train(resume_from_checkpoint=str(output) if int(resumed_at) else None)
+    assert run.args.world_size == 2
+    torch.save(held(run), f"{name}-{rank}.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
