@@ -270,6 +270,8 @@ def test_storage_that_nodes_do_not_share_is_found_before_a_byte_is_saved(
 @pytest.mark.jobs
 def test_a_mismatch_ends_with_exit_code_1_and_a_table(tmp_path: Path) -> None:
     report_path = tmp_path / "out.json"
+    for mark in MARKERS.glob("built-by-*"):
+        mark.unlink()
     done = run_job(
         "--model", "tests.support.models:Noisy", "--workers", "2", "--steps", "2", "--json", str(report_path)
     )
@@ -281,6 +283,10 @@ def test_a_mismatch_ends_with_exit_code_1_and_a_table(tmp_path: Path) -> None:
     assert "loss of step " in done.stdout
     assert "\nverified: 16 tensors and " in done.stdout
     assert "NOT VERIFIED: continuation: nothing was compared, as the model gave two losses for one batch" in done.stdout
+    # What a factory does may take minutes.
+    assert done.stdout.startswith("model: calling tests.support.models:Noisy, as every worker will\nmodel: done (")
+    built = sorted(len(mark.read_text()) for mark in MARKERS.glob("built-by-*"))
+    assert built == [1, 3, 3, 4, 4], "by the driver, and by each worker and the first of either group"
 
 
 @pytest.mark.slow

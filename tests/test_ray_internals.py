@@ -142,3 +142,15 @@ def test_a_driver_keeps_its_signal_handlers_while_it_joins(how: str, expected: s
     command = [sys.executable, "-c", JOIN, ray.get_runtime_context().gcs_address, how]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == expected
+
+
+def test_an_object_store_goes_elsewhere_where_shared_memory_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`_plasma_directory` of `ray.init`, which names the arguments that it does not know before it does anything."""
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    assert ray_internals.object_store_settings(str(tmp_path)) == {}
+    settings = ray_internals.object_store_settings(str(tmp_path / "absent"))
+    assert list(settings.values()) == [str(tmp_path)]
+    with pytest.raises(RuntimeError, match=r"Unknown keyword argument\(s\): nothing_like_it$"):
+        ray.init(**settings, nothing_like_it=1)

@@ -19,6 +19,7 @@ import ray
 from ray.job_submission import JobStatus, JobSubmissionClient
 from ray.util import placement_group_table
 
+from tests.conftest import REPOSITORY
 from tests.support.clusters import (
     BIN,
     JOB,
@@ -212,31 +213,55 @@ def test_a_stopped_job_leaves_nothing_in_the_cluster_and_no_checkpoint(head: Hea
     assert list(storage.glob("probe-*")) == []
 
 
-def submit(head: Head, name: str, *arguments: str, wait: bool = True) -> Started:
-    flags = ("--address", head.dashboard, "--submission-id", name, "--working-dir", ".")
+@pytest.mark.slow
+def test_a_model_that_is_only_in_the_working_directory(head: Head, tmp_path: Path) -> None:
+    """Driver and workers find it there, and what it needs."""
+    (tmp_path / "needed_here.py").write_text("LAYERS = 2\n")
+    (tmp_path / "model_here.py").write_text(
+        "import needed_here\nfrom ray_ckpt.recipes.model import PipelineModel\n"
+        "def make():\n    return PipelineModel(8, needed_here.LAYERS)\n"
+    )
+    flags = ("--workers", "2", "--steps", "2", "--model", "model_here:make")
+    job = submit(head, "own-model", *flags, directory=tmp_path)
+    assert job.wait(110) == 0, job.stdout + job.stderr
+    client = JobSubmissionClient(head.dashboard)
+    assert "verified: 16 tensors" in client.get_job_logs("own-model")
+    assert str(tmp_path) not in client.get_job_logs("own-model")
+    wait_until_free(15)
+
+
+def submit(head: Head, name: str, *arguments: str, wait: bool = True, directory: Path | None = None) -> Started:
+    flags = ("--address", head.dashboard, "--submission-id", name, "--working-dir", str(directory or "."))
     command = (str(BIN / "ray"), "job", "submit", *flags, *(() if wait else ("--no-wait",)))
-    return head.sandbox.start(*command, "--", "python", JOB, *arguments)
+    return head.sandbox.start(*command, "--", "python", str(REPOSITORY / JOB) if directory else JOB, *arguments)
 
 
 # A node goes
 
 
 @pytest.mark.slow
-def test_the_rank_of_a_killed_node_is_named(head: Head) -> None:
-    """Three workers on two nodes; all processes of the second node are killed at once in mid-training."""
-    node = add_node(head, "127.0.0.2", num_cpus=1)
+@pytest.mark.parametrize("what", ["node", "raylet"])
+def test_the_rank_of_a_killed_node_is_named(head: Head, what: str) -> None:
+    """Three workers on two nodes; of the second node, all processes or its raylet are killed in mid-training."""
+    address = "127.0.0.2" if what == "node" else "127.0.0.3"  # Ray knows a dead node by its address for a while
+    node = add_node(head, address, num_cpus=1)
     job = head.sandbox.start_job("--workers", "3", "--steps", "100000", "--address", head.address)
     job.wait_for(TRAINING, 100)
     assert "3 workers on 2 nodes" in job.stdout
     killed_at = time.monotonic()
-    head.sandbox.kill(node)
+    if what == "node":
+        head.sandbox.kill(node)
+    else:
+        [raylet] = [process for process in head.sandbox.processes(node) if process.name() == "raylet"]
+        raylet.kill()
     assert job.wait(30) == 1
     took_s = time.monotonic() - killed_at
-    print(f"node killed: {took_s:.2f} s until the job had ended")
+    print(f"{what} killed: {took_s:.2f} s until the job had ended")
     # Ranks are ordered by their node's address, and two of three fit on the head.
-    doomed = 0 if head.host > "127.0.0.2" else 2
+    doomed = 0 if head.host > address else 2
     last = job.stderr.splitlines()[-1]
-    assert re.match(rf"error: rank {doomed} on {re.escape(socket.gethostname())} \(127\.0\.0\.2\): died: ", last), last
+    place = re.escape(f"{socket.gethostname()} ({address})")
+    assert re.match(rf"error: rank {doomed} on {place}: died: ", last), last
     assert re.findall(r"ranks? [\d, ]*\d", last) == [f"rank {doomed}"]
     assert took_s < 10
     wait_until_free(20)

@@ -5,6 +5,7 @@ Where the job stands when the worker is stopped is exact: the driver stops itsel
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -59,6 +60,23 @@ def test_a_worker_that_is_stopped_in_training(head: Head, tmp_path: Path) -> Non
     job.wait_for("train: ", 120)
     check_end(head, job, stop_a_worker(head))
     assert list(storage.iterdir()) == []
+
+
+def test_the_elastic_job_goes_on_without_a_worker_that_is_stopped(head: Head, tmp_path: Path) -> None:
+    storage, report = tmp_path / "run", tmp_path / "out.json"
+    where = ("--address", head.address, "--storage", str(storage), "--json", str(report))
+    flags = ("--layouts", "pp2", "--steps", "40", "--save-every", "2", "--dim", "64", "--cpus-per-worker", "0.5")
+    job = head.sandbox.start(sys.executable, "jobs/train_elastic.py", *flags, *where, "--timeout", "20")
+    job.wait_for("step 4 of 40", 120)
+    pid = stop_a_worker(head)
+    assert job.wait(20 + ENDS_S) == 0, job.stdout + job.stderr
+    assert not psutil.pid_exists(pid)
+    told = json.loads(report.read_text())
+    assert (told["final_step"], told["layouts_used"]) == (40, ["pp2", "pp2"])
+    [restart] = told["restarts"]
+    assert f"(process {pid}) responds to nothing: stopped, or stuck" in restart["cause"]
+    assert restart["step"] >= 4
+    wait_until_free(30)
 
 
 @pytest.mark.parametrize(

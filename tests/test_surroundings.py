@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import click
 import pytest
+from rich.console import Console
 
 from ray_ckpt.cluster.deferral import signals_deferred
 from ray_ckpt.errors import UsageError
@@ -20,6 +22,7 @@ from ray_ckpt.parallel.layout import Layout
 from ray_ckpt.recipes.command import main
 from ray_ckpt.recipes.json_output import json_alone, write_json
 from ray_ckpt.recipes.pipeline_to_fsdp.command import pipeline_to_fsdp
+from ray_ckpt.recipes.screen import Screen
 from ray_ckpt.recipes.setting import check_layouts, storage_of
 from ray_ckpt.recipes.workload import Workload
 from tests.conftest import REPOSITORY
@@ -147,7 +150,7 @@ def test_a_factory_that_goes_elsewhere_takes_no_relative_path_along(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     layouts = [Layout.parse("pp2")]
-    check_layouts(Workload.of("wandering:make", 8, 2, layouts), layouts)
+    check_layouts(Workload.of("wandering:make", 8, 2, layouts), layouts, Screen(Console(file=io.StringIO())))
     assert Path.cwd() == tmp_path
 
 

@@ -129,6 +129,27 @@ def test_a_stopped_process_is_told_from_those_that_wait_for_it(group: WorkerGrou
     assert re.search(stopped, str(caught.value))
 
 
+class Stubborn:
+    def __reduce__(self) -> str:
+        raise ValueError("I stay here")
+
+
+@pytest.mark.parametrize("group", [2], indirect=True)
+def test_what_does_not_pickle_is_told_in_one_line(group: WorkerGroup) -> None:
+    lock = threading.Lock()
+    told = r"^cannot send {} and its arguments to the workers: {}; they have to pickle, as those of a top-level "
+    of_the_lock = "TypeError: cannot pickle '_thread.lock' object"
+    with pytest.raises(UsageError, match=told.format("describe", of_the_lock)):
+        group.run(rank_functions.describe, lock)
+    with pytest.raises(UsageError, match=told.format(r"test_what\S+<lambda>", of_the_lock)):
+        group.run(lambda ctx: lock)
+    with pytest.raises(UsageError, match=told.format("remember", "ValueError: I stay here")):
+        group.call(rank_functions.remember, {0: ("it",), 1: (Stubborn(),)})
+    assert len(group.run(rank_functions.describe)) == 2  # nothing has happened to the group
+    with pytest.raises(WorkerError, match=rf"^ranks 0, 1 on .*: TypeError: its result does not pickle: {of_the_lock}$"):
+        group.run(rank_functions.return_a_lock)
+
+
 def test_a_group_may_be_closed_twice_and_formed_anew_with_another_size() -> None:
     first = WorkerGroup(1, start_timeout_s=60)
     pids = [worker.pid for worker in first.workers]
@@ -199,10 +220,25 @@ def test_a_worker_that_dies_while_the_group_starts_is_named_in_one_line() -> Non
 
 
 @pytest.mark.slow
-def test_a_group_inside_a_task_leaves_the_task_its_own_cpus() -> None:
+@pytest.mark.parametrize("inside", ["task", "actor"])
+def test_a_group_inside_another_process_of_ray_leaves_that_its_own_cpus(inside: str) -> None:
     """Of four CPUs the task holds three: two workers share the fourth."""
-    form = ray.remote(num_cpus=3)(task_functions.form_group)
-    assert ray.get(form.remote(2), timeout=90) == [0.5, ["rank 0", "rank 1"]]
+    if inside == "task":
+        former, formed = None, ray.remote(num_cpus=3)(task_functions.form_group).remote(2, 60)
+    else:
+        former = ray.remote(num_cpus=3)(task_functions.Former).remote()
+        formed = former.form_group.remote(2, 60)
+    assert ray.get(formed, timeout=90) == [0.5, ["rank 0", "rank 1"]]
+    if former is not None:
+        ray.kill(former)
+    assert_nothing_is_left([])
+
+
+@pytest.mark.slow
+def test_a_group_inside_a_task_that_holds_all_cpus_is_told_what_is_missing() -> None:
+    form = ray.remote(num_cpus=ray.cluster_resources()["CPU"])(task_functions.form_group)
+    with pytest.raises(PlacementError, match=r"not placed within 3 s: .* missing CPU: needs 2, has 0"):
+        ray.get(form.remote(2, 3), timeout=90)
     assert_nothing_is_left([])
 
 
@@ -254,6 +290,29 @@ except WorkerError as error:
 def test_a_group_that_started_ray_itself_also_stops_it_after_a_failure() -> None:
     done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "(0,) False"
+
+
+IN_A_NOTEBOOK = """
+import asyncio
+import ray
+from ray_ckpt import WorkerGroup
+from tests.support.task_functions import name
+
+quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+ray.init("local", num_cpus=2, namespace="somebody's", **quiet)
+
+async def cell():
+    with WorkerGroup(1) as one, WorkerGroup(1) as other:
+        return one.run(name) + other.run(name)
+
+print(asyncio.run(cell()), ray.is_initialized(), ray.available_resources()["CPU"])
+"""
+
+
+@pytest.mark.slow
+def test_two_groups_at_once_on_a_ray_of_the_drivers_own_in_a_running_event_loop() -> None:
+    done = subprocess.run([sys.executable, "-c", IN_A_NOTEBOOK], capture_output=True, text=True, timeout=90)
+    assert (done.stdout, done.stderr) == ("['rank 0', 'rank 0'] True 2.0\n", "")
 
 
 def test_ranks_follow_node_and_device() -> None:

@@ -1,4 +1,4 @@
-"""Commands on a host whose clock is days off: nothing that is removed depends on it."""
+"""Commands and workers on a host whose clock is days off: nothing depends on it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 import ray_ckpt
 from ray_ckpt.storage.store import CheckpointStore
 from tests.conftest import REPOSITORY
-from tests.support.clusters import BIN
+from tests.support.clusters import BIN, Head, add_node, wait_until_free, workers
 from tests.support.shim import has_compiler
 
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="needs gcc, on Linux")
@@ -58,3 +58,21 @@ def test_clean_goes_by_the_clock_of_the_storage(tmp_path: Path, clock: str, days
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["files"] == [old]
     assert store.steps() == (1,)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_job_is_done_though_the_clock_of_one_node_is_days_off(head: Head, tmp_path: Path, clock: str) -> None:
+    node = add_node(head, "127.0.0.2", num_cpus=1, **wrong(clock, 3 * 86_400))
+    storage = tmp_path / "run"
+    where = ("--address", head.address, "--storage", str(storage))
+    job = head.sandbox.start_job("--workers", "3", "--dim", "64", "--steps", "3", *where)
+    job.wait_for("train: ", 110)
+    shifted = [worker for worker in workers(head.sandbox) if "CLOCK_SHIFT_S" in worker.environ()]
+    assert len(shifted) == 1
+    assert job.wait(110) == 0, job.stdout + job.stderr
+    assert "3 workers on 2 nodes" in job.stdout
+    assert "verified: continuation: " in job.stdout
+    assert job.stderr == ""
+    wait_until_free(30)
+    head.sandbox.kill(node)

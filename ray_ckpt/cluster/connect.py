@@ -25,6 +25,7 @@ from ray_ckpt.cluster.ray_internals import (
     check_alive,
     end_monitor,
     find_recorded_address,
+    object_store_settings,
     reread_authentication,
     without_daemon_messages,
 )
@@ -125,6 +126,7 @@ def _local_ray(num_cpus: int, options: dict[str, Any]) -> Iterator[None]:
         "num_cpus": max(num_cpus, os.cpu_count() or 1),
         "include_dashboard": False,
         "object_store_memory": LOCAL_OBJECT_STORE_BYTES,
+        **object_store_settings(),
     }
     _init("local", options)
     try:

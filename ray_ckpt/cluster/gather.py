@@ -16,7 +16,14 @@ from enum import IntEnum
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayError
+from ray.exceptions import (
+    ActorUnavailableError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RaySystemError,
+    RayTaskError,
+)
 
 from ray_ckpt.cluster.worker import CallOutcome, WorkerInfo
 from ray_ckpt.errors import DIED, SILENT, GroupTimeoutError, RankFailure, WorkerError
@@ -149,7 +156,14 @@ def _from_ray(error: RayError, rank: int, worker: WorkerInfo) -> RankFailure:
     """What Ray knows of a call that returned nothing, in one line of Ray's many."""
     if isinstance(error, (RayActorError, OutOfMemoryError)):
         return RankFailure(rank, worker.node, DIED, _describe_death(error, worker.pid))
-    return RankFailure(rank, worker.node, type(error).__name__, _lines(error)[-1])
+    kind, said = type(error).__name__, _lines(error)[-1]
+    if isinstance(error, RayTaskError):  # not of the function, as that is caught on the worker
+        kind = type(error.cause).__name__
+        on_the_way_there = isinstance(error.cause, RaySystemError)
+        said = f"{'the worker cannot read its arguments' if on_the_way_there else 'its result does not pickle'}: {said}"
+    elif isinstance(error, RaySystemError):
+        said = f"its result cannot be read here: {said}"
+    return RankFailure(rank, worker.node, kind, said)
 
 
 def _describe_death(error: RayError, pid: int) -> str:

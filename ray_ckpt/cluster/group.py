@@ -41,6 +41,7 @@ from ray_ckpt.cluster.watching import Watch
 from ray_ckpt.cluster.worker import BESIDE, PING, Rendezvous, Worker, WorkerInfo
 from ray_ckpt.errors import GroupError, GroupTimeoutError, PlacementError, UsageError
 from ray_ckpt.progress import Meter, Progress
+from ray_ckpt.text import told
 
 LEAVE_TIMEOUT_S = 5.0
 """How long the workers may take to leave the process group before they are killed."""
@@ -177,11 +178,12 @@ class WorkerGroup:
             GroupTimeoutError: the call outlasted `timeout_s` (by default the group's `call_timeout_s`); the group is
                 closed.
             GroupError: the group is closed already.
+            UsageError: `fn` or its arguments do not pickle. The group stays open.
         """
         actors = self._open_actors()
         timeout_s = self.call_timeout_s if timeout_s is None else timeout_s
         with self._watched(range(len(actors)), progress, beside=False) as look:
-            return self._gather([actor.call.remote(fn, args) for actor in actors], timeout_s, look)
+            return self._gather([_send(actor.call, fn, args, False) for actor in actors], timeout_s, look)
 
     def call(
         self,
@@ -210,6 +212,7 @@ class WorkerGroup:
             WorkerError, GroupTimeoutError: as `run`, but the group is not closed, and ranks that have not answered yet
                 go on with what they do.
             GroupError: the group is closed.
+            UsageError: `fn` or its arguments do not pickle.
         """
         actors = self._open_actors()
         timeout_s = self.call_timeout_s if timeout_s is None else timeout_s
@@ -217,7 +220,7 @@ class WorkerGroup:
         tries: Counter[int] = Counter()
 
         def start(rank: int) -> Any:
-            return actors[rank].call.options(**options).remote(fn, args_of[rank], beside)
+            return _send(actors[rank].call.options(**options), fn, args_of[rank], beside)
 
         def again(rank: int) -> Any | None:
             tries[rank] += 1
@@ -386,6 +389,22 @@ class WorkerGroup:
                 placement, self._placement = self._placement, None
                 remove_placement_group(placement)
                 _wait_until_removed(placement)
+
+
+def _send(call: Any, fn: Callable[..., Any] | str, args: tuple[Any, ...], beside: bool) -> Any:
+    """Call `fn` on a worker. Returns the reference to its `CallOutcome`.
+
+    Raises:
+        UsageError: the function or its arguments do not pickle.
+    """
+    try:
+        return call.remote(fn, args, beside)
+    except Exception as error:  # whatever the user's own `__reduce__` raises, or a page by Ray about its cause
+        raise UsageError(
+            f"cannot send {fn if isinstance(fn, str) else getattr(fn, '__qualname__', fn)} and its arguments to the "
+            f"workers: {told(error.__cause__ or error)}; they have to pickle, as those of a top-level function and "
+            "plain data do"
+        ) from error
 
 
 def _placed_workers(placement: PlacementGroup) -> tuple[WorkerInfo, ...]:

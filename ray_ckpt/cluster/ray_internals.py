@@ -8,12 +8,16 @@ held_resources           Ray's public interface refuses to answer a driver
 without_daemon_messages  Ray's daemons write paragraphs to the driver's standard output
 end_monitor              a local Ray's shutdown waits a second for a process that does nothing
 reread_authentication    Ray reads mode and token once per process
+object_store_settings    a local Ray's object store aborts where /dev/shm cannot be written
 without_signal_handlers  Ray's core takes SIGTERM for a crash while it starts, and may abort
 """
 
 from __future__ import annotations
 
+import os
 import re
+import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -120,6 +124,14 @@ def end_monitor() -> None:
     monitors: list[Any] = node.all_processes.get(ray_constants.PROCESS_TYPE_MONITOR, []) if node else []
     for monitor in monitors:
         monitor.process.kill()
+
+
+def object_store_settings(shared_memory: str = "/dev/shm") -> dict[str, str]:
+    """What `ray.init` is to be told of a local Ray's object store: a file in Ray's directory, where shared memory is
+    absent or cannot be written. Ray itself looks only at its size, and its raylet then aborts."""
+    if os.access(shared_memory, os.W_OK) or not sys.platform.startswith("linux"):
+        return {}
+    return {"_plasma_directory": os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()}
 
 
 def reread_authentication() -> None:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import copy
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import nn
@@ -23,11 +24,17 @@ from ray_ckpt.format.shards import local_boxes
 from ray_ckpt.format.torch_internals import local_tensor, replace_tensors, with_own_tensors
 
 
-def materialize(whole: nn.Module, device: torch.device, seed: int) -> None:
-    """Give a whole model its memory and its initial values, on this process alone."""
+def materialize(whole: nn.Module, device: torch.device, seed: int) -> Callable[[], None]:
+    """Give a whole model its memory and its initial values, on this process alone.
+
+    Returns:
+        Sets the initial values once more.
+    """
     skeleton, tied = copy.deepcopy(whole), tied_names(whole)
     allocate(whole, device, tied)
-    set_initial_values(whole, skeleton, tied, seed)
+    set_values = partial(set_initial_values, whole, skeleton, tied, seed)
+    set_values()
+    return set_values
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:

@@ -14,6 +14,7 @@ would not give the same loss.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import signal
@@ -92,6 +93,12 @@ def build(workload: Workload) -> nn.Module:
             "the job does not know what to train it on"
         )
     return model.eval()
+
+
+@functools.lru_cache(maxsize=1)
+def blueprint(workload: Workload) -> nn.Module:
+    """The model as `build` makes it, made once in this process: for its batches and its parts. Nobody changes it."""
+    return build(workload)
 
 
 def batch(workload: Workload, model: Any, step: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 
 from ray_ckpt.cluster.connect import connect
 from ray_ckpt.cluster.group import PlacementWait, WorkerGroup
@@ -28,7 +28,7 @@ def connected(screen: Screen, address: str | None, *, num_cpus: int, verbose: bo
         yield
 
 
-def check_layouts(workload: Workload, layouts: Sequence[Layout]) -> None:
+def check_layouts(workload: Workload, layouts: Sequence[Layout], screen: Screen) -> None:
     """Find out what cannot work before Ray is started.
 
     Raises:
@@ -40,12 +40,15 @@ def check_layouts(workload: Workload, layouts: Sequence[Layout]) -> None:
         return  # the default model, which all others fit
     # Only now, as it takes seconds to load.
     from ray_ckpt.parallel.parallelize import check_fits
-    from ray_ckpt.recipes.model import build
+    from ray_ckpt.recipes.model import blueprint
 
     here = os.getcwd()
     try:
+        own = workload.model is not None
+        with screen.phase("model", f"calling {workload.model}, as every worker will") if own else nullcontext():
+            model = blueprint(workload)
         for layout in layouts:
-            check_fits(build(workload), layout)
+            check_fits(model, layout)
     finally:
         os.chdir(here)  # paths on the command line mean this one, wherever the model has gone
 

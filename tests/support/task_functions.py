@@ -55,10 +55,17 @@ def hang(directory: str) -> None:
     threading.Event().wait()
 
 
-def form_group(num_workers: int) -> list[object]:
+def form_group(num_workers: int, start_timeout_s: float) -> list[object]:
     """The CPUs of each worker, and what the workers say."""
-    with WorkerGroup(num_workers, process_group=False, start_timeout_s=60) as group:
+    with WorkerGroup(num_workers, process_group=False, start_timeout_s=start_timeout_s) as group:
         return [group.demand.cpus, group.run(name)]
+
+
+class Former:
+    """The same in an actor."""
+
+    def form_group(self, num_workers: int, start_timeout_s: float) -> list[object]:
+        return form_group(num_workers, start_timeout_s)
 
 
 def name(ctx: WorkerContext) -> str:

@@ -69,7 +69,13 @@ def reference(
     if ctx.rank != 0:
         return []
     cuts = [num_parts(layout) for layout, steps in runs for _ in range(steps)]
-    return [_train_alone(ctx, workload, cuts, by, number) for number, by in enumerate(moved_by)]
+    model = build(workload)
+    begin_anew = materialize(model, ctx.device, workload.seed)
+    losses = []
+    for number, by in enumerate(moved_by):
+        begin_anew()
+        losses.append(_train_alone(ctx, workload, model, cuts, by, number))
+    return losses
 
 
 @contextmanager
@@ -89,10 +95,8 @@ def in_double(value: T) -> T:
 
 
 def _train_alone(
-    ctx: WorkerContext, workload: Workload, cuts: Sequence[int], moved_by: float, number: int
+    ctx: WorkerContext, workload: Workload, model: nn.Module, cuts: Sequence[int], moved_by: float, number: int
 ) -> list[float]:
-    model = build(workload)
-    materialize(model, ctx.device, workload.seed)
     with torch.no_grad():
         for parameter in filter(torch.is_floating_point, model.parameters()):
             move(parameter, [0] * parameter.dim(), parameter.shape, moved_by, number)

@@ -56,8 +56,9 @@ def pipeline_to_fsdp(
     )
     with json_alone(json_path):
         console = Console()
-        check_layouts(asked.workload, (asked.source, asked.target))
-        report = job.run(asked, Screen(console))
+        screen = Screen(console)
+        check_layouts(asked.workload, (asked.source, asked.target), screen)
+        report = job.run(asked, screen)
         report.show(console)
     if json_path is not None:
         write_json(report.to_json(), json_path)

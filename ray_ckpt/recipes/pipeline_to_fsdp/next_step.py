@@ -24,7 +24,7 @@ from ray_ckpt.cluster.worker import WorkerContext
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.parallel.parallelize import parallelize
 from ray_ckpt.protocol.holdings import hold
-from ray_ckpt.recipes.model import batch, build, loss_function
+from ray_ckpt.recipes.model import batch, blueprint, build, loss_function
 from ray_ckpt.recipes.pipeline_to_fsdp.alone import computing_in_double, in_double
 from ray_ckpt.recipes.pipeline_to_fsdp.continuation import StepTrace
 from ray_ckpt.recipes.pipeline_to_fsdp.projecting import move, project
@@ -43,7 +43,7 @@ def next_steps(
         double: whether in double precision; else in the model's own.
         moved_by: a step for each of these, with weights that differ by this fraction of themselves.
     """
-    inputs, targets = batch(workload, build(workload), step)
+    inputs, targets = batch(workload, blueprint(workload), step)
     traces = []
     with computing_in_double() if double else nullcontext():
         copy = _Copy(ctx, workload, ctx.objects["trainer"], double)

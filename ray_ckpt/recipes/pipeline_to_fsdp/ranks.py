@@ -13,7 +13,7 @@ from ray_ckpt.format.snapshot import Snapshot
 from ray_ckpt.parallel.layout import Layout
 from ray_ckpt.parallel.parallelize import parallelize
 from ray_ckpt.parallel.stages import parts_of
-from ray_ckpt.recipes.model import batch, build, learning_rates, loss_function
+from ray_ckpt.recipes.model import batch, blueprint, build, learning_rates, loss_function
 from ray_ckpt.recipes.pipeline_to_fsdp.alone import reference, try_model
 from ray_ckpt.recipes.pipeline_to_fsdp.next_step import next_steps
 from ray_ckpt.recipes.training import Trainer, grouped_by_part, parameters_of
@@ -67,7 +67,7 @@ def _keep(ctx: WorkerContext, trainer: Trainer) -> None:
 
 def _train(ctx: WorkerContext, workload: Workload, first_step: int, steps: int) -> list[float]:
     trainer: Trainer = ctx.objects["trainer"]
-    model = build(workload)
+    model = blueprint(workload)
     losses = []
     for step in range(first_step, first_step + steps):
         losses.append(trainer.step(*batch(workload, model, step)))

@@ -58,8 +58,9 @@ def train_elastic(json_path: str | None, layouts: str, **options: Any) -> int:
     asked = job.Options(layouts=tuple(Layout.parse(text.strip()) for text in layouts.split(",")), **options)
     with json_alone(json_path):
         console = Console()
-        job.check(asked)
-        report = job.run(asked, Screen(console))
+        screen = Screen(console)
+        job.check(asked, screen)
+        report = job.run(asked, screen)
         report.show(console)
     if json_path is not None:
         write_json(report.to_json(), json_path)

@@ -192,7 +192,7 @@ class Run:
     progress: Progress = field(default_factory=Progress)
 
 
-def check(options: Options) -> None:
+def check(options: Options, screen: Screen) -> None:
     """Find out what cannot work before Ray is started.
 
     Raises:
@@ -201,7 +201,7 @@ def check(options: Options) -> None:
     CheckpointStore(options.storage or ".", _front(options), options.durable_every)  # it knows what it cannot have
     if not options.bundle:
         raise UsageError("a worker must ask for some CPU or GPU, or the cluster cannot place it")
-    check_layouts(options.workload, options.layouts)
+    check_layouts(options.workload, options.layouts, screen)
 
 
 def run(options: Options, screen: Screen) -> ElasticReport:

@@ -10,7 +10,7 @@ from ray_ckpt.parallel.layout import Layout
 from ray_ckpt.parallel.parallelize import parallelize
 from ray_ckpt.parallel.stages import parts_of
 from ray_ckpt.protocol.save_handle import SaveHandle
-from ray_ckpt.recipes.model import batch, build, learning_rates, loss_function
+from ray_ckpt.recipes.model import batch, blueprint, build, learning_rates, loss_function
 from ray_ckpt.recipes.training import Trainer, grouped_by_part, parameters_of
 from ray_ckpt.recipes.workload import Workload, num_microbatches
 from ray_ckpt.report import SaveReport
@@ -33,7 +33,7 @@ def start(ctx: WorkerContext, workload: Workload, layout: Layout, fresh: bool) -
     # The losses travel with the checkpoint, so that a job that takes over knows the whole curve.
     extra: dict[str, object] = {"losses": []}
     state = TrainState(parallel.chunks, optimizer, step=0, extra=extra, tied=parallel.tied, layout=parallel.layout)
-    ctx.objects |= {"model": build(workload), "trainer": trainer, "state": state, "extra": extra}
+    ctx.objects |= {"trainer": trainer, "state": state, "extra": extra}
 
 
 def state_of(ctx: WorkerContext) -> TrainState:
@@ -51,7 +51,7 @@ def losses(ctx: WorkerContext) -> list[float]:
 def train_step(ctx: WorkerContext, workload: Workload, step: int) -> float:
     """Train one step. Returns its loss."""
     trainer: Trainer = ctx.objects["trainer"]
-    loss = trainer.step(*batch(workload, ctx.objects["model"], step))
+    loss = trainer.step(*batch(workload, blueprint(workload), step))
     losses(ctx).append(loss)
     state_of(ctx).step = step + 1
     return loss
