@@ -37,14 +37,15 @@ def test_a_cluster_that_is_killed_while_the_job_trains(tmp_path: Path, name: str
 
 
 @pytest.mark.parametrize(
-    ("place", "committed"),
+    ("place", "has_saved"),
     [
         pytest.param("ray_ckpt.protocol.coordinator:merge", False, id="save"),
         pytest.param("ray_ckpt.protocol.agreement:agree", True, id="load"),
     ],
 )
-def test_a_cluster_that_is_killed_while_the_job_saves_or_loads(tmp_path: Path, place: str, committed: bool) -> None:
-    """The driver stops itself at that place, and goes on when the cluster has lost its control service."""
+def test_a_cluster_that_is_killed_while_the_job_saves_or_loads(tmp_path: Path, place: str, has_saved: bool) -> None:
+    """The driver stops itself at that place, and goes on when the cluster has lost its control service. The workers are
+    still there for a moment, in which a save may end and be committed."""
     storage = tmp_path / "run"
     with Sandbox() as sandbox:
         job = start_job(sandbox, storage, "--steps", "1", command=struck_at(place, 1, signal.SIGSTOP))
@@ -52,7 +53,8 @@ def test_a_cluster_that_is_killed_while_the_job_saves_or_loads(tmp_path: Path, p
         wait_until(lambda: job.ended or driver.status() == psutil.STATUS_STOPPED, 180, lambda: job.stdout + job.stderr)
         assert not job.ended, job.stderr
         check_end(sandbox, job, "gcs_server")
-        assert (storage / MANIFEST_NAME).exists() == committed
+        committed = (storage / MANIFEST_NAME).exists()
+        assert committed or not has_saved
         CheckpointStore(storage).clean(older_than_s=0)
         assert any(path.is_file() for path in storage.rglob("*")) == committed
         assert not committed or ray_ckpt.verify(storage).verified

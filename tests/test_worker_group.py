@@ -305,14 +305,14 @@ async def cell():
     with WorkerGroup(1) as one, WorkerGroup(1) as other:
         return one.run(name) + other.run(name)
 
-print(asyncio.run(cell()), ray.is_initialized(), ray.available_resources()["CPU"])
+print(asyncio.run(cell()), ray.is_initialized())
 """
 
 
 @pytest.mark.slow
 def test_two_groups_at_once_on_a_ray_of_the_drivers_own_in_a_running_event_loop() -> None:
     done = subprocess.run([sys.executable, "-c", IN_A_NOTEBOOK], capture_output=True, text=True, timeout=90)
-    assert (done.stdout, done.stderr) == ("['rank 0', 'rank 0'] True 2.0\n", "")
+    assert (done.stdout, done.stderr) == ("['rank 0', 'rank 0'] True\n", "")
 
 
 def test_ranks_follow_node_and_device() -> None:
