@@ -29,7 +29,6 @@ from torch.distributed.tensor import DTensor, Shard
 from ray_ckpt import CheckpointStore, WorkerContext, WorkerGroup, cluster
 from ray_ckpt.storage.file_objects import InputFile, OutputFile
 from ray_ckpt.storage.files import Storage
-from tests.support.clusters import Sandbox, add_node, joined, start_head
 
 NUM_TENSORS, NUM_NODES = 24, 3
 BYTES_PER_S = 200 << 20
@@ -137,6 +136,9 @@ def _recoveries(group: WorkerGroup, stores: dict[str, CheckpointStore], num_rows
 
 
 def main() -> None:
+    # Here, as the workers import this module too.
+    from tests.support.clusters import Sandbox, add_node, joined, start_head
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gib", type=float, default=0.25, help="GiB of state on each of the three nodes")
     parser.add_argument("--rounds", type=int, default=3)

@@ -6,6 +6,7 @@ import pickle
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -13,9 +14,13 @@ import torch
 
 import ray_ckpt
 from ray_ckpt import CheckpointStore, cluster, keep_last
+from ray_ckpt.cli.main import cli
+from ray_ckpt.cluster.ram.index import find_index
 from ray_ckpt.errors import CheckpointError, CheckpointNotFoundError, UsageError
 from ray_ckpt.format.manifest import MANIFEST_NAME
+from ray_ckpt.storage.files import RetryPolicy, Storage
 from tests.support.clusters import wait_until
+from tests.support.s3 import run_s3
 
 
 @pytest.fixture
@@ -140,3 +145,56 @@ class TestTwoTiers:
         saved(store, 8)
         assert CheckpointStore(f"ram://{name}").steps() == (6, 7, 8)
         assert "no longer in memory" in store.copying().given_up[4]
+
+    def test_orders_that_an_index_has_forgotten_are_carried_out_after_the_next_save(
+        self, tmp_path: Path, name: str
+    ) -> None:
+        store = CheckpointStore(tmp_path / "run", front=f"ram://{name}?replicas=0")
+        (tmp_path / "run").write_text("a file where the directory is to be")
+        saved(store, 1)
+        index = find_index(name)
+        assert index is not None
+        ray.kill(index, no_restart=False)
+        wait_until(lambda: store.copying().waiting == {}, 60, store.copying)
+        (tmp_path / "run").unlink()
+        saved(store, 2)
+        wait_until(lambda: not store.copying().waiting, 60, store.copying)
+        assert CheckpointStore(tmp_path / "run").steps() == (1, 2)
+
+    def test_commands_show_both_tiers_and_drop_the_memory(
+        self, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        store = CheckpointStore(tmp_path / "run", front=f"ram://{name}?replicas=0", durable_every=2)
+        saved(store, 2, 3)
+        store.make_durable(2, timeout_s=60)
+        assert cli.main(["ls", str(tmp_path / "run"), "--front", f"ram://{name}"], standalone_mode=False) == 0
+        shown = capsys.readouterr().out.splitlines()
+        assert [line.split()[-2:] for line in shown[-2:]] == [["front", "durable"], ["front", "latest"]]
+        found = [cli.main(["ram", "--drop", name], standalone_mode=False) for _ in range(2)]
+        assert (found, store.steps()) == ([0, 1], (2,))
+
+    def test_an_object_store_that_throttles_becomes_durable_later_and_is_not_read_by_a_resume(self, name: str) -> None:
+        with run_s3() as s3:
+            durable = Storage(s3.uri("run"), retry=RetryPolicy(attempts=2, first_wait_s=0.001, max_wait_s=0.002))
+            store = CheckpointStore(durable, front=f"ram://{name}?replicas=0")
+            with s3.throttled(lambda request: request["REQUEST_METHOD"] in ("PUT", "POST")):
+                saved(store, 1)
+                wait_until(lambda: store.copying().problems != (), 60, store.copying)
+                [problem] = store.copying().problems
+            assert "step 1 is not durable: cannot " in problem
+            assert "secret" not in problem
+            assert store.make_durable(1, timeout_s=60) == 1
+            read: list[str] = []
+
+            def note(request: dict[str, Any]) -> bool:
+                if request["REQUEST_METHOD"] == "GET" and "step-" in request["PATH_INFO"]:
+                    read.append(request["PATH_INFO"])
+                return False
+
+            with s3.throttled(note):
+                assert loaded(store, 1).durable_bytes == 0
+                assert read == []
+                cluster.drop_memory(name)
+                assert loaded(store, 1).durable_bytes == 280000
+                assert any(path.endswith(".distcp") for path in read)
+            assert ray_ckpt.verify(durable, step=1).verified

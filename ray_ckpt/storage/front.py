@@ -44,10 +44,6 @@ class Front:
         self.durable = durable
         self.every = every
 
-    def location(self, step: int, directory: str) -> FrontStorage:
-        """The storage of a step."""
-        return FrontStorage(self, step, directory)
-
     def order(self, step: int, *, overwrite: bool) -> CopyReport:
         """Have a committed step copied, and all multiples of `every` that have not been.
 

@@ -23,7 +23,7 @@ from ray_ckpt.storage.registered import RegisteredFileSystem
 if TYPE_CHECKING:
     from ray_ckpt.storage.files import Storage
 
-__all__ = ["Reread", "check_blocks", "other_copies", "read_good"]
+__all__ = ["Copy", "Reread", "check_blocks", "note", "other_copies", "read_good"]
 
 _logger = logging.getLogger("ray_ckpt")
 

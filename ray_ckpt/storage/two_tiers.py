@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from ray_ckpt.errors import CheckpointError, StorageError
 from ray_ckpt.report import CopyReport, RemovalReport
 from ray_ckpt.storage.files import Storage
-from ray_ckpt.storage.front import Front
+from ray_ckpt.storage.front import Front, FrontStorage
 from ray_ckpt.storage.retention import Policy, keep
 from ray_ckpt.storage.steps import Look, Steps, directory_of
 from ray_ckpt.storage.store import DAY_S, CheckpointStore
@@ -78,6 +78,11 @@ class TwoTierStore(CheckpointStore):
             time.sleep(POLL_S)
         if chosen in report.given_up:
             raise CheckpointError(f"step {chosen} of {self.address} is not durable: {report.given_up[chosen]}")
+        if not self.durable.is_committed(chosen):
+            raise CheckpointError(
+                f"step {chosen} of {self.address} is not durable, and nobody is copying it any more: its memory has "
+                "ended, or has lost the order; look at latest(), and call make_durable again"
+            )
         return chosen
 
     # -------------------------------------------------------------------------------------------------- removal
@@ -150,7 +155,7 @@ class _TwoTierSteps(Steps):
         self._silent_until = 0.0
 
     def location(self, step: int) -> Storage:
-        return self._front.location(step, directory_of(step))
+        return FrontStorage(self._front, step, directory_of(step))
 
     def holding(self, step: int) -> Storage:
         front = self._in_front.look(step)

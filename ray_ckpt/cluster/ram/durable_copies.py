@@ -20,6 +20,7 @@ import ray
 import tenacity
 from ray.exceptions import GetTimeoutError, RayTaskError
 
+from ray_ckpt.cluster.ram.eviction import in_store
 from ray_ckpt.cluster.ram.keeper import COPIES
 from ray_ckpt.cluster.ram.records import Found
 from ray_ckpt.errors import CheckpointExistsError, RayCkptError, StorageError
@@ -100,7 +101,7 @@ class DurableCopies:
         return self.report(order.source)
 
     def _take(self, order: CopyOrder, step: int, key: str) -> None:
-        directory = _join(order.source, directory_of(step))
+        directory = in_store(order.source, directory_of(step))
         before = self._waiting.get(directory)
         if self._done.get(directory) == key or (before is not None and before.key == key):
             return
@@ -218,7 +219,3 @@ def _by_step(store: str, directories: Mapping[str, str]) -> dict[int, str]:
 def _step_of(directory: str) -> int:
     [step] = parse_steps([directory.rpartition("/")[2]])
     return step
-
-
-def _join(store: str, name: str) -> str:
-    return f"{store}/{name}" if store else name

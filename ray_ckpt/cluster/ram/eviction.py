@@ -28,12 +28,13 @@ def superseded(paths: Collection[str], wanted_by: str, spared: Collection[str] =
         (not wanted_by.startswith(f"{store}/" if store else "step-"), step, directory)
         for store, steps in stores.items()
         for step in sorted(steps)[:-1]
-        if not wanted_by.startswith(f"{(directory := _join(store, directory_of(step)))}/")
-        and _join(store, pin_name(step)) not in paths
+        if not wanted_by.startswith(f"{(directory := in_store(store, directory_of(step)))}/")
+        and in_store(store, pin_name(step)) not in paths
         and directory not in spared
     ]
     return min(candidates)[2] if candidates else None
 
 
-def _join(store: str, name: str) -> str:
+def in_store(store: str, name: str) -> str:
+    """The path of what a store at a path holds; the path of the store of all is empty."""
     return f"{store}/{name}" if store else name
