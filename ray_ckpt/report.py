@@ -112,7 +112,7 @@ class LoadReport:
     tier: str | None = None
     """Where a store has two tiers, the one that was loaded from: `front` or `durable`; else None."""
     durable_bytes: int = 0
-    """Bytes that this rank has read from the durable tier: of tensors, and of what was damaged in the front."""
+    """Bytes that came to this rank from the durable tier: of tensors, and of what was damaged in the front."""
     damaged_copies: tuple[str, ...] = ()
     """What was found damaged or gone and read from another copy instead, and from where."""
 

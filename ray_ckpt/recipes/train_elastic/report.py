@@ -37,7 +37,7 @@ class Resume:
     num_bytes: int
     """Bytes of tensors that all workers have read."""
     durable_bytes: int
-    """Bytes that they have read from the durable storage."""
+    """Bytes that came to them from the durable storage."""
     seconds: float
     """Seconds that the load took on the slowest worker."""
     damaged_copies: list[str]
