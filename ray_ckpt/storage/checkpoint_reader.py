@@ -47,9 +47,9 @@ class TensorReads:
     storage: Storage
     tuning: Tuning
     ranges: Sequence[Range]
-    """In the order of the files."""
+    """Sorted as they lie in the files."""
     undivided: Sequence[Wanted]
-    """Of chunks that can only be read and decoded whole."""
+    """Elements whose chunks can only be read and decoded whole."""
     members: Sequence[LongMember]
     decoder: Decoder
     on_cuda: bool
