@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
@@ -21,6 +24,7 @@ from ray_ckpt.recipes.reshard import job as reshard_job
 from ray_ckpt.recipes.reshard.task import write_rank
 from ray_ckpt.recipes.screen import Screen
 from ray_ckpt.report import Phase
+from tests.conftest import REPOSITORY
 from tests.test_cli import call, cut, data_of, flip, remove
 
 pytest.importorskip("vl_convert")
@@ -347,6 +351,35 @@ def test_the_reshard_job_draws_what_it_has_done(tmp_path: Path) -> None:
     written = {phase["rank"]: phase["num_bytes"] for phase in data["phases"] if phase["phase"] == "write"}
     assert by_reader == written  # planned and measured
     assert "rewritten as fsdp2x2" in data["events"][0]
+
+
+@pytest.mark.jobs
+@pytest.mark.timeout(400)
+@pytest.mark.usefixtures("local_ray")
+def test_the_jobs_draw_what_they_have_done(tmp_path: Path, opened: Callable[..., Opened]) -> None:
+    """All three on Ray, one after the other: a run, one that goes on from it, and its checkpoint rewritten."""
+    address = ray.get_runtime_context().gcs_address
+
+    def page_of(job: str, *arguments: object) -> Any:
+        path = tmp_path / f"{job}.html"
+        options = ["--address", address, "--report", path, *arguments]
+        command = [sys.executable, "-m", "ray_ckpt", job, *map(str, options)]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        page = opened(path)
+        assert_sound(page, path)
+        return page.data
+
+    demo = page_of("demo", "--workers", 2, "--steps", 3, "--storage", tmp_path / "demo")
+    assert demo["reshard"]["basis"] == "measured"
+    assert {found["operation"].split()[0] for found in demo["phases"]} == {"save", "load"}
+    assert {"rank 0", "rank 1"} <= {found["rank"] for found in demo["phases"]}
+    assert len({point["run"] for point in demo["losses"]}) > 1
+    train = page_of("train", "--layouts", "fsdp2x2", "--steps", 4, "--save-every", 2, "--storage", tmp_path / "train")
+    assert sorted(point["step"] for point in train["losses"]) == [0, 1, 2, 3]
+    assert len([found for found in train["operations"] if found["name"].startswith("save")]) >= 2
+    reshard = page_of("reshard", "--source", tmp_path / "train", "--to", "pp2", "--target", tmp_path / "target")
+    assert (reshard["layout"], reshard["reshard"]["target"]) == ("fsdp2x2", "pp2")
 
 
 @pytest.mark.parametrize(
