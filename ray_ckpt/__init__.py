@@ -24,6 +24,7 @@ from ray_ckpt.errors import (
     RankFailure,
     RayCkptError,
     SavePendingError,
+    SignatureError,
     StateMismatchError,
     StorageError,
     UnsafeCheckpointError,
@@ -69,8 +70,10 @@ if TYPE_CHECKING:
         Phase,
         RemovalReport,
         SaveReport,
+        SignatureReport,
         VerifyReport,
     )
+    from ray_ckpt.signing import sign, verify_signature
     from ray_ckpt.state.train_state import TrainState
     from ray_ckpt.storage.files import RetryPolicy, Storage
     from ray_ckpt.storage.retention import Policy, keep, keep_every, keep_last
@@ -114,6 +117,8 @@ __all__ = [
     "SavePendingError",
     "SaveReport",
     "Saved",
+    "SignatureError",
+    "SignatureReport",
     "StateMismatchError",
     "Storage",
     "StorageError",
@@ -144,8 +149,10 @@ __all__ = [
     "resume",
     "save",
     "scan_nonfinite",
+    "sign",
     "tensor_statistics",
     "verify",
+    "verify_signature",
     "write_report",
 ]
 
@@ -175,6 +182,7 @@ _HOMES = {
     "SaveHandle": "ray_ckpt.protocol.save_handle",
     "SaveReport": "ray_ckpt.report",
     "Saved": "ray_ckpt.format.saved",
+    "SignatureReport": "ray_ckpt.report",
     "Storage": "ray_ckpt.storage.files",
     "StoreListing": "ray_ckpt.inspection.listing",
     "TensorDifference": "ray_ckpt.inspection.differing",
@@ -199,8 +207,10 @@ _HOMES = {
     "resume": "ray_ckpt.checkpoint.loading",
     "save": "ray_ckpt.checkpoint.saving",
     "scan_nonfinite": "ray_ckpt.inspection.statistics",
+    "sign": "ray_ckpt.signing",
     "tensor_statistics": "ray_ckpt.inspection.statistics",
     "verify": "ray_ckpt.checkpoint.verifying",
+    "verify_signature": "ray_ckpt.signing",
     "write_report": "ray_ckpt.pictures.page",
 }
 """Public name -> module, as the imports above say it to type checkers; `tests/test_public_face.py` compares the two."""

@@ -42,6 +42,7 @@ __all__ = [
     "RankFailure",
     "RayCkptError",
     "SavePendingError",
+    "SignatureError",
     "StateMismatchError",
     "StorageError",
     "UnsafeCheckpointError",
@@ -222,6 +223,10 @@ class IntegrityError(CheckpointError):
         self.tensor = tensor
         self.expected = expected
         self.found = found
+
+
+class SignatureError(CheckpointError):
+    """A checkpoint is not signed, or not as it was when it was, or not by the owner of the key."""
 
 
 class CommitError(CheckpointError):

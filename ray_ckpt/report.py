@@ -381,3 +381,30 @@ class ConversionReport:
     """What of the source is not in the target, and why."""
     seconds: float
     """Time from reading the source's record to the last check."""
+
+
+@dataclass(frozen=True)
+class SignatureReport:
+    """What `sign` and `verify_signature` return.
+
+    Example:
+        >>> from ray_ckpt import SignatureReport
+        >>> report = SignatureReport("/mnt/run/step-1", "signature fits", ("manifest.json", ".metadata"), 700, True)
+        >>> print(report)
+        signature fits: 2 files with 700 bytes of /mnt/run/step-1; its data files are covered by checksums alone
+    """
+
+    uri: str
+    """The checkpoint, without credentials and options."""
+    verdict: str
+    """`signed` or `signature fits`."""
+    files: tuple[str, ...]
+    """Names of the files that the signature covers."""
+    total_bytes: int
+    """Size of these files together."""
+    record_only: bool
+    """Whether it covers the record alone: data files are then tied to it by checksums that can be forged."""
+
+    def __str__(self) -> str:
+        note = "; its data files are covered by checksums alone" if self.record_only else ""
+        return f"{self.verdict}: {len(self.files)} files with {self.total_bytes} bytes of {self.uri}{note}"

@@ -25,10 +25,11 @@ import ray_ckpt
 from ray_ckpt import (
     ArrowStorageReader, ArrowStorageWriter, CheckpointContents, CheckpointStore, CompareReport, ConversionReport,
     CopyReport, Damage, DiffReport, DoctorReport, Finding, Fingerprint, Layout, LoadReport, Manifest, NodeFacts,
-    NonFinite, PageReport, Phase, Policy, RemovalReport, RetryPolicy, SaveHandle, SaveReport, Saved, Storage,
-    StoreListing, TensorDifference, TensorStatistics, TrainState, VerifyReport, WorkerContext, WorkerError,
-    WorkerGroup, cluster, compare, convert, diff, doctor, export, fingerprint, inspect, keep, keep_every, keep_last,
-    list_steps, load, resume, save, scan_nonfinite, tensor_statistics, verify, write_report,
+    NonFinite, PageReport, Phase, Policy, RemovalReport, RetryPolicy, SaveHandle, SaveReport, Saved,
+    SignatureReport, Storage, StoreListing, TensorDifference, TensorStatistics, TrainState, VerifyReport,
+    WorkerContext, WorkerError, WorkerGroup, cluster, compare, convert, diff, doctor, export, fingerprint, inspect,
+    keep, keep_every, keep_last, list_steps, load, resume, save, scan_nonfinite, sign, tensor_statistics, verify,
+    verify_signature, write_report,
 )
 
 
@@ -81,6 +82,11 @@ def look() -> None:
 def move() -> None:
     weights: ConversionReport = export("run", "weights", to="safetensors", dtype="bf16", rename=[("^a", "b")])
     print(weights.files, convert("weights", "run", target_step=3).left_out)
+
+
+def prove() -> None:
+    signed: SignatureReport = sign("run", "key.pem", 1)
+    print(signed.files, verify_signature("run", "key.pub", 1).record_only)
 
 
 def drive() -> None:

@@ -32,6 +32,7 @@ FLOORS = {
     "checkpoint": 4,
     "cluster": 4,
     "dcp": 4,
+    "signing": 4,
     "conversion": 5,
     "pictures": 5,
     "recipes": 6,
@@ -49,6 +50,7 @@ ONLY_HOMES = {
     "rich": {"cli", "recipes"},
     "jinja2": {"pictures"},
     "vl_convert": {"pictures"},
+    "model_signing": {"signing"},
 }
 """Who may import a library: a room, or one module of it."""
 

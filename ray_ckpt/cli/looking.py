@@ -111,13 +111,21 @@ def inspect(uri: str, step: int | None, view: str | None, tensor: str | None, tr
 @click.command()
 @uri_argument()
 @step_option
+@click.option("--signature", "public_key", metavar="KEY", help="Check its signature first, with this public key.")
 @click.option("--scan-nan", is_flag=True, help="Also name the tensors that hold NaN or Inf, in the same read.")
 @click.option("--ray", "on_ray", is_flag=True, help="Spread the reading over a Ray cluster, as tasks.")
 @click.option("--address", help="With --ray: cluster to join.  [default: RAY_ADDRESS, a running one, or a local Ray]")
 @trusted_option
 @json_option
 def verify(
-    uri: str, step: int | None, scan_nan: bool, on_ray: bool, address: str | None, trusted: bool, in_json: bool
+    uri: str,
+    step: int | None,
+    public_key: str | None,
+    scan_nan: bool,
+    on_ray: bool,
+    address: str | None,
+    trusted: bool,
+    in_json: bool,
 ) -> int:
     """Read every byte of a checkpoint, and compare it with what was recorded when it was saved.
 
@@ -128,11 +136,18 @@ def verify(
     ray-ckpt verify /mnt/run --step 100
     ray-ckpt verify s3://bucket/run --scan-nan
     ray-ckpt verify s3://bucket/run --ray --address 10.0.0.1:6379
+    ray-ckpt verify /mnt/run --signature key.pub
     """
     from ray_ckpt.cli.progress import shown
 
     if address is not None and not on_ray:
         raise click.UsageError("--address is the cluster for --ray")
+    signature = None
+    if public_key is not None:
+        from ray_ckpt.signing import verify_signature
+
+        with shown("signature", quiet=in_json) as progress:
+            signature = verify_signature(uri, public_key, step, progress=progress)
     with shown("verify", quiet=in_json) as progress:
         if on_ray:
             from ray_ckpt.cluster.verifying import verify_by_tasks
@@ -144,8 +159,10 @@ def verify(
             report = verify_checkpoint(uri, step, scan_nan=scan_nan, trusted=trusted, progress=progress)
     odd = report.nonfinite or {}
     if in_json:
-        as_json({"report": report, "verified": report.verified, "nonfinite": odd})
+        as_json({"report": report, "verified": report.verified, "nonfinite": odd, "signature": signature})
     else:
+        if signature is not None:
+            click.echo(printable(signature))
         for damage in report.damages[:_PAGE]:
             click.echo(click.style(f"damaged: {printable(damage)}", fg="red"))
         more(report.damages, _PAGE, "damaged ranges")

@@ -7,7 +7,7 @@ import pkgutil
 import click
 
 import ray_ckpt
-from ray_ckpt.cli import comparing, examining, keeping, looking, moving
+from ray_ckpt.cli import comparing, examining, keeping, looking, moving, signing
 from ray_ckpt.recipes.command import main
 
 __all__ = ["cli", "run"]
@@ -53,6 +53,7 @@ for _command in (
     *moving.COMMANDS,
     *keeping.COMMANDS,
     *examining.COMMANDS,
+    *signing.COMMANDS,
 ):
     cli.add_command(_command)
 

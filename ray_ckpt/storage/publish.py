@@ -2,7 +2,7 @@
 
     publish ─┬─ write `.metadata` and `manifest.json` under temporary names      all that needs room
              ├─ nothing is there yet   `.metadata`, then `manifest.json`         the manifest is the commit
-             └─ something is replaced  `manifest.json`, then `.metadata`, then the replaced data files go
+             └─ something is replaced  `manifest.json`, then `.metadata`, then the signature and data files of before go
 
 Ours and stock DCP find a whole checkpoint between any two of these steps. The last one that is cut off leaves a
 `.metadata` of the replaced checkpoint, which `restore_stock_record` mends before anybody removes that one's files.
@@ -25,6 +25,9 @@ from ray_ckpt.storage.record_files import read_if_there
 
 STOCK_RECORD_NAME = ".metadata"
 """Where stock DCP keeps its record of a checkpoint."""
+
+SIGNATURE_NAME = "model.sig"
+"""Where a checkpoint's signature is, which goes with what it signs."""
 
 DATA_FILE = re.compile(r"__[0-9]+_[0-9]+-([0-9a-f]{12})\.distcp")
 """Name of a data file of ours, with the attempt that wrote it."""
@@ -89,6 +92,7 @@ def _publish(storage: Storage, manifest: Manifest, stock_record: bytes, *, overw
         stock.abandon()
         raise
     stock.publish()
+    storage.delete(SIGNATURE_NAME)
     for file in sorted(replaced - manifest.files.keys()):
         if _REPLACEABLE.fullmatch(file):
             storage.delete(file)

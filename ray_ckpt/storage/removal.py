@@ -1,6 +1,6 @@
 """Removing a step of a store: the commit record first, durably, then what belongs to it.
 
-remove ──> claim the step ──> manifest.json, durably ──> .metadata ──> data files ──> give the claim back
+remove ──> claim the step ──> manifest.json, durably ──> .metadata, model.sig ──> data files ──> give the claim back
 
 Only plain files with names of ours are ever removed, in the step's own directory and through no link.
 """
@@ -14,7 +14,7 @@ from ray_ckpt.errors import CheckpointError
 from ray_ckpt.format.manifest import MANIFEST_NAME
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.pins import Pins
-from ray_ckpt.storage.publish import STOCK_RECORD_NAME, names_attempt
+from ray_ckpt.storage.publish import SIGNATURE_NAME, STOCK_RECORD_NAME, names_attempt
 from ray_ckpt.storage.record_files import read_if_there
 from ray_ckpt.storage.steps import Look, directory_of, name_in
 
@@ -52,6 +52,7 @@ class Removal:
             self._storage.delete(f"{directory}/{MANIFEST_NAME}", durable=True)
             if self._has_stock_record(directory, found.attempt):
                 self._storage.delete(f"{directory}/{STOCK_RECORD_NAME}")
+            self._storage.delete(f"{directory}/{SIGNATURE_NAME}")
             self.remove_files(files)
             self._storage.delete_empty_directory(directory)
         return files
