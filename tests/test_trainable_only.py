@@ -11,7 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
-from ray_ckpt import TrainState, load, save
+from ray_ckpt import TrainState, inspect, load, save
 from ray_ckpt.errors import StateMismatchError
 from ray_ckpt.storage.checkpoint_reader import CheckpointReader
 from tests.support.ranks import RanksError, run_ranks
@@ -73,6 +73,19 @@ def test_another_base_is_refused_by_name(tmp_path: Path, change: str) -> None:
     report = load(state, tmp_path, strict=False, **options)
     assert report.base is not None
     assert re.search(r"^5 frozen.*1 are others than those of the save: model\.layers\.1\.base\.weight$", report.base)
+
+
+def test_a_second_save_of_the_same_process_has_the_fingerprints_of_its_own_base(tmp_path: Path) -> None:
+    save(TrainState(adapted(0), trainable_only=True), tmp_path / "first")
+    save(TrainState(adapted(1), trainable_only=True), tmp_path / "second")
+    report = load(TrainState(adapted(1), trainable_only=True), tmp_path / "second")
+    assert report.base == "6 frozen tensors are those of the save"
+    with pytest.raises(StateMismatchError, match=r"another base"):
+        load(TrainState(adapted(0), trainable_only=True), tmp_path / "second")
+    # The same names without a base: what was known of the one before is not said of this.
+    plain = TrainState(adapted(1), trainable_only=True).state_dict()
+    save(plain, tmp_path / "third")
+    assert not inspect(tmp_path / "third").manifest.fingerprints
 
 
 def test_a_base_without_fingerprints_is_told(tmp_path: Path) -> None:

@@ -284,8 +284,8 @@ class _Save:
         offer, last = self._offer.value, self._mine.agreed
         if offer is None or offer.plan is None or offer.plan.items is not None or last is None:
             return None
-        if self._beside_training and not offer.has_carrier:
-            return None
+        if offer.plan.frozen or (self._beside_training and not offer.has_carrier):
+            return None  # fingerprints of a base are values too, which the plan before does not have
         if ranks.rank == 0 and Outcome.of(self._coordinator.merge_again).failure is not None:
             return None
         return _Order(replace(last, attempt=self._coordinator.attempt), new_carrier=False)

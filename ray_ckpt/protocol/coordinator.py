@@ -52,8 +52,8 @@ class PlanCache:
 
     @property
     def plans(self) -> list[LocalPlan]:
-        """By rank, the plan of a rank whose state is unchanged: a token instead of items."""
-        return [LocalPlan(plan.token, None, frozen=plan.frozen) for plan in self._plans]
+        """By rank, the plan of one whose state is unchanged and has no frozen tensors: a token instead of items."""
+        return [LocalPlan(plan.token, None) for plan in self._plans]
 
     def update(self, plans: Sequence[LocalPlan]) -> GlobalPlan:
         """Merge these plans, or return the last result where no token has changed."""
