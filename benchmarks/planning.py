@@ -41,6 +41,8 @@ from ray_ckpt.protocol.coordinator import Coordinator, PlanCache
 from ray_ckpt.protocol.holdings import hold
 from ray_ckpt.protocol.messages import Assignment, FileRecord, LocalPlan, RankRecord
 from ray_ckpt.protocol.rank_save import PlanMemory
+from ray_ckpt.protocol.save_options import SAVE_ALL
+from ray_ckpt.protocol.selecting import select
 from ray_ckpt.storage.files import Storage
 
 T = TypeVar("T")
@@ -134,8 +136,8 @@ def _save_with_ours(case: Case, cost: Cost, cache: PlanCache, memories: Sequence
         state, known = case.state_of(rank), cache.tokens
 
         def plan(state: Any = state, memory: PlanMemory = memories[rank], known: Any = known) -> tuple[int, bytes]:
-            holdings = hold(state)
-            return len(holdings.items), pickle.dumps(memory.plan(state, holdings, known))
+            selected = select(hold(state), SAVE_ALL)
+            return len(selected.holdings.items), pickle.dumps(memory.plan(selected, known))
 
         seconds, (count, data) = _timed(plan)
         by_rank.append(seconds)
