@@ -14,6 +14,7 @@
         ├── FormatError              a manifest, `.metadata` or data file is truncated, damaged or of another format
         ├── UnsafeCheckpointError    reading it would run code, or leave the checkpoint's directory
         ├── IntegrityError           bytes differ from the checksum recorded when they were saved
+        ├── SignatureError           it is not signed, or not as it was when it was, or by another key
         ├── CommitError              the coordinator refused to commit what the ranks wrote
         └── StateMismatchError       the checkpoint and the state it is loaded into disagree
 
