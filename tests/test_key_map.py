@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
@@ -284,6 +284,7 @@ def _by_torch(saved: Saved, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 @given(expressions())
+@example(Saved.cat([Saved("a"), Saved("a").select(1, 0)], 1))  # of another number of dims, in which the rest is alike
 @settings(max_examples=300, deadline=None)
 def test_operations_are_those_of_torch(saved: Saved) -> None:
     tensors = {"a": torch.arange(12.0).reshape(4, 3), "b": torch.arange(100, 112.0).reshape(4, 3)}

@@ -142,7 +142,7 @@ def _transpose(views: Sequence[View], dim0: int, dim1: int) -> View:
 
 def _cat(views: Sequence[View], dim: int) -> View:
     dim = _dim(views[0], dim)
-    if len({(view.dtype, _less(view.shape, dim)) for view in views}) > 1:
+    if len({(view.dtype, len(view.shape), _less(view.shape, dim)) for view in views}) > 1:
         raise _Misfit(f"they differ in more than dim {dim}")
     pieces, at = [], 0
     for view in views:
