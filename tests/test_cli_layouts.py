@@ -8,15 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import click.testing
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from ray_ckpt.cli.main import cli
-from ray_ckpt.errors import RayCkptError
 from ray_ckpt.parallel.layout import Layout
 from tests.support import conversions, foreign_ranks
+from tests.support.command_calls import call
 from tests.support.ranks import run_ranks
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(300)]
@@ -72,16 +70,6 @@ def checkpoint(request: pytest.FixtureRequest, name: str) -> tuple[Path, dict[st
     """A checkpoint, and the weights that it holds."""
     at = request.getfixturevalue("ours" if name in LAYOUTS else "others")
     return at(name), torch.load(at("weights.pt"), weights_only=True)
-
-
-def call(*arguments: object) -> tuple[int, str]:
-    """Exit code and output; an error of ours is code 1 and its message."""
-    found = click.testing.CliRunner().invoke(cli, [*map(str, arguments)], standalone_mode=False)
-    if isinstance(found.exception, RayCkptError):
-        return 1, str(found.exception)
-    if found.exception is not None:
-        raise found.exception
-    return int(found.return_value or 0), found.stdout
 
 
 def data_of(*arguments: object) -> Any:

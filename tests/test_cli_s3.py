@@ -5,25 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import click.testing
 import pytest
 import torch
 
-from ray_ckpt import RayCkptError, Storage, save
-from ray_ckpt.cli.main import cli
+from ray_ckpt import Storage, save
+from tests.support.command_calls import call
 from tests.support.s3 import S3, run_s3
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-
-
-def call(*arguments: object) -> tuple[int, str]:
-    """Exit code, and what was printed or is said of the failure."""
-    found = click.testing.CliRunner().invoke(cli, [*map(str, arguments)], standalone_mode=False)
-    if isinstance(found.exception, RayCkptError):
-        return 1, str(found.exception)
-    if found.exception is not None:
-        raise found.exception
-    return int(found.return_value or 0), found.stdout
 
 
 @pytest.fixture(scope="module")
