@@ -87,3 +87,24 @@ def test_a_training_state_gives_grown_objects_all_of_it(tmp_path: Path) -> None:
         target = Holder(dict(fresh))
         ray_ckpt.load(TrainState(nn.Linear(2, 2), extra={"trainer": target}), tmp_path / name)
         assert same(target.state, grown)
+
+
+def test_equal_lists_stay_lists_of_their_own(tmp_path: Path) -> None:
+    """What is equal in a checkpoint is one object in memory while it is read; what a load gives is not."""
+
+    def lists() -> dict[str, Any]:
+        return {"seen": [], "kept": [], "pairs": ([], []), "count": 1}
+
+    holder, extra, plain = Holder(lists()), {"a": [], "b": [], "of": Holder(lists())}, {"x": {"a": [], "b": []}}
+    weight = nn.Parameter(torch.ones(2))
+    model = nn.ParameterDict({"weight": weight})
+    optimizer = torch.optim.SGD([weight], momentum=0.9)
+    optimizer.state[weight] = {"momentum_buffer": torch.ones(2), **lists()}
+    ray_ckpt.save(TrainState(model, optimizer, extra=extra), tmp_path / "state")
+    ray_ckpt.save({"holder": holder, "plain": plain}, tmp_path / "plain")
+    ray_ckpt.load(TrainState(model, optimizer, extra=extra), tmp_path / "state")
+    ray_ckpt.load({"holder": holder, "plain": plain}, tmp_path / "plain")
+    for found in (holder.state, extra, extra["of"].state, optimizer.state[weight], plain["x"]):
+        of_all = [value for value in [*found.values(), *found.get("pairs", ())] if isinstance(value, list)]
+        assert len(of_all) >= 2
+        assert len({id(value) for value in of_all}) == len(of_all)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ray_ckpt.errors import UsageError
+from ray_ckpt.format.wrappers import is_made_of_others
 from ray_ckpt.state import hyperparameters
 from ray_ckpt.state.named_model import sharded_state_dicts
 from ray_ckpt.state.own_optimizers import states_in
@@ -65,11 +66,26 @@ def _fill_blanks(
 
 
 def check_elementwise(optimizer: torch.optim.Optimizer) -> None:
-    if isinstance(stepping(optimizer), torch.optim.Adafactor):
+    """Raises:
+    UsageError: what it remembers of flattened pieces of parameters fits no other layout.
+    """
+    kinds = (torch.optim.Adafactor, torch.optim.LBFGS)
+    if isinstance(stepping(optimizer), kinds) or any(map(_has_other_tensors, optimizer.state.items())):
         raise UsageError(
-            "under FSDP1 Adafactor works on flattened pieces of the parameters, and what it remembers of them fits no "
-            "other layout: use DDP, or another optimizer"
+            f"under FSDP1 {type(stepping(optimizer)).__name__} works on flattened pieces of the parameters, and what "
+            "it remembers of them fits no other layout: use fully_shard, DDP, or another optimizer"
         )
+
+
+def _has_other_tensors(item: tuple[Any, Any]) -> bool:
+    """Whether the state of a flattened piece has tensors that torch cannot take apart along with it."""
+    parameter, state = item
+    if not isinstance(parameter, torch.Tensor) or not isinstance(state, Mapping):
+        return False
+    tensors = [value for value in state.values() if isinstance(value, torch.Tensor)]
+    return any(
+        is_made_of_others(tensor) or (tensor.dim() and tensor.numel() != parameter.numel()) for tensor in tensors
+    )
 
 
 def load_flat(

@@ -5,6 +5,7 @@
     kinds.<parameter>                             class name of the optimizer, and the keys of that state
     shards.<parameter>.<box>.<key>                plain tensors of a shard: shard_state.py
     others.<n>. ...                               what an optimizer shows beside that: own_optimizers.py
+    spans.<parameter>                             order of those whose state is kept together: spanning_state.py
 
 Nothing here takes a step: an optimizer without state saves none, and a parameter that was saved without state loses
 its own in the load. A fresh optimizer gets its state from the checkpoint: a tensor of the parameter's shape is sharded
@@ -28,6 +29,7 @@ from ray_ckpt.state.named_model import NamedModel
 from ray_ckpt.state.own_optimizers import OtherState, check_shows_all, pack_others, states_in
 from ray_ckpt.state.saved_optimizers import KINDS, PARAM_GROUPS, STATE, SavedOptimizers, flatten, key_name
 from ray_ckpt.state.shard_state import SHARDS, Owner, pack_shard
+from ray_ckpt.state.spanning_state import SPANS, Span, check_trained, pack_span
 from ray_ckpt.state.trainable import starts
 from ray_ckpt.state.wrappers import Partitions
 from ray_ckpt.text import listed
@@ -67,10 +69,14 @@ class NamedOptimizers:
             self._partitions.take_groups(optimizer)
             shown = optimizer.state_dict()
             check_shows_all(optimizer, shown)
-            leaves |= pack_others(nth, optimizer, shown, _order(optimizer, names))
+            order = _order(optimizer, names)
+            leaves |= pack_others(nth, optimizer, shown, order)
             keys: dict[str, tuple[str, ...]] = {}
             owners = self._owners(optimizer, names)
-            for parameter, state in self._states(optimizer, names, shown).items():
+            states = self._states(optimizer, names, shown)
+            leaves |= (span := pack_span(optimizer, states, order))
+            check_trained(optimizer, self._model.trainable().frozen, span)
+            for parameter, state in states.items():
                 flat = flatten(f"{STATE}.{parameter}", state)
                 owner = owners.get(parameter)
                 notes = flat if owner is None else [owner.note(key, leaf) for key, leaf in flat.items()]
@@ -99,7 +105,7 @@ class NamedOptimizers:
         frozen = self._model.trainable().frozen
         if not frozen:
             return entries
-        places = tuple(f"{prefix}{part}." for part in (STATE, PARAM_GROUPS, KINDS, SHARDS))
+        places = tuple(f"{prefix}{part}." for part in (STATE, PARAM_GROUPS, KINDS, SHARDS, SPANS))
 
         def is_frozen(name: str) -> bool:
             below = name.removeprefix(prefix).partition(".")[2]
@@ -163,12 +169,14 @@ class NamedOptimizers:
         for place, optimizer in enumerate(self.optimizers):
             self._partitions.take_groups(optimizer)
             live_states = {} if flat else _by_parameter(optimizer)
-            order = tuple(saved.name_of(f"model.{n}").removeprefix("model.") for n in _order(optimizer, names))
+            own_order = _order(optimizer, names)
+            order = tuple(saved.name_of(f"model.{n}").removeprefix("model.") for n in own_order)
             others.append(OtherState(place, optimizer, optimizer.state_dict(), order, saved))
-            claims |= others[-1].claims
-            problems += others[-1].problems
+            span = Span(optimizer, own_order, order, saved)
+            claims |= others[-1].claims | span.claims
             misfits = self._check_groups(optimizer, names, index)
-            problems += misfits
+            problems += [*others[-1].problems, *span.problems, *misfits]
+            doubts += span.doubts
             doubts += [] if misfits else _other_kinds(optimizer, names, index)
             expected = _expected_keys(optimizer, names, index)
             shared = index.hyperparameter_names(
@@ -392,7 +400,10 @@ def _fitting(
     fitting = []
     for number, (_, values) in enumerate(parts):
         chosen = [place for place, name in enumerate(members) if part_of.get(name, 0) == number]
-        own = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in group.items()}
+        own = {
+            key: value.clone() if isinstance(value, torch.Tensor) else sealing.fresh(value)
+            for key, value in hyperparameters.of_group(group).items()
+        }
         own |= {key: [group[key][place] for place in chosen] for key in hyperparameters.MEMBERS if key in group}
         fitting.append((own, values))
     return fitting

@@ -158,7 +158,8 @@ def _must_be_there(own: str, name: str, flat: Mapping[str, Any], claims: Mapping
 def _rebuilt(saved: SavedState, source: str, loaded: Mapping[str, torch.Tensor]) -> Any:
     """The state that was saved under a name."""
     leaves = {
-        saved.path_of(flat)[1:]: loaded[flat] if flat in loaded else saved.values[flat] for flat in saved.under(source)
+        saved.path_of(flat)[1:]: loaded[flat] if flat in loaded else sealing.fresh(saved.values[flat])
+        for flat in saved.under(source)
     }
     records = {tuple(path): (tag, keys) for path, tag, keys in saved.values.get(KEYS + source, ())}
     tree: dict[Any, Any] = {}
@@ -215,7 +216,7 @@ def _in_place(
             if name in grown:
                 _set(nested, paths[name], _below(saved, grown[name], len(paths[name]), loaded))
             elif (claim := claims[name]).spec is None and claim.saved in saved.values:
-                _set(nested, paths[name], saved.values[claim.saved])
+                _set(nested, paths[name], sealing.fresh(saved.values[claim.saved]))
 
     return LoadPlan(claims, lambda loaded: None, problems), fill
 
@@ -227,7 +228,7 @@ def _lie_below(names: list[str], path: Path, saved: SavedState) -> bool:
 def _below(saved: SavedState, source: str, depth: int, loaded: Mapping[str, torch.Tensor]) -> Any:
     """What was saved below a name, as dicts and lists."""
     leaves = {
-        saved.path_of(flat)[depth:]: loaded[flat] if flat in loaded else saved.values[flat]
+        saved.path_of(flat)[depth:]: loaded[flat] if flat in loaded else sealing.fresh(saved.values[flat])
         for flat in saved.under(source)
     }
     tree: dict[Any, Any] = {}

@@ -9,6 +9,7 @@ which the manifest holds as JSON. No pickle is involved, so none has to be trust
 
 from __future__ import annotations
 
+import copy
 import io
 import operator
 from collections import Counter, OrderedDict, deque
@@ -36,6 +37,8 @@ _SEQUENCES: dict[type, str] = {
 MAKERS: dict[str, Callable[[Any], Any]] = {tag: kind for kind, tag in (*DICTS.items(), *_SEQUENCES.items())}
 """Tag in a sealed value -> class."""
 
+
+_UNCHANGING = frozenset({bool, int, float, str, type(None)})
 
 RECORD = "$names"
 """Last component of the entry in which `pack_state` records what it has packed."""
@@ -113,6 +116,11 @@ def unseal(name: str, sealed: object) -> Any:
     return _unseal(name, sealed, {})
 
 
+def fresh(value: Any) -> Any:
+    """A value of a checkpoint for an object to keep: equal ones were read as one object, and lists and dicts change."""
+    return value if type(value) in _UNCHANGING else copy.deepcopy(value)
+
+
 def is_component(key: object) -> bool:
     """Whether a key can be part of a name."""
     return type(key) is str and bool(key) and "." not in key and key[0] != "$"
@@ -176,7 +184,7 @@ def _seal_items(name: str, items: Iterable[Any], tensors: list[torch.Tensor]) ->
 
 def _unseal(name: str, sealed: Any, leaves: Mapping[str, Any]) -> Any:
     if type(sealed) is not tuple or len(sealed) != 2 or type(sealed[0]) is not str or sealed[0][:1] != "$":
-        return sealed
+        return fresh(sealed)
     tag, content = sealed
     if tag == "$tensor":
         return leaves[f"{name}.${content}"]
