@@ -47,6 +47,7 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     print(0 if resumed is None else resumed.step)
     loaded: LoadReport = load(state, store, strict=False, only=("model",), fallback=True)
     load(TrainState(model, trainable_only=True), "adapters.pt", trusted=True)
+    load(state, store, wait_for=store.wait_for(3, timeout_s=60) + 1, wait_s=60)
     checked: VerifyReport = verify(store, 1, trusted=True)
     damages: tuple[Damage, ...] = checked.damages
     compared: CompareReport = compare(state, store, 1, only=("model",))

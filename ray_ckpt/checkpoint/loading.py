@@ -1,5 +1,6 @@
 """load(state, target), resume(state, store): the phases of `protocol/rank_load.py`, carried by collectives.
 
+coordinator    has the step come that is waited for? ── broadcast, once a second ──>
 coordinator    where the checkpoint is, and its record unless files are local ── broadcast ──>
 every rank     open        and where that may be somebody else's: names ── gather ──> join ── broadcast ──> adapt
 every rank     offer ── gather ──> coordinator: agree ── broadcast ──> prepare
@@ -28,7 +29,11 @@ from ray_ckpt.protocol.share_plan import Share, SharePlan, is_shared, share_out
 from ray_ckpt.report import LoadReport
 from ray_ckpt.state.train_state import TrainState
 from ray_ckpt.storage.record_files import read_for_all
-from ray_ckpt.storage.resolve import Location, Target, checkpoint_at
+from ray_ckpt.storage.resolve import Location, Target, checkpoint_at, wait_before
+from ray_ckpt.storage.waiting import Wait
+
+LONGEST_ROUND_S = 1.0
+"""How long one rank waits for a step before it tells the others, who sit in a collective meanwhile."""
 
 
 def load(
@@ -44,17 +49,18 @@ def load(
     fallback: bool = False,
     trusted: bool = False,
     share: Share = "auto",
+    wait_for: int | None = None,
+    wait_s: float = 600.0,
     timeout_s: float | None = None,
     progress: Progress | None = None,
 ) -> LoadReport:
     """Load a checkpoint into a live state, whatever layout saved it. All ranks call it, with the same options.
 
     Everything is compared before anything is changed. Objects that may refuse what was saved (gradient scalers, data
-    loaders, anything with a `load_state_dict` of its own but modules and optimizers) are given it before any other
-    tensor is read; if one refuses, on any rank, all get back what they had. The optimizers' parameter groups are split
-    where the checkpoint has different hyper-parameters for their members, and a fresh optimizer gets the state that was
-    saved. Bytes are read directly into the live tensors: after an error while they are read, the tensors hold parts of
-    two states, and the error says which parts of the state are new.
+    loaders, all with a `load_state_dict` of their own but modules and optimizers) are given it before other tensors are
+    read; if one refuses, on any rank, all get back what they had. An optimizer's parameter groups are split where the
+    checkpoint has different hyper-parameters for their members. Bytes are read directly into the live tensors: after an
+    error while they are read, the tensors hold parts of two states, and the error says which parts are new.
 
     Example:
         >>> import torch
@@ -69,8 +75,7 @@ def load(
         (100, True)
 
     Args:
-        state: a `TrainState`, anything else with `state_dict` and `load_state_dict`, or a state dict, which is loaded
-            in place: its tensors are filled, its other values replaced.
+        state: a `TrainState`, anything else with `state_dict` and `load_state_dict`, or a state dict, which is filled.
         target: the checkpoint's directory, or a store: a local path, a URI, a `Storage` or a `CheckpointStore`. For a
             `TrainState` also what others wrote: stock DCP (also where the optimizer's state is keyed by index, or its
             groups are), directories of torchtitan, accelerate, transformers, Lightning, verl and more, a file
@@ -78,37 +83,37 @@ def load(
             without a checkpoint of ours the highest finished `step-<N>` is taken, there or in its `checkpoint/`.
         step: number of the step in the store; None loads the checkpoint at `target` itself, or else the latest
             committed step of the store there.
-        strict: refuse a checkpoint that lacks something wanted, or holds something that no rank wants. Otherwise both
-            are named in the report, and what is missing stays as it is.
-        cast: convert tensors that were saved in another dtype. Otherwise they are refused.
-        only: prefixes of the names to load, in whole components: `("model",)`, `("model.layers.0",)`,
-            `("model", "optim")`. Below `model`, `ema` and `extra` a part can be named, other sections only as a whole.
+        strict: refuse a checkpoint that lacks something wanted, or holds what no rank wants. Else the report has both.
+        cast: convert what was saved in another dtype. Otherwise it is refused.
+        only: prefixes of the names to load, in whole components, such as `("model.layers.0", "optim")`. Below `model`,
+            `ema` and `extra` a part can be named, other sections only as a whole.
         key_map: wanted name -> saved name, as a mapping or a function. A parameter is renamed under `model.`, and its
-            optimizer state follows. A mapping may join and split tensors by `Saved`; then it is the same on all ranks,
-            every saved element has one place, and the optimizer's state follows too.
-        hyperparameters: whether the optimizers take the saved hyper-parameters or keep their own. They have to keep
-            their own when several pipeline stages saved theirs under one name, of which one survived; see
-            `LoadReport.lost`.
-        fallback: when no step is named and the latest one is damaged, as its record and the sizes of its files show,
-            load the highest good step and log a WARNING. Otherwise a damaged latest step is refused.
-        trusted: let the checkpoint's pickles run whatever code they name, as `weights_only=False` of `torch.load` does.
-            Only for a checkpoint whose author you trust. Otherwise nothing of it is run, and what needs that is refused
-            by name. What lies in files by `torch.save` is never run.
-        share: whether bytes that several ranks want are read once and sent to the others, who check them too, in
-            128 MiB of memory a rank: "auto" does so for object stores, as local files are faster to read.
-        timeout_s: time limit for waiting for other ranks, not for own work; by default the process group's own.
+            optimizer state follows. A mapping may join and split tensors by `Saved`: the same one on all ranks, in
+            which every saved element has one place.
+        hyperparameters: whether the optimizers take the saved hyper-parameters or keep their own, as they must where of
+            those of several pipeline stages one survived; see `LoadReport.lost`.
+        fallback: when no step is named and the latest is damaged, by its record and its files' sizes, load the highest
+            good step and log a WARNING. Otherwise it is refused.
+        trusted: let the checkpoint's pickles run whatever code they name, as `weights_only=False` of `torch.load` does,
+            if you trust its author. Otherwise what needs that is refused by name. What lies in files by `torch.save` is
+            never run.
+        share: whether bytes that several ranks want are read once and sent to the others, in 128 MiB of memory a rank:
+            "auto" does so for object stores, as local files are faster to read.
+        wait_for: wait until this step of the store or a higher one is committed; load the latest, as the report tells.
+        wait_s: how long to wait for that step, by one rank for all; 0 looks once.
+        timeout_s: limit of waiting for other ranks, not of own work or of `wait_for`; by default the group's own.
         progress: as for `save`, with the bytes that this rank has read and will, on a thread that reads.
 
     Raises:
-        CheckpointNotFoundError: there is no committed checkpoint, or not that step.
+        CheckpointNotFoundError: there is no committed checkpoint, or not the step, or not in time; names the newest.
         FormatError: the latest step is damaged; names path, reason and the highest good step.
-        UnsafeCheckpointError: something that is wanted could run code, and it is not `trusted`.
-        StateMismatchError: names, shapes, dtypes or hyper-parameters do not fit, or an object refuses what was saved;
-            nothing was changed.
+        UnsafeCheckpointError: something that is wanted could run code.
+        StateMismatchError: names, shapes, dtypes or hyper-parameters do not fit, or an object refuses; nothing changed.
         CheckpointError: ranks failed, or did not arrive within `timeout_s`; every rank learns which.
     """
     options = LoadOptions(strict, cast, chosen(only), key_map, hyperparameters, trusted)
-    ranks = TrainersExchange("load", timeout_s)
+    target, wait = wait_before(target, step, wait_for, wait_s, fallback=fallback)
+    ranks = TrainersExchange("load", timeout_s) if wait is None else _wait(wait, timeout_s)
     found = ranks.broadcast(lambda: _found(checkpoint_at(target, step, fallback=fallback)))
     return _load(ranks, state, found, options, progress, share)
 
@@ -160,6 +165,19 @@ def resume(
 
     found = ranks.broadcast(latest)
     return None if found is None else _load(ranks, state, found, LoadOptions(trusted=trusted), progress)
+
+
+def _wait(wait: Wait, timeout_s: float | None) -> TrainersExchange:
+    """Let one rank wait, and tell the others now and then that it does: a collective is given up after a while.
+
+    Returns:
+        The exchange in which the step was there.
+    """
+    round_s = LONGEST_ROUND_S if timeout_s is None else min(LONGEST_ROUND_S, timeout_s / 2)
+    while True:
+        ranks = TrainersExchange("load", timeout_s)  # which has its own time limit, from now on
+        if ranks.broadcast(lambda: wait.look(round_s)) is not None:
+            return ranks
 
 
 class _Found(NamedTuple):

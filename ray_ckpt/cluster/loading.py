@@ -1,7 +1,7 @@
 """load(group, state_of, target): the phases of `protocol/rank_load.py`, carried by actor calls.
 
 driver                                    every worker
-    find the step
+    wait for the step, if told to; find it
     open    ── storage, options, record ─>  the manifest
     names   ── state_of ─────────────────>  only where somebody else may have written it   <── Names ──
     adapt   ── what all are called ──────>  the manifest under our names
@@ -20,9 +20,10 @@ store are read by one of them and go through it to the others.
 
 from __future__ import annotations
 
+import contextlib
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -33,10 +34,12 @@ from ray_ckpt.format.saved import Saved
 from ray_ckpt.format.wanted_names import chosen, join_names
 from ray_ckpt.progress import Progress
 from ray_ckpt.protocol.agreement import agree
+from ray_ckpt.protocol.messages import LoadOffer
 from ray_ckpt.protocol.share_plan import Share, is_shared, share_out
 from ray_ckpt.report import LoadReport
+from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.record_files import read_for_all
-from ray_ckpt.storage.resolve import Target, checkpoint_at
+from ray_ckpt.storage.resolve import Target, checkpoint_at, wait_before
 
 
 def load(
@@ -53,6 +56,8 @@ def load(
     fallback: bool = False,
     trusted: bool = False,
     share: Share = "auto",
+    wait_for: int | None = None,
+    wait_s: float = 600.0,
     timeout_s: float | None = None,
     progress: Progress | None = None,
 ) -> list[LoadReport]:
@@ -82,49 +87,88 @@ def load(
             committed step of the store there.
         strict, cast, only, key_map, hyperparameters, fallback, trusted, share: as for `ray_ckpt.load`; a function as
             `key_map` must be one that pickles, and bytes are shared where the group has a process group.
-        timeout_s: time limit of the whole load; by default the group's `call_timeout_s`.
+        wait_for, wait_s: as for `ray_ckpt.load`; the driver waits.
+        timeout_s: time limit of the whole load, from when the step is there; by default the group's `call_timeout_s`.
         progress: as for `save`, with the bytes that the workers have read and all that they will.
 
     Returns:
         One `LoadReport` per worker, in rank order.
 
     Raises:
-        CheckpointNotFoundError: there is no committed checkpoint, or not that step.
+        CheckpointNotFoundError: there is no committed checkpoint, or not that step; or none from `wait_for` on has come
+            within `wait_s`.
         WorkerError: workers failed or died, or the checkpoint does not fit what they hold; names each.
         GroupTimeoutError: workers did not answer in time; names each.
     """
     options: dict[str, Any] = {"strict": strict, "cast": cast, "only": chosen(only)}
     options |= {"key_map": key_map, "hyperparameters": hyperparameters, "trusted": trusted}
+    target, wait = wait_before(target, step, wait_for, wait_s, fallback=fallback)
+    if wait is not None:
+        wait.look()
     found = checkpoint_at(target, step, fallback=fallback)
-    record, shared = read_for_all(found.storage), is_shared(share, found.storage)
-    attempt = uuid.uuid4().hex[:12]
-    deadline = time.monotonic() + (group.call_timeout_s if timeout_s is None else timeout_s)
-
-    def left_s() -> float:
-        return max(0.0, deadline - time.monotonic())
-
-    def call(fn: Callable[..., Any], *args: Any, progress: Progress | None = None) -> list[Any]:
-        args_of = dict.fromkeys(range(group.num_workers), (attempt, *args))
-        return list(group.call(fn, args_of, timeout_s=left_s(), progress=progress).values())
-
-    try:
-        if any(call(worker_side.open_load, found.storage, options, state_of, record)):
-            call(worker_side.adapt_load, join_names(call(worker_side.name_load, state_of)))
-        verdict = agree(call(worker_side.offer_load, state_of))
-        call(worker_side.prepare_load, verdict)
-        plan = share_out(call(worker_side.want_load)) if shared else None
-        call(worker_side.read_load, plan, left_s(), progress=progress)
-        reports = call(worker_side.finish_load, verdict)
-        return [replace(report, step=found.step, passed_over=found.passed_over) for report in reports]
-    except BaseException as error:
-        _give_up(group, attempt, error)
-        raise
+    shared = is_shared(share, found.storage)
+    attempt = LoadAttempt(group, state_of, group.call_timeout_s if timeout_s is None else timeout_s)
+    with attempt.giving_up():
+        attempt.prepare(found.storage, options, read_for_all(found.storage))
+        attempt.read(progress, is_shared=shared)
+        reports = attempt.finish()
+    return [replace(report, step=found.step, passed_over=found.passed_over) for report in reports]
 
 
-def _give_up(group: WorkerGroup, attempt: str, error: BaseException) -> None:
-    """Undo on all workers what can be undone, and let the error say what is new on which rank."""
-    told = worker_side.tell_all(group, worker_side.give_up_load, attempt)
-    if isinstance(error, RayCkptError):
-        for text in dict.fromkeys(filter(None, told.values())):
-            ranks = ", ".join(str(rank) for rank in told if told[rank] == text)
-            error.append(f"rank {ranks}: {text}")
+class LoadAttempt:
+    """The driver's side of one load.
+
+    Args:
+        timeout_s: time limit of all of it, from now on.
+    """
+
+    def __init__(self, group: WorkerGroup, state_of: worker_side.StateOf | str, timeout_s: float) -> None:
+        self._group = group
+        self._state_of = state_of
+        self._deadline = time.monotonic() + timeout_s
+        self._verdict: LoadOffer | None = None
+        self.id = uuid.uuid4().hex[:12]
+
+    def prepare(self, storage: Storage, options: Mapping[str, Any], record: bytes | None) -> None:
+        """Let the workers compare, and hand over what may be refused.
+
+        Args:
+            options: fields of `LoadOptions`.
+            record: the bytes of `manifest.json`, where the driver has them.
+        """
+        if any(self.call(worker_side.open_load, storage, options, self._state_of, record)):
+            self.call(worker_side.adapt_load, join_names(self.call(worker_side.name_load, self._state_of)))
+        self._verdict = agree(self.call(worker_side.offer_load, self._state_of))
+        self.call(worker_side.prepare_load, self._verdict)
+
+    def read(self, progress: Progress | None, *, is_shared: bool) -> None:
+        """Let the workers read into their states."""
+        plan = share_out(self.call(worker_side.want_load)) if is_shared else None
+        self.call(worker_side.read_load, plan, self.left_s, progress=progress)
+
+    def finish(self) -> list[LoadReport]:
+        """Let the workers set everything else."""
+        return self.call(worker_side.finish_load, self._verdict)
+
+    @contextlib.contextmanager
+    def giving_up(self) -> Iterator[None]:
+        """If the block fails, undo on all workers what can be undone, and let the error say what is new on which."""
+        try:
+            yield
+        except BaseException as error:
+            told = worker_side.tell_all(self._group, worker_side.give_up_load, self.id)
+            if isinstance(error, RayCkptError):
+                for text in dict.fromkeys(filter(None, told.values())):
+                    ranks = ", ".join(str(rank) for rank in told if told[rank] == text)
+                    error.append(f"rank {ranks}: {text}")
+            raise
+
+    @property
+    def left_s(self) -> float:
+        """Seconds that are left."""
+        return max(0.0, self._deadline - time.monotonic())
+
+    def call(self, fn: Callable[..., Any], *args: Any, progress: Progress | None = None) -> list[Any]:
+        """Call a function of `worker_side` on all workers; the results by rank."""
+        args_of = dict.fromkeys(range(self._group.num_workers), (self.id, *args))
+        return list(self._group.call(fn, args_of, timeout_s=self.left_s, progress=progress).values())

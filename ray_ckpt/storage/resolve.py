@@ -14,6 +14,7 @@ from ray_ckpt.storage.publish import DATA_FILE, STOCK_RECORD_NAME
 from ray_ckpt.storage.steps import directory_of, parse_steps
 from ray_ckpt.storage.store import CheckpointStore
 from ray_ckpt.storage.unread import in_directory
+from ray_ckpt.storage.waiting import Wait
 
 RUN_CHECKPOINTS = "checkpoint"
 """Where torchtitan's run folder keeps its steps, unless told otherwise."""
@@ -63,6 +64,22 @@ def checkpoint_at(target: Target, step: int | None, *, fallback: bool = False) -
     store = _store(target)
     damaged = {higher: store.damage(higher) for higher in store.steps() if higher > found.step}
     return found._replace(passed_over=tuple(f"step {higher}: {why}" for higher, why in damaged.items() if why))
+
+
+def wait_before(
+    target: Target, step: int | None, wait_for: int | None, wait_s: float, *, fallback: bool
+) -> tuple[Target, Wait | None]:
+    """Where to look for a checkpoint, and what to wait for before.
+
+    Raises:
+        UsageError: a step is named beside the one to wait for, or either of the numbers is none.
+    """
+    if wait_for is None:
+        return target, None
+    if step is not None:
+        raise UsageError(f"step={step} loads this step, and wait_for={wait_for} the latest from there on: give one")
+    store = _store(target)
+    return store, Wait(store, wait_for, wait_s, fallback=fallback)
 
 
 def committed_at(target: Target, step: int | None) -> Location:

@@ -106,6 +106,10 @@ class Steps:
     def is_committed(self, step: int) -> bool:
         return self._storage.exists(f"{directory_of(step)}/{MANIFEST_NAME}")
 
+    def has_from(self, step: int) -> bool:
+        """Whether this step or a higher one is committed: one listing, and a look at each of those."""
+        return any(other >= step and self.is_committed(other) for other in self._descending())
+
     def look(self, step: int) -> Look | None:
         """What the record of a step says. None when the step is not committed."""
         return look_at(self.location(step))

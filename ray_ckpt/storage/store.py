@@ -28,6 +28,7 @@ from ray_ckpt.storage.record_files import read_if_there
 from ray_ckpt.storage.removal import REQUESTS_IN_FLIGHT, Removal
 from ray_ckpt.storage.retention import Policy, retained
 from ray_ckpt.storage.steps import Look, Steps, directory_of
+from ray_ckpt.storage.waiting import Wait
 
 __all__ = ["CheckpointStore"]
 
@@ -146,6 +147,41 @@ class CheckpointStore:
                 good step.
         """
         return self._steps.latest(fallback=fallback)
+
+    def wait_for(self, step: int, *, timeout_s: float, fallback: bool = False) -> int:
+        """Wait until this step or a higher one is committed, ten looks a second, one on an object store.
+
+        Example:
+            >>> import torch
+            >>> from ray_ckpt import CheckpointStore, save
+            >>> store = CheckpointStore("published")
+            >>> report = save({"weight": torch.ones(3)}, store, step=7)
+            >>> store.wait_for(5, timeout_s=60)
+            7
+
+        Args:
+            timeout_s: how long to wait; 0 looks once.
+            fallback: pass a damaged step over, and wait on where no good one is left from `step` on.
+
+        Returns:
+            The highest good step.
+
+        Raises:
+            CheckpointNotFoundError: it has not come in time; names the newest that is there.
+            FormatError: the highest step is damaged.
+        """
+        found = Wait(self, step, timeout_s, fallback=fallback).look()
+        assert found is not None, "without a limit of its own a look waits to the end"
+        return found
+
+    def has_from(self, step: int) -> bool:
+        """Whether this step or a higher one is committed, damaged or not."""
+        return self._steps.has_from(step)
+
+    @property
+    def looks_cost_requests(self) -> bool:
+        """Whether a look is a request to an object store."""
+        return self._storage.opening_costs_a_request
 
     def damage(self, step: int) -> str:
         """Path and reason, when a committed step cannot be loaded as far as its record and its files' sizes tell; empty

@@ -57,6 +57,10 @@ class TwoTierStore(CheckpointStore):
     def __reduce__(self) -> tuple[Any, ...]:
         return CheckpointStore, (self._storage, self._front.storage, self._front.every)
 
+    @property
+    def looks_cost_requests(self) -> bool:
+        return self.durable.looks_cost_requests
+
     # ----------------------------------------------------------------------------------------------- durability
 
     def copying(self) -> CopyReport:
