@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from ray_ckpt.format.torch_container import parse_dtype
 from ray_ckpt.protocol.holdings import Holdings, hold
 from ray_ckpt.protocol.host_copy import HostCopy
 from ray_ckpt.storage.objects import saved_object
+from ray_ckpt.storage.staging import Converted
 from tests.test_kinds import DTYPES
 
 
@@ -146,19 +148,59 @@ def flip_a_bit_of(tensor: torch.Tensor, element: int) -> None:
     tensor.view(-1).view(torch.uint8)[element * tensor.element_size()] ^= 4
 
 
-@pytest.mark.parametrize(
-    ("name", "element"), [("small", 0), ("large", 0), ("large", 5 << 20), ("large", (10 << 20) - 1), ("last", 2)]
-)
-def test_a_bit_that_flips_in_the_copy_is_found_and_the_tensor_is_named(name: str, element: int) -> None:
-    """`large` lies in several windows, one of which it shares with the others."""
-    original = {"small": torch.ones(3), "large": torch.arange(10 << 20), "last": torch.zeros(3, dtype=torch.float16)}
+LARGE = {
+    "contiguous": lambda: torch.arange(9 << 20),
+    "strided": lambda: torch.arange(9 << 20).view(3 << 10, 3 << 10).t(),
+    "converted": lambda: torch.arange(9 << 20, dtype=torch.float64),
+    "imaginary": lambda: torch.arange(9 << 20, dtype=torch.float64).view(torch.complex128).conj().imag,
+}
+"""Name -> a tensor of many pieces, each kind copied in a way of its own."""
+
+
+def hold_large() -> Holdings:
+    """With small ones between them, alone and many together."""
+    state: dict[str, Any] = {}
+    for name, make in LARGE.items():
+        state |= {f"before.{name}": torch.ones(3), name: make()}
+    state |= {f"small.{n}": torch.full((999,), n, dtype=torch.float16) for n in range(1500)}
+    holdings = hold(state)
+    at = list(state).index("converted")
+    items, values = list(holdings.items), list(holdings.values)
+    spec = items[at].spec
+    assert spec is not None
+    items[at] = items[at]._replace(spec=spec._replace(dtype="float32"))
+    values[at] = Converted("converted", values[at], torch.float32)
+    return Holdings(tuple(items), tuple(values), holdings.elsewhere)
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+def test_large_and_small_ones_are_copied_exactly() -> None:
+    original = hold_large()
+    copied = by_name(HostCopy().take(original))
+    for name, tensor in by_name(original).items():
+        expected = tensor.tensor.to(tensor.dtype) if isinstance(tensor, Converted) else tensor
+        assert torch.equal(copied[name], expected), name
+
+
+def test_a_bit_that_flips_after_the_copy_is_found() -> None:
+    """Nothing has looked at the copy between `take` and the first flip."""
     host_copy = HostCopy()
-    copied = by_name(host_copy.take(hold(original)))
-    host_copy.check()
-    flip_a_bit_of(copied[name], element)
-    with pytest.raises(CommitError, match=rf"the copy in host memory of .*'{name}'.* has changed since it was made"):
-        host_copy.check()
-    flip_a_bit_of(copied[name], element)
+    copied = by_name(host_copy.take(hold_large()))
+    for name in (*LARGE, "before.strided", "small.0", "small.777", "small.1499"):
+        named = f"'{name}'" if name in LARGE else f"'{name[:6]}"  # of many small ones that lie together, the first few
+        for element in (0, -1, 5 << 20):
+            flip_a_bit_of(copied[name], element % copied[name].numel())
+            with pytest.raises(CommitError, match=rf"the copy in host memory of {named}.* has changed since it was"):
+                host_copy.check()
+            flip_a_bit_of(copied[name], element % copied[name].numel())
     host_copy.check()
     # The next copy in the same memory, smaller than the one before, is compared with itself.
     smaller = by_name(host_copy.take(hold({"small": torch.zeros(5)})))

@@ -13,7 +13,17 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPOSITORY
-from tests.support.clusters import JOB, Head, Sandbox, Started, wait_until, wait_until_free, workers
+from tests.support.clusters import (
+    CGROUPS,
+    JOB,
+    Head,
+    Sandbox,
+    Started,
+    needs_cgroups,
+    wait_until,
+    wait_until_free,
+    workers,
+)
 from tests.support.commands import assert_one_line
 
 TINY = ("--from", "single", "--to", "single", "--steps", "1", "--dim", "8", "--layers", "1")
@@ -129,6 +139,7 @@ def test_a_directory_that_ray_cannot_use_is_told_in_one_line(sandbox: Sandbox, s
     assert job.process.returncode == 2
     assert_one_line(job.stderr, reason)
     assert "; set RAY_TMPDIR to a short path that has room and can be written" in job.stderr
+    assert ("or try again when this machine is less busy" in job.stderr) == ("timed out" in reason)
     wait_until(lambda: not sandbox.processes(), RAY_ENDS_S, sandbox.processes)
 
 
@@ -172,10 +183,7 @@ def test_of_two_jobs_at_one_storage_one_is_done_and_one_is_refused(head: Head, t
     wait_until_free(30)
 
 
-CGROUPS = Path("/sys/fs/cgroup/memory")
-
-
-@pytest.mark.skipif(not os.access(CGROUPS / "cgroup.procs", os.W_OK), reason="limits memory by a cgroup of version 1")
+@needs_cgroups
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_memory_limit_that_kills_a_worker_is_told_in_one_line(head: Head, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import psutil
 import pytest
@@ -22,6 +22,7 @@ from ray_ckpt.cluster.group import WorkerGroup
 from ray_ckpt.cluster.worker import WorkerInfo, attempt
 from ray_ckpt.errors import DIED, GroupError, GroupTimeoutError, PlacementError, UsageError, WorkerError
 from tests.support import rank_functions, task_functions
+from tests.support.clusters import CGROUPS, needs_cgroups, wait_until
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -192,24 +193,49 @@ def test_a_failing_rendezvous_leaves_nothing() -> None:
     assert_nothing_is_left([])
 
 
-def kill_a_starting_worker() -> None:
-    """SIGKILL the first worker process that shows up before the group is formed."""
+def end_by_signal(process: psutil.Process) -> None:
+    process.kill()
+
+
+def end_by_memory(process: psutil.Process) -> None:
+    """As the kernel does when a container has no more memory: SIGKILL of the process that asks for some."""
+    limited = CGROUPS / f"ray-ckpt-{process.pid}"
+    limited.mkdir()
+    try:
+        (limited / "memory.limit_in_bytes").write_text(str(1 << 20))
+        (limited / "cgroup.procs").write_text(str(process.pid))
+        with contextlib.suppress(psutil.TimeoutExpired):
+            process.wait(30)
+    finally:
+        wait_until(lambda: not (limited / "cgroup.procs").read_text(), 30, (limited / "cgroup.procs").read_text)
+        limited.rmdir()
+
+
+def end_a_starting_worker(end: Callable[[psutil.Process], None], ended: list[float]) -> None:
+    """The first worker process that shows up before the group is formed. Notes when it was dead."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         for process in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
                 if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::Worker"):
-                    process.kill()
+                    end(process)
+                    wait_until(lambda process=process: not is_alive(process.pid), 30, process.status)
+                    ended.append(time.monotonic())
                     return
         time.sleep(0.005)
 
 
-def test_a_worker_that_dies_while_the_group_starts_is_named_in_one_line() -> None:
-    killer = threading.Thread(target=kill_a_starting_worker)
-    killer.start()
+@pytest.mark.parametrize("end", [end_by_signal, pytest.param(end_by_memory, marks=needs_cgroups)])
+def test_a_worker_that_dies_while_the_group_starts_is_named_in_one_line(end: Callable[[psutil.Process], None]) -> None:
+    """Within ten seconds of its death."""
+    ended: list[float] = []
+    ender = threading.Thread(target=end_a_starting_worker, args=(end, ended))
+    ender.start()
     with pytest.raises(WorkerError) as caught:
         WorkerGroup(2, cpus_per_worker=0.5, start_timeout_s=60)
-    killer.join()
+    named = time.monotonic()
+    ender.join()
+    assert named - ended[0] < 10
     [failure] = caught.value.failures
     assert failure.error_type == DIED
     place = re.escape(f"{socket.gethostname()} ({ray.util.get_node_ip_address()})")

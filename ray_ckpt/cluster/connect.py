@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -145,7 +146,7 @@ def _init(address: str, options: dict[str, Any]) -> None:
         doing = "start a local Ray" if address == "local" else f"join the Ray cluster at {address}"
         reason = first_line(error)
         advice = "; set RAY_TMPDIR to a short path that has room and can be written" if address == "local" else ""
-        if "timed out" in reason:
+        if re.search("timed out|GCS", reason, re.IGNORECASE):  # its control service has not come up
             advice += ", or try again when this machine is less busy" if advice else "; try again when it is less busy"
         raise UsageError(f"cannot {doing}: {reason}{advice}") from error
     except BaseException:  # a signal that came meanwhile

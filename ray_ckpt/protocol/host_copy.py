@@ -5,22 +5,18 @@ HostCopy.take(holdings, skipped) ─┬─ tensors   into one buffer of host mem
 HostCopy.check()                       once it is written: whether buffer and objects still hold what was copied
 
 A copy may wait for minutes until it is written. A bit that flips in its memory meanwhile would be saved with a valid
-checksum, as that is made while writing. So `take` starts a thread that digests the buffer, in 0.06 s per GiB. It waits
-for that thread only where the buffer is no more than a window: the digest of a large copy takes about as long as the
-copy itself, and the trainer would stand still for as long. A bit that flips there within that time is not seen. Objects
-are digested at once.
+checksum, as that is made while writing. So every object, and every piece of a tensor, is digested as it is copied
+(digested_copy.py).
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import mmap
 import pickle
 import weakref
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -31,19 +27,16 @@ from ray_ckpt.errors import CommitError, UsageError
 from ray_ckpt.format.manifest import Inline
 from ray_ckpt.format.memory import fault
 from ray_ckpt.format.torch_container import parse_dtype
-from ray_ckpt.format.torch_internals import copy_each
+from ray_ckpt.protocol.digested_copy import Copy, Digest, changed_since, copy_digested
 from ray_ckpt.protocol.holdings import Holdings
 from ray_ckpt.protocol.messages import Item, TensorSpec, num_bytes
 from ray_ckpt.rounding import round_up
 from ray_ckpt.storage.objects import SavedObject, saved_object
-from ray_ckpt.storage.staging import Converted, bytes_of, is_on_cuda, plain
+from ray_ckpt.storage.staging import Converted, is_on_cuda
 from ray_ckpt.text import listed
 
 _ALIGNMENT = 64
 """Alignment of each tensor in the buffer, in bytes: a cache line, and a multiple of every element's size."""
-
-_WINDOW_BYTES = 16 << 20
-"""Size of the part of the buffer that has a digest of its own."""
 
 _UNCHANGING = (int, float, complex, bool, str, bytes, type(None))
 
@@ -61,8 +54,8 @@ class HostCopy:
         self._items: tuple[Item, ...] = ()
         self._skipped: Sequence[int] = ()
         self._places: list[torch.Tensor | None] = []
-        self._taken: Future[list[int]] | None = None
-        """XXH3-64 of each window of the buffer as `take` left it."""
+        self._digests: list[Digest] | None = None
+        """What all places held as `take` left them."""
         self._objects: dict[int, tuple[str, object, tuple[int, int]]] = {}
         """Identity of a value -> name of the first object that it is, its copy, and the digest of that."""
 
@@ -79,14 +72,11 @@ class HostCopy:
         Raises:
             UsageError: a tensor has no plain elements, or is no longer what was planned, or cannot be cast.
         """
-        if self._taken is not None:
-            self._taken.result()  # of a copy that nobody has checked
         self._lay_out(holdings, skipped)
         left_out = set(skipped)
-        devices = set()
         self._objects = frozen = {}  # by identity: parameters of one group share each hyper-parameter
         values: list[Any] = []
-        places, sources = [], []
+        copies = []
         for position, value in enumerate(holdings.values):
             if position in left_out:
                 values.append(None)
@@ -101,19 +91,9 @@ class HostCopy:
                     raise UsageError(f"{holdings.items[position].name!r} {wrong}")
                 place = self._place(position, value)
                 values.append(place)
-                devices.add(tensor.device)
-                if isinstance(value, Converted):
-                    value.copy_to(place)
-                    continue
-                places.append(_copied(place))
-                sources.append(_copied(plain(value)))
-        if places:
-            # One call for all: what Python adds to the copy of a small tensor is as much as the copy.
-            copy_each(places, sources)
-        for device in devices:
-            if device.type == "cuda":
-                torch.cuda.current_stream(device).synchronize()
-        self._start_digest()
+                if place.nbytes:
+                    copies.append(Copy(place.data_ptr() - self._buffer.data_ptr(), place, value))
+        self._digests = copy_digested(self._buffer, copies)
         return Holdings(holdings.items, tuple(values))
 
     def check(self) -> None:
@@ -122,27 +102,20 @@ class HostCopy:
         Raises:
             CommitError: bits have changed since then; names the tensors that lie there.
         """
-        assert self._taken is not None, "take comes first"
-        taken = self._taken.result()
-        for window, (found, expected) in enumerate(zip(_digest(self._buffer), taken, strict=True)):
-            if found != expected:
-                raise _changed(self._names_in(window))
+        assert self._digests is not None, "take comes first"
+        if (changed := changed_since(self._buffer, self._digests)) is not None:
+            raise _changed(self._names_in(changed))
         if names := [repr(name) for name, kept, digest in self._objects.values() if _digest_object(kept) != digest]:
             raise _changed(names)
 
-    def _start_digest(self) -> None:
-        digester = ThreadPoolExecutor(1, thread_name_prefix="ray_ckpt-digest")
-        self._taken = digester.submit(_digest, self._buffer)
-        digester.shutdown(wait=self._buffer.nbytes <= _WINDOW_BYTES)
-
-    def _names_in(self, window: int) -> list[str]:
-        start = self._buffer.data_ptr() + window * _WINDOW_BYTES
+    def _names_in(self, part: Digest) -> list[str]:
+        first = self._buffer.data_ptr()
         return [
             repr(item.name)
             for item, place in zip(self._items, self._places, strict=True)
             if place is not None
-            and place.data_ptr() < start + _WINDOW_BYTES
-            and place.data_ptr() + place.nbytes > start
+            and place.data_ptr() < first + part.stop
+            and place.data_ptr() + place.nbytes > first + part.start
         ]
 
     def _place(self, position: int, source: torch.Tensor | Converted) -> torch.Tensor:
@@ -192,12 +165,6 @@ def _digest_object(kept: object) -> tuple[int, int]:
     return 0, xxhash.xxh3_64_intdigest(pickle.dumps(kept))
 
 
-def _digest(buffer: torch.Tensor) -> list[int]:
-    memory = bytes_of(buffer)
-    starts = range(0, len(memory), _WINDOW_BYTES)
-    return [xxhash.xxh3_64_intdigest(memory[start : start + _WINDOW_BYTES]) for start in starts]
-
-
 def _allocate(num_bytes: int, *, pinned: bool) -> torch.Tensor:
     """Allocate exactly so many bytes, page-aligned."""
     if num_bytes == 0:
@@ -219,20 +186,6 @@ def _pin(buffer: torch.Tensor) -> None:
     runtime = torch.cuda.cudart()
     torch.cuda.check_error(runtime.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 1))
     weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr()).atexit = False
-
-
-def _copied(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or its bytes where torch has no copy for its dtype, as for some of less than a byte."""
-    return tensor if _has_copy(tensor.dtype) else tensor.reshape(-1).view(torch.uint8)
-
-
-@functools.cache
-def _has_copy(dtype: torch.dtype) -> bool:
-    try:
-        torch.empty(1, dtype=dtype).copy_(torch.empty(1, dtype=dtype))
-    except (RuntimeError, NotImplementedError):
-        return False
-    return True
 
 
 def _shaped(raw: torch.Tensor, spec: TensorSpec) -> torch.Tensor:

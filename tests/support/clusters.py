@@ -32,6 +32,7 @@ from types import TracebackType
 from typing import Any
 
 import psutil
+import pytest
 import ray
 from ray.util import placement_group_table
 
@@ -41,6 +42,11 @@ BIN = Path(sys.executable).parent
 JOB = "jobs/pipeline_to_fsdp.py"
 MARKER = "RAY_CKPT_TEST_SANDBOX"
 """Environment variable by which a sandbox knows its processes, also those that changed their session."""
+
+CGROUPS = Path("/sys/fs/cgroup/memory")
+needs_cgroups = pytest.mark.skipif(
+    not os.access(CGROUPS / "cgroup.procs", os.W_OK), reason="limits memory by a cgroup of version 1"
+)
 
 START_TIMEOUT_S = 60.0
 """For one `ray start`. It takes 4 s on an idle machine."""
