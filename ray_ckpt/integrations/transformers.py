@@ -3,21 +3,22 @@
     names in the files, the model's conversions ── transformers' own code, on symbols instead of tensors ──> key map
 
 Since version 5 transformers fuses experts and projections while it loads. Its conversions run here on symbols that
-write down what is done to them, so that whatever they do by joining, splitting and transposing is done by `load` as
-well, and anything else is refused by its name.
+write down what is done to them (`symbols.py`), so that whatever they do by joining, splitting and transposing is done
+by `load` as well, and anything else is refused by its name.
 """
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ray_ckpt.errors import UsageError
+from ray_ckpt.errors import RayCkptError, UsageError
+from ray_ckpt.format.manifest import TensorEntry
 from ray_ckpt.format.saved import Saved
+from ray_ckpt.format.torch_container import parse_dtype
+from ray_ckpt.integrations.symbols import Deferred, Symbol
 from ray_ckpt.storage.checkpoint_reader import CheckpointReader
 from ray_ckpt.storage.files import Storage
 
@@ -52,22 +53,22 @@ def key_map(model: PreTrainedModel, target: str | os.PathLike[str] | Storage) ->
         model = AutoModelForCausalLM.from_config(config)
         load(TrainState(model), path, key_map=key_map(model, path))
     """
-    found = _converted(model, sorted(_names(target), key=_natural))
+    found = _converted(model, _tensors(target))
     return {f"{_SECTION}{wanted}": _in_section(saved) for wanted, saved in found.items() if saved != Saved(wanted)}
 
 
-def _names(target: str | os.PathLike[str] | Storage) -> Iterable[str]:
-    """Names of the model's tensors."""
+def _tensors(target: str | os.PathLike[str] | Storage) -> dict[str, TensorEntry]:
+    """The model's tensors, by their names in the files."""
     manifest = CheckpointReader(target).read_manifest()
     is_ours = manifest.has_own_names
-    return [
-        name.removeprefix(_SECTION) if is_ours else name
-        for name in manifest.tensors
+    return {
+        name.removeprefix(_SECTION) if is_ours else name: entry
+        for name, entry in manifest.tensors.items()
         if not is_ours or name.startswith(_SECTION)
-    ]
+    }
 
 
-def _converted(model: PreTrainedModel, names: Sequence[str]) -> dict[str, Saved]:
+def _converted(model: PreTrainedModel, tensors: Mapping[str, TensorEntry]) -> dict[str, Saved]:
     """Name in the model -> what transformers makes it of, for the names that the model has."""
     try:
         from transformers import core_model_loading as loading
@@ -82,7 +83,7 @@ def _converted(model: PreTrainedModel, names: Sequence[str]) -> dict[str, Saved]
     wanted = model.state_dict()
     made: dict[str, Saved] = {}
     waiting: dict[str, Any] = {}
-    for name in names:
+    for name in sorted(tensors, key=_natural):
         renamed, pattern = loading.rename_source_key(name, renamings, converters, model.base_model_prefix, wanted)
         if renamed not in wanted and name in wanted:
             renamed, pattern = name, None
@@ -92,18 +93,39 @@ def _converted(model: PreTrainedModel, names: Sequence[str]) -> dict[str, Saved]
             made[renamed] = Saved(name)
         else:
             converter = waiting.setdefault(renamed, copy.deepcopy(of_pattern[pattern]))
-            converter.add_tensor(renamed, name, pattern, _Deferred(_Symbol(Saved(name))))
+            symbol = Symbol(Saved(name), tensors[name].shape, parse_dtype(tensors[name].dtype))
+            converter.add_tensor(renamed, name, pattern, Deferred(symbol))
     for renamed, converter in waiting.items():
+        converter.operations = [_Named(operation, renamed) for operation in converter.operations]
         converted = converter.convert(renamed, model=model, config=model.config)
-        made |= {name: _unwrapped(symbol) for name, symbol in converted.items()}
+        made |= {name: _unwrapped(name, symbol) for name, symbol in converted.items()}
     return made
 
 
-def _unwrapped(symbol: Any) -> Saved:
-    symbol = symbol[0] if isinstance(symbol, list) else symbol
-    if not isinstance(symbol, _Symbol):
-        raise UsageError(f"transformers converts to a {type(symbol).__name__}, which a key map cannot")
-    return symbol.saved
+class _Named:
+    """One operation of a conversion, whose failure says which it was."""
+
+    def __init__(self, operation: Any, wanted: str) -> None:
+        self._operation = operation
+        self._wanted = wanted
+
+    def convert(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self._operation.convert(*args, **kwargs)
+        except Exception as error:  # what is transformers' own may do anything with a symbol
+            reason = str(error) if isinstance(error, RayCkptError) else f"{type(error).__name__}: {error}"
+            raise UsageError(
+                f"transformers makes {self._wanted!r} by {type(self._operation).__name__}, which a key map cannot "
+                f"({reason}): let transformers load the files, and save the model from there"
+            ) from error
+
+
+def _unwrapped(name: str, symbol: Any) -> Saved:
+    several = symbol if isinstance(symbol, list) else [symbol]
+    if len(several) != 1 or not isinstance(several[0], Symbol):
+        kinds = ", ".join(type(each).__name__ for each in several)
+        raise UsageError(f"transformers makes {name!r} of {len(several)} tensors ({kinds}), which a key map cannot")
+    return several[0].saved
 
 
 def _in_section(saved: Saved) -> str | Saved:
@@ -115,73 +137,3 @@ def _in_section(saved: Saved) -> str | Saved:
 def _natural(name: str) -> list[tuple[int, int | str]]:
     """Expert 2 comes before expert 10, as transformers sorts."""
     return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
-
-
-# ------------------------------------------------------------------------------------------------------------ symbols
-
-
-class _Deferred:
-    """How transformers takes a tensor that has still to be read."""
-
-    def __init__(self, symbol: _Symbol) -> None:
-        self._symbol = symbol
-
-    def __call__(self) -> _Symbol:
-        return self._symbol
-
-
-class _Symbol:
-    """Stands for a tensor, and writes down what torch is asked to do with it."""
-
-    def __init__(self, saved: Saved) -> None:
-        self.saved = saved
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        function: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        make = _FUNCTIONS.get(function)
-        if make is None:
-            raise UsageError(
-                f"transformers converts by {function.__name__}, which a key map cannot: let it load itself"
-            )
-        return make(*args, **(kwargs or {}))
-
-    def contiguous(self) -> _Symbol:
-        return self
-
-    def transpose(self, dim0: int, dim1: int) -> _Symbol:
-        return _Symbol(self.saved.transpose(dim0, dim1))
-
-    def __getattr__(self, name: str) -> Any:
-        raise UsageError(f"transformers converts by .{name} of a tensor, which a key map cannot: let it load itself")
-
-
-def _cat(tensors: Sequence[_Symbol], dim: int = 0) -> _Symbol:
-    return _Symbol(Saved.cat([each.saved for each in tensors], dim))
-
-
-def _stack(tensors: Sequence[_Symbol], dim: int = 0) -> _Symbol:
-    return _Symbol(Saved.stack([each.saved for each in tensors], dim))
-
-
-def _chunk(tensor: _Symbol, chunks: int, dim: int = 0) -> tuple[_Symbol, ...]:
-    return tuple(map(_Symbol, tensor.saved.chunk(chunks, dim)))
-
-
-def _split(tensor: _Symbol, sizes: Sequence[int], dim: int = 0) -> tuple[_Symbol, ...]:
-    starts = [sum(sizes[:number]) for number in range(len(sizes))]
-    return tuple(_Symbol(tensor.saved.narrow(dim, start, size)) for start, size in zip(starts, sizes, strict=True))
-
-
-_FUNCTIONS: Mapping[Callable[..., Any], Callable[..., Any]] = {
-    torch.cat: _cat,
-    torch.stack: _stack,
-    torch.chunk: _chunk,
-    torch.split: _split,
-    torch.transpose: lambda tensor, dim0, dim1: tensor.transpose(dim0, dim1),
-}
