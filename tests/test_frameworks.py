@@ -277,6 +277,36 @@ def test_torchao(tmp_path: Path) -> None:
     assert same_model(target, model.state_dict())
 
 
+def quantized(seed: int) -> nn.Module:
+    """With a weight of NF4, as under QLoRA."""
+    from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
+
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(256, 128, bias=False))
+    model[0].weight = nn.Parameter(to_nf4(model[0].weight.detach(), 64, 64), requires_grad=False)
+    return model
+
+
+def nf4_rows(rank: int, directory: str, seed: int) -> torch.Tensor:
+    """Saves with the first seed, and loads with another."""
+    model = fully_shard(quantized(seed), mesh=init_device_mesh("cpu", (2,)))
+    if seed:
+        load(TrainState(model), directory)
+    else:
+        save(TrainState(model), directory)
+    return model[0].weight.to_local().get_original_weight()
+
+
+def test_nf4_in_shards(tmp_path: Path) -> None:
+    pytest.importorskip("torchao.quantization.quantize_.workflows.nf4")
+    rows = torch.cat(run_ranks(nf4_rows, 2, tmp_path, str(tmp_path / "two"), 0))
+    alone = quantized(1)
+    load(TrainState(alone), tmp_path / "two")
+    assert torch.equal(alone[0].weight.data.get_original_weight(), rows)
+    save(TrainState(alone), tmp_path / "one")
+    assert torch.equal(torch.cat(run_ranks(nf4_rows, 2, tmp_path, str(tmp_path / "one"), 1)), rows)
+
+
 def test_torchdata(tmp_path: Path) -> None:
     stateful = pytest.importorskip("torchdata.stateful_dataloader")
 

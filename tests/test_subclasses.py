@@ -158,7 +158,7 @@ def placed(name: str, kind: str, whole: torch.Tensor) -> torch.Tensor:
 
 def kinds(name: str) -> set[str]:
     """Blocks in row-major order are refused where torch would split them otherwise than the rows."""
-    return KINDS.keys() - ({"block"} if name == "uneven" else set())
+    return KINDS.keys() - ({"block", "split"} if name == "uneven" else set())
 
 
 def save_rows(rank: int, name: str, directory: Path) -> None:
@@ -239,6 +239,7 @@ def train_sharded(rank: int, kind: str, source: Path | None, target: Path) -> An
         "packed",
         pytest.param("doubled", marks=pytest.mark.slow),
         "hidden",
+        pytest.param("split", marks=pytest.mark.slow),
     ],
 )
 def test_a_fresh_optimizer_gets_the_kind_that_was_saved_in_any_layout(tmp_path: Path, kind: str) -> None:

@@ -5,15 +5,16 @@
     scale [blocks]           one after the other, blocks being counted in row-major order
     table [256]              the same on every rank
 
-Which of these an inner tensor is, the class says when a part of it is taken (`narrow`): what gets shorter follows, and
-what stays as it is is the same everywhere. A class that cannot be cut is judged by shapes: what has a part for each
-row (or block of rows) of the shard follows, anything else is refused. Neither can be wrong in silence: the global shape
-that follows must be the same in every layout, and ranks that hold "the same" are compared.
+Which of these an inner tensor is, the class says when a part of it is taken (`narrow`, or `split` where it has only
+that): what gets shorter follows, and what stays as it is is the same everywhere. A class that cannot be cut is judged
+by shapes: what has a part for each row (or block of rows) of the shard follows, anything else is refused. Neither can
+be wrong in silence: the global shape that follows must be the same in every layout, and ranks that hold "the same" are
+compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -131,9 +132,10 @@ def _check(name: str, found: Spread, dims: Mapping[int, int | None], tensor: DTe
 
 def _follow(nodes: Nodes, dim: int) -> dict[str, int | None]:
     """Name -> dim in which an inner tensor is cut when the outer one is cut in this dim; None: in none."""
-    for length in _lengths(nodes, dim):
-        if (found := _cut(nodes, dim, length)) is not None:
-            return found
+    for take in (torch.Tensor.narrow, _first_of_split):
+        for length in _lengths(nodes, dim):
+            if (found := _cut(nodes, dim, length, take)) is not None:
+                return found
     return {name: dim if not name else _by_shape(name, nodes, dim) for name in nodes}
 
 
@@ -145,12 +147,20 @@ def _lengths(nodes: Nodes, dim: int) -> Iterator[int]:
     yield 0
 
 
-def _cut(nodes: Nodes, dim: int, length: int) -> dict[str, int | None] | None:
+def _first_of_split(tensor: torch.Tensor, dim: int, start: int, length: int) -> torch.Tensor:
+    """As FSDP takes the parts of a parameter."""
+    return torch.split(tensor, length, dim)[0] if length else tensor
+
+
+_Take = Callable[[torch.Tensor, int, int, int], torch.Tensor]
+
+
+def _cut(nodes: Nodes, dim: int, length: int, take: _Take) -> dict[str, int | None] | None:
     """What the class itself makes of its inner tensors when it is cut; None if it cannot be, or not there."""
     root = nodes[""]
     try:
         with torch.no_grad():
-            part = root.narrow(dim, 0, length)
+            part = take(root, dim, 0, length)
         if type(part) is not type(root):
             return None
         parts = nodes_of(part)

@@ -5,6 +5,7 @@ BlockInt8   int8 codes, a scale per block of elements in row-major order, and a 
 Packed4     two codes per byte, and a scale per row; its context has its own size in it
 Doubled     a subclass made of subclasses
 Hidden      as RowInt8, but no operation on it gives one of its kind again
+Split       as BlockInt8, with a number in a tensor for all; parts of it are taken by `split` only, as of NF4
 """
 
 from __future__ import annotations
@@ -90,6 +91,8 @@ class Wrapper(torch.Tensor):
             return self
         if func is aten.slice.Tensor and (cut := self.cut(*args[1:])) is not None:
             return cut
+        if func is aten.split.Tensor and isinstance(self, Split):
+            return self.split_by(*args[1:])
         plain = [tree_map(lambda x: x.values() if isinstance(x, Wrapper) else x, part) for part in (args, kwargs)]
         return func(*plain[0], **plain[1])
 
@@ -154,6 +157,36 @@ class BlockInt8(Wrapper):
             raise ValueError("only whole blocks can be cut")
         scale = self.scale[start * per_row : end * per_row]
         return type(self)(self.codes[start:end], scale, self.table.clone(), self.context, None)
+
+
+class Split(BlockInt8):
+    inner = ("codes", "scale", "table", "mean")
+
+    def __new__(
+        cls, codes: torch.Tensor, scale: torch.Tensor, table: torch.Tensor, mean: Any, context: Any, size: Any = None
+    ) -> Any:
+        return Wrapper.wrap(cls, codes.shape, codes.device)
+
+    def __init__(
+        self, codes: torch.Tensor, scale: torch.Tensor, table: torch.Tensor, mean: Any, context: Any, size: Any = None
+    ) -> None:
+        super().__init__(codes, scale, table, context, size)
+        self.mean = mean
+
+    @classmethod
+    def of(cls, values: torch.Tensor, signed: bool = True) -> Any:
+        made = BlockInt8.of(values, signed)
+        return cls(made.codes, made.scale, made.table, torch.tensor(0.5), made.context)
+
+    def cut(self, dim: int = 0, start: int = 0, end: int = 2**63 - 1, step: int = 1) -> Any:
+        raise NotImplementedError("it can only be split")
+
+    def split_by(self, size: int, dim: int = 0) -> list[Any]:
+        count, rest = divmod(len(self.codes), size)
+        if dim or rest or len(self.scale) % count:
+            raise NotImplementedError("only equal parts by rows")
+        pairs = zip(self.codes.split(size), self.scale.split(len(self.scale) // count), strict=True)
+        return [type(self)(*pair, self.table, self.mean, self.context) for pair in pairs]
 
 
 class Packed4(Wrapper):
@@ -250,6 +283,7 @@ KINDS: dict[str, Callable[[torch.Tensor], Any]] = {
     "packed": Packed4.of,
     "doubled": Doubled.of,
     "hidden": Hidden.of,
+    "split": Split.of,
 }
 
 
