@@ -45,7 +45,13 @@ FLOORS = {
 
 ONLY_HOMES = {
     "ray": {"cluster", "integrations.ray_train"},
-    "pyarrow": {"storage.files", "storage.filesystems", "storage.file_objects", "storage.registered"},
+    "pyarrow": {
+        "storage.files",
+        "storage.filesystems",
+        "storage.file_objects",
+        "storage.registered",
+        "cluster.ram.sending",
+    },
     "click": {"cli", "recipes"},
     "rich": {"cli", "recipes"},
     "jinja2": {"pictures"},

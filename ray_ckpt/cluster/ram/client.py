@@ -18,13 +18,15 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from ray_ckpt.cluster.connect import join_running
-from ray_ckpt.cluster.ram.index import NAMESPACE, find_index, keeper_name, start_index
+from ray_ckpt.cluster.ram.index import find_index, start_index
 from ray_ckpt.cluster.ram.keeper import Place, label, read_fully
 from ray_ckpt.cluster.ram.records import Begun, Found, Options, Refusal
+from ray_ckpt.cluster.ram.sending import receive
 from ray_ckpt.errors import UsageError
 from ray_ckpt.report import CopyReport
 from ray_ckpt.storage import registered
 from ray_ckpt.storage.address import Address
+from ray_ckpt.text import first_line
 
 INDEX_ANSWER_S = 900.0
 """How long the index may take: it answers a `put` when all copies are made."""
@@ -133,17 +135,6 @@ class RamFiles:
         for found in filter(None, self.find([path])):
             for node, place in found.copies.items():
                 yield f"node {node}", RamInput(self, path, found._replace(copies={node: place}))
-
-    def keeper(self, node: str) -> Any:
-        """The keeper of a node.
-
-        Raises:
-            OSError: it is gone.
-        """
-        try:
-            return ray.get_actor(keeper_name(self._store, node), namespace=NAMESPACE)
-        except ValueError as error:
-            raise OSError(errno.EIO, f"node {node} holds nothing of ram://{self._store} any more") from error
 
     # ------------------------------------------------------------------------------------------------- writing
 
@@ -255,18 +246,23 @@ class RamInput:
         if self._local is not None:
             return read_fully(self._local, memory, self._position)
         failures = []
-        for node in self._found.copies:
+        for node, place in self._found.copies.items():
             try:
-                return self._read_from(node, memory)
-            except (OSError, RayError) as error:
-                failures.append(f"node {node}: {error}".partition("\n")[0])
+                return self._read_from(place, memory)
+            except (OSError, EOFError) as error:
+                failures.append(f"node {node}: {first_line(error)}")
         raise OSError(errno.EIO, f"no copy of {self._path} can be read: {'; '.join(failures)}")
 
-    def _read_from(self, node: str, memory: memoryview) -> int:
-        ref = self._files.keeper(node).read.remote(self._found.key, self._position, len(memory))
-        data = ray.get(ref, timeout=PIECE_ANSWER_S)
-        memory[: len(data)] = memoryview(data)
-        return len(data)
+    def _read_from(self, place: Place, memory: memoryview) -> int:
+        done = 0
+
+        def take(piece: memoryview) -> None:
+            nonlocal done
+            memory[done : done + len(piece)] = piece
+            done += len(piece)
+
+        receive(place.door, self._found.key, self._position, len(memory), take, timeout_s=PIECE_ANSWER_S)
+        return done
 
     def close(self) -> None:
         if self._local is not None:

@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_ckpt.cluster.ram.durable_copies import DurableCopies
 from ray_ckpt.cluster.ram.eviction import superseded
-from ray_ckpt.cluster.ram.keeper import COPIES, Keeper, Place
+from ray_ckpt.cluster.ram.keeper import COPIES, COPY_S, Keeper, Place
 from ray_ckpt.cluster.ram.records import Begun, Found, Options, Refusal
 from ray_ckpt.cluster.ray_internals import has_ended
 from ray_ckpt.format.manifest import MANIFEST_NAME
@@ -43,9 +43,6 @@ WATCH_S = 1.0
 
 ANSWER_S = 10.0
 """How long a keeper may take for an answer without bytes. One that does not answer is not asked for files."""
-
-COPY_S = 600.0
-"""How long a copy of one file to another node may take."""
 
 CALLS_AT_ONCE = 64
 KEEPER_CALLS_AT_ONCE = 8
@@ -192,7 +189,7 @@ class Index:
         if no_room := self._reserve(key, writing, num_bytes):
             return no_room
         assert writing.place is not None
-        copies = {writing.node: writing.place, **self._copy(key, num_bytes, writing.node, writing.targets)}
+        copies = {writing.node: writing.place, **self._copy(key, num_bytes, writing.place, writing.targets)}
         with self._lock:
             self._version += 1
             file = _File(writing.path, key, self._version, num_bytes, time.time(), copies)
@@ -266,13 +263,12 @@ class Index:
         others += [name for name in ring if name != node and name not in held]
         return others[: self._options.replicas]
 
-    def _copy(self, key: str, num_bytes: int, source: str, targets: Iterable[str]) -> dict[str, Place]:
-        """Copy a file from one node to others. Those that fail are left out."""
+    def _copy(self, key: str, num_bytes: int, source: Place, targets: Iterable[str]) -> dict[str, Place]:
+        """Copy a file from where it lies to other nodes. Those that fail are left out."""
         refs = {}
-        holder = self._nodes[source].keeper
         for target in targets:
             with contextlib.suppress(RayError):
-                refs[target] = self._keeper_on(target).keeper.copy.remote(key, holder, num_bytes)
+                refs[target] = self._keeper_on(target).keeper.copy.remote(key, source.door, num_bytes)
         made = {}
         for target, ref in refs.items():
             try:
@@ -449,7 +445,7 @@ class Index:
             wanted = wanted[: self._options.replicas + 1 - len(file.copies)]
             if not wanted or self._short(wanted, file.num_bytes):
                 continue
-            made = self._copy(file.key, file.num_bytes, source, wanted)
+            made = self._copy(file.key, file.num_bytes, file.copies[source], wanted)
             with self._lock:
                 is_current = self._files.get(file.path) is file
                 if is_current:

@@ -6,25 +6,22 @@ import contextlib
 import os
 import resource
 import threading
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import ray
 
+from ray_ckpt.cluster.ram.sending import Door, Sender, receive
 from ray_ckpt.storage.copying import commit_copy, copy_files
 from ray_ckpt.storage.files import Storage
 
-PIECE_BYTES = 32 << 20
-"""Size of a transfer between nodes. Ray moves twice as much per second in pieces of 64 MiB as in those of 4."""
-
-PIECES_IN_FLIGHT = 3
-
 SHARE_OF_SHARED_MEMORY = 4
 """Without a `capacity_bytes`, files take one of so many parts of the node's shared memory."""
+
+COPY_S = 600.0
+"""How long a copy of one file to another node may take."""
 
 COPIES = "copies"
 """The concurrency group of calls that may take as long as a durable store does."""
@@ -33,10 +30,11 @@ _SHARED_MEMORY = "/dev/shm"
 
 
 class Place(NamedTuple):
-    """Where processes of the node find a file: `/proc/<pid>/fd/<descriptor>`."""
+    """Where processes find a file: those of the node at `/proc/<pid>/fd/<descriptor>`, those of others at the door."""
 
     pid: int
     descriptor: int
+    door: Door
 
     @property
     def path(self) -> str:
@@ -75,6 +73,7 @@ class Keeper:
         self._lock = threading.Lock()
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # one for each file
+        self._sender = Sender(ray.util.get_node_ip_address(), self._opened)
 
     def capacity(self) -> int:
         """Bytes that files may take by default."""
@@ -88,25 +87,21 @@ class Keeper:
         held = Held(os.memfd_create(label(key), os.MFD_CLOEXEC))
         with self._lock:
             self._files[key] = held
-        return Place(os.getpid(), held.descriptor)
+        return self._place(held)
 
-    def copy(self, key: str, source: Any, num_bytes: int) -> Place:
+    def copy(self, key: str, source: Door, num_bytes: int) -> Place:
         """Hold a copy of what another keeper holds."""
         place = self.create(key)
+        done = 0
+
+        def take(piece: memoryview) -> None:
+            nonlocal done
+            end = done + len(piece)
+            while done < end:  # what is written at once may be less
+                done += os.pwrite(place.descriptor, piece[len(piece) - (end - done) :], done)
+
         try:
-            coming: deque[Any] = deque()
-            asked = done = 0
-            while done < num_bytes:
-                while asked < num_bytes and len(coming) < PIECES_IN_FLIGHT:
-                    length = min(PIECE_BYTES, num_bytes - asked)
-                    coming.append(source.read.remote(key, asked, length))
-                    asked += length
-                piece: Any = memoryview(ray.get(coming.popleft()))
-                if not len(piece):
-                    raise EOFError(f"{key} ends at {done} of {num_bytes} bytes")
-                end = done + len(piece)
-                while done < end:  # what is written at once may be less
-                    done += os.pwrite(place.descriptor, piece[len(piece) - (end - done) :], done)
+            receive(source, key, 0, num_bytes, take, timeout_s=COPY_S)
         except BaseException:
             self.drop(key)
             raise
@@ -124,12 +119,6 @@ class Keeper:
         """Bytes in a file."""
         with self._opened(key) as descriptor:
             return os.fstat(descriptor).st_size
-
-    def read(self, key: str, offset: int, length: int) -> np.ndarray[Any, Any]:
-        """Bytes `[offset, offset + length)`; fewer where the file ends before."""
-        data = np.empty(length, np.uint8)
-        with self._opened(key) as descriptor:
-            return data[: read_fully(descriptor, data.data, offset)]
 
     @contextmanager
     def _opened(self, key: str) -> Iterator[int]:
@@ -151,10 +140,13 @@ class Keeper:
     def named(self) -> list[tuple[str, str, int, float, int, Place]]:
         """Key, path, version, time and bytes of every file that has a name, and where it is."""
         return [
-            (key, held.path, held.version, held.modified_s, self.size(key), Place(os.getpid(), held.descriptor))
+            (key, held.path, held.version, held.modified_s, self.size(key), self._place(held))
             for key, held in list(self._files.items())
             if held.path
         ]
+
+    def _place(self, held: Held) -> Place:
+        return Place(os.getpid(), held.descriptor, self._sender.door)
 
     def drop(self, key: str) -> None:
         """Free a file. Who has it open keeps it until it is closed."""
