@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from ray_ckpt.cluster.worker import WorkerContext
     from ray_ckpt.conversion.exporting import export
     from ray_ckpt.conversion.importing import convert
+    from ray_ckpt.conversion.weights import Weight, Weights, open_weights
     from ray_ckpt.dcp.reader import ArrowStorageReader
     from ray_ckpt.dcp.writer import ArrowStorageWriter
     from ray_ckpt.format.fingerprint import Fingerprint
@@ -129,6 +130,8 @@ __all__ = [
     "UnsafeCheckpointError",
     "UsageError",
     "VerifyReport",
+    "Weight",
+    "Weights",
     "WorkerContext",
     "WorkerError",
     "WorkerGroup",
@@ -146,6 +149,7 @@ __all__ = [
     "keep_last",
     "list_steps",
     "load",
+    "open_weights",
     "resume",
     "save",
     "scan_nonfinite",
@@ -189,6 +193,8 @@ _HOMES = {
     "TensorStatistics": "ray_ckpt.inspection.statistics",
     "TrainState": "ray_ckpt.state.train_state",
     "VerifyReport": "ray_ckpt.report",
+    "Weight": "ray_ckpt.conversion.weights",
+    "Weights": "ray_ckpt.conversion.weights",
     "WorkerContext": "ray_ckpt.cluster.worker",
     "WorkerGroup": "ray_ckpt.cluster.group",
     "cluster": "ray_ckpt",
@@ -204,6 +210,7 @@ _HOMES = {
     "keep_last": "ray_ckpt.storage.retention",
     "list_steps": "ray_ckpt.inspection.listing",
     "load": "ray_ckpt.checkpoint.loading",
+    "open_weights": "ray_ckpt.conversion.weights",
     "resume": "ray_ckpt.checkpoint.loading",
     "save": "ray_ckpt.checkpoint.saving",
     "scan_nonfinite": "ray_ckpt.inspection.statistics",

@@ -26,10 +26,10 @@ from ray_ckpt import (
     ArrowStorageReader, ArrowStorageWriter, CheckpointContents, CheckpointStore, CompareReport, ConversionReport,
     CopyReport, Damage, DiffReport, DoctorReport, Finding, Fingerprint, Layout, LoadReport, Manifest, NodeFacts,
     NonFinite, PageReport, Phase, Policy, RemovalReport, RetryPolicy, SaveHandle, SaveReport, Saved,
-    SignatureReport, Storage, StoreListing, TensorDifference, TensorStatistics, TrainState, VerifyReport,
-    WorkerContext, WorkerError, WorkerGroup, cluster, compare, convert, diff, doctor, export, fingerprint, inspect,
-    keep, keep_every, keep_last, list_steps, load, resume, save, scan_nonfinite, sign, tensor_statistics, verify,
-    verify_signature, write_report,
+    SignatureReport, Storage, StoreListing, TensorDifference, TensorStatistics, TrainState, VerifyReport, Weight,
+    Weights, WorkerContext, WorkerError, WorkerGroup, cluster, compare, convert, diff, doctor, export, fingerprint,
+    inspect, keep, keep_every, keep_last, list_steps, load, open_weights, resume, save, scan_nonfinite, sign,
+    tensor_statistics, verify, verify_signature, write_report,
 )
 
 
@@ -67,6 +67,10 @@ def look() -> None:
     contents: CheckpointContents = inspect("run", 1)
     numbers: TensorStatistics = tensor_statistics("run", "model.weight", 1)
     nonfinite: dict[str, NonFinite] = dict(scan_nonfinite("run", 1))
+    weights: Weights = open_weights("run", wait_for=1, wait_s=5)
+    infos: tuple[Weight, ...] = weights.metadata
+    tensors: dict[str, torch.Tensor] = dict(weights)
+    print(weights.step, infos[0].name, infos[0].shape, infos[0].dtype, tensors)
     report: DiffReport = diff("run", "other", left_step=1, right_step=1, values=True)
     differences: tuple[TensorDifference, ...] = report.tensors
     page: PageReport = write_report("run", "report.html", layout=Layout.parse("fsdp2x2"))
