@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -30,6 +30,7 @@ from ray_ckpt.progress import NOBODY, Meter
 from ray_ckpt.storage import safetensors_files, torch_files
 from ray_ckpt.storage.data_file import Packed, pack_into
 from ray_ckpt.storage.files import OutputFile, Storage
+from ray_ckpt.storage.ranged_reads import local_threads
 from ray_ckpt.storage.rewrite import Entry, TensorPieces, WantedTensor
 from ray_ckpt.storage.staging import bytes_of
 from ray_ckpt.text import quoted
@@ -59,9 +60,13 @@ def write_file(job: FileJob, source: Storage, target: Storage, meter: Meter = NO
 def _write_file(source: Storage, target: Storage, job: FileJob, passed: Callable[[int], None]) -> Written:
     reading = TensorPieces(source)
     sums: dict[str, str] = {}
-    with ThreadPoolExecutor(1, thread_name_prefix="ray_ckpt-fingerprint") as pool, _whole_file(target, job.name) as out:
+    threads = local_threads()
+    with (
+        ThreadPoolExecutor(threads, thread_name_prefix="ray_ckpt-fingerprint") as pool,
+        _whole_file(target, job.name) as out,
+    ):
         wanted = {number: tensor.source for number, tensor in enumerate(job.tensors)}
-        pieces = _summed(_cast(reading.pieces(wanted), job, pool), job, sums, passed)
+        pieces = _summed(_cast(reading.pieces(wanted), job, pool, threads), job, sums, passed)
         record = ""
         if job.form == "safetensors":
             out.write(safetensors.header((tensor.name, tensor.dtype, tensor.shape) for tensor in job.tensors))
@@ -118,9 +123,9 @@ def _whole_file(storage: Storage, name: str) -> Iterator[_HashedFile]:
 _Pieces = Iterator[tuple[Entry, memoryview]]
 
 
-def _cast(pieces: _Pieces, job: FileJob, pool: ThreadPoolExecutor) -> _Pieces:
-    """In the target's dtypes. What the source's record has a fingerprint of is compared with it on the way, by another
-    thread while the piece is written."""
+def _cast(pieces: _Pieces, job: FileJob, pool: ThreadPoolExecutor, threads: int) -> _Pieces:
+    """In the target's dtypes. What the source's record has a fingerprint of is compared with it on the way, by other
+    threads while the piece is written."""
     opened: Entry | None = None
     given: Entry = -1, torch.empty(0)
     check: _Fingerprinted | None = None
@@ -131,11 +136,11 @@ def _cast(pieces: _Pieces, job: FileJob, pool: ThreadPoolExecutor) -> _Pieces:
                 check.finish()
             opened, check = entry, _Fingerprinted(tensor) if tensor.fingerprint else None
             given = entry[0], torch.empty(tensor.shape, dtype=parse_dtype(tensor.dtype), device="meta")
-        running: Future[None] | None = None if check is None else pool.submit(check.add, data)
+        running: list[Future[int]] = [] if check is None else check.begin(data, pool, threads)
         is_cast = given[1].dtype != entry[1].dtype and len(data) > 0
         yield given, bytes_of(_converted(data, entry[1].dtype, given[1].dtype, tensor.name)) if is_cast else data
-        if running is not None:
-            running.result()
+        if check is not None:
+            check.add(running)
     if check is not None:
         check.finish()
 
@@ -167,13 +172,20 @@ class _Fingerprinted:
         self._num_elements = 0
         self._sum = 0
 
-    def add(self, data: memoryview) -> None:
+    def begin(self, data: memoryview, pool: ThreadPoolExecutor, threads: int) -> list[Future[int]]:
+        """Start to sum up the elements that come next, cut into as many parts as there are threads."""
         if not len(data):
-            return
-        elements = torch.frombuffer(data, dtype=torch.uint8).view(self._dtype)
-        start, end = self._num_elements, self._num_elements + elements.numel()
-        self._sum = (self._sum + sum_of_part(elements, Box((start,), (elements.numel(),)), (end,))) & WORD_MASK
-        self._num_elements = end
+            return []
+        sums, elements = [], torch.frombuffer(data, dtype=torch.uint8).view(self._dtype)
+        for part in elements.chunk(threads):
+            start, end = self._num_elements, self._num_elements + part.numel()
+            sums.append(pool.submit(sum_of_part, part, Box((start,), (part.numel(),)), (end,)))
+            self._num_elements = end
+        return sums
+
+    def add(self, sums: Sequence[Future[int]]) -> None:
+        """Wait for what `begin` has started."""
+        self._sum = (self._sum + sum(part.result() for part in sums)) & WORD_MASK
 
     def finish(self) -> None:
         tensor = self._tensor

@@ -4,7 +4,8 @@
 
 A record has an entry per tensor and per value, which differ in their names, a few numbers and the checksums: the text
 around these is the same in thousands of them. Here each entry is cut at known texts, and what repeats is parsed once,
-by `record.py` and as strictly as ever. That takes half of the time and memory that the dicts of JSON do.
+by `record.py` and as strictly as ever. That takes half of the time and memory that the dicts of JSON do. Where there
+are very many chunks, they go into columns (`tensor_table.py`).
 
 None says nothing about the record: it may have been written by another version, have a name that is not plain ASCII,
 or be damaged. Whoever gets it reads the record as JSON. Nothing is returned that JSON would not have given: without a
@@ -22,12 +23,12 @@ from collections.abc import Mapping
 from typing import Any, AnyStr, TypeVar
 
 from ray_ckpt.errors import FormatError
-from ray_ckpt.format import record
+from ray_ckpt.format import record, tensor_table
 from ray_ckpt.format.block_sums import BlockSums
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.entries import Chunk, ObjectEntry, Path, TensorEntry
 
-__all__ = ["read"]
+__all__ = ["LARGE_BYTES", "read"]
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -48,15 +49,19 @@ _TENSOR = re.compile(
 )
 """What most entries are: one chunk, and a path of names."""
 
+LARGE_BYTES = 16 << 20
+"""Size of the JSON of tensors, about 70 000 chunks, from which on they are held in columns."""
+
 _MAX_KNOWN = 1 << 16
 """Parsed texts that are kept, so that memory does not grow with texts that do not repeat."""
 
 
-def read(sealed: bytes) -> dict[str, Any] | None:
+def read(sealed: bytes, large_bytes: int = LARGE_BYTES) -> dict[str, Any] | None:
     """The members of a record, `tensors` and `objects` as the entries of a `Manifest`; None: read it as JSON.
 
     Args:
         sealed: the record's bytes, whose digest at the end has been checked.
+        large_bytes: from this size on of the tensors' JSON, `tensors` is a `TensorTable`.
     """
     begin, end = sealed.find(_TENSORS), len(sealed) - record.SEAL_BYTES - 1
     middle = sealed.rfind(_OBJECTS, max(0, begin), end)
@@ -66,7 +71,8 @@ def read(sealed: bytes) -> dict[str, Any] | None:
         data = record.parse(sealed[:begin] + b"}")
         if not record.text(data, "attempt") or data.keys() & {"tensors", "objects", "digest"}:
             return None
-        data["tensors"] = _Tensors().read(sealed, begin + len(_TENSORS), middle)
+        is_large = middle - begin >= large_bytes
+        data["tensors"] = (tensor_table if is_large else _Tensors()).read(sealed, begin + len(_TENSORS), middle)
         data["objects"] = _Objects().read(sealed, middle + len(_OBJECTS), end)
         return data | {"digest": sealed[-34:-2].decode()}
     except (*record.MISFITS, RecursionError):

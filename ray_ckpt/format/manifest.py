@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from ray_ckpt.errors import FormatError
@@ -42,6 +43,7 @@ from ray_ckpt.format.entries import (
 )
 from ray_ckpt.format.limits import check_shape
 from ray_ckpt.format.ranges import span
+from ray_ckpt.format.tensor_table import TensorTable
 from ray_ckpt.rounding import ceil_div
 from ray_ckpt.text import quoted
 
@@ -91,6 +93,7 @@ class Manifest:
     """
 
     tensors: Mapping[str, TensorEntry]
+    """Name -> tensor. Of a very large checkpoint it makes an entry each time that it is asked for one."""
     objects: Mapping[str, ObjectEntry]
     files: Mapping[str, int]
     """Name -> bytes of every data file. In a foreign checkpoint: the bytes up to the end of the last container."""
@@ -134,6 +137,10 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of `manifest.json`, with the digest of itself; `from_json` reads it."""
+        return self.to_bytes().decode()
+
+    def to_bytes(self) -> bytes:
+        """The same as it stands in the file."""
         head: dict[str, Any] = {
             "format": "ray_ckpt",
             "version": VERSION,
@@ -147,7 +154,7 @@ class Manifest:
         if self.replaced_metadata is not None:
             head["replaced_metadata"] = self.replaced_metadata
         tensors, objects = record.tensors_to_json(self.tensors), record.objects_to_json(self.objects)
-        return record.seal(f'{record.dumps(head)[:-1]},"tensors":{tensors},"objects":{objects}}}')
+        return record.sealed(chain((f'{record.dumps(head)[:-1]},"tensors":',), tensors, (f',"objects":{objects}',)))
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str = MANIFEST_NAME) -> Manifest:
@@ -183,7 +190,9 @@ class Manifest:
         """
         for file in self.files:
             check_file_name(file)
-        for name, tensor in self.tensors.items():
+        tensors = self.tensors
+        for name in tensors.unproven(self.files) if isinstance(tensors, TensorTable) else tensors:
+            tensor = tensors[name]
             check_shape(tensor.shape, name)
             if problem := check_cover(tensor.shape, [chunk.box for chunk in tensor.chunks]):
                 raise FormatError(f"tensor {quoted(name)} does not hold together: {problem}")

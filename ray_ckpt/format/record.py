@@ -19,7 +19,7 @@ import base64
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from functools import lru_cache
 from json.encoder import encode_basestring_ascii as _quoted
 from typing import Any, TypeVar
@@ -48,6 +48,7 @@ __all__ = [
     "parse_path",
     "parse_tensor",
     "seal",
+    "sealed",
     "size",
     "sizes",
     "tensors_to_json",
@@ -55,6 +56,9 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+
+_PIECE_CHUNKS = 1 << 12
+"""Chunks whose JSON is a piece of the text, apart from those of one tensor."""
 
 _SIZE_LIMIT = 1 << 63
 """Sizes and offsets of files are below this."""
@@ -104,8 +108,16 @@ def seal(body: str) -> str:
     Args:
         body: an object with at least one member, without spaces at its end.
     """
-    head = body[:-1]
-    return f'{head},"digest":"{digest(head.encode())}"}}'
+    return sealed((body[:-1],)).decode()
+
+
+def sealed(texts: Iterable[str]) -> bytes:
+    """The same of an object without the brace at its end, in pieces: a large one is not held more often than needed."""
+    found, pieces = xxhash.xxh3_128(), []
+    for text in texts:
+        pieces.append(text.encode())
+        found.update(pieces[-1])
+    return b"".join([*pieces, f',"digest":"{found.hexdigest()}"}}'.encode()])
 
 
 def is_sealed(record: bytes, where: str) -> bool:
@@ -133,9 +145,16 @@ def dumps(data: Any) -> str:
     return json.dumps(data, separators=(",", ":"), allow_nan=False)
 
 
-def tensors_to_json(tensors: Mapping[str, TensorEntry]) -> str:
-    """The text itself: `json.dumps` of nested dicts takes four times as long, and there are thousands of these."""
-    return f"{{{','.join([_tensor_to_json(name, entry) for name, entry in tensors.items()])}}}"
+def tensors_to_json(tensors: Mapping[str, TensorEntry]) -> Iterator[str]:
+    """The text itself, in pieces: `json.dumps` of nested dicts takes four times as long, and there are thousands."""
+    held, num_chunks, before = [], 0, "{"
+    for name, entry in tensors.items():
+        held.append(_tensor_to_json(name, entry))
+        num_chunks += len(entry.chunks)
+        if num_chunks >= _PIECE_CHUNKS:
+            yield before + ",".join(held)
+            held, num_chunks, before = [], 0, ","
+    yield (before if held or before == "{" else "") + ",".join(held) + "}"
 
 
 def _tensor_to_json(name: str, entry: TensorEntry) -> str:

@@ -76,7 +76,7 @@ def _publish(storage: Storage, manifest: Manifest, stock_record: bytes, *, overw
     before = None if replaced is None else _digest_of_stock_record(storage)
     with collector_paused():
         manifest = dataclasses.replace(manifest, metadata_digest=digest(stock_record), replaced_metadata=before)
-        record = manifest.to_json().encode()
+        record = manifest.to_bytes()
     stock = storage.prepare(STOCK_RECORD_NAME, stock_record)
     try:
         own = storage.prepare(MANIFEST_NAME, record)
