@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from ray_ckpt.conversion.weights import Weight, Weights, open_weights
     from ray_ckpt.dcp.reader import ArrowStorageReader
     from ray_ckpt.dcp.writer import ArrowStorageWriter
+    from ray_ckpt.events import Event, EventFile
     from ray_ckpt.format.fingerprint import Fingerprint
     from ray_ckpt.format.fingerprinting import fingerprint
     from ray_ckpt.format.manifest import Manifest
@@ -95,6 +96,8 @@ __all__ = [
     "Damage",
     "DiffReport",
     "DoctorReport",
+    "Event",
+    "EventFile",
     "Finding",
     "Fingerprint",
     "FormatError",
@@ -171,6 +174,8 @@ _HOMES = {
     "Damage": "ray_ckpt.report",
     "DiffReport": "ray_ckpt.inspection.differing",
     "DoctorReport": "ray_ckpt.inspection.diagnosis",
+    "Event": "ray_ckpt.events",
+    "EventFile": "ray_ckpt.events",
     "Finding": "ray_ckpt.inspection.diagnosis",
     "Fingerprint": "ray_ckpt.format.fingerprint",
     "Layout": "ray_ckpt.parallel.layout",

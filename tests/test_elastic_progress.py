@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ray_ckpt.errors import DIED, GroupError, PlacementError, RankFailure, WorkerError
-from ray_ckpt.recipes.train_elastic.job import Progress
+from ray_ckpt.recipes.train_elastic.progress import Progress
 
 
 def death(rank: int, process: int = 7) -> WorkerError:

@@ -66,7 +66,7 @@ def test_every_tensor_and_every_hyperparameter_arrives(tmp_path: Path, target: s
     report_path, storage = tmp_path / "out.json", tmp_path / "run"
     done = run_job(
         *("--target", target, "--workers", str(workers), "--steps", "5"),
-        *("--storage", str(storage), "--json", str(report_path)),
+        *("--storage", str(storage), "--json", str(report_path), "--events", str(tmp_path / "events.jsonl")),
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(report_path.read_text())
@@ -95,6 +95,12 @@ def test_every_tensor_and_every_hyperparameter_arrives(tmp_path: Path, target: s
     assert "verified: continuation: the next step differs by " in done.stdout
     assert f"loss {losses['pipeline'][0]:.4f} -> " in done.stdout
     assert done.stderr == ""
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [event["phase"] for event in events if event["operation"] == "job"] == list(report["phases"])
+    for operation, phase in (("save", "write"), ("load", "read")):
+        ranks = [event["rank"] for event in events if (event["operation"], event["phase"]) == (operation, phase)]
+        assert ranks == list(range(workers))
+    assert [event["failure"] for event in events if event["failure"]] == []
 
 
 @pytest.mark.jobs

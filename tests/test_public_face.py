@@ -24,8 +24,8 @@ import torch
 import ray_ckpt
 from ray_ckpt import (
     ArrowStorageReader, ArrowStorageWriter, CheckpointContents, CheckpointStore, CompareReport, ConversionReport,
-    CopyReport, Damage, DiffReport, DoctorReport, Finding, Fingerprint, Layout, LoadReport, Manifest, NodeFacts,
-    NonFinite, PageReport, Phase, Policy, RemovalReport, RetryPolicy, SaveHandle, SaveReport, Saved,
+    CopyReport, Damage, DiffReport, DoctorReport, Event, EventFile, Finding, Fingerprint, Layout, LoadReport, Manifest,
+    NodeFacts, NonFinite, PageReport, Phase, Policy, RemovalReport, RetryPolicy, SaveHandle, SaveReport, Saved,
     SignatureReport, Storage, StoreListing, TensorDifference, TensorStatistics, TrainState, VerifyReport, Weight,
     Weights, WorkerContext, WorkerError, WorkerGroup, cluster, compare, convert, diff, doctor, export, fingerprint,
     inspect, keep, keep_every, keep_last, list_steps, load, open_weights, resume, save, scan_nonfinite, sign,
@@ -43,6 +43,10 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     report: SaveReport = save(state, store, 1)
     handle: SaveHandle = save(state, store, step=2, blocking=False)
     print(report.total_bytes, handle.done(), handle.result(timeout_s=60.0).uri)
+    told: list[Event] = []
+    with EventFile("events.jsonl") as events:
+        save(state, store, 3, events=events)
+        load(state, store, events=told.append)
     resumed: LoadReport | None = resume(state, store)
     print(0 if resumed is None else resumed.step)
     loaded: LoadReport = load(state, store, strict=False, only=("model",), fallback=True)

@@ -15,6 +15,7 @@ PACKAGE = Path(ray_ckpt.__file__).parent
 
 FLOORS = {
     "errors": 0,
+    "events": 1,
     "gc_pause": 0,
     "phase_clock": 1,
     "plain_data": 0,
@@ -60,7 +61,8 @@ ONLY_HOMES = {
 }
 """Who may import a library: a room, or one module of it."""
 
-LONGEST_FILE, LONGEST_FUNCTION = 500, 80
+LONGEST_FILE, LONGEST_FUNCTION = 500, 70
+"""Lines of a file; lines of a function without its docstring, as every argument of a public one is described."""
 
 
 def module_name(path: Path) -> str:
@@ -107,7 +109,10 @@ def test_files_and_functions_stay_readable(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= LONGEST_FILE
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            assert (node.end_lineno or 0) - node.lineno < LONGEST_FUNCTION, f"{path}: {node.name}"
+            lines = (node.end_lineno or 0) - node.lineno + 1
+            if ast.get_docstring(node) is not None:
+                lines -= (node.body[0].end_lineno or 0) - node.body[0].lineno + 1
+            assert lines <= LONGEST_FUNCTION, f"{path}: {node.name}"
 
 
 def test_importing_the_package_imports_neither_ray_nor_torch() -> None:

@@ -55,13 +55,17 @@ def start_job(head: Head, layouts: str, storage: Path, *options: str) -> Started
     return head.sandbox.start(
         *(sys.executable, JOB, "--address", head.address, "--model", MODEL, "--layouts", layouts),
         *("--steps", str(STEPS), "--save-every", str(SAVE_EVERY), "--storage", str(storage)),
-        *("--json", str(storage) + ".json", *options),
+        *("--json", str(storage) + ".json", "--events", str(storage) + ".events", *options),
     )
 
 
 def report_of(storage: Path) -> dict[str, Any]:
     report: dict[str, Any] = json.loads(Path(str(storage) + ".json").read_text())
     return report
+
+
+def events_of(storage: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(str(storage) + ".events").read_text().splitlines()]
 
 
 def reference(layouts: str) -> list[float]:
@@ -133,6 +137,17 @@ def test_a_killed_worker_is_replaced_and_the_losses_are_those_of_an_uninterrupte
     assert report["layouts_used"] == ["pp2", "pp2"]
     [restart] = report["restarts"]
     assert "died: process" in restart["cause"]
+    events = events_of(tmp_path / "run")
+    [failed, again] = [
+        event for event in events if event["phase"] in ("end", "restart") and event["operation"] == "train"
+    ]
+    assert (failed["failure"], failed["rank"], failed["message"]) == ("died", restart["rank"], restart["cause"])
+    assert (again["step"], again["seconds"]) == (restart["step"], restart["seconds_lost"])
+    steps = [event["step"] for event in events if event["phase"] == "step"]
+    assert set(steps) == set(range(1, STEPS + 1))
+    assert {event["step"] for event in events if (event["operation"], event["phase"]) == ("save", "end")} <= set(steps)
+    [load] = [event for event in events if (event["operation"], event["phase"], event["rank"]) == ("load", "end", 0)]
+    assert load["step"] <= failed["step"]
 
 
 @pytest.mark.jobs

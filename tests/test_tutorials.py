@@ -20,6 +20,7 @@ PROGRAMS = {
     "howto/elastic.md": "5\n",
     "howto/retention.md": "(300, 500, 900, 1000)",
     "howto/storage.md": "(1,)",
+    "howto/watching.md": "write 0 4000",
     "tutorials/accelerate.md": "",
     "tutorials/hugging_face.md": "same logits: True",
     "tutorials/trainer.md": "",

@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple
 
 from ray_ckpt.checkpoint.exchange import TrainersExchange
 from ray_ckpt.errors import CheckpointNotFoundError, RayCkptError
+from ray_ckpt.events import Events, Telling
 from ray_ckpt.format.saved import Saved
 from ray_ckpt.format.wanted_names import chosen, join_names
 from ray_ckpt.progress import Meter, Progress
@@ -53,6 +54,7 @@ def load(
     wait_s: float = 600.0,
     timeout_s: float | None = None,
     progress: Progress | None = None,
+    events: Events | None = None,
 ) -> LoadReport:
     """Load a checkpoint into a live state, whatever layout saved it. All ranks call it, with the same options.
 
@@ -103,6 +105,7 @@ def load(
         wait_s: how long to wait for that step, by one rank for all; 0 looks once.
         timeout_s: limit of waiting for other ranks, not of own work or of `wait_for`; by default the group's own.
         progress: as for `save`, with the bytes that this rank has read and will, on a thread that reads.
+        events: as for `save`; there is none for the time until the call returns.
 
     Raises:
         CheckpointNotFoundError: there is no committed checkpoint, or not the step, or not in time; names the newest.
@@ -114,8 +117,10 @@ def load(
     options = LoadOptions(strict, cast, chosen(only), key_map, hyperparameters, trusted)
     target, wait = wait_before(target, step, wait_for, wait_s, fallback=fallback)
     ranks = TrainersExchange("load", timeout_s) if wait is None else _wait(wait, timeout_s)
-    found = ranks.broadcast(lambda: _found(checkpoint_at(target, step, fallback=fallback)))
-    return _load(ranks, state, found, options, progress, share)
+    telling = Telling(events, "load", step=step, rank=ranks.rank)
+    with telling.failing():
+        found = ranks.broadcast(lambda: _found(checkpoint_at(target, step, fallback=fallback)))
+        return _load(ranks, state, found, options, progress, telling, share)
 
 
 def resume(
@@ -126,6 +131,7 @@ def resume(
     trusted: bool = False,
     timeout_s: float | None = None,
     progress: Progress | None = None,
+    events: Events | None = None,
 ) -> LoadReport | None:
     """Load the latest committed step of a store, or return None where there is none yet. All ranks call it.
 
@@ -148,7 +154,7 @@ def resume(
     Args:
         state: as for `load`.
         store: a `CheckpointStore`, or its directory: a local path, a URI or a `Storage`.
-        fallback, trusted, timeout_s, progress: as for `load`.
+        fallback, trusted, timeout_s, progress, events: as for `load`.
 
     Raises:
         FormatError: the latest step is damaged; names path, reason and the highest good step.
@@ -163,8 +169,10 @@ def resume(
         except CheckpointNotFoundError:
             return None
 
-    found = ranks.broadcast(latest)
-    return None if found is None else _load(ranks, state, found, LoadOptions(trusted=trusted), progress)
+    telling = Telling(events, "load", rank=ranks.rank)
+    with telling.failing():
+        found = ranks.broadcast(latest)
+        return None if found is None else _load(ranks, state, found, LoadOptions(trusted=trusted), progress, telling)
 
 
 def _wait(wait: Wait, timeout_s: float | None) -> TrainersExchange:
@@ -196,9 +204,11 @@ def _load(
     found: _Found,
     options: LoadOptions,
     progress: Progress | None,
+    telling: Telling,
     share: Share = "auto",
 ) -> LoadReport:
     location, record = found
+    telling.at(location.storage.address, location.step)
     meter = Meter(progress)
     rank = RankLoad(location.storage, options)
     ranks.on_all(lambda: rank.open(record))
@@ -218,7 +228,9 @@ def _load(
             error.append(told)
         raise
     meter.end()
-    return replace(report, step=location.step, passed_over=location.passed_over)
+    report = replace(report, step=location.step, passed_over=location.passed_over)
+    telling.loaded([report])
+    return report
 
 
 def _share_out(ranks: TrainersExchange, rank: RankLoad) -> SharePlan | None:

@@ -23,6 +23,7 @@ from ray_ckpt.checkpoint.background import saver
 from ray_ckpt.checkpoint.exchange import Exchange, TrainersExchange
 from ray_ckpt.checkpoint.meetings import Deadline
 from ray_ckpt.errors import CheckpointExistsError, RayCkptError, UsageError
+from ray_ckpt.events import Events, Telling
 from ray_ckpt.format import dcp_metadata
 from ray_ckpt.format.saved import Saved
 from ray_ckpt.progress import Meter, Progress
@@ -75,6 +76,7 @@ def save(
     if_busy: Literal["wait"] = ...,
     timeout_s: float | None = ...,
     progress: Progress | None = ...,
+    events: Events | None = ...,
 ) -> SaveReport: ...
 @overload
 def save(
@@ -92,6 +94,7 @@ def save(
     if_busy: Literal["wait"] = ...,
     timeout_s: float | None = ...,
     progress: Progress | None = ...,
+    events: Events | None = ...,
 ) -> SaveHandle: ...
 @overload
 def save(
@@ -109,6 +112,7 @@ def save(
     if_busy: Literal["wait", "skip"],
     timeout_s: float | None = ...,
     progress: Progress | None = ...,
+    events: Events | None = ...,
 ) -> SaveReport | SaveHandle | None: ...
 def save(
     state: State,
@@ -125,6 +129,7 @@ def save(
     if_busy: Literal["wait", "skip"] = "wait",
     timeout_s: float | None = None,
     progress: Progress | None = None,
+    events: Events | None = None,
 ) -> SaveReport | SaveHandle | None:
     """Save what every rank holds as one checkpoint at `target`. All ranks call it, with the same options.
 
@@ -171,6 +176,9 @@ def save(
         progress: called about ten times a second with the bytes of tensors that this rank has written and all that it
             will, on the thread that writes; last after the commit. A file that is written again after a transient error
             counts from its beginning. When it raises, the save goes on, without it and with a warning.
+        events: called with an `Event` for each phase of this rank once the save has ended, one for the end, or failure,
+            and one for the time until this call returns; of a save in the background on its thread. When it raises, the
+            save goes on, without it and with a warning.
 
     Raises:
         CheckpointExistsError: `target` holds a committed checkpoint already and `overwrite` was not given.
@@ -188,8 +196,12 @@ def save(
     location = destination(target, step)
     layout = state.layout if layout is None and isinstance(state, TrainState) else layout
     meter, beside = Meter(progress), not blocking
-    this = _Save(location, options, overwrite=overwrite, layout=layout, beside_training=beside, meter=meter)
-    return this.run(state, ranks, skip=if_busy == "skip")
+    telling = Telling(events, "save", location.storage.address, location.step, ranks.rank)
+    this = _Save(
+        location, options, overwrite=overwrite, layout=layout, beside_training=beside, meter=meter, telling=telling
+    )
+    with telling.failing():
+        return this.run(state, ranks, skip=if_busy == "skip")
 
 
 class _Save:
@@ -198,6 +210,7 @@ class _Save:
     Args:
         beside_training: whether the state may change once `begin` has returned.
         meter: counts the bytes that this rank writes.
+        telling: tells how it goes, but not the failures of `run`.
     """
 
     def __init__(
@@ -209,8 +222,10 @@ class _Save:
         layout: str | None,
         beside_training: bool,
         meter: Meter,
+        telling: Telling,
     ) -> None:
         self._meter = meter
+        self._telling = telling
         self._beside_training = beside_training
         self._mine = saver()
         self._mine.meet()
@@ -242,7 +257,9 @@ class _Save:
                 text = f"the save of {self._address} is skipped: the one before is still being written"
                 warnings.warn(text, stacklevel=3)
             return None
-        return self.finish_beside_training(ranks, order) if self._beside_training else self.finish(ranks)
+        outcome = self.finish_beside_training(ranks, order) if self._beside_training else self.finish(ranks)
+        self._telling.blocked()
+        return outcome
 
     def start(self, state: State, ranks: TrainersExchange, *, skip: bool) -> _Order | None:
         """Everything before the writing. None where this save is to be skipped.
@@ -333,13 +350,19 @@ class _Save:
             self._writer.discard()  # it is another writer's that is there
             raise
         self._meter.end()
+        self._telling.saved(report)
         return report
 
     def finish_beside_training(self, trainers: TrainersExchange, order: _Order) -> SaveHandle:
         """Begin `finish` in a thread; the handle tells how it ends. All ranks call it."""
         handle = SaveHandle(self._address)
         ranks = Exchange("save", self._mine.carrier(trainers.deadline, anew=order.new_carrier))
-        self._mine.start(handle, lambda: self.finish(ranks))
+
+        def finish() -> SaveReport:
+            with self._telling.failing():
+                return self.finish(ranks)
+
+        self._mine.start(handle, finish)
         return handle
 
     def _write(self) -> RankRecord:

@@ -30,6 +30,7 @@ from typing import Any, Literal
 from ray_ckpt.cluster import worker_side
 from ray_ckpt.cluster.group import WorkerGroup
 from ray_ckpt.errors import RayCkptError
+from ray_ckpt.events import Events, Telling
 from ray_ckpt.format.saved import Saved
 from ray_ckpt.format.wanted_names import chosen, join_names
 from ray_ckpt.progress import Progress
@@ -60,6 +61,7 @@ def load(
     wait_s: float = 600.0,
     timeout_s: float | None = None,
     progress: Progress | None = None,
+    events: Events | None = None,
 ) -> list[LoadReport]:
     """Load a checkpoint into what the workers hold, whatever layout saved it. The group stays open, whatever happens.
 
@@ -90,6 +92,7 @@ def load(
         wait_for, wait_s: as for `ray_ckpt.load`; the driver waits.
         timeout_s: time limit of the whole load, from when the step is there; by default the group's `call_timeout_s`.
         progress: as for `save`, with the bytes that the workers have read and all that they will.
+        events: as for `ray_ckpt.load`, with the phases of all workers.
 
     Returns:
         One `LoadReport` per worker, in rank order.
@@ -102,17 +105,22 @@ def load(
     """
     options: dict[str, Any] = {"strict": strict, "cast": cast, "only": chosen(only)}
     options |= {"key_map": key_map, "hyperparameters": hyperparameters, "trusted": trusted}
-    target, wait = wait_before(target, step, wait_for, wait_s, fallback=fallback)
-    if wait is not None:
-        wait.look()
-    found = checkpoint_at(target, step, fallback=fallback)
-    shared = is_shared(share, found.storage)
-    attempt = LoadAttempt(group, state_of, group.call_timeout_s if timeout_s is None else timeout_s)
-    with attempt.giving_up():
-        attempt.prepare(found.storage, options, read_for_all(found.storage))
-        attempt.read(progress, is_shared=shared)
-        reports = attempt.finish()
-    return [replace(report, step=found.step, passed_over=found.passed_over) for report in reports]
+    telling = Telling(events, "load", step=step)
+    with telling.failing():
+        target, wait = wait_before(target, step, wait_for, wait_s, fallback=fallback)
+        if wait is not None:
+            wait.look()
+        found = checkpoint_at(target, step, fallback=fallback)
+        telling.at(found.storage.address, found.step)
+        shared = is_shared(share, found.storage)
+        attempt = LoadAttempt(group, state_of, group.call_timeout_s if timeout_s is None else timeout_s)
+        with attempt.giving_up():
+            attempt.prepare(found.storage, options, read_for_all(found.storage))
+            attempt.read(progress, is_shared=shared)
+            reports = attempt.finish()
+    reports = [replace(report, step=found.step, passed_over=found.passed_over) for report in reports]
+    telling.loaded(reports)
+    return reports
 
 
 class LoadAttempt:

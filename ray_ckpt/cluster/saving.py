@@ -23,6 +23,7 @@ from weakref import WeakKeyDictionary
 from ray_ckpt.cluster import worker_side
 from ray_ckpt.cluster.group import WorkerGroup
 from ray_ckpt.errors import CheckpointExistsError
+from ray_ckpt.events import Events, Telling
 from ray_ckpt.format.saved import Saved
 from ray_ckpt.progress import Progress
 from ray_ckpt.protocol.coordinator import Coordinator, PlanCache
@@ -51,6 +52,7 @@ def save(
     blocking: Literal[True] = ...,
     timeout_s: float | None = ...,
     progress: Progress | None = ...,
+    events: Events | None = ...,
 ) -> SaveReport: ...
 @overload
 def save(
@@ -69,6 +71,7 @@ def save(
     blocking: Literal[False],
     timeout_s: float | None = ...,
     progress: Progress | None = ...,
+    events: Events | None = ...,
 ) -> SaveHandle: ...
 def save(
     group: WorkerGroup,
@@ -86,6 +89,7 @@ def save(
     blocking: bool = True,
     timeout_s: float | None = None,
     progress: Progress | None = None,
+    events: Events | None = None,
 ) -> SaveReport | SaveHandle:
     """Save what the workers hold as one checkpoint at `target`. The group stays open, whatever happens.
 
@@ -120,6 +124,7 @@ def save(
         timeout_s: time limit of the whole save; by default the group's `call_timeout_s`.
         progress: called about twice a second with the bytes of tensors that the workers have written and all that they
             will, on the thread that waits for them. When it raises, the save goes on, without it and with a warning.
+        events: as for `ray_ckpt.save`, with the phases of all workers.
 
     Raises:
         CheckpointExistsError: `target` holds a committed checkpoint already and `overwrite` was not given.
@@ -134,7 +139,6 @@ def save(
     deadline = time.monotonic() + (group.call_timeout_s if timeout_s is None else timeout_s)
     storage, step, _ = destination(target, step)
     memory = _memories.setdefault(group, _GroupMemory())
-    memory.settle(deadline - time.monotonic())
     coordinator = Coordinator(
         storage,
         overwrite=overwrite,
@@ -144,12 +148,18 @@ def save(
         step=step,
         called="the driver",
     )
-    attempt = _Attempt(group, storage, coordinator, retries, deadline, progress)
-    assignments = attempt.plan(state_of, memory.plans.tokens, options)
-    if blocking:
-        return attempt.finish(assignments)
-    memory.pending = attempt.finish_beside_training(assignments)
-    return memory.pending
+    telling = Telling(events, "save", storage.address, step)
+    attempt = _Attempt(group, storage, coordinator, retries, deadline, progress, telling)
+    with telling.failing():
+        memory.settle(deadline - time.monotonic())
+        assignments = attempt.plan(state_of, memory.plans.tokens, options)
+        outcome: SaveReport | SaveHandle
+        if blocking:
+            outcome = attempt.finish(assignments)
+        else:
+            outcome = memory.pending = attempt.finish_beside_training(assignments)
+    telling.blocked()
+    return outcome
 
 
 class _GroupMemory:
@@ -189,6 +199,7 @@ class _Attempt:
         retries: int,
         deadline: float,
         progress: Progress | None,
+        telling: Telling,
     ) -> None:
         self._group = group
         self._storage = storage
@@ -196,6 +207,7 @@ class _Attempt:
         self._retries = retries
         self._deadline = deadline
         self._progress = progress
+        self._telling = telling
 
     def plan(
         self, state_of: worker_side.StateOf | str, known: frozenset[str], options: SaveOptions
@@ -223,7 +235,12 @@ class _Attempt:
         self.stage(assignments)
         handle = SaveHandle(self._storage.address)
         self._group.wait_for(handle.wait)
-        handle.start(lambda: self.finish(assignments))
+
+        def finish() -> SaveReport:
+            with self._telling.failing():
+                return self.finish(assignments)
+
+        handle.start(finish)
         return handle
 
     def finish(self, assignments: Sequence[Assignment]) -> SaveReport:
@@ -239,12 +256,14 @@ class _Attempt:
         # After a failed commit the checkpoint may be there or not: the files stay, only the state is released.
         ending = worker_side.finish
         try:
-            return coordinator.publish(made[0])
+            report = coordinator.publish(made[0])
         except CheckpointExistsError:
             ending = worker_side.discard  # it is another writer's that is there
             raise
         finally:
             worker_side.tell_all(self._group, ending, coordinator.attempt)
+        self._telling.saved(report)
+        return report
 
     def _call(self, fn: Callable[..., Any], args_of: Mapping[int, tuple[Any, ...]], **options: Any) -> dict[int, Any]:
         return self._group.call(fn, args_of, timeout_s=max(0.0, self._deadline - time.monotonic()), **options)

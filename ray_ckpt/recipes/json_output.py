@@ -1,4 +1,4 @@
-"""What a job hands to other programs, and to browsers: one JSON object, one page."""
+"""What a job hands to other programs, and to browsers: one JSON object, one page, a file of events."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import click
+
+from ray_ckpt.events import EventFile, Listeners
 
 
 def check_json_path(path: str | None) -> None:
@@ -33,6 +35,17 @@ def check_report_path(path: str | None) -> None:
         from ray_ckpt.pictures.page import check_report_path as check
 
         check(path)
+
+
+@contextlib.contextmanager
+def events_written(path: str | None) -> Iterator[Listeners]:
+    """Those who are told the job's events within the block: a file, where one is asked for.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    with contextlib.nullcontext() if path is None else EventFile(path) as file:
+        yield Listeners(*filter(None, [file]))
 
 
 @contextlib.contextmanager

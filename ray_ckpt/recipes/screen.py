@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.status import Status
 
+from ray_ckpt.events import Event, Listeners, failure_of
 from ray_ckpt.text_units import format_bytes
 
 __all__ = ["Line", "Screen"]
@@ -72,6 +73,8 @@ class Screen:
     """Shows the phases of a job and keeps their times."""
 
     console: Console
+    events: Listeners = field(default_factory=Listeners)
+    """Those who are told what the job goes through."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Phase name -> seconds, in order."""
 
@@ -80,14 +83,21 @@ class Screen:
         """Show a line while the block runs, and what it did with its time when it ends well."""
         text = f"{name}: {doing}"
         line = Line(self.console, name, self.console.status(text) if self.console.is_terminal else None)
-        start = time.monotonic()
-        if line.status is None:
-            _print_plain(self.console, text)
-            yield line
-        else:
-            with line.status:
+        start, start_s = time.monotonic(), time.time()
+        try:
+            if line.status is None:
+                _print_plain(self.console, text)
                 yield line
+            else:
+                with line.status:
+                    yield line
+        except BaseException as error:
+            failure, message = failure_of(error)
+            seconds = time.monotonic() - start
+            self.events(Event("job", name, start_s, seconds, failure=failure, message=message))
+            raise
         self.seconds[name] = time.monotonic() - start
+        self.events(Event("job", name, start_s, self.seconds[name]))
         line.note(f"{line.result or 'done'} ({self.seconds[name]:.1f} s)")
 
 

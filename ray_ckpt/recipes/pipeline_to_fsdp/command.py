@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ray_ckpt.recipes.json_output import check_json_path, check_report_path, json_alone, write_json
+from ray_ckpt.recipes.json_output import check_json_path, check_report_path, events_written, json_alone, write_json
 
 
 @click.command(context_settings={"show_default": True})
@@ -28,9 +28,16 @@ from ray_ckpt.recipes.json_output import check_json_path, check_report_path, jso
 @click.option("--timeout", "timeout_s", type=click.FloatRange(min=1), default=1800.0, help="Seconds for each phase.")
 @click.option("--report", metavar="FILE", help="Draw the checkpoint and the run as one HTML page.")
 @click.option("--json", "json_path", metavar="PATH", help="Write the results as JSON; - for standard output.")
+@click.option("--events", "events_path", metavar="FILE", help="Append what happens, one JSON object per line.")
 @click.option("--verbose", is_flag=True, help="Show what Ray and the workers print.")
 def pipeline_to_fsdp(
-    json_path: str | None, source: str | None, target: str | None, workers: int, kind: str | None, **options: Any
+    json_path: str | None,
+    events_path: str | None,
+    source: str | None,
+    target: str | None,
+    workers: int,
+    kind: str | None,
+    **options: Any,
 ) -> int:
     """Save a pipeline-parallel run stage by stage, load it with FSDP, and prove that nothing changed.
 
@@ -54,9 +61,9 @@ def pipeline_to_fsdp(
         target=Layout.parse(target or f"{kind or 'fsdp2'}x{workers}"),
         **options,
     )
-    with json_alone(json_path):
+    with events_written(events_path) as events, json_alone(json_path):
         console = Console()
-        screen = Screen(console)
+        screen = Screen(console, events)
         check_layouts(asked.workload, (asked.source, asked.target), screen)
         report = job.run(asked, screen)
         report.show(console)

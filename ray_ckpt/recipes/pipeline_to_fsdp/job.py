@@ -146,6 +146,7 @@ def train_and_save(options: Options, screen: Screen, uri: str) -> Saved:
                 layout=str(options.source),
                 timeout_s=options.timeout_s,
                 progress=line.progress,
+                events=screen.events,
             )
             snapshots: list[Snapshot] = group.run(f"{RANKS}:take_snapshot", timeout_s=options.timeout_s)
             line.result = f"{format_bytes(report.total_bytes)} to {report.uri}"
@@ -157,7 +158,12 @@ def load_and_verify(options: Options, screen: Screen, group: WorkerGroup, saved:
     with screen.phase("load", f"into {options.target} on {options.target.world_size} fresh workers") as line:
         group.run(f"{RANKS}:prepare", options.workload, options.target, timeout_s=options.timeout_s)
         reports = cluster.load(
-            group, f"{RANKS}:state_of", saved.uri, timeout_s=options.timeout_s, progress=line.progress
+            group,
+            f"{RANKS}:state_of",
+            saved.uri,
+            timeout_s=options.timeout_s,
+            progress=line.progress,
+            events=screen.events,
         )
         line.result = f"{format_bytes(saved.report.total_bytes)} into {options.target}"
     with screen.phase("verify", "fingerprints of what was saved and of what was loaded") as line:

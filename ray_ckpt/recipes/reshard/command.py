@@ -17,16 +17,18 @@ import click
 @click.option("--report", metavar="FILE", help="Draw who wrote and who reads what as one HTML page.")
 @click.option("--address", help="Ray cluster to join.  [default: RAY_ADDRESS, a running one, or a local Ray]")
 @click.option("--timeout", "timeout_s", type=click.FloatRange(min=1), default=3600.0, help="Seconds for all tasks.")
+@click.option("--events", "events_path", metavar="FILE", help="Append what happens, one JSON object per line.")
 @click.option("--verbose", is_flag=True, help="Show what Ray and the tasks print.")
-def reshard(**options: Any) -> int:
+def reshard(events_path: str | None, **options: Any) -> int:
     """Rewrite a checkpoint so that every rank of a layout finds its own bytes in a file of its own."""
     # Imported here, so that a wrong option costs no second of loading.
     from rich.console import Console
 
-    from ray_ckpt.recipes.json_output import check_report_path
+    from ray_ckpt.recipes.json_output import check_report_path, events_written
     from ray_ckpt.recipes.reshard import job
     from ray_ckpt.recipes.screen import Screen
 
     check_report_path(options["report"])
-    job.run(job.Options(**options), Screen(Console()))
+    with events_written(events_path) as events:
+        job.run(job.Options(**options), Screen(Console(), events))
     return 0

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from ray_ckpt.cluster.tasks import run_tasks
 from ray_ckpt.errors import StorageError
+from ray_ckpt.events import save_events
 from ray_ckpt.format import dcp_metadata
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.manifest import Manifest
@@ -151,6 +152,8 @@ def commit(prepared: Prepared, screen: Screen) -> SaveReport:
     with screen.phase("commit", f"to {prepared.target.address}") as line:
         report = prepared.coordinator.publish(dcp_metadata.dumps(prepared.coordinator.manifest))
         line.result = f"{format_bytes(report.total_bytes)} in {report.num_files} files at {report.uri}"
+    for event in save_events(report):
+        screen.events(event)
     return report
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ray_ckpt.recipes.json_output import check_json_path, check_report_path, json_alone, write_json
+from ray_ckpt.recipes.json_output import check_json_path, check_report_path, events_written, json_alone, write_json
 
 
 @click.command(context_settings={"show_default": True})
@@ -43,8 +43,9 @@ from ray_ckpt.recipes.json_output import check_json_path, check_report_path, jso
 @click.option("--timeout", "timeout_s", type=click.FloatRange(min=1), default=1800.0, help="Seconds for each step.")
 @click.option("--report", metavar="FILE", help="Draw the checkpoint and the run as one HTML page.")
 @click.option("--json", "json_path", metavar="PATH", help="Write the results as JSON; - for standard output.")
+@click.option("--events", "events_path", metavar="FILE", help="Append what happens, one JSON object per line.")
 @click.option("--verbose", is_flag=True, help="Show what Ray and the workers print.")
-def train_elastic(json_path: str | None, layouts: str, **options: Any) -> int:
+def train_elastic(json_path: str | None, events_path: str | None, layouts: str, **options: Any) -> int:
     """Train on the first layout that fits, and go on in another when workers are lost."""
     # Imported here, so that a wrong option costs no second of loading.
     from rich.console import Console
@@ -56,9 +57,9 @@ def train_elastic(json_path: str | None, layouts: str, **options: Any) -> int:
     check_json_path(json_path)
     check_report_path(options["report"])
     asked = job.Options(layouts=tuple(Layout.parse(text.strip()) for text in layouts.split(",")), **options)
-    with json_alone(json_path):
+    with events_written(events_path) as events, json_alone(json_path):
         console = Console()
-        screen = Screen(console)
+        screen = Screen(console, events)
         job.check(asked, screen)
         report = job.run(asked, screen)
         report.show(console)

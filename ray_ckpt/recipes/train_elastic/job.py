@@ -14,35 +14,32 @@ Every step is one call on the workers: the driver knows which step failed, and a
 from __future__ import annotations
 
 import math
-import re
 import secrets
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ray_ckpt import cluster
 from ray_ckpt.cluster.capacity import all_slots, free_slots
 from ray_ckpt.cluster.group import PlacementWait, WorkerGroup
-from ray_ckpt.errors import CheckpointError, GroupError, UsageError, WorkerError
+from ray_ckpt.errors import CheckpointError, GroupError, UsageError
+from ray_ckpt.events import BLOCKED, Event
 from ray_ckpt.parallel.layout import Layout
 from ray_ckpt.pictures.page import write_report
 from ray_ckpt.recipes import probe
 from ray_ckpt.recipes.screen import Line, Screen
 from ray_ckpt.recipes.setting import check_layouts, check_storage, connected, describe_group, show_wait, storage_of
-from ray_ckpt.recipes.train_elastic.report import ElasticReport, Restart, Resume
+from ray_ckpt.recipes.train_elastic.progress import Progress
+from ray_ckpt.recipes.train_elastic.report import ElasticReport, Resume
 from ray_ckpt.recipes.train_elastic.stopping import Stopper
 from ray_ckpt.recipes.workload import Workload
-from ray_ckpt.report import LoadReport, SaveReport
+from ray_ckpt.report import LoadReport
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.retention import keep_last
 from ray_ckpt.storage.store import CheckpointStore
 
 RANKS = "ray_ckpt.recipes.train_elastic.ranks"
 """Module of the rank functions. By name, so that the driver loads neither torch nor what is built on it."""
-
-KEPT_REPORTS = 100
-"""Reports of saves, and of loads, that are kept for the page."""
 
 OWN_MEMORY = "ram"
 """A front that is memory of this job's own, and ends with it."""
@@ -93,92 +90,6 @@ class Options:
 
 
 @dataclass(frozen=True)
-class _Failure:
-    """A failure of the run, as it was noticed."""
-
-    cause: str
-    rank: int | None
-    """The first rank to blame; None when no single rank is."""
-    step: int
-    """The next to be trained."""
-    kind: str
-    """The cause without its numbers."""
-    noticed_at: float
-    """`time.monotonic()`."""
-
-    @classmethod
-    def of(cls, error: GroupError, step: int) -> _Failure:
-        rank = error.ranks[0] if isinstance(error, WorkerError) else None
-        # Numbers differ from one time to the next, as those of processes and of addresses do.
-        return cls(str(error), rank, step, re.sub(r"\d+", "#", str(error)), time.monotonic())
-
-    def repeats(self, other: _Failure | None) -> bool:
-        """Whether it is the same failure of the same rank at the same step: it would come again and again."""
-        return other is not None and (self.step, self.rank, self.kind) == (other.step, other.rank, other.kind)
-
-    @property
-    def restart(self) -> Restart:
-        """The restart as it would be reported now."""
-        return Restart(self.cause, self.rank, self.step, time.monotonic() - self.noticed_at)
-
-
-@dataclass
-class Progress:
-    """The run so far. It outlives the worker groups."""
-
-    losses: list[float] = field(default_factory=list)
-    layouts_used: list[str] = field(default_factory=list)
-    restarts: list[Restart] = field(default_factory=list)
-    damaged: dict[int, str] = field(default_factory=dict)
-    """Damaged steps that were passed over at a start: path and reason."""
-    saves: deque[SaveReport] = field(default_factory=lambda: deque(maxlen=KEPT_REPORTS))
-    """The last ones, for the page."""
-    loads: deque[Sequence[LoadReport]] = field(default_factory=lambda: deque(maxlen=KEPT_REPORTS))
-    """The last ones: the reports of all ranks each."""
-    resumes: list[Resume] = field(default_factory=list)
-    not_durable: dict[str, None] = field(default_factory=dict)
-    """What was told of copies that failed, each text once, in order."""
-    _last: _Failure | None = None
-    _open: _Failure | None = None
-    """The last failure, until training is back where it had been."""
-
-    @property
-    def step(self) -> int:
-        """The next to be trained."""
-        return len(self.losses)
-
-    def saved(self, reports: Sequence[SaveReport | None]) -> None:
-        """Note what the ranks, which all know the same, tell of a save."""
-        if reports[0] is not None:
-            self.saves.append(reports[0])
-            self.not_durable |= dict.fromkeys(reports[0].not_durable)
-
-    def trained(self, loss: float) -> None:
-        self.losses.append(loss)
-        self.caught_up()
-
-    def caught_up(self) -> None:
-        """Note what a failure has cost, once training is back where it had been."""
-        if self._open is not None and self.step >= self._open.step:
-            self.restarts.append(self._open.restart)
-            self._open = None
-
-    def failed(self, error: GroupError, max_failures: int) -> None:
-        """Note a failure.
-
-        Raises:
-            GroupError: the failure itself, when it is not worth another try.
-        """
-        if self._open is not None:
-            # It struck again before training was back: both are told.
-            self.restarts.append(self._open.restart)
-        failure = _Failure.of(error, self.step)
-        if failure.repeats(self._last) or len(self.restarts) >= max_failures:
-            raise error
-        self._open = self._last = failure
-
-
-@dataclass(frozen=True)
 class Run:
     """What is the same for all worker groups of a run."""
 
@@ -189,7 +100,7 @@ class Run:
     store: CheckpointStore
     """The store there, behind its front, for the whole run, as it keeps its connections."""
     stopper: Stopper
-    progress: Progress = field(default_factory=Progress)
+    progress: Progress
 
 
 def check(options: Options, screen: Screen) -> None:
@@ -220,7 +131,8 @@ def run(options: Options, screen: Screen) -> ElasticReport:
         stopper.listening(),
     ):
         front = _front(options)
-        job = Run(options, screen, uri, CheckpointStore(uri, front, options.durable_every), stopper)
+        progress = Progress(screen.events)
+        job = Run(options, screen, uri, CheckpointStore(uri, front, options.durable_every), stopper, progress)
         try:
             train_all(job)
         except GroupError:
@@ -383,7 +295,14 @@ def start(job: Run, group: WorkerGroup, layout: Layout) -> None:
         group.run(f"{RANKS}:start", job.options.workload, layout, latest is None)
         reports: Sequence[LoadReport] = ()
         if latest is not None:
-            reports = cluster.load(group, f"{RANKS}:state_of", job.store, step=latest, progress=line.progress)
+            reports = cluster.load(
+                group,
+                f"{RANKS}:state_of",
+                job.store,
+                step=latest,
+                progress=line.progress,
+                events=job.screen.events,
+            )
             progress.loads.append(reports)
             progress.resumes.append(Resume.of(str(layout), reports, durable_alone=job.options.front is None))
         progress.losses = group.run(f"{RANKS}:losses")[0]
@@ -398,11 +317,13 @@ def train(job: Run, group: WorkerGroup, layout: Layout) -> None:
         saved = progress.step
         told = set(progress.not_durable)
         while progress.step < options.steps and not stopper.asked:
-            progress.trained(group.run(f"{RANKS}:train_step", options.workload, progress.step)[0])
+            began = time.monotonic()
+            loss = group.run(f"{RANKS}:train_step", options.workload, progress.step)[0]
+            progress.trained(loss, time.monotonic() - began)
             line.update(f"step {progress.step} of {options.steps}, loss {progress.losses[-1]:.4f}")
             if progress.step % options.save_every == 0:
                 saved = progress.step
-                progress.saved(group.run(f"{RANKS}:begin_save", job.store, saved, saved in progress.damaged))
+                begin_save(job, group)
                 job.store.prune(keep_last(options.keep_last))
                 line.note(f"step {saved} of {options.steps}, loss {progress.losses[-1]:.4f}, saving")
                 for problem in [text for text in progress.not_durable if text not in told]:
@@ -411,12 +332,20 @@ def train(job: Run, group: WorkerGroup, layout: Layout) -> None:
                 if options.grow and _room_for_better(options, layout):
                     break
         if saved < progress.step:
-            damaged = progress.step in progress.damaged
-            progress.saved(group.run(f"{RANKS}:begin_save", job.store, progress.step, damaged))
+            begin_save(job, group)
         patience_s = stopper.left_s if stopper.asked else options.timeout_s
         progress.saved(group.run(f"{RANKS}:finish_save", patience_s, progress=line.progress))
         job.store.prune(keep_last(options.keep_last))
         line.result = f"step {progress.step} of {options.steps} committed"
+
+
+def begin_save(job: Run, group: WorkerGroup) -> None:
+    """Let the workers copy what they hold, and write it beside the training that goes on."""
+    progress, began, began_s = job.progress, time.monotonic(), time.time()
+    overwrite = progress.step in progress.damaged
+    progress.saved(group.run(f"{RANKS}:begin_save", job.store, progress.step, overwrite))
+    seconds = time.monotonic() - began
+    progress.tell(Event("save", BLOCKED, began_s, seconds, progress.step, uri=job.store.address))
 
 
 def _room_for_better(options: Options, layout: Layout) -> bool:
