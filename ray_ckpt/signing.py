@@ -25,6 +25,7 @@ from ray_ckpt.format.manifest import MANIFEST_NAME, Manifest, check_file_name
 from ray_ckpt.inspection.opening import open_record
 from ray_ckpt.progress import Meter, Progress
 from ray_ckpt.report import SignatureReport
+from ray_ckpt.storage.address import refuse_uri
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.publish import SIGNATURE_NAME, STOCK_RECORD_NAME
 from ray_ckpt.storage.record_files import read_if_there
@@ -81,6 +82,7 @@ def sign(
         UsageError: it is another program's; the key cannot be used; or the library is not installed.
         CheckpointError, StorageError: it cannot be read, or the signature not be written.
     """
+    refuse_uri(private_key, "a key")
     with _library():
         from model_signing import signing
 
@@ -131,6 +133,7 @@ def verify_signature(
         UsageError: it is another program's; the key cannot be used; or the library is not installed.
         CheckpointError, StorageError: it cannot be read.
     """
+    refuse_uri(public_key, "a key")
     with _library():
         from cryptography.exceptions import InvalidSignature
         from model_signing import verifying

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Sequence
 
-__all__ = ["first_line", "listed", "message_of", "printable", "quoted", "told"]
+__all__ = ["first_line", "listed", "message_of", "printable", "quoted", "told", "without_credentials"]
 
 _LONGEST_QUOTE = 80
 
@@ -51,6 +52,16 @@ def told(error: BaseException) -> str:
     """An exception of somebody else's code, for a message: `KeyError: 'no such setting'`."""
     return f"{type(error).__name__}: {message_of(error)}"
 
+
+def without_credentials(text: str) -> str:
+    """What a person typed, for a message: cut behind the scheme of a URI that may hold credentials.
+
+    For text that no storage's address was made of, whose own `redact` knows what is secret.
+    """
+    return _MAY_HOLD_CREDENTIALS.sub(r"\1...", text)
+
+
+_MAY_HOLD_CREDENTIALS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*:/{1,2})(?=.*[@?]).*", re.DOTALL)
 
 _shortener = reprlib.Repr()
 _shortener.maxlevel = 3

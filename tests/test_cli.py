@@ -232,6 +232,35 @@ def test_errors_are_one_line(
     assert_one_line(capsys.readouterr().err, message)
 
 
+@pytest.mark.parametrize("form", ["s3://KEY:SEC/RET@bucket/x", "s3:/KEY:SECRET@bucket", "abfs://c@a/x?sig=SEC RET"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["URI"],
+        ["ls", "RUN", "URI"],
+        ["ls", "--URI"],
+        ["inspect", "RUN", "--step", "URI"],
+        ["export", "RUN", "x", "--to", "URI"],
+        ["sign", "RUN", "--key", "URI"],
+        ["verify", "RUN", "--signature", "URI"],
+        ["report", "RUN", "-o", "URI"],
+        ["demo", "--json", "URI"],
+        ["demo", "--report", "URI"],
+        ["verify", "RUN", "--ray", "--address", "URI"],
+    ],
+    ids=" ".join,
+)
+def test_a_uri_in_the_wrong_place_is_told_without_its_credentials(
+    run: Path, words: list[str], form: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [str(run) if word == "RUN" else word.replace("URI", form) for word in words]
+    monkeypatch.setattr(sys, "argv", ["ray-ckpt", *arguments])
+    assert command._run("ray_ckpt.cli.main:cli") == 2
+    told = capsys.readouterr().err
+    assert_one_line(told, "")
+    assert not any(secret in told for secret in ("KEY", "SEC", "RET"))
+
+
 def test_what_needs_no_torch_loads_none(run: Path) -> None:
     code = (
         "import sys; from ray_ckpt.cli.main import cli\n"

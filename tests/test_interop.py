@@ -230,7 +230,7 @@ def _async_save_in_process(rank, directory):
     done.result(timeout=80)
 
 
-@pytest.mark.parametrize("kind", ["thread", "process"])
+@pytest.mark.parametrize("kind", ["thread", pytest.param("process", marks=pytest.mark.slow)])
 def test_async_save(tmp_path, kind):
     """A process-based save takes a process group; a thread-based one does without."""
     if kind == "process":

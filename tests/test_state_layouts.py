@@ -75,8 +75,8 @@ def check(tmp_path: Path, triples: list[tuple[str, str, str]]) -> None:
                 assert differing(continued, target_continued) == [], where
 
 
-def test_each_layout_loads_its_own_and_its_neighbors(tmp_path: Path) -> None:
-    pairs = [*zip(NAMES, NAMES[1:] + NAMES[:1], strict=True), *zip(NAMES, NAMES, strict=True)]
+def test_each_layout_loads_its_neighbors(tmp_path: Path) -> None:
+    pairs = zip(NAMES, NAMES[1:] + NAMES[:1], strict=True)
     check(tmp_path, [(*pair, EVERYWHERE[turn % len(EVERYWHERE)]) for turn, pair in enumerate(pairs)])
 
 

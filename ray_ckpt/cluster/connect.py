@@ -31,7 +31,7 @@ from ray_ckpt.cluster.ray_internals import (
     without_daemon_messages,
 )
 from ray_ckpt.errors import UsageError
-from ray_ckpt.text import first_line
+from ray_ckpt.text import first_line, without_credentials
 
 PROBE_TIMEOUT_S = 5.0
 """How long a cluster's address may take to accept a connection. Ray's own client would wait for most of a minute."""
@@ -81,8 +81,9 @@ def find_cluster(address: str | None = None) -> str | None:
     if found and found not in ("auto", "local") and not _answers(found):
         if asked:
             raise UsageError(
-                f"no Ray cluster answers at {asked}: give the address that `ray start --head` printed (HOST:6379, not "
-                "the dashboard's nor ray://), or leave out --address and RAY_ADDRESS to run on a local Ray"
+                f"no Ray cluster answers at {without_credentials(asked)}: give the address that `ray start --head` "
+                "printed (HOST:6379, not the dashboard's nor ray://), or leave out --address and RAY_ADDRESS to run on "
+                "a local Ray"
             )
         return None
     return found

@@ -29,6 +29,7 @@ from ray_ckpt.pictures.timeline import losses_of, operations_of, phases_of
 from ray_ckpt.plain_data import plain
 from ray_ckpt.progress import Progress
 from ray_ckpt.report import LoadReport, SaveReport, VerifyReport
+from ray_ckpt.storage.address import refuse_uri
 from ray_ckpt.storage.resolve import Target, committed_at
 from ray_ckpt.text import printable
 from ray_ckpt.text_units import count, format_bytes
@@ -113,12 +114,13 @@ def check_report_path(path: str | os.PathLike[str]) -> None:
     """Refuse what could not be written, before any work is done.
 
     Raises:
-        UsageError: a library is not installed, or there is no such directory.
+        UsageError: a library is not installed, or there is no such directory, or it is a URI.
     """
     if missing := [name for module, name in _LIBRARIES.items() if importlib.util.find_spec(module) is None]:
         raise UsageError(
             f"a report needs {' and '.join(missing)}, which is not installed: pip install 'ray-ckpt[report]'"
         )
+    refuse_uri(path, "a report")
     if not Path(path).absolute().parent.is_dir() or Path(path).is_dir():
         raise UsageError(f"cannot write the report to {os.fspath(path)}: give a file in a directory that exists")
 

@@ -38,11 +38,12 @@ def _run(command: str) -> int:
         import click
 
         from ray_ckpt.errors import RayCkptError, UsageError, WorkerError
+        from ray_ckpt.text import without_credentials
 
         try:
             return int(pkgutil.resolve_name(command).main(standalone_mode=False) or 0)
         except click.ClickException as error:
-            return _fail(error.format_message(), code=2)
+            return _fail(without_credentials(error.format_message()), code=2)
         except UsageError as error:
             return _fail(str(error), code=2)
         except WorkerError as error:

@@ -19,9 +19,15 @@ def check_json_path(path: str | None) -> None:
     """Refuse a path that could not be written, before the job begins.
 
     Raises:
+        UsageError: it is a URI.
         click.UsageError: its directory does not exist.
     """
-    if path not in (None, "-") and not Path(str(path)).absolute().parent.is_dir():
+    if path is None or path == "-":
+        return
+    from ray_ckpt.storage.address import refuse_uri
+
+    refuse_uri(path, "what --json names")
+    if not Path(path).absolute().parent.is_dir():
         raise click.UsageError(f"--json {path}: there is no such directory to write it to")
 
 

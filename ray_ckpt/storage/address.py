@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 from ray_ckpt.errors import UsageError
 
-__all__ = ["ARROW_SCHEMES", "Address", "parse"]
+__all__ = ["ARROW_SCHEMES", "Address", "parse", "refuse_uri"]
 
 ARROW_SCHEMES = frozenset({"s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs"})
 """Schemes whose file systems pyarrow has; all others but `file` go to fsspec."""
@@ -145,6 +145,16 @@ def parse(target: str | os.PathLike[str]) -> Address:
             "of its slashes away, so give it as str); a local path of such a name is written ./..."
         )
     return _local(text)
+
+
+def refuse_uri(path: str | os.PathLike[str], what: str) -> None:
+    """Of something that is a local file, whatever a target may be.
+
+    Raises:
+        UsageError: it is a URI. The message holds none of it, as it may have credentials.
+    """
+    if (scheme := parse(path).scheme) != "file" or "://" in os.fsdecode(path):
+        raise UsageError(f"{what} is a local file: give a path, not {scheme}://...")
 
 
 def _local(text: str) -> Address:
