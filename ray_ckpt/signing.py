@@ -11,7 +11,6 @@ Sigstore bundle, made and checked by the library `model-signing` with an ellipti
 from __future__ import annotations
 
 import base64
-import json
 import os
 import tempfile
 from collections.abc import Collection, Iterable, Iterator
@@ -20,7 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ray_ckpt.errors import CheckpointError, SignatureError, UsageError
+from ray_ckpt.errors import CheckpointError, FormatError, SignatureError, UsageError
+from ray_ckpt.format.foreign_json import parse_object
+from ray_ckpt.format.limits import SIGNATURE_BYTES
 from ray_ckpt.format.manifest import MANIFEST_NAME, Manifest, check_file_name
 from ray_ckpt.inspection.opening import open_record
 from ray_ckpt.progress import Meter, Progress
@@ -198,11 +199,18 @@ def _report(verdict: str, storage: Storage, names: Collection[str], manifest: Ma
 
 
 def _claimed(signature: bytes) -> dict[str, str]:
-    """File -> SHA-256, as the signature says. None of it is believed before the signature is checked."""
+    """File -> SHA-256, as the signature says. None of it is believed before the signature is checked.
+
+    Raises:
+        SignatureError: it is no such thing.
+        FormatError: it has more bytes or values than its limits.
+    """
+    SIGNATURE_BYTES.check(len(signature), SIGNATURE_NAME)
     try:
-        statement = json.loads(base64.b64decode(json.loads(signature)["dsseEnvelope"]["payload"]))
+        envelope = parse_object(signature, SIGNATURE_NAME)["dsseEnvelope"]
+        statement = parse_object(base64.b64decode(envelope["payload"]), SIGNATURE_NAME)
         return {str(each["name"]): str(each["digest"]) for each in statement["predicate"]["resources"]}
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (FormatError, ValueError, TypeError, KeyError) as error:
         raise SignatureError(f"{SIGNATURE_NAME} is no signature of a model: {type(error).__name__}: {error}") from error
 
 

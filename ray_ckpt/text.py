@@ -6,7 +6,7 @@ import re
 import reprlib
 from collections.abc import Sequence
 
-__all__ = ["first_line", "listed", "message_of", "printable", "quoted", "told", "without_credentials"]
+__all__ = ["first_line", "is_unicode", "listed", "message_of", "printable", "quoted", "told", "without_credentials"]
 
 _LONGEST_QUOTE = 80
 
@@ -32,6 +32,15 @@ def quoted(value: object) -> str:
     except Exception:  # an integer of too many digits, or somebody's own `__repr__`
         text = f"<{type(value).__name__}>"
     return text if len(text) <= _LONGEST_QUOTE else f"{text[: _LONGEST_QUOTE - 4]}...{text[-1]}"
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be encoded: it holds no half of a surrogate pair, as what was decoded leniently may."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def message_of(error: BaseException) -> str:

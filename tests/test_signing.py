@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -95,6 +97,30 @@ def test_a_key_may_have_a_password(tmp_path: Path, keys: tuple[Path, Path]) -> N
         ray_ckpt.sign(directory, locked)
     ray_ckpt.sign(directory, locked, password="secret")
     ray_ckpt.verify_signature(directory, keys[1])
+
+
+@pytest.mark.parametrize(
+    ("payload", "told"),
+    [
+        (b"[" * 100_000, "no signature of a model"),
+        (b'{"predicate":{"resources":[' + b"{}," * 2_000_000 + b"{}]}}", "the limit is 3000000"),
+        (b"1" * (13 << 20), "the limit is 16777216"),
+        (b'{"predicate":{"resources":[{"name":"../../x","digest":"00"}]}}', "no signature by"),
+        (b'{"predicate":{"resources":[{"name":["x"],"digest":{}}]}}', "no signature by"),
+    ],
+    ids=["deep", "many values", "long", "another directory's file", "odd types"],
+)
+def test_what_a_signature_claims_is_limited(tmp_path: Path, keys: tuple[Path, Path], payload: bytes, told: str) -> None:
+    private, public = keys
+    directory = saved(CheckpointStore(tmp_path / "run"), 1)
+    ray_ckpt.sign(directory, private)
+    bundle = json.loads((directory / "model.sig").read_text())
+    bundle["dsseEnvelope"]["payload"] = base64.b64encode(payload).decode()
+    (directory / "model.sig").write_text(json.dumps(bundle))
+    began = time.monotonic()
+    with pytest.raises(ray_ckpt.CheckpointError, match=told):
+        ray_ckpt.verify_signature(directory, public)
+    assert time.monotonic() - began < 5
 
 
 def test_the_record_alone(tmp_path: Path, keys: tuple[Path, Path]) -> None:

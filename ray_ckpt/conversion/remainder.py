@@ -16,7 +16,8 @@ from typing import Any
 
 from ray_ckpt.conversion.jobs import FileJob, Written
 from ray_ckpt.conversion.writing import digest_of_file
-from ray_ckpt.errors import CheckpointError, CheckpointExistsError, StorageError
+from ray_ckpt.errors import CheckpointError, CheckpointExistsError, FormatError, StorageError
+from ray_ckpt.format.foreign_json import parse_object
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.record_files import read_if_there
 
@@ -112,9 +113,8 @@ class Remainder:
         if data is None:
             return None
         try:
-            found = json.loads(data)
-            return found if isinstance(found, dict) else {}
-        except ValueError:
+            return parse_object(data, self._name)
+        except FormatError:
             return {}
 
     def _write(self) -> None:

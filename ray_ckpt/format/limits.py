@@ -22,11 +22,13 @@ __all__ = [
     "HEADER_BYTES",
     "INTEGER_BYTES",
     "ITEMS",
+    "JSON_VALUES",
     "NAME_CHARS",
     "NESTING",
     "ODD_KEYS",
     "PICKLE_OPERATIONS",
     "RECORD_BYTES",
+    "SIGNATURE_BYTES",
     "Limit",
     "check_dims",
     "check_shape",
@@ -112,6 +114,9 @@ INTEGER_BYTES = Limit("integer_bytes", 1785, "bytes of one integer")
 ODD_KEYS = Limit("odd_keys", 10_000, "dict keys that are tuples or long integers")
 """Dict keys whose hashes can be made to collide: a dict of colliding keys takes quadratic time."""
 
+SIGNATURE_BYTES = Limit("signature_bytes", 16 << 20, "bytes")
+"""Size of `model.sig`, which takes about 200 bytes per file that it names."""
+
 NESTING = Limit("nesting", 200, "levels of nested values")
 
 ENTRIES = Limit("entries", 1_000_000, "entries, which no model has")
@@ -119,6 +124,9 @@ ENTRIES = Limit("entries", 1_000_000, "entries, which no model has")
 
 ITEMS = Limit("items", 10_000_000, "values in its lists")
 """Values in lists. What is shared counts wherever it appears."""
+
+JSON_VALUES = Limit("json_values", 3_000_000, "commas and brackets")
+"""Values in a JSON text of another program. A tensor in a safetensors header takes about eight."""
 
 NAME_CHARS = Limit("name_chars", 64 << 20, "characters of names")
 """Length of all names of a checkpoint together."""

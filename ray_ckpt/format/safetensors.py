@@ -26,8 +26,9 @@ from typing import Any
 from ray_ckpt.errors import FormatError, UsageError
 from ray_ckpt.format import limits
 from ray_ckpt.format.boxes import Box
+from ray_ckpt.format.foreign_json import parse_object
 from ray_ckpt.format.manifest import Chunk, Manifest, TensorEntry, check_file_name, itemsize
-from ray_ckpt.text import quoted
+from ray_ckpt.text import is_unicode, quoted
 
 __all__ = [
     "INDEX_SUFFIX",
@@ -112,7 +113,7 @@ def parse_header(header: bytes, file: str, file_bytes: int) -> Header:
     Raises:
         FormatError: the header is damaged, a dtype is not known, or tensors overlap or lie outside the file.
     """
-    data = _parse_json(header, file)
+    data = parse_object(header, file)
     offsets = _shard_offsets(data.pop(_METADATA, None), file)
     data_start = LENGTH_BYTES + len(header)
     tensors = {name: _parse_tensor(name, entry, file, data_start) for name, entry in data.items()}
@@ -149,8 +150,8 @@ def header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> bytes:
     for name, dtype, shape in tensors:
         if dtype not in _NAMES:
             raise UsageError(f"{quoted(name)} is {dtype}, which safetensors files cannot hold: choose another dtype")
-        if name == _METADATA:
-            raise UsageError(f"a tensor in a safetensors file cannot be called {name}: rename it")
+        if name == _METADATA or not is_unicode(name):
+            raise UsageError(f"a tensor in a safetensors file cannot be called {quoted(name)}: rename it")
         start, end = end, end + math.prod(shape) * itemsize(dtype)
         entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
@@ -176,7 +177,7 @@ def parse_index(text: bytes, name: str) -> dict[str, str]:
         FormatError: the index is damaged.
         UnsafeCheckpointError: a file name leaves the directory.
     """
-    files = _parse_json(text, name).get("weight_map")
+    files = parse_object(text, name).get("weight_map")
     if not isinstance(files, dict) or not all(type(file) is str for file in files.values()):
         raise FormatError(f"{name} has no `weight_map` from tensor names to file names")
     return {tensor: check_file_name(file) for tensor, file in files.items()}
@@ -217,7 +218,7 @@ def _shard_offsets(metadata: Any, file: str) -> dict[str, Any] | None:
         return None
     return {
         name: entry.get("saved_offsets") if isinstance(entry, dict) else None
-        for name, entry in _parse_json(text.encode("utf-8", "replace"), f"{_SHARDING_INFO} of {file}").items()
+        for name, entry in parse_object(text.encode("utf-8", "replace"), f"{_SHARDING_INFO} of {file}").items()
     }
 
 
@@ -271,20 +272,3 @@ def _sizes(data: Any, name: str, file: str) -> tuple[int, ...]:
     if not isinstance(data, list) or any(type(size) is not int or not 0 <= size < 1 << 63 for size in data):
         raise FormatError(f"{file}: {quoted(name)} has {quoted(data)} where sizes are expected")
     return tuple(data)
-
-
-def _parse_json(text: bytes, file: str) -> dict[str, Any]:
-    try:
-        data = json.loads(text, object_pairs_hook=_without_duplicates)
-    except Exception as error:  # nested too deep, no text, integers of too many digits
-        raise FormatError(f"{file} holds no JSON where a header is expected: {str(error)[:200]}") from error
-    if not isinstance(data, dict):
-        raise FormatError(f"{file} holds a JSON {type(data).__name__} where an object is expected")
-    return data
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    data = dict(pairs)
-    if len(data) < len(pairs):
-        raise ValueError("a key appears twice")
-    return data

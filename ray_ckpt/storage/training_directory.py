@@ -7,12 +7,12 @@ optimizer   `optimizer.pt`, `optimizer.bin`: the optimizer's own state dict; `op
 
 from __future__ import annotations
 
-import json
 import re
 
 from ray_ckpt.errors import FormatError, UnsafeCheckpointError
 from ray_ckpt.format import limits, safetensors
 from ray_ckpt.format.dcp_metadata import METADATA_NAME
+from ray_ckpt.format.foreign_json import parse_object
 from ray_ckpt.format.manifest import Inline, Manifest, ObjectEntry
 from ray_ckpt.storage import safetensors_files, stock_dcp, torch_files
 from ray_ckpt.storage.files import Storage
@@ -129,11 +129,8 @@ def _label(file: str) -> str:
 def _counters(storage: Storage, num_bytes: int) -> Manifest:
     """The numbers in `trainer_state.json`; the history in it is the logger's."""
     limits.RECORD_BYTES.check(num_bytes, _TRAINER_STATE)
-    try:
-        state = json.loads(storage.read_bytes(_TRAINER_STATE))
-        numbers = {str(key): value for key, value in state.items() if type(value) in (int, float)}
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise FormatError(f"{_TRAINER_STATE} holds no JSON object: {str(error)[:200]}") from error
+    state = parse_object(storage.read_bytes(_TRAINER_STATE), _TRAINER_STATE)
+    numbers = {key: value for key, value in state.items() if type(value) in (int, float)}
     objects = {
         f"trainer_state.{key}": ObjectEntry(_TRAINER_STATE, 0, 0, inline=Inline(value), path=("trainer_state", key))
         for key, value in numbers.items()

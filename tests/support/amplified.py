@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import zstandard
+from safetensors.torch import save_file
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -137,7 +138,22 @@ def _over_one_place(directory: Path) -> Path:
     return directory / "x.safetensors"
 
 
+def _header_of_nothing(directory: Path) -> Path:
+    header = b'{"x":[' + b"[]," * 3_000_000 + b"[]]}"
+    (directory / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    return directory / "x.safetensors"
+
+
+def _counters_of_nothing(directory: Path) -> Path:
+    """A directory of transformers' Trainer."""
+    save_file({"w": torch.ones(3)}, directory / "model.safetensors")
+    (directory / "trainer_state.json").write_bytes(b'{"log_history":[' + b'{"":0},' * 1_600_000 + b"{}]}")
+    return directory
+
+
 KNOWN: dict[str, Writer] = {
+    "a header of nothing": _header_of_nothing,
+    "counters of nothing": _counters_of_nothing,
     "nothing but memo entries": _metadata(lambda: b"\x80\4N" + b"\x94" * 8_000_000 + b"."),
     "half of it lists": _metadata(lambda: b"\x80\4" + b"]N" * 8_000_000 + b"."),
     "half of the chunks collide": _metadata(_half_of_the_chunks_collide),
