@@ -145,6 +145,8 @@ class RemovalReport:
     """Whether this is only what would be removed."""
     damages: Mapping[int, str] = field(default_factory=dict)
     """Step -> path and reason, of the damaged steps that `prune` left alone."""
+    uploads: tuple[str, ...] = ()
+    """Names of files whose unfinished uploads `clean` aborted, on S3."""
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,7 @@ ONLY_HOMES = {
         "storage.registered",
         "cluster.ram.sending",
     },
+    "boto3": {"storage.unfinished_uploads"},
     "click": {"cli", "recipes"},
     "rich": {"cli", "recipes"},
     "jinja2": {"pictures"},

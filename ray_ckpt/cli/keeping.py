@@ -163,11 +163,14 @@ def _show(report: RemovalReport, in_json: bool, what: str) -> None:
     for name in report.files[:_PAGE]:
         click.echo(f"  {printable(name)}")
     more(report.files, _PAGE, "files")
+    for name in report.uploads[:_PAGE]:
+        click.echo(f"  {printable(name)}: an upload that was cut off")
+    more(report.uploads, _PAGE, "uploads")
     if report.kept:
         click.echo(f"kept: {', '.join(map(str, report.kept))}")
     for step, damage in report.damages.items():
         click.echo(printable(f"damaged, neither counted nor removed: step {step}: {damage}"))
-    if report.dry_run and (report.removed or report.files):
+    if report.dry_run and (report.removed or report.files or report.uploads):
         click.echo("nothing was removed; give --yes to do it")
 
 

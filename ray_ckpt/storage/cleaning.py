@@ -3,7 +3,8 @@
 run ─┬─ deletes that have begun        finished, unless the step is the highest good one by now
      ├─ files that no manifest names   removed when their attempt is old; before that `.metadata` is restored where an
      │                                 interrupted overwrite has left one that names them
-     └─ empty directories of steps     removed
+     ├─ empty directories of steps     removed
+     └─ unfinished uploads, on S3      aborted when they are old
 
 A checkpoint that lies in the store's own directory, rather than in one of a step, is cleaned up after as well.
 """
@@ -22,6 +23,7 @@ from ray_ckpt.storage.publish import DATA_FILE, STOCK_RECORD_NAME, is_ours, rest
 from ray_ckpt.storage.record_files import read_if_there
 from ray_ckpt.storage.removal import Removal
 from ray_ckpt.storage.steps import Look, Steps, directory_of, look_at, name_in, parse_steps
+from ray_ckpt.storage.unfinished_uploads import UnfinishedUploads, Upload
 
 __all__ = ["Cleaning", "probe_name"]
 
@@ -58,6 +60,8 @@ class Cleaning:
         """Steps that the listing shows as committed and that stay, ascending."""
         self.files: dict[str, int] = {}
         """Files that were removed, or would be: name in the store -> size in bytes."""
+        self.uploads: tuple[str, ...] = ()
+        """Names of files whose unfinished uploads were aborted, or would be."""
 
     def run(self, older_than_s: float) -> None:
         """Clean up. Attempts younger than `older_than_s` are left alone; 0 takes everything."""
@@ -65,7 +69,9 @@ class Cleaning:
         for name, scanned in self._storage.scan().items():
             directory, slash, file = name.partition("/")
             by_step.setdefault(directory if slash else "", {})[file if slash else name] = scanned
-        horizon = self._horizon(older_than_s, by_step)
+        unfinished = UnfinishedUploads(self._storage)
+        uploads = unfinished.find()
+        horizon = self._horizon(older_than_s, by_step, uploads)
         self._finish_deletes(horizon)
         self._clean_files(None, by_step.get("", {}), horizon)
         for step in sorted(parse_steps(by_step)):
@@ -73,6 +79,10 @@ class Cleaning:
         if not self._dry_run:
             for step in parse_steps(self._storage.list_directories()):
                 self._storage.delete_empty_directory(directory_of(step))
+        old = [upload for upload in uploads if _is_old([upload.begun_s], horizon)]
+        self.uploads = tuple(dict.fromkeys(upload.name for upload in old))
+        if not self._dry_run:
+            unfinished.abort(old)
         committed = [step for step in parse_steps(by_step) if MANIFEST_NAME in by_step[directory_of(step)]]
         self.kept = sorted(set(committed) - set(self.removed))
 
@@ -89,7 +99,9 @@ class Cleaning:
             self.files |= orphans
             self._removal.remove_files(orphans)
 
-    def _horizon(self, older_than_s: float, by_step: Mapping[str, Mapping[str, Scanned]]) -> float:
+    def _horizon(
+        self, older_than_s: float, by_step: Mapping[str, Mapping[str, Scanned]], uploads: Iterable[Upload]
+    ) -> float:
         """The time before which files count as old, in seconds since the epoch by the storage's clock.
 
         This host's clock may be wrong. Where the storage takes no file to tell its own, as when it is full, the
@@ -98,6 +110,7 @@ class Cleaning:
         times = [
             file.modified_s for files in by_step.values() for file in files.values() if file.modified_s is not None
         ]
+        times += [upload.begun_s for upload in uploads]
         if not older_than_s:
             return float("inf")
         if not times:

@@ -30,6 +30,7 @@ from ray_ckpt.errors import RayCkptError, StorageError
 from ray_ckpt.format import limits
 from ray_ckpt.format.manifest import check_file_name
 from ray_ckpt.storage.address import ARROW_SCHEMES, Address, parse
+from ray_ckpt.storage.advice import advice_on
 from ray_ckpt.storage.file_objects import InputFile, OutputFile, PreparedFile
 from ray_ckpt.storage.filesystems import open_filesystem
 from ray_ckpt.storage.good_reads import Reread
@@ -470,4 +471,6 @@ def _describe(error: BaseException, address: Address) -> str:
     text = " ".join(address.redact(str(error)).split())
     if isinstance(error, NotImplementedError):
         text = text or f"the file system of {address.scheme}:// cannot do this"
-    return f"{type(error).__name__}: {text if len(text) <= _LONGEST_CAUSE else text[:_LONGEST_CAUSE] + '...'}"
+    advice = advice_on(text)
+    shown = text if len(text) <= _LONGEST_CAUSE else text[:_LONGEST_CAUSE] + "..."
+    return f"{type(error).__name__}: {shown}" + (f" ({advice})" if advice else "")

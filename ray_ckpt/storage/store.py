@@ -11,6 +11,7 @@ Anything else in the store's directory, or in a step's, is somebody else's: it i
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -375,7 +376,8 @@ class CheckpointStore:
     def clean(self, *, older_than_s: float = DAY_S, dry_run: bool = False) -> RemovalReport:
         """Finish deletes that were cut off, and remove what failed saves left: files of our names that no manifest
         names, in the directories of steps and in the store's own, where a checkpoint without a step lies. Files next
-        to a damaged manifest stay, for nobody knows whose they are.
+        to a damaged manifest stay, for nobody knows whose they are. On S3 also uploads that were cut off are aborted,
+        where boto3 is installed (`pip install ray-ckpt[s3]`).
 
         Costs one listing of everything and a read of every manifest.
 
@@ -390,7 +392,8 @@ class CheckpointStore:
             raise UsageError(f"clean(older_than_s={older_than_s}) would remove files before they are written")
         cleaning = Cleaning(self._storage, self._steps, self._pins, self._removal, dry_run=dry_run)
         cleaning.run(older_than_s)
-        return self._report(cleaning.removed, cleaning.kept, cleaning.files, dry_run=dry_run)
+        report = self._report(cleaning.removed, cleaning.kept, cleaning.files, dry_run=dry_run)
+        return dataclasses.replace(report, uploads=cleaning.uploads)
 
     def _report(
         self,

@@ -146,6 +146,7 @@ class TwoTierStore(CheckpointStore):
             sum(report.total_bytes for report in done),
             dry_run=any(report.dry_run for report in done),
             damages={step: damage for report in done for step, damage in report.damages.items()},
+            uploads=tuple(name for report in done for name in report.uploads),
         )
 
 

@@ -8,7 +8,7 @@ import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow.fs as pafs
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
@@ -16,9 +16,23 @@ from werkzeug.serving import make_server
 
 Environment = dict[str, Any]
 _BUCKET = "bucket"
-_SLOW_DOWN = (
-    b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
-)
+
+
+class Answer(NamedTuple):
+    """What is sent in the server's place."""
+
+    status: str
+    headers: dict[str, str]
+    body: bytes
+
+    @classmethod
+    def error(cls, status: str, code: str) -> Answer:
+        """An error as S3 words it."""
+        body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{code}, says the test.</Message></Error>"
+        return cls(status, {"Content-Type": "application/xml"}, body.encode())
+
+
+SLOW_DOWN = Answer.error("503 Slow Down", "SlowDown")
 
 
 @dataclass
@@ -32,8 +46,8 @@ class S3:
     """Bytes of GET responses by path, `/bucket/name`."""
     requests_by_path: collections.Counter[tuple[str, str]] = field(default_factory=collections.Counter)
     """Number of requests by method and path."""
-    throttle: Callable[[Environment], bool] | None = None
-    """Sees every request, and says whether to answer it with 503 SlowDown."""
+    answer: Callable[[Environment], Answer | None] | None = None
+    """Sees every request, and may answer in the server's place."""
 
     def uri(self, path: str, *, key: str = "key", bucket: str = _BUCKET) -> str:
         options = f"scheme=http&endpoint_override=127.0.0.1:{self.port}&region=us-east-1"
@@ -41,12 +55,18 @@ class S3:
 
     @contextmanager
     def throttled(self, throttle: Callable[[Environment], bool]) -> Iterator[None]:
+        """Within the block, `throttle` sees every request, and says whether to answer it with 503 SlowDown."""
+        with self.answered(lambda environment: SLOW_DOWN if throttle(environment) else None):
+            yield
+
+    @contextmanager
+    def answered(self, answer: Callable[[Environment], Answer | None]) -> Iterator[None]:
         """Within the block."""
-        self.throttle = throttle
+        self.answer = answer
         try:
             yield
         finally:
-            self.throttle = None
+            self.answer = None
 
     @property
     def sent_bytes(self) -> int:
@@ -79,9 +99,9 @@ def run_s3() -> Iterator[S3]:
         method, path = environment["REQUEST_METHOD"], environment["PATH_INFO"]
         state.requests[method] += 1
         state.requests_by_path[method, path] += 1
-        if state.throttle is not None and state.throttle(environment):
-            start_response("503 Slow Down", [("Content-Type", "application/xml")])
-            return [_SLOW_DOWN]
+        if state.answer is not None and (answer := state.answer(environment)):
+            start_response(answer.status, list(answer.headers.items()))
+            return [answer.body]
         body = list(moto(environment, start_response))
         if method == "GET":
             state.sent[path] += sum(map(len, body))
