@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from ray_ckpt import CheckpointStore, Saved, TrainState, load, save
+from ray_ckpt.errors import StateMismatchError
 from tests.support.programs import blocks, run
 from tests.support.ranks import run_ranks
 
@@ -217,6 +218,44 @@ def test_peft(tmp_path: Path) -> None:
     others = torch.optim.AdamW([each for each in target.parameters() if each.requires_grad])
     load(TrainState(target, others), tmp_path / "at")
     assert same_model(target, model.state_dict())
+
+
+def lora(seed: int, **options: Any) -> Any:
+    """Adapters of a seed, on one base."""
+    import peft
+
+    model = net(0)
+    torch.manual_seed(seed + 7)
+    return peft.get_peft_model(model, peft.LoraConfig(**{"target_modules": ["0", "1"], "r": 2, **options}))
+
+
+ADAPTERS: list[dict[str, Any]] = [{}, {"use_dora": True}, {"modules_to_save": ["1"], "target_modules": ["0"]}]
+
+
+def lora_in_shards(rank: int, directory: Path) -> list[dict[str, torch.Tensor]]:
+    expected = []
+    for number, options in enumerate(ADAPTERS):
+        model = fully_shard(lora(0, **options), mesh=init_device_mesh("cpu", (2,)))
+        optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=0.125)
+        step(model, optimizer)
+        save(TrainState(model, optimizer, trainable_only=True), directory / str(number))
+        expected.append({name: value.full_tensor() for name, value in model.state_dict().items()})
+    return expected
+
+
+def test_peft_adapters_alone_in_another_layout(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    all_expected = run_ranks(lora_in_shards, 2, tmp_path, tmp_path)[0]
+    for number, (options, expected) in enumerate(zip(ADAPTERS, all_expected, strict=True)):
+        target = lora(1, **options)
+        optimizer = torch.optim.AdamW([each for each in target.parameters() if each.requires_grad])
+        report = load(TrainState(target, optimizer, trainable_only=True), tmp_path / str(number))
+        assert report.base is not None
+        assert report.base.endswith("frozen tensors are those of the save")
+        assert same_model(target, expected)
+        target.base_model.model[0].base_layer.bias.data += 1
+        with pytest.raises(StateMismatchError, match="another base"):
+            load(TrainState(target, trainable_only=True), tmp_path / str(number), only=("model",))
 
 
 OPTIMIZERS = [

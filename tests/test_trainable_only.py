@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,33 @@ def test_a_second_save_of_the_same_process_has_the_fingerprints_of_its_own_base(
     plain = TrainState(adapted(1), trainable_only=True).state_dict()
     save(plain, tmp_path / "third")
     assert not inspect(tmp_path / "third").manifest.fingerprints
+
+
+CHANGES: dict[str, Callable[[torch.Tensor], object]] = {
+    "through data": lambda weight: weight.data[0, 0].add_(1),
+    "through a view of numpy's": lambda weight: weight.detach().numpy().__setitem__((0, 0), 9.0),
+    "another memory": lambda weight: setattr(weight, "data", weight.detach() + 1),
+    "the same bytes in another dtype": lambda weight: setattr(weight, "data", weight.detach().view(torch.int32)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_base_that_changes_between_two_saves_of_one_state_is_seen(tmp_path: Path, change: str) -> None:
+    """No version counter tells of most of these."""
+    model = adapted(0)
+    state = TrainState(model, trainable_only=True)
+    save(state, tmp_path / "first")
+    first = inspect(tmp_path / "first").manifest.fingerprints
+    save(state, tmp_path / "again")
+    assert inspect(tmp_path / "again").manifest.fingerprints == first
+    CHANGES[change](model.get_parameter("layers.0.base.weight"))
+    save(state, tmp_path / "second")
+    second = inspect(tmp_path / "second").manifest.fingerprints
+    assert {name for name in first if first[name] != second[name]} == {"model.layers.0.base.weight"}
+    save(TrainState(model, trainable_only=True), tmp_path / "fresh")
+    assert inspect(tmp_path / "fresh").manifest.fingerprints == second
+    with pytest.raises(StateMismatchError, match=r"another base: the frozen model\.layers\.0\.base\.weight"):
+        load(state, tmp_path / "first")
 
 
 def test_a_base_without_fingerprints_is_told(tmp_path: Path) -> None:

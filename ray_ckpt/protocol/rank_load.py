@@ -32,7 +32,6 @@ import torch
 from torch.distributed.checkpoint.stateful import Stateful
 
 from ray_ckpt.errors import CheckpointError, FormatError, StateMismatchError
-from ray_ckpt.format.fingerprinting import fingerprint
 from ray_ckpt.format.manifest import itemsize
 from ray_ckpt.format.torch_internals import local_tensor
 from ray_ckpt.format.translate import HYPERPARAMETERS
@@ -215,7 +214,8 @@ class RankLoad:
         saved = self._source.manifest.fingerprints
         held = {name: tensor for name, tensor in state.frozen().items() if self._saved.wants(name)}
         known = {name: saved.get(self._saved.name_of(name)) for name in held}
-        return {name: (fingerprint(held[name]) if digest else None, digest) for name, digest in known.items()}
+        found = state.frozen_fingerprints({name: held[name] for name, digest in known.items() if digest})
+        return {name: (found.get(name), digest) for name, digest in known.items()}
 
     def prepare(self, verdict: LoadOffer) -> None:
         """Give the objects that may refuse what was saved their state; no other tensor is read yet.

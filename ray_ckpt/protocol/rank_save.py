@@ -15,7 +15,6 @@ import torch
 from torch.distributed.checkpoint.stateful import Stateful
 
 from ray_ckpt.errors import StorageError, UsageError
-from ray_ckpt.format.fingerprinting import fingerprint
 from ray_ckpt.format.manifest import ObjectEntry
 from ray_ckpt.format.memory import fault
 from ray_ckpt.format.torch_container import parse_dtype
@@ -121,7 +120,7 @@ class RankSave:
             plan = memory.plan(selected, known, lambda: self._options.saved_names(buffers_of(state)))
             if isinstance(state, TrainState) and state.trainable_only:
                 frozen = {name: tensor for name, tensor in state.frozen().items() if self._options.takes(name)}
-                plan = replace(plan, frozen={name: fingerprint(tensor) for name, tensor in frozen.items()})
+                plan = replace(plan, frozen=state.frozen_fingerprints(frozen))
             # If the plan is equal, the same items as before, so that comparing them next time costs nothing.
             self._holdings = Holdings(memory.items or (), holdings.values)
             return plan

@@ -25,10 +25,12 @@ from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 
 from ray_ckpt.errors import StateMismatchError, UsageError
+from ray_ckpt.format.fingerprint import Fingerprint
 from ray_ckpt.format.fingerprinting import fingerprint
 from ray_ckpt.format.snapshot import Snapshot
 from ray_ckpt.format.translate import HYPERPARAMETERS
 from ray_ckpt.state import handing_over, subclasses
+from ray_ckpt.state.known_fingerprints import KnownFingerprints
 from ray_ckpt.state.load_plan import Claim, LoadPlan, SavedState, Spec, StatePart
 from ray_ckpt.state.named_model import NamedModel
 from ray_ckpt.state.named_optimizers import NamedOptimizers
@@ -84,7 +86,8 @@ class TrainState:
         trainable_only: save and load only what training changes: parameters with `requires_grad`, the optimizers' state
             of them, all buffers and extra state. For adapters (LoRA): the frozen parameters are loaded before, by
             other means. Their fingerprints are saved, and a load beside another base is refused by name. That reads
-            all frozen elements once per save and load, but none from or to the storage. (DCP's own verbs do not.)
+            all frozen elements once per save and load, but none from or to the storage; the same object computes the
+            fingerprint of one again only where its bytes have changed. (DCP's own verbs do not.)
         layout: name of the layout in which this rank runs, for the manifest. The states that each rank has of its own
             (`rng`, `dataloader`) are restored only in a layout of the same name and number of ranks; see `dataloader`.
     """
@@ -111,6 +114,7 @@ class TrainState:
         self.step = step
         self.layout = None if layout is None else str(layout)
         self.trainable_only = trainable_only
+        self._known_fingerprints = KnownFingerprints()
         named = self._model = NamedModel(self.models, tied, trainable="itself" if trainable_only else None)
         self._optim = NamedOptimizers(self.optimizers, named)
         # In the order in which they are loaded: an optimizer's state takes after the parameters, schedulers follow its
@@ -233,6 +237,10 @@ class TrainState:
         section = self._model.section
         leaves = subclasses.apart(self._model.frozen(), section)
         return {f"{section}.{name}": value for name, value in leaves.items() if isinstance(value, torch.Tensor)}
+
+    def frozen_fingerprints(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Fingerprint]:
+        """Flat name -> fingerprint of what this rank holds of a tensor of `frozen`."""
+        return {name: self._known_fingerprints.of(name, tensor) for name, tensor in tensors.items()}
 
     def snapshot(self, rank: int) -> Snapshot:
         """Fingerprints of all tensors that this rank holds, and the values of everything else, by flat name.
