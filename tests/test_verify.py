@@ -18,9 +18,12 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import ray_ckpt
 from ray_ckpt.errors import CheckpointError, CheckpointNotFoundError, FormatError, StorageError
+from ray_ckpt.format import canonical
 from ray_ckpt.format.manifest import MANIFEST_NAME, Manifest
-from ray_ckpt.report import VerifyReport
+from ray_ckpt.report import NonFinite, VerifyReport
 from ray_ckpt.storage.files import Storage
+from ray_ckpt.storage.placed import STRETCH_BYTES
+from ray_ckpt.storage.places import Counting, Places
 from ray_ckpt.storage.store import CheckpointStore
 from ray_ckpt.storage.stretches import PIECE_BYTES
 from tests.support import faulty, hostile
@@ -284,6 +287,64 @@ def test_ranks_share_the_files_and_all_get_the_whole_report(tmp_path: Path) -> N
     assert {damage.file for damage in bad.damages} == {path.name for path in (tmp_path / "run").glob("*.distcp")}
     assert bad.damaged == ("w",)
     assert re.match(r"verify failed on rank 1: StorageError: cannot read .*SLOW_DOWN", error)
+
+
+def scan_together(rank: int, directory: str) -> VerifyReport:
+    """Rows of which the first rank has more than the last."""
+    whole = torch.arange(70.0).reshape(7, 10)
+    whole[2, 9], whole[5, 0] = float("nan"), float("inf")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    ray_ckpt.save({"w": distribute_tensor(whole, mesh, [Shard(0)])}, directory)
+    return ray_ckpt.verify(directory, scan_nan=True)
+
+
+def test_nan_is_found_in_every_chunk_of_a_tensor(tmp_path: Path) -> None:
+    """Chunks that begin at the same byte of their files, and differ in length."""
+    for report in run_ranks(scan_together, 3, tmp_path, str(tmp_path / "run")):
+        assert report.verified
+        assert report.nonfinite == {"w": NonFinite(1, 1)}
+
+
+@pytest.mark.parametrize("cut_bytes", [0, 700, 3000])
+def test_tensors_in_columns_are_read_as_entries_are(run: Path, cut_bytes: int) -> None:
+    """All bytes of a file, once, with the same checksums; also of a file that is too short."""
+    text = (run / MANIFEST_NAME).read_bytes()
+    for path in run.glob("*.distcp"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size - cut_bytes])
+    found = []
+    for large_bytes in (0, canonical.LARGE_BYTES):
+        parts = canonical.read(text, large_bytes)
+        assert parts is not None
+        manifest = Manifest(parts["tensors"], parts["objects"], parts["files"], parts["attempt"])
+        places = Places(manifest, Storage(str(run)).sizes(manifest.files), Counting(is_asked=True))
+        pieces = [piece for file in manifest.files for piece in places.pieces(file)]
+        spans = [list(places.stretch(piece).spans) for piece in pieces]
+        assert sum(piece.num_bytes for piece in pieces) == sum(s.end - s.start for of_piece in spans for s in of_piece)
+        found.append((pieces, spans, [list(places.spans(file)) for file in manifest.files]))
+    assert found[0] == found[1]
+    assert len(found[0][1][0]) > 10 - cut_bytes // 500
+
+
+def test_a_long_tensor_is_cut_between_its_blocks(tmp_path: Path) -> None:
+    long = torch.arange(20 << 20, dtype=torch.int32)
+    ray_ckpt.save({"a": torch.ones(10), "long": long, "z": torch.ones(9)}, tmp_path)
+    manifest = manifest_of(tmp_path)
+    places = Places(manifest, manifest.files, Counting(is_asked=False))
+    [file] = manifest.files
+    pieces = list(places.pieces(file))
+    assert [piece.end for piece in pieces[:-1]] == [piece.start for piece in pieces[1:]]
+    assert (pieces[0].start, pieces[-1].end) == (0, manifest.files[file])
+    assert all(piece.num_bytes <= STRETCH_BYTES for piece in pieces)
+    read = [span for piece in pieces for span in places.stretch(piece).spans]
+    assert [span.end for span in read[:-1]] == [span.start for span in read[1:]]
+    [chunk] = manifest.tensors["long"].chunks
+    elements = [span.sums for span in read if span.names == ("long",) and span.what == "elements"]
+    assert len(elements) > 2
+    assert b"".join(sums.sums for sums in elements if sums) == (chunk.checksums and chunk.checksums.sums)
+    flip(tmp_path / file, 70 << 20)
+    [damage] = ray_ckpt.verify(tmp_path).damages
+    assert damage.name == "long"
+    assert damage.start <= 70 << 20 < damage.end <= damage.start + (1 << 20)
 
 
 def test_on_s3_everything_is_read_once(tmp_path: Path) -> None:

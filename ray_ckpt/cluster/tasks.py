@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,7 +49,7 @@ def run_tasks(
 
     Args:
         fn: a top-level function, or its name as `"package.module:function"`, which takes and returns plain data.
-        args_of: number of the task -> arguments.
+        args_of: number of the task -> arguments, which are asked for when the task is submitted.
         timeout_s: time limit of all tasks together.
         cpus: number of CPUs that each task asks for.
         on_done: called in this process with the number and value of each task that has succeeded.
@@ -63,7 +64,7 @@ def run_tasks(
         GroupTimeoutError: the time limit was reached; names the unfinished tasks. Running ones are canceled.
     """
     counts = _Counts(meter) if meter is not None and meter.is_heard else None
-    run = _Run(fn, dict(args_of), cpus, on_done, counts)
+    run = _Run(fn, args_of, cpus, on_done, counts, deque(args_of))
     try:
         run.to_the_end(time.monotonic() + timeout_s)
     finally:
@@ -80,10 +81,12 @@ def run_tasks(
 @dataclass
 class _Run:
     fn: Callable[..., Any] | str
-    waiting: dict[int, tuple[Any, ...]]
+    args_of: Mapping[int, tuple[Any, ...]]
     cpus: float
     on_done: Callable[[int, Any], None]
     counts: _Counts | None
+    waiting: deque[int]
+    """Numbers of the tasks that are not with Ray yet."""
     running: dict[Any, int] = field(default_factory=dict)
     values: dict[int, Any] = field(default_factory=dict)
     failures: dict[int, RankFailure] = field(default_factory=dict)
@@ -92,8 +95,8 @@ class _Run:
         """Until all have ended, or the deadline; after a failure that is near."""
         while (self.waiting and not self.failures) or self.running:
             while self.waiting and not self.failures and len(self.running) < SUBMITTED_AT_ONCE:
-                number = next(iter(self.waiting))
-                self.running[self._start(number, self.waiting.pop(number))] = number
+                number = self.waiting.popleft()
+                self.running[self._start(number, self.args_of[number])] = number
             left = deadline - time.monotonic()
             if left <= 0:
                 return

@@ -7,9 +7,10 @@ verify_by_tasks(target)   the driver reads the record and says what there is to 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -24,8 +25,10 @@ from ray_ckpt.rounding import ceil_div
 from ray_ckpt.storage.resolve import Target, committed_at
 
 if TYPE_CHECKING:
-    from ray_ckpt.storage.audit import Work
+    from ray_ckpt.storage.archives import Archive
+    from ray_ckpt.storage.audit import Audit, Work
     from ray_ckpt.storage.files import Storage
+    from ray_ckpt.storage.placed import Stretch
     from ray_ckpt.storage.stretches import Checked
 
 TASKS_PER_CPU = 4
@@ -122,6 +125,7 @@ def verify_by_tasks(
     """
     from ray_ckpt.storage.audit import Audit  # it loads torch
     from ray_ckpt.storage.ranged_reads import tuning_for
+    from ray_ckpt.storage.stretches import Checked
 
     found = committed_at(target, step)
     audit = Audit(found.storage, scan_nan=scan_nan, trusted=trusted)
@@ -132,16 +136,40 @@ def verify_by_tasks(
         meter.expect(total)
         threads = LOCAL_THREADS if audit.files.is_local else tuning_for(audit.files).threads
 
-        whole = audit.check_records()
-        args_of = {number: (audit.files, share, threads) for number, share in enumerate(shares)}
-        run_tasks(
-            check_share, args_of, timeout_s=timeout_s, on_done=lambda number, checked: whole.add(checked), meter=meter
-        )
+        whole = Checked()
+        args_of = _Arguments(audit, shares, threads)
+        with ThreadPoolExecutor(1, thread_name_prefix="ray_ckpt-records") as pool:
+            records = pool.submit(audit.check_records)
+            run_tasks(
+                check_share,
+                args_of,
+                timeout_s=timeout_s,
+                on_done=lambda number, checked: whole.add(checked),
+                meter=meter,
+            )
+            whole.add(records.result())
     meter.end()
     return replace(audit.report(whole, total), step=found.step)
 
 
-def check_share(files: Storage, parts: Sequence[Work], threads: int, meter: Meter = NOBODY) -> Checked:
+class _Arguments(Mapping[int, tuple[Any, ...]]):
+    """Number of a task -> arguments of `check_share`, which are made when they are asked for, and not kept."""
+
+    def __init__(self, audit: Audit, shares: Sequence[Sequence[Work]], threads: int) -> None:
+        self._audit, self._shares, self._threads = audit, shares, threads
+
+    def __getitem__(self, number: int) -> tuple[Any, ...]:
+        parts = [self._audit.described(work) for work in self._shares[number]]
+        return self._audit.files, parts, self._threads
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(len(self._shares)))
+
+    def __len__(self) -> int:
+        return len(self._shares)
+
+
+def check_share(files: Storage, parts: Sequence[Stretch | Archive], threads: int, meter: Meter = NOBODY) -> Checked:
     """What a task does.
 
     Raises:

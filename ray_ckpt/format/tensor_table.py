@@ -196,7 +196,7 @@ class TensorTable(Mapping[str, TensorEntry]):
     def __init__(self, reading: _Reading) -> None:
         import numpy as np
 
-        self._index = reading.index
+        self._index, self._names = reading.index, list(reading.index)
         self._specs, self._spec_of = reading.specs, reading.spec_of
         self._cuts, self._odd_paths = reading.cuts, reading.odd_paths
         self._files, self._sums = reading.files, bytes(reading.sums)
@@ -208,6 +208,8 @@ class TensorTable(Mapping[str, TensorEntry]):
         self._first = np.concatenate([[0], np.cumsum(np.array(reading.counts, np.int64))])
         """Number of each tensor's first chunk; those of a tensor follow each other."""
         self._box_at = np.concatenate([[0], np.cumsum(2 * self._num_dims)])
+        self._by_file: dict[str, Column] | None = None
+        """File -> numbers of its chunks, by position, once somebody has asked."""
         self._sums_at = np.concatenate([[0], np.cumsum(found["num_sums"])])
 
     def __len__(self) -> int:
@@ -244,6 +246,25 @@ class TensorTable(Mapping[str, TensorEntry]):
             self._data_start.item(number),
             BlockSums(self._block_bytes.item(number), self._sums[begin:end]),
         )
+
+    # ------------------------------------------------------------------------------------------------- by file
+
+    def places(self, file: str) -> Iterator[tuple[int, int, int]]:
+        """The first byte, the end and the number of each chunk whose container is in a file, by position."""
+        if self._by_file is None:
+            import numpy as np
+
+            order = np.lexsort((self._start, self._file))
+            ends = np.cumsum(np.bincount(self._file, minlength=len(self._files)))
+            self._by_file = dict(zip(self._files, np.split(order, ends[:-1]), strict=True)) if self._files else {}
+        chunks = self._by_file.get(file, self._file[:0])
+        starts = self._start[chunks]
+        return zip(starts.tolist(), (starts + self._length[chunks]).tolist(), chunks.tolist(), strict=True)
+
+    def chunk(self, number: int) -> tuple[str, str, Chunk]:
+        """Name and dtype of a chunk's tensor, and the chunk."""
+        tensor = self._first.searchsorted(number, "right").item() - 1
+        return self._names[tensor], self._specs[self._spec_of[tensor]][0], self._chunk(number)
 
     # ------------------------------------------------------------------------------------------------- checks
 

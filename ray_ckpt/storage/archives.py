@@ -25,8 +25,10 @@ from ray_ckpt.report import Damage
 from ray_ckpt.storage.chunk_sources import SavedChunk, locate
 from ray_ckpt.storage.files import InputFile, Storage
 from ray_ckpt.storage.nonfinite import Tally, count_apart
+from ray_ckpt.storage.placed import Elements
+from ray_ckpt.storage.places import Counting
 from ray_ckpt.storage.ranged_reads import tuning_for
-from ray_ckpt.storage.stretches import Checked, Elements, overlap
+from ray_ckpt.storage.stretches import Checked, overlap
 
 __all__ = ["Archive", "archives", "check_archive"]
 
@@ -57,14 +59,12 @@ class Archive:
         return self.end - self.start
 
 
-def archives(
-    storage: Storage, manifest: Manifest, sizes: Mapping[str, int], countable: Mapping[str, Sequence[Elements]]
-) -> list[Archive]:
+def archives(storage: Storage, manifest: Manifest, sizes: Mapping[str, int], counting: Counting) -> list[Archive]:
     """The archives in the files of another program's checkpoint, as far as these files reach.
 
     Args:
         sizes: bytes of the files that are there.
-        countable: tensor -> what of it is counted where it lies; nothing for those whose containers tell where.
+        counting: whose NaN and Inf are counted.
     """
     found: dict[tuple[str, int, int], Archive] = {}
     files: dict[str, dict[int, tuple[str, ...]]] = {file: {} for file in manifest.files}
@@ -74,8 +74,8 @@ def archives(
             if chunk.data_start is not None:
                 places = files[chunk.file]
                 places[chunk.start] = (*places.get(chunk.start, ()), name)
-                counted = [e for e in countable.get(name, ()) if e.start == chunk.data_start]
-                elements[chunk.file, chunk.start] += counted[:1]
+                if counted := counting.elements(name, tensor.dtype, chunk):
+                    elements[chunk.file, chunk.start].append(counted)
             elif not chunk.transforms:
                 key = (chunk.file, chunk.start, chunk.start + chunk.length)
                 found[key] = Archive(
@@ -83,7 +83,7 @@ def archives(
                     (name,),
                     {},
                     SavedChunk(name, parse_dtype(tensor.dtype), chunk),
-                    counted=name in countable and bool(chunk.box.num_elements),
+                    counted=counting.of_dtype(tensor.dtype) and bool(chunk.box.num_elements),
                 )
     for name, entry in manifest.objects.items():
         key = (entry.file, entry.start, entry.start + entry.length)

@@ -16,31 +16,27 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import xxhash
 
-from ray_ckpt.errors import CheckpointError, CheckpointNotFoundError, FormatError, StorageError
-from ray_ckpt.format import dcp_metadata, ranges, values
-from ray_ckpt.format.block_sums import BlockSums
-from ray_ckpt.format.manifest import MANIFEST_NAME, Chunk, Manifest, itemsize
+from ray_ckpt.errors import CheckpointError, CheckpointNotFoundError, StorageError
+from ray_ckpt.format import dcp_metadata, values
+from ray_ckpt.format.manifest import MANIFEST_NAME, Manifest
 from ray_ckpt.format.record import digest
-from ray_ckpt.format.torch_container import container, parse_dtype
 from ray_ckpt.format.torch_internals import ExtensionRegistry
 from ray_ckpt.progress import NOBODY, Meter
 from ray_ckpt.report import Damage, VerifyReport
 from ray_ckpt.storage.archives import Archive, archives
 from ray_ckpt.storage.checkpoint_reader import CheckpointReader
 from ray_ckpt.storage.files import Storage
-from ray_ckpt.storage.nonfinite import count_apart, may_be_odd
+from ray_ckpt.storage.nonfinite import count_apart
 from ray_ckpt.storage.objects import Decoder, fetch_containers
+from ray_ckpt.storage.placed import ELEMENTS, Stretch
+from ray_ckpt.storage.places import OVERLAP, Counting, Piece, Places
 from ray_ckpt.storage.publish import STOCK_RECORD_NAME
 from ray_ckpt.storage.ranged_reads import tuning_for
-from ray_ckpt.storage.stretches import Checked, Elements, Span, Stretch, check_parts, damages_of
-
-STRETCH_BYTES = 32 << 20
-"""Size of the piece of work that a thread takes at a time, apart from an entry at its end."""
+from ray_ckpt.storage.stretches import Checked, check_parts, damages_of
 
 _NO_DIGEST = (
     f"{MANIFEST_NAME} has no digest of itself, as those of format version 1: its names and values were compared with "
@@ -49,15 +45,8 @@ _NO_DIGEST = (
 
 _CRC_ALONE = "what its zip archives hold was compared with the CRC-32 there, where the writer left one"
 
-_MAX_PADDING_BYTES = 1 << 20
-
-_ELEMENTS, _CONTAINER, _PADDING = "elements", "container around the elements", "padding between entries"
-
-
-Work = Stretch | Archive
+Work = Piece | Archive
 """A piece of work."""
-
-P = TypeVar("P", Span, Archive)
 
 
 def verify_share(
@@ -85,7 +74,7 @@ def verify_share(
     mine = audit.work[rank::num_ranks]
     num_bytes = sum(part.num_bytes for part in mine)
     meter.expect(num_bytes)
-    checked = check_parts(audit.files, mine, tuning_for(audit.files).threads, meter)
+    checked = check_parts(audit.files, map(audit.described, mine), tuning_for(audit.files).threads, meter)
     if rank == 0:
         checked.add(audit.check_records())
     meter.end()
@@ -95,7 +84,7 @@ def verify_share(
 class Audit:
     """The check of whatever checkpoint is there: what there is to read, and the report of what was found.
 
-    Holds a few records per entry of the manifest.
+    Holds a few words per piece of work, and of what lies in them no more than is read at the time.
 
     Args:
         scan_nan: count NaN and Inf as well.
@@ -114,14 +103,18 @@ class Audit:
         """Where the files are that the work is in."""
         self._sizes = self.files.sizes(manifest.files)
         self._scan_nan = scan_nan
-        countable, self._apart = _countable(manifest) if scan_nan else ({}, [])
-        self._parts = _parts(manifest, countable)
-        zipped = [] if manifest.attempt else archives(self.files, manifest, self._sizes, countable)
-        self.work, self._overlaps = _share_out(self._parts, zipped, self._sizes)
+        self._counting = counting = Counting(is_asked=scan_nan)
+        self._places = Places(manifest, self._sizes, counting)
+        zipped = [] if manifest.attempt else archives(self.files, manifest, self._sizes, counting)
+        self.work, self._overlaps = _share_out(self._places, sorted(manifest.files), zipped)
         """Pieces in which no byte is read twice."""
         self._notes = (
             *(() if manifest.has_digest else (_NO_DIGEST,)), *((_CRC_ALONE,) if zipped else ()), *reader.notes,
         )  # fmt: skip
+
+    def described(self, work: Work) -> Stretch | Archive:
+        """A piece of work with all that is known of its bytes, as `check_parts` takes it."""
+        return self._places.stretch(work) if isinstance(work, Piece) else work
 
     def check_records(self) -> Checked:
         """Everything that is not in a piece of work.
@@ -131,14 +124,25 @@ class Audit:
         """
         manifest, sizes = self._manifest, self._sizes
         checked = Checked(list(self._overlaps))
-        for file, of_file in self._parts.items():
-            checked.damages += _misfits(manifest, file, of_file, sizes.get(file))
+        for file in sorted(manifest.files):
+            checked.damages += self._misfits(file, sizes.get(file))
         if manifest.attempt:
             checked.damages += _misquoted(self.files, manifest, sizes)
             checked.damages += _stock_record(self.files, manifest)
-        for name, chunk in self._apart:
+        for name, chunk in self._counting.apart(manifest):
             count_apart(self.files, name, manifest.tensors[name].dtype, chunk, checked)
         return checked
+
+    def _misfits(self, file: str, num_bytes: int | None) -> Iterator[Damage]:
+        """A file that is missing, too short or too long, and what is lost with it."""
+        saved = self._manifest.files[file]
+        if num_bytes == saved or (num_bytes is not None and num_bytes > saved and not self._manifest.attempt):
+            return
+        problem = "the file is missing" if num_bytes is None else f"the file has {num_bytes} bytes, saved with {saved}"
+        yield Damage(file, 0, saved, "", problem)
+        for span in self._places.spans(file):
+            if span.end > (num_bytes or 0) and span.names and span.what == ELEMENTS:
+                yield from damages_of(file, span, span.start, span.end, problem)
 
     def report(self, checked: Checked, num_bytes: int) -> VerifyReport:
         """The report of this, in which `num_bytes` bytes were read.
@@ -150,7 +154,6 @@ class Audit:
         if checked.damages and manifest.attempt and not self.files.exists(MANIFEST_NAME):
             raise CheckpointNotFoundError(f"{self._address} was deleted while it was verified")
         uncounted = [f"{name} could not be scanned for NaN: {why}" for name, why in checked.uncounted.items()]
-        unchecked = {name for of_file in self._parts.values() for p in of_file if p.sums is None for name in p.names}
         return VerifyReport(
             uri=self._address,
             num_files=len(manifest.files),
@@ -159,7 +162,7 @@ class Audit:
             total_bytes=num_bytes,
             seconds=time.monotonic() - self._started,
             damages=tuple(sorted(set(checked.damages))),
-            unchecked=tuple(sorted(unchecked)),
+            unchecked=tuple(sorted(self._places.unchecked())),
             notes=(*self._notes, *uncounted),
             nonfinite=dict(sorted(checked.nonfinite.items())) if self._scan_nan else None,
         )
@@ -168,169 +171,33 @@ class Audit:
 # ------------------------------------------------------------------------------------------- what there is to read
 
 
-def _countable(manifest: Manifest) -> tuple[dict[str, list[Elements]], list[tuple[str, Chunk]]]:
-    """Tensor -> what of it can be counted where it lies, for tensors that may hold NaN or Inf; and chunks to be read
-    apart, as their bytes are encoded or hold other elements in between."""
-    found: dict[str, list[Elements]] = {}
-    apart: list[tuple[str, Chunk]] = []
-    odd = {dtype for dtype in {tensor.dtype for tensor in manifest.tensors.values()} if may_be_odd(dtype)}
-    for name, tensor in manifest.tensors.items():
-        if tensor.dtype not in odd:
-            continue
-        found[name] = []
-        for chunk in tensor.chunks:
-            strides = chunk.strides
-            is_dense = strides is None or ranges.span(chunk.box.sizes, strides) == chunk.box.num_elements
-            if chunk.transforms or not is_dense:
-                apart.append((name, chunk))
-            elif chunk.data_start is not None and chunk.box.num_elements:
-                end = chunk.data_start + chunk.box.num_elements * itemsize(tensor.dtype)
-                found[name].append(Elements(name, tensor.dtype, chunk.data_start, end))
-    return found, apart
-
-
-def _parts(manifest: Manifest, countable: Mapping[str, Sequence[Elements]]) -> dict[str, list[Span]]:
-    """File -> what is in it, by position, without a gap."""
-    parts: dict[str, list[Span]] = {file: [] for file in sorted(manifest.files)}
-    for name, tensor in manifest.tensors.items():
-        elements = {part.start: part for part in countable.get(name, ())}
-        for chunk in tensor.chunks:
-            counted = None if chunk.data_start is None else elements.get(chunk.data_start)
-            parts[chunk.file] += _tensor_parts(name, tensor.dtype, chunk, counted)
-    shared: dict[tuple[str, int, int, int | None], list[str]] = {}
-    for name, entry in manifest.objects.items():
-        shared.setdefault((entry.file, entry.start, entry.length, entry.checksum), []).append(name)
-    for (file, start, length, checksum), names in shared.items():
-        sums = None if checksum is None else BlockSums(max(1, length), checksum.to_bytes(8, "little"))
-        parts[file].append(Span(start, start + length, tuple(names), _ELEMENTS, sums))
-    return {
-        file: list(_without_gaps(sorted(of_file, key=_position), manifest.files[file], is_ours=bool(manifest.attempt)))
-        for file, of_file in parts.items()
-    }
-
-
-def _tensor_parts(name: str, dtype: str, chunk: Chunk, counted: Elements | None) -> Iterator[Span]:
-    end = chunk.start + chunk.length
-    sums, data_start = chunk.checksums, chunk.data_start
-    if sums is None or data_start is None:
-        yield Span(chunk.start, end, (name,), _ELEMENTS, None, counted)
-        return
-    data_end = data_start + chunk.box.num_elements * itemsize(dtype)
-    head, tail = _framing(dtype, chunk)
-    yield Span(chunk.start, data_start, (name,) if head else (), _CONTAINER, head)
-    num_blocks = max(1, STRETCH_BYTES // sums.block_bytes)
-    for first in range(0, len(sums), num_blocks):
-        start = data_start + first * sums.block_bytes
-        some = BlockSums(sums.block_bytes, sums.sums[8 * first : 8 * (first + num_blocks)])
-        until = min(start + len(some) * sums.block_bytes, data_end)
-        yield Span(start, until, (name,), _ELEMENTS, some, counted)
-    yield Span(data_end, end, (name,) if tail else (), _CONTAINER, tail)
-
-
-def _framing(dtype: str, chunk: Chunk) -> tuple[BlockSums | None, BlockSums | None]:
-    """What stands before and after the elements, which follows from dtype and shape alone."""
-    try:
-        wrapping = container(parse_dtype(dtype), chunk.box.sizes)
-    except FormatError:  # a dtype of a later torch
-        return None, None
-    if (len(wrapping.head), wrapping.length) != ((chunk.data_start or 0) - chunk.start, chunk.length):
-        return None, None
-    return _sums_of(wrapping.head), _sums_of(wrapping.tail)
-
-
-def _without_gaps(parts: Sequence[Span], num_bytes: int, *, is_ours: bool) -> Iterator[Span]:
-    at = 0
-    for part in parts:
-        if part.start > at:
-            yield _padding(at, part.start, is_ours=is_ours)
-        yield part
-        at = max(at, part.end)
-    if at < num_bytes:
-        yield _padding(at, num_bytes, is_ours=is_ours)
-
-
-def _padding(start: int, end: int, *, is_ours: bool) -> Span:
-    """Zeros, where ray_ckpt wrote the file. It never leaves long gaps: who claims one may claim any length."""
-    is_known = is_ours and end - start <= _MAX_PADDING_BYTES
-    return Span(start, end, (), _PADDING, _sums_of(bytes(end - start)) if is_known else None)
-
-
-def _sums_of(data: bytes) -> BlockSums:
-    return BlockSums(max(1, len(data)), xxhash.xxh3_64_intdigest(data).to_bytes(8, "little"))
-
-
-def _share_out(
-    parts: Mapping[str, Sequence[Span]], zipped: Sequence[Archive], sizes: Mapping[str, int]
-) -> tuple[list[Stretch | Archive], list[Damage]]:
+def _share_out(places: Places, files: Iterable[str], zipped: Sequence[Archive]) -> tuple[list[Work], list[Damage]]:
     """Pieces of work, in which no byte is read twice; and what lies over something else, of which no save is guilty.
 
     Args:
         zipped: archives, whose files are read by them alone.
-        sizes: bytes of the files that are there.
     """
     of_file: dict[str, list[Archive]] = {}
     for archive in zipped:
         of_file.setdefault(archive.file, []).append(archive)
-    work: list[Stretch | Archive] = []
+    work: list[Work] = []
     damages: list[Damage] = []
-    for file, spans in parts.items():
+    for file in files:
         if file not in of_file:
-            kept, over = _apart(file, spans)
-            work += _stretches(file, kept, sizes.get(file, 0))
-            damages += over
+            work += places.pieces(file)
+            damages += places.overlaps(file)
     for file, archives_there in of_file.items():
-        whole, over = _apart(file, archives_there)
-        work += whole
-        damages += over
+        at = 0
+        for archive in sorted(archives_there, key=lambda archive: (archive.start, archive.end)):
+            if archive.start < min(at, archive.end):
+                damages += [Damage(file, archive.start, archive.end, name, OVERLAP) for name in archive.names or ("",)]
+            else:
+                work.append(archive)
+                at = max(at, archive.end)
     return work, damages
 
 
-def _apart(file: str, parts: Sequence[P]) -> tuple[list[P], list[Damage]]:
-    """The parts of a file by position, without those that lie over one before them; these are damaged."""
-    kept: list[P] = []
-    damages: list[Damage] = []
-    at = 0
-    for part in sorted(parts, key=_position):
-        if part.start < min(at, part.end):
-            problem = "lies over what is before it in the file"
-            damages += [Damage(file, part.start, part.end, name, problem) for name in part.names or ("",)]
-        else:
-            kept.append(part)
-            at = max(at, part.end)
-    return kept, damages
-
-
-def _stretches(file: str, parts: Sequence[Span], num_bytes: int) -> Iterator[Stretch]:
-    """The parts that lie within the file as it is."""
-    taken: list[Span] = []
-    for part in parts:
-        if part.end > num_bytes or part.start == part.end:
-            continue
-        if taken and (part.start != taken[-1].end or part.end - taken[0].start > STRETCH_BYTES):
-            yield Stretch(file, taken)
-            taken = []
-        taken.append(part)
-    if taken:
-        yield Stretch(file, taken)
-
-
-def _position(part: Span | Archive) -> tuple[int, int]:
-    return part.start, part.end
-
-
 # ------------------------------------------------------------------------------------- what a listing and records say
-
-
-def _misfits(manifest: Manifest, file: str, parts: Sequence[Span], num_bytes: int | None) -> Iterator[Damage]:
-    """A file that is missing, too short or too long, and what is lost with it."""
-    saved = manifest.files[file]
-    if num_bytes == saved or (num_bytes is not None and num_bytes > saved and not manifest.attempt):
-        return
-    problem = "the file is missing" if num_bytes is None else f"the file has {num_bytes} bytes, saved with {saved}"
-    yield Damage(file, 0, saved, "", problem)
-    for part in parts:
-        if part.end > (num_bytes or 0) and part.names and part.what == _ELEMENTS:
-            yield from damages_of(file, part, part.start, part.end, problem)
 
 
 def _misquoted(storage: Storage, manifest: Manifest, sizes: Mapping[str, int]) -> Iterator[Damage]:
