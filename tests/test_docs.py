@@ -55,3 +55,11 @@ def test_the_format_document_has_every_field_of_a_manifest(tmp_path: Path) -> No
 def test_the_format_document_is_of_this_version() -> None:
     text = (REPOSITORY / "docs" / "format.md").read_text()
     assert [int(number) for number in re.findall(r"^\| (\d+) \|", text, re.MULTILINE)] == list(range(1, VERSION + 1))
+
+
+def test_the_readme_names_the_floor_of_ray() -> None:
+    project = (REPOSITORY / "pyproject.toml").read_text()
+    floors = set(re.findall(r"\"ray\[\w+\]>=([\d.]+)\"", project))
+    assert set(re.findall(r"needs Ray ([\d.]+)\s+or", (REPOSITORY / "README.md").read_text())) == floors
+    [floor] = floors
+    assert tuple(map(int, floor.split("."))) >= (2, 54), "CVE-2026-27482 is in all before it"
