@@ -338,8 +338,12 @@ def _read_while_it_is_deleted(store, read):
 def test_a_reader_of_a_deleted_step_is_told_so(store, read):
     for step in (1, 2):
         save(store, step)
-    with pytest.raises(CheckpointNotFoundError, match=r"step 2 .* was deleted while it was read"):
+    if store.address.startswith("ram://"):  # it stays whole
         _read_while_it_is_deleted(store, read)
+    else:
+        with pytest.raises(CheckpointNotFoundError, match=r"step 2 .* was deleted while it was read"):
+            _read_while_it_is_deleted(store, read)
+    assert store.steps() == (1,)
     with store.reading() as storage:
         assert loads(storage, 1)
     with pytest.raises(StorageError, match="nothing"), store.reading() as storage:

@@ -13,6 +13,7 @@ read once (`protocol/shared_reading.py`).
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple
@@ -30,7 +31,7 @@ from ray_ckpt.protocol.share_plan import Share, SharePlan, is_shared, share_out
 from ray_ckpt.report import LoadReport
 from ray_ckpt.state.train_state import TrainState
 from ray_ckpt.storage.record_files import read_for_all
-from ray_ckpt.storage.resolve import Location, Target, checkpoint_at, wait_before
+from ray_ckpt.storage.resolve import Location, Target, checkpoint_at, held, wait_before
 from ray_ckpt.storage.waiting import Wait
 
 LONGEST_ROUND_S = 1.0
@@ -96,9 +97,8 @@ def load(
             those of several pipeline stages one survived; see `LoadReport.lost`.
         fallback: when no step is named and the latest is damaged, by its record and its files' sizes, load the highest
             good step and log a WARNING. Otherwise it is refused.
-        trusted: let the checkpoint's pickles run whatever code they name, as `weights_only=False` of `torch.load` does,
-            if you trust its author. Otherwise what needs that is refused by name. What lies in files by `torch.save` is
-            never run.
+        trusted: let the checkpoint's pickles run whatever code they name, if you trust its author. Otherwise what needs
+            that is refused by name. What lies in files by `torch.save` is never run.
         share: whether bytes that several ranks want are read once and sent to the others, in 128 MiB of memory a rank:
             "auto" does so for object stores, as local files are faster to read.
         wait_for: wait until this step of the store or a higher one is committed; load the latest, as the report tells.
@@ -118,8 +118,8 @@ def load(
     target, wait = wait_before(target, step, wait_for, wait_s, fallback=fallback)
     ranks = TrainersExchange("load", timeout_s) if wait is None else _wait(wait, timeout_s)
     telling = Telling(events, "load", step=step, rank=ranks.rank)
-    with telling.failing():
-        found = ranks.broadcast(lambda: _found(checkpoint_at(target, step, fallback=fallback)))
+    with telling.failing(), contextlib.ExitStack() as holds:
+        found = ranks.broadcast(lambda: _found(target, step, fallback, holds))
         return _load(ranks, state, found, options, progress, telling, share)
 
 
@@ -165,12 +165,12 @@ def resume(
 
     def latest() -> _Found | None:
         try:
-            return _found(checkpoint_at(store, None, fallback=fallback))
+            return _found(store, None, fallback, holds)
         except CheckpointNotFoundError:
             return None
 
     telling = Telling(events, "load", rank=ranks.rank)
-    with telling.failing():
+    with telling.failing(), contextlib.ExitStack() as holds:
         found = ranks.broadcast(latest)
         return None if found is None else _load(ranks, state, found, LoadOptions(trusted=trusted), progress, telling)
 
@@ -194,7 +194,11 @@ class _Found(NamedTuple):
     """As `read_for_all` gives it."""
 
 
-def _found(location: Location) -> _Found:
+def _found(target: Target, step: int | None, fallback: bool, holds: contextlib.ExitStack) -> _Found:
+    """Args:
+    holds: what is found is held until it is closed.
+    """
+    location = holds.enter_context(held(lambda: checkpoint_at(target, step, fallback=fallback)))
     return _Found(location, read_for_all(location.storage))
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 
 from ray_ckpt.checkpoint.exchange import TrainersExchange
 from ray_ckpt.progress import Meter, Progress
 from ray_ckpt.report import VerifyReport
 from ray_ckpt.storage.audit import verify_share
-from ray_ckpt.storage.resolve import Target, committed_at
+from ray_ckpt.storage.resolve import Target, committed_at, held
 
 
 def verify(
@@ -61,16 +62,16 @@ def verify(
         CheckpointError: ranks failed, or did not arrive within `timeout_s`; every rank learns which.
     """
     ranks = TrainersExchange("verify", timeout_s)
-    found = ranks.broadcast(lambda: committed_at(target, step))
-
-    shares = ranks.gather(
-        lambda: verify_share(
-            found.storage,
-            rank=ranks.rank,
-            num_ranks=ranks.num_ranks,
-            scan_nan=scan_nan,
-            trusted=trusted,
-            meter=Meter(progress),
+    with contextlib.ExitStack() as holds:
+        found = ranks.broadcast(lambda: holds.enter_context(held(lambda: committed_at(target, step))))
+        shares = ranks.gather(
+            lambda: verify_share(
+                found.storage,
+                rank=ranks.rank,
+                num_ranks=ranks.num_ranks,
+                scan_nan=scan_nan,
+                trusted=trusted,
+                meter=Meter(progress),
+            )
         )
-    )
-    return replace(ranks.broadcast(lambda: VerifyReport.merge(shares)), step=found.step)
+        return replace(ranks.broadcast(lambda: VerifyReport.merge(shares)), step=found.step)

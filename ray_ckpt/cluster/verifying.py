@@ -22,7 +22,7 @@ from ray_ckpt.errors import UsageError
 from ray_ckpt.progress import NOBODY, Meter, Progress
 from ray_ckpt.report import VerifyReport
 from ray_ckpt.rounding import ceil_div
-from ray_ckpt.storage.resolve import Target, committed_at
+from ray_ckpt.storage.resolve import Target, committed_at, held
 
 if TYPE_CHECKING:
     from ray_ckpt.storage.archives import Archive
@@ -78,9 +78,9 @@ def verify(
         WorkerError: workers failed or died, or the storage does not answer them; names each.
         GroupTimeoutError: workers did not answer in time; names each.
     """
-    found = committed_at(target, step)
-    args_of = dict.fromkeys(range(group.num_workers), (found.storage, group.num_workers, scan_nan, trusted))
-    shares = group.call(worker_side.verify, args_of, timeout_s=timeout_s, beside=True, progress=progress)
+    with held(lambda: committed_at(target, step)) as found:
+        args_of = dict.fromkeys(range(group.num_workers), (found.storage, group.num_workers, scan_nan, trusted))
+        shares = group.call(worker_side.verify, args_of, timeout_s=timeout_s, beside=True, progress=progress)
     return replace(VerifyReport.merge(list(shares.values())), step=found.step)
 
 

@@ -86,6 +86,10 @@ class Address:
         encoded = urllib.parse.quote(name, safe=_LEGAL_IN_PATH) if self.scheme in ARROW_SCHEMES else name
         return replace(self, path=f"{self.path.rstrip('/')}/{encoded}")
 
+    def with_option(self, name: str, value: str) -> Address:
+        """The address with one option more, which has nothing to encode."""
+        return replace(self, options="&".join(filter(None, [self.options, f"{name}={value}"])))
+
     def parent(self) -> tuple[Address, str] | None:
         """The directory that holds the target, and the target's name in it; None at the top of a file system."""
         directory, _, name = self.path.rstrip("/").rpartition("/")

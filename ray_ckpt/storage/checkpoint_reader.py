@@ -114,14 +114,14 @@ class CheckpointReader:
     def address(self) -> str:
         return self.storage.address
 
-    def read_manifest(self, record: bytes | None = None) -> Manifest:
+    def read_manifest(self, record: bytes | Manifest | None = None) -> Manifest:
         """What the checkpoint holds, at the cost of one small read. Non-tensor values are in it: `Manifest.values()`.
 
         For another program's checkpoint (stock DCP, accelerate, Lightning, `torch.save`, safetensors) the manifest is
         derived from the headers there; it has no checksums of ours, and values only where a header holds them.
 
         Args:
-            record: the bytes of its `manifest.json`, where somebody has read them already.
+            record: the bytes of its `manifest.json`, where somebody has read them already, or what they say.
 
         Raises:
             CheckpointNotFoundError: there is no committed checkpoint.
@@ -129,6 +129,8 @@ class CheckpointReader:
         """
         if record is not None:
             self.files = self.storage
+            if isinstance(record, Manifest):
+                return record
             return parse_or_take(record, f"{self.storage.address}/{MANIFEST_NAME}")
         if self.storage.exists(MANIFEST_NAME):
             self.files = self.storage

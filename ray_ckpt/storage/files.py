@@ -36,7 +36,7 @@ from ray_ckpt.storage.filesystems import open_filesystem
 from ray_ckpt.storage.good_reads import Reread
 from ray_ckpt.storage.local_files import is_plain_file, lock_directory, make_directory, remove_plain_file, rename
 from ray_ckpt.storage.redact import without_secrets
-from ray_ckpt.storage.registered import REGISTERED, RegisteredFileSystem, WritableFile
+from ray_ckpt.storage.registered import HOLD, REGISTERED, RegisteredFileSystem, WritableFile
 from ray_ckpt.storage.regular_files import check_readable
 from ray_ckpt.storage.retry import RetryPolicy, is_transient, retried
 
@@ -145,6 +145,23 @@ class Storage:
         parent._address, name = found
         parent._below, parent._built = "", None
         return parent, name
+
+    @contextmanager
+    def held(self) -> Iterator[Storage]:
+        """This storage as it is now, here and in processes that it is sent to: what is removed or replaced within the
+        block is still read from it. Only registered file systems can promise that; of others it is this one itself."""
+        filesystem = self.filesystem
+        if not isinstance(filesystem, RegisteredFileSystem):
+            yield self
+            return
+        hold = self.perform("hold", "", lambda: filesystem.hold(self._root))
+        held = copy.copy(self)
+        held._address, held._built = self._address.with_option(HOLD, hold), None
+        try:
+            yield held
+        finally:
+            with contextlib.suppress(StorageError):  # what has been read has been read
+                self.perform("release", "", lambda: filesystem.release(hold))
 
     @property
     def is_local(self) -> bool:

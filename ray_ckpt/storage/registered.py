@@ -24,6 +24,10 @@ REGISTERED: dict[str, str] = {"ram": "ray_ckpt.cluster.ram.client:open_files"}
 """Scheme -> the function that opens it, as text: this floor knows nothing of those above."""
 
 
+HOLD = "hold"
+"""The option of a URI that names a hold: then only what it holds is seen."""
+
+
 class Found(NamedTuple):
     """A file as it is found."""
 
@@ -86,6 +90,17 @@ class Files(Protocol):
 
     def delete(self, path: str) -> None: ...
 
+    def hold(self, directory: str) -> str:
+        """Keep the files below a directory as they are now until `release`, for whoever opens them with this `HOLD`.
+
+        What loses its name before the call is not in it. It ends with this process, too. Empty: there are no files.
+        """
+        ...
+
+    def release(self, hold: str) -> None:
+        """End a hold."""
+        ...
+
     def copy_out(self, order: CopyOrder) -> CopyReport:
         """Take an order; whoever keeps the files carries it out, after a failure again and again."""
         ...
@@ -147,6 +162,14 @@ class RegisteredFileSystem:
     def delete_file(self, path: str) -> None:
         """Remove a file; one that is not there is an error."""
         self._files.delete(path.strip("/"))
+
+    def hold(self, directory: str) -> str:
+        """Keep the files below a directory for a reader."""
+        return self._files.hold(directory.strip("/"))
+
+    def release(self, hold: str) -> None:
+        """End a hold."""
+        self._files.release(hold)
 
     def copy_out(self, order: CopyOrder) -> CopyReport:
         """Have steps copied to another store in the background."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from ray_ckpt.errors import CheckpointNotFoundError, UsageError
@@ -64,6 +65,19 @@ def checkpoint_at(target: Target, step: int | None, *, fallback: bool = False) -
     store = _store(target)
     damaged = {higher: store.damage(higher) for higher in store.steps() if higher > found.step}
     return found._replace(passed_over=tuple(f"step {higher}: {why}" for higher, why in damaged.items() if why))
+
+
+@contextmanager
+def held(find: Callable[[], Location]) -> Iterator[Location]:
+    """What `find` finds. Where the storage can promise that (`Storage.held`), it stays whole within the block, also
+    when it is deleted or replaced meanwhile."""
+    while True:
+        found = find()
+        with found.storage.held() as storage:
+            if storage is found.storage or _is_there(storage):
+                yield found._replace(storage=storage)
+                return
+        # It has been deleted between the look and the hold, and is looked for once more.
 
 
 def wait_before(
@@ -129,6 +143,10 @@ def _latest_of_others(directory: Storage, listing: Listing) -> Location | None:
             if is_dcp or (STOCK_RECORD_NAME not in found.files and kind_of(found)):
                 return Location(named, step)
     return None
+
+
+def _is_there(directory: Storage) -> bool:
+    return _is_recorded(directory) or is_file(directory) or is_foreign(directory)
 
 
 def _is_recorded(directory: Storage) -> bool:

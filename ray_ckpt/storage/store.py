@@ -67,7 +67,8 @@ class CheckpointStore:
       too.
     - A delete and an overwriting save of one step at a time leave either none, or the new one with all its data. In the
       latter case the `.metadata` for stock DCP may be missing if the two write it within the same moment.
-    - A reader whose step is deleted meanwhile fails. Within `reading`, the error says that this is why.
+    - A reader whose step is deleted meanwhile fails. Within `reading`, the error says that this is why. In memory
+      (`ram://`) it does not: what `load`, `compare`, `verify` and `reading` have begun to read stays until they end.
 
     With a `front`, which is memory of a Ray cluster, the store has two tiers. A save is committed in the front, and
     training goes on; a process of the cluster, not the one that trains, copies the step to `target` and commits it
@@ -221,7 +222,8 @@ class CheckpointStore:
         if chosen is None or not self.is_committed(chosen):
             raise self._steps.not_found(chosen)
         try:
-            yield self.holding(chosen)
+            with self.holding(chosen).held() as storage:
+                yield storage
         except (StorageError, CheckpointError) as error:
             if self.is_committed(chosen):
                 raise

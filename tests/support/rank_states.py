@@ -12,6 +12,7 @@ import torch
 from ray_ckpt.checkpoint.loading import load
 from ray_ckpt.cluster.worker import WorkerContext
 from ray_ckpt.state.train_state import TrainState
+from ray_ckpt.storage.store import CheckpointStore
 from tests.support import faulty
 
 
@@ -48,6 +49,23 @@ def hanging_state_of(ctx: WorkerContext, rank: int = 1) -> dict[str, Any]:
     if ctx.rank == rank:
         threading.Event().wait()
     return stage_of(ctx)
+
+
+def stage_of_a_follower(ctx: WorkerContext) -> dict[str, Any]:
+    """Zeros for what `stage_of` has. While this is asked for, its publisher deletes the step that is loaded."""
+    if ctx.rank == 0 and (store := ctx.objects.pop("publisher", None)) is not None:
+        store.delete(store.steps()[-1])
+    kept = {name: torch.zeros_like(value) for name, value in stage_of(ctx).items() if name != "step"}
+    state: dict[str, Any] = ctx.objects.setdefault("follower", {**kept, "step": 0})
+    return state
+
+
+def set_publisher(ctx: WorkerContext, target: str) -> None:
+    ctx.objects["publisher"] = CheckpointStore(target)
+
+
+def value_of_follower(ctx: WorkerContext) -> list[float]:
+    return [float(tensor.sum()) for tensor in ctx.objects["follower"].values() if isinstance(tensor, torch.Tensor)]
 
 
 class Versioned:

@@ -4,6 +4,7 @@
     index.py    one actor: which file is where; who gets a copy; whose memory is full; when all of it ends
     keeper.py   one actor per node: holds files in its node's memory
     sending.py  bytes from one node to another
+    holds.py    in the index: what is read stays whole, also without its name
     durable_copies.py   in the index: what is to be copied to a durable store; the keepers copy
 
     write  client ── create ──> index ──> keeper of the own node        an empty file in its memory

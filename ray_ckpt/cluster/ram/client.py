@@ -6,6 +6,7 @@ whole, is told by the index.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -18,6 +19,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from ray_ckpt.cluster.connect import join_running
+from ray_ckpt.cluster.ram.holds import RENEW_S
 from ray_ckpt.cluster.ram.index import find_index, start_index
 from ray_ckpt.cluster.ram.keeper import Place, label, read_fully
 from ray_ckpt.cluster.ram.records import Begun, Found, Options, Refusal
@@ -45,7 +47,8 @@ def open_files(address: Address) -> RamFiles:
     """
     _join(address.display)
     given = dict(urllib.parse.parse_qsl(address.options, keep_blank_values=True))
-    return RamFiles(address.place, _options(given), is_explicit=bool(given))
+    hold = given.pop(registered.HOLD, "")
+    return RamFiles(address.place, _options(given), is_explicit=bool(given), hold=hold)
 
 
 def _join(store: str) -> None:
@@ -100,14 +103,21 @@ def drop_memory(name: str) -> bool:
 
 
 class RamFiles:
-    """Files in the memory of the cluster's nodes."""
+    """Files in the memory of the cluster's nodes.
 
-    def __init__(self, store: str, options: Options, *, is_explicit: bool) -> None:
+    Args:
+        hold: of which only the files are seen; empty: all that have a name.
+    """
+
+    def __init__(self, store: str, options: Options, *, is_explicit: bool, hold: str = "") -> None:
         self._store = store
         self._options = options
         self._is_explicit = is_explicit
         self._index: Any = None
         self._is_told = False
+        self._hold = hold
+        self._renewals: dict[str, threading.Event] = {}
+        """Holds of this process, and what ends their renewal."""
         self._lock = threading.Lock()
         self.node: str = ray.get_runtime_context().get_node_id()
 
@@ -118,11 +128,11 @@ class RamFiles:
 
     def find(self, paths: Sequence[str]) -> Sequence[Found | None]:
         """Where files lie. No store is begun by looking for one."""
-        found: list[Found | None] = self._ask("find", list(paths), default=[None] * len(paths))
+        found: list[Found | None] = self._ask("find", list(paths), self._hold, default=[None] * len(paths))
         return found
 
     def list(self, directory: str) -> Iterable[tuple[str, registered.Found]]:
-        for path, num_bytes, modified_s in self._ask("below", directory, default=[]):
+        for path, num_bytes, modified_s in self._ask("below", directory, self._hold, default=[]):
             yield path, registered.Found(num_bytes, modified_s)
 
     def open(self, path: str) -> RamInput:
@@ -135,6 +145,25 @@ class RamFiles:
         for found in filter(None, self.find([path])):
             for node, place in found.copies.items():
                 yield f"node {node}", RamInput(self, path, found._replace(copies={node: place}))
+
+    def hold(self, directory: str) -> str:
+        hold: str = self._ask("hold", directory, self._hold, default="")
+        if hold:
+            self._renewals[hold] = ended = threading.Event()
+            name = "ray_ckpt-ram-renew"
+            threading.Thread(target=self._renew, args=(hold, ended), name=name, daemon=True).start()
+        return hold
+
+    def _renew(self, hold: str, ended: threading.Event) -> None:
+        """Show that the reader lives, until it ends."""
+        while not ended.wait(RENEW_S):
+            with contextlib.suppress(OSError):  # one answer less; a lost index is noticed by the reader
+                self._ask("renew", hold, default=False)
+
+    def release(self, hold: str) -> None:
+        if hold:
+            self._renewals.pop(hold).set()
+            self._ask("release", hold, default=False)
 
     # ------------------------------------------------------------------------------------------------- writing
 

@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_ckpt.cluster.ram.durable_copies import DurableCopies
 from ray_ckpt.cluster.ram.eviction import superseded
+from ray_ckpt.cluster.ram.holds import File, Holds
 from ray_ckpt.cluster.ram.keeper import COPIES, COPY_S, Keeper, Place
+from ray_ckpt.cluster.ram.nodes import alive_nodes, head_node
 from ray_ckpt.cluster.ram.records import Begun, Found, Options, Refusal
 from ray_ckpt.cluster.ray_internals import has_ended
 from ray_ckpt.format.manifest import MANIFEST_NAME
@@ -35,9 +37,6 @@ from ray_ckpt.text_units import format_bytes
 NAMESPACE = "ray_ckpt"
 """Ray's namespace of all these actors, whatever namespace a process is in."""
 
-HEAD_RESOURCE = "node:__internal_head__"
-"""A resource that Ray gives to the node that its control service runs on."""
-
 WATCH_S = 1.0
 """Time between two looks at the keepers, the writers and the owner."""
 
@@ -48,16 +47,6 @@ CALLS_AT_ONCE = 64
 KEEPER_CALLS_AT_ONCE = 8
 
 _logger = logging.getLogger("ray_ckpt")
-
-
-@dataclass
-class _File:
-    path: str
-    key: str
-    version: int
-    num_bytes: int
-    modified_s: float
-    copies: dict[str, Place]
 
 
 @dataclass
@@ -99,7 +88,7 @@ def start_index(store: str, options: Options) -> Any:
         "max_task_retries": -1,
         "max_concurrency": CALLS_AT_ONCE,
         # That node's end is the cluster's; only the loss of its process makes the index start anew.
-        "scheduling_strategy": NodeAffinitySchedulingStrategy(_head_node(), soft=True),
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(head_node(), soft=True),
     }
     return ray.remote(**settings)(Index).remote(store, options, ray.get_runtime_context().get_job_id())
 
@@ -125,10 +114,11 @@ class Index:
         self._job_id = job_id
         self._lock = threading.RLock()
         self._starting = threading.Lock()
-        self._files: dict[str, _File] = {}
+        self._files: dict[str, File] = {}
         self._writing: dict[str, _Writing] = {}
         self._nodes: dict[str, _Node] = {}
         self._version = 0
+        self._holds = Holds()
         self._durable = DurableCopies(store, self._lock, self._found_below, self._keeper_of)
         self._find_keepers()
         threading.Thread(target=self._watch, name="ray_ckpt-ram-watch", daemon=True).start()
@@ -138,16 +128,38 @@ class Index:
 
     # ------------------------------------------------------------------------------------------------- reading
 
-    def find(self, paths: Sequence[str]) -> list[Found | None]:
-        """These files; None for one that is not there."""
+    def find(self, paths: Sequence[str], hold: str = "") -> list[Found | None]:
+        """These files, of those that a hold sees if there is one; None for one that is not there."""
         with self._lock:
-            return [None if (file := self._files.get(path)) is None else _found(file) for path in paths]
+            files = self._seen_by(hold)
+            return [None if (file := files.get(path)) is None else file.found for path in paths]
 
-    def below(self, directory: str) -> list[tuple[str, int, float]]:
+    def below(self, directory: str, hold: str = "") -> list[tuple[str, int, float]]:
         """Path, bytes and time of every file below a directory."""
-        prefix = f"{directory}/" if directory else ""
         with self._lock:
-            return [(p, f.num_bytes, f.modified_s) for p, f in self._files.items() if p.startswith(prefix)]
+            return [(p, f.num_bytes, f.modified_s) for p, f in _below(self._seen_by(hold), directory).items()]
+
+    def hold(self, directory: str, within: str = "") -> str:
+        """Keep the files below a directory as they are now, or as another hold sees them, for a reader, until it
+        releases or no longer renews it."""
+        with self._lock:
+            return self._holds.begin(_below(self._seen_by(within), directory))
+
+    def renew(self, hold: str) -> None:
+        """Let a hold last."""
+        with self._lock:
+            self._holds.renew(hold)
+
+    def release(self, hold: str) -> None:
+        """End a hold."""
+        with self._lock:
+            freed = self._holds.end(hold)
+        for file in freed:
+            self._free(file)
+
+    def _seen_by(self, hold: str) -> Mapping[str, File]:
+        held = self._holds.files(hold)
+        return self._files if held is None else held
 
     def nodes(self) -> dict[str, tuple[int, int]]:
         """Node id -> bytes that files take there, and that they may take."""
@@ -163,7 +175,7 @@ class Index:
             num_bytes: how long it will be, as far as that is known.
         """
         key = uuid.uuid4().hex
-        writing = _Writing(path, node, self._targets(node, _alive_nodes()), writer_pid)
+        writing = _Writing(path, node, self._targets(node, alive_nodes()), writer_pid)
         try:
             keeper = self._keeper_on(node).keeper
             if no_room := self._reserve(key, writing, num_bytes):
@@ -192,7 +204,7 @@ class Index:
         copies = {writing.node: writing.place, **self._copy(key, num_bytes, writing.place, writing.targets)}
         with self._lock:
             self._version += 1
-            file = _File(writing.path, key, self._version, num_bytes, time.time(), copies)
+            file = File(writing.path, key, self._version, num_bytes, time.time(), copies)
         self._name(file)
         with self._lock:
             replaced = self._files.get(file.path)
@@ -242,8 +254,8 @@ class Index:
         return self._durable.report(store)
 
     def _found_below(self, directory: str) -> dict[str, Found]:
-        prefix = f"{directory}/" if directory else ""
-        return {path.removeprefix(prefix): _found(f) for path, f in self._files.items() if path.startswith(prefix)}
+        start = len(directory) + 1 if directory else 0
+        return {path[start:]: file.found for path, file in _below(self._files, directory).items()}
 
     def _keeper_of(self, node: str) -> Any | None:
         there = self._nodes.get(node)
@@ -277,7 +289,7 @@ class Index:
                 _logger.warning("no copy of a file of ram://%s on node %s: %s", self._store, target, first_line(error))
         return made
 
-    def _name(self, file: _File) -> None:
+    def _name(self, file: File) -> None:
         asked = [
             self._nodes[node].keeper.name.remote(file.key, file.path, file.version, file.modified_s)
             for node in file.copies
@@ -285,8 +297,11 @@ class Index:
         ]
         _wait(asked)
 
-    def _free(self, file: _File) -> None:
-        self._tell(file.copies, file.key)
+    def _free(self, file: File) -> None:
+        with self._lock:
+            is_held = self._holds.keep(file)
+            keepers = [self._nodes[node].keeper for node in file.copies if node in self._nodes]
+        _wait([(keeper.unname if is_held else keeper.drop).remote(file.key) for keeper in keepers])
 
     def _tell(self, nodes: Iterable[str], key: str) -> None:
         with self._lock:
@@ -297,6 +312,7 @@ class Index:
 
     def _used(self, node: str) -> int:
         used = sum(file.num_bytes for file in self._files.values() if node in file.copies)
+        used += self._holds.kept_bytes(node)
         return used + sum(w.num_bytes for w in self._writing.values() if node in (w.node, *w.targets))
 
     def _reserve(self, key: str, writing: _Writing, num_bytes: int) -> Refusal | None:
@@ -310,8 +326,8 @@ class Index:
                 if short is None:
                     writing.num_bytes = num_bytes
                     return None
-                waiting = self._durable.waiting
-                directory = superseded(self._files, path, waiting) or superseded(self._files, path)
+                waiting, held = self._durable.waiting, self._holds.directories
+                directory = superseded(self._files, path, {*waiting, *held}) or superseded(self._files, path, held)
                 gone = [] if directory is None else [p for p in self._files if p.startswith(f"{directory}/")]
             if not gone:
                 self.abandon(key)
@@ -328,8 +344,9 @@ class Index:
                 return Refusal(
                     errno.ENOSPC,
                     f"no room for {format_bytes(num_bytes)} on node {node}: ram://{self._store} takes "
-                    f"{format_bytes(self._used(node))} of {format_bytes(self._nodes[node].capacity)} there, and no "
-                    "older step is left that could go; keep fewer steps, or give it more with ?capacity_bytes=",
+                    f"{format_bytes(self._used(node))} of {format_bytes(self._nodes[node].capacity)} there"
+                    f"{self._holds.told(node)}, and no older step is left that could go; keep fewer steps, or give it "
+                    "more with ?capacity_bytes=",
                 )
         return None
 
@@ -380,7 +397,7 @@ class Index:
                 self._version = max(self._version, version)
                 known = self._files.get(path)
                 if known is None or known.version < version:
-                    self._files[path] = _File(path, key, version, num_bytes, modified_s, {node: place})
+                    self._files[path] = File(path, key, version, num_bytes, modified_s, {node: place})
                 elif known.key == key:
                     known.copies[node] = place
 
@@ -396,6 +413,8 @@ class Index:
                     return
                 self._look_at_keepers()
                 self._restore_copies()
+                for hold in self._holds.overdue():
+                    self.release(hold)
             except Exception:
                 _logger.exception("ram://%s: the look at its keepers failed", self._store)
 
@@ -426,6 +445,7 @@ class Index:
                 return
             for file in self._files.values():
                 file.copies.pop(node, None)
+            self._holds.lost(node)
             gone = [path for path, file in self._files.items() if not file.copies]
             for path in gone:
                 del self._files[path]
@@ -438,7 +458,7 @@ class Index:
     def _restore_copies(self) -> None:
         with self._lock:
             short = [file for file in self._files.values() if 0 < len(file.copies) <= self._options.replicas]
-        alive = _alive_nodes() if short else set()
+        alive = alive_nodes() if short else set()
         for file in short:
             source = next(iter(file.copies))
             wanted = [node for node in self._targets(source, alive) if node not in file.copies]
@@ -456,8 +476,9 @@ class Index:
                 self._tell(made, file.key)
 
 
-def _found(file: _File) -> Found:
-    return Found(file.key, file.num_bytes, file.modified_s, dict(file.copies))
+def _below(files: Mapping[str, File], directory: str) -> dict[str, File]:
+    prefix = f"{directory}/" if directory else ""
+    return {path: file for path, file in files.items() if path.startswith(prefix)}
 
 
 def _wait(asked: Iterable[Any]) -> None:
@@ -465,12 +486,3 @@ def _wait(asked: Iterable[Any]) -> None:
     for ref in asked:
         with contextlib.suppress(RayError):
             ray.get(ref, timeout=ANSWER_S)
-
-
-def _alive_nodes() -> set[str]:
-    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-
-
-def _head_node() -> str:
-    [head] = [node["NodeID"] for node in ray.nodes() if HEAD_RESOURCE in node["Resources"]]
-    return str(head)

@@ -137,8 +137,21 @@ class Keeper:
         held = self._files[key]
         held.path, held.version, held.modified_s = path, version, modified_s
 
+    def unname(self, key: str) -> None:
+        """Note that no name leads to a file any more, while it is still read."""
+        with self._lock:
+            if key in self._files:
+                self._files[key].path = ""
+
     def named(self) -> list[tuple[str, str, int, float, int, Place]]:
-        """Key, path, version, time and bytes of every file that has a name, and where it is."""
+        """Key, path, version, time and bytes of every file that has a name, and where it is.
+
+        The others are freed: it is an index that starts anew which asks, and only the lost one knew of them.
+        """
+        with self._lock:
+            unnamed = [key for key, held in self._files.items() if not held.path]
+        for key in unnamed:
+            self.drop(key)
         return [
             (key, held.path, held.version, held.modified_s, self.size(key), self._place(held))
             for key, held in list(self._files.items())

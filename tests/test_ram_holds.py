@@ -1,0 +1,196 @@
+"""A step in the cluster's memory stays whole until those that read it are done, and no longer."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+import uuid
+from typing import Any
+
+import pytest
+import ray
+import torch
+
+import ray_ckpt
+from ray_ckpt import cluster
+from ray_ckpt.cluster.group import WorkerGroup
+from ray_ckpt.cluster.ram.holds import File, Holds
+from ray_ckpt.cluster.ram.index import find_index, index_name
+from ray_ckpt.errors import CheckpointNotFoundError, StorageError, WorkerError
+from ray_ckpt.storage.store import CheckpointStore
+from tests.support import rank_states
+from tests.support.clusters import wait_until
+
+READER = """
+import sys, threading, ray, ray_ckpt
+ray.init(address=sys.argv[1], log_to_driver=False)
+with ray_ckpt.CheckpointStore(sys.argv[2]).reading():
+    print("reading", flush=True)
+    threading.Event().wait()
+"""
+
+
+def values(step: int) -> dict[str, torch.Tensor]:
+    return {"x": torch.arange(5000.0) + step}
+
+
+def publish(store: CheckpointStore, step: int, *, version: int | None = None) -> None:
+    ray_ckpt.save(values(step if version is None else version), store, step=step, overwrite=True)
+
+
+def loaded(source: Any) -> torch.Tensor:
+    state = {"x": torch.zeros(5000)}
+    ray_ckpt.load(state, source)
+    return state["x"]
+
+
+class TestHolds:
+    """Without any cluster."""
+
+    @staticmethod
+    def file(name: str) -> File:
+        return File(f"run/step-1/{name}", f"key of {name}", 1, 10, 0.0, {})
+
+    def test_what_several_hold_is_freed_by_the_last(self) -> None:
+        holds, file = Holds(), self.file("a")
+        first, second = holds.begin({file.path: file}), holds.begin({file.path: file})
+        assert holds.keep(file)
+        assert holds.end(first) == []
+        assert holds.files(second) == {file.path: file}
+        assert holds.end(second) == [file]
+        assert not holds.keep(file)
+
+    def test_nobody_keeps_what_was_removed_before_the_hold(self) -> None:
+        holds, removed, there = Holds(), self.file("a"), self.file("b")
+        hold = holds.begin({there.path: there})
+        assert not holds.keep(removed)
+        assert holds.keep(there)
+        assert holds.directories == {"run/step-1"}
+        assert holds.end(hold) == [there]
+
+    def test_a_hold_that_is_not_renewed_is_overdue(self) -> None:
+        holds = Holds(lease_s=0.2)
+        left, renewed = holds.begin({}), holds.begin({})
+
+        def overdue() -> list[str]:
+            holds.renew(renewed)
+            return holds.overdue()
+
+        assert overdue() == []
+        wait_until(lambda: overdue() == [left], 10, overdue)
+
+
+@pytest.mark.usefixtures("local_ray")
+class TestOneNode:
+    @pytest.fixture
+    def store(self) -> CheckpointStore:
+        return CheckpointStore(f"ram://held{uuid.uuid4().hex[:8]}/run?replicas=0")
+
+    @staticmethod
+    def name_of(store: CheckpointStore) -> str:
+        return store.address.removeprefix("ram://").partition("/")[0]
+
+    def used(self, store: CheckpointStore) -> int:
+        index = find_index(self.name_of(store))
+        assert index is not None
+        return sum(used for used, _ in ray.get(index.nodes.remote()).values())
+
+    def test_a_deleted_step_is_read_to_its_end_by_those_that_had_begun(self, store: CheckpointStore) -> None:
+        publish(store, 1)
+        before = self.used(store)
+        publish(store, 2)
+        with store.reading(1) as begun:
+            store.delete(1)
+            assert store.steps() == (2,)
+            # Who comes later does not see it, though it is still there for others.
+            with pytest.raises(CheckpointNotFoundError), store.reading(1):
+                pass
+            with CheckpointStore(store._storage).reading(2) as other:
+                assert torch.equal(loaded(other), values(2)["x"])
+            with pytest.raises(CheckpointNotFoundError):
+                ray_ckpt.load(values(0), store, step=1)
+            assert torch.equal(loaded(begun), values(1)["x"])
+            assert self.used(store) > 1.5 * before
+        assert abs(self.used(store) - before) < before / 10
+
+    def test_a_replaced_step_is_both_to_each_reader_its_own(self, store: CheckpointStore) -> None:
+        publish(store, 1)
+        with store.reading(1) as old:
+            publish(store, 1, version=7)
+            with store.reading(1) as new:
+                publish(store, 1, version=9)
+                assert torch.equal(loaded(old), values(1)["x"])
+                assert torch.equal(loaded(new), values(7)["x"])
+                assert torch.equal(loaded(store), values(9)["x"])
+            assert torch.equal(loaded(old), values(1)["x"])
+        assert torch.equal(loaded(store), values(9)["x"])
+
+    def test_memory_that_is_read_makes_no_room(self, store: CheckpointStore) -> None:
+        small = CheckpointStore(f"ram://{self.name_of(store)}/run?replicas=0&capacity_bytes=80000")
+        for step in (1, 2, 3):
+            publish(small, step)
+        with small.reading(1) as begun:
+            publish(small, 4)  # step 2 makes room, though step 1 is older
+            assert small.steps() == (1, 3, 4)
+            small.delete(1, 3)
+            publish(small, 5)
+            small.delete(4)
+            with pytest.raises(StorageError, match=r"of that is of removed steps that are still being read"):
+                ray_ckpt.save({"x": torch.zeros(10_000)}, small, 6)
+            assert torch.equal(loaded(begun), values(1)["x"])
+        ray_ckpt.save({"x": torch.zeros(10_000)}, small, 6)
+        assert small.steps() == (5, 6)
+
+    def test_what_was_deleted_does_not_come_back_with_a_new_index(self, store: CheckpointStore) -> None:
+        for step in (1, 2):
+            publish(store, step)
+        with store.reading(1):
+            store.delete(1)
+            index = find_index(self.name_of(store))
+            pid = ray.get(index.__ray_call__.remote(lambda _: __import__("os").getpid()))  # type: ignore[union-attr]
+            ray.kill(index, no_restart=False)
+
+            def has_another() -> bool:
+                again = ray.get_actor(index_name(self.name_of(store)), namespace="ray_ckpt")
+                return bool(pid != ray.get(again.__ray_call__.remote(lambda _: __import__("os").getpid())))
+
+            wait_until(has_another, 60, lambda: "the index did not start anew")
+        assert store.steps() == (2,)
+        assert torch.equal(loaded(store), values(2)["x"])
+
+    @pytest.mark.slow
+    def test_a_reader_that_is_killed_holds_nothing_for_long(self, store: CheckpointStore) -> None:
+        publish(store, 1)
+        before = self.used(store)
+        publish(store, 2)
+        address = ray.get_runtime_context().gcs_address
+        command = [sys.executable, "-c", READER, address, store._storage.uri]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as reader:
+            try:
+                assert reader.stdout is not None
+                assert reader.stdout.readline() == "reading\n"
+                store.delete(2)
+                assert self.used(store) > 1.5 * before
+            finally:
+                reader.kill()
+        start = time.monotonic()
+        wait_until(lambda: abs(self.used(store) - before) < before / 10, 60, lambda: self.used(store))
+        assert time.monotonic() - start < 45
+
+    def test_workers_load_what_is_deleted_while_they_do(self, store: CheckpointStore, tmp_path: Any) -> None:
+        with WorkerGroup(2, cpus_per_worker=0.5, process_group=False, call_timeout_s=60) as group:
+            for target in (store._storage.uri, str(tmp_path / "run")):
+                cluster.save(group, rank_states.stage_of, target, 4)
+                cluster.save(group, rank_states.stage_of, target, 5)
+            group.run(rank_states.set_publisher, store._storage.uri)
+            [report, _] = cluster.load(group, rank_states.stage_of_a_follower, store, wait_for=5, wait_s=60)
+            wanted = [float(torch.arange(1000.0 + rank).sum()) for rank in range(2)]
+            assert [found[0] for found in group.run(rank_states.value_of_follower)] == wanted
+            assert (report.step, store.steps()) == (5, (4,))
+            # The control: a directory does not promise that.
+            group.run(rank_states.set_publisher, str(tmp_path / "run"))
+            with pytest.raises(WorkerError, match="step-5"):
+                cluster.load(group, rank_states.stage_of_a_follower, tmp_path / "run")
+            with pytest.raises(CheckpointNotFoundError, match=r"within 0\.2 s; the newest that is there is 4"):
+                cluster.load(group, rank_states.stage_of_a_follower, tmp_path / "run", wait_for=5, wait_s=0.2)
