@@ -1,4 +1,4 @@
-"""compare: whether ranks hold, in whatever layout, what a checkpoint holds, by fingerprints alone."""
+"""compare: whether ranks hold, in whatever layout, what a checkpoint holds, by checksums and fingerprints alone."""
 
 from __future__ import annotations
 
@@ -75,12 +75,61 @@ def test_what_else_can_differ_is_named(tmp_path: Path) -> None:
         compare({"lr": 0.1}, store, only="lr")
 
 
-def test_without_fingerprints_nothing_is_said_to_be_equal(tmp_path: Path) -> None:
-    save(whole(), tmp_path / "saved")
-    report = compare(whole(), tmp_path / "saved")
-    assert not report.equal
-    assert report.unknown == ("model.bias", "model.matrix")
-    assert "have no fingerprints there: model.bias, model.matrix" in str(report)
+def large() -> dict[str, Any]:
+    """A row has as many bytes as a checksum block."""
+    return {"matrix": torch.arange(64 * 1024.0).reshape(64, 1024), "half": torch.arange(6000).bfloat16()}
+
+
+def compare_blocks(rank: int, path: str, flipped_on: int | None) -> list[CompareReport]:
+    """Without fingerprints: whole blocks, in rows of two ranks; parts of blocks, in columns."""
+    mesh, reports = init_device_mesh("cpu", (2,)), []
+    for dim in (0, 1):
+        state = large()
+        matrix = distribute_tensor(state["matrix"], mesh, [Shard(dim)])
+        if flipped_on == rank:
+            matrix.to_local().view(torch.int32)[-1, -1] ^= 1
+        reports.append(compare({**state, "matrix": matrix}, path))
+    return reports
+
+
+def test_whole_blocks_are_compared_by_the_checksums_of_any_checkpoint(tmp_path: Path) -> None:
+    save(large(), tmp_path / "saved")
+    for flipped_on in (None, 0, 1):
+        [(rows, columns), others] = run_ranks(compare_blocks, 2, tmp_path, str(tmp_path / "saved"), flipped_on)
+        assert others == [rows, columns]
+        assert rows.equal == (flipped_on is None)
+        assert rows.differing == ({} if flipped_on is None else {"matrix": "other elements"})
+        # What only fingerprints tell is not said to be equal.
+        assert (columns.equal, columns.unknown, dict(columns.differing)) == (False, ("matrix",), {})
+
+
+def test_every_bit_of_whole_blocks_counts(tmp_path: Path) -> None:
+    save(large(), tmp_path / "saved")
+    random.seed(1)
+    for name, byte in [(name, random.randrange(large()[name].nbytes)) for name in ("matrix", "half") for _ in range(9)]:
+        state = large()
+        assert compare(state, tmp_path / "saved").equal
+        state[name].view(torch.uint8).view(-1)[byte] ^= 1 << byte % 8
+        assert compare(state, tmp_path / "saved").differing == {name: "other elements"}
+
+
+def compare_a_part(rank: int, path: str) -> CompareReport:
+    state = large()
+    return compare({"matrix": state["matrix"]} if rank == 0 else {"half": state["half"]}, path)
+
+
+def compare_replicas(rank: int, path: str) -> CompareReport:
+    state = large()
+    state["half"][rank] += rank
+    return compare(state, path)
+
+
+def test_what_no_rank_holds_is_missing_and_replicas_have_to_agree(tmp_path: Path) -> None:
+    save({**large(), "other": torch.ones(3)}, tmp_path / "saved")
+    for report in run_ranks(compare_a_part, 2, tmp_path, str(tmp_path / "saved")):
+        assert (report.missing, dict(report.differing)) == (("other",), {})
+    for report in run_ranks(compare_replicas, 2, tmp_path, str(tmp_path / "saved")):
+        assert "replicas differ" in report.differing["half"]
 
 
 def test_a_train_state_equals_what_it_loaded_until_it_steps(tmp_path: Path) -> None:

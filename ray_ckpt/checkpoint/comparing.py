@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ray_ckpt.checkpoint.exchange import TrainersExchange
 from ray_ckpt.checkpoint.saving import State
 from ray_ckpt.format.wanted_names import chosen
-from ray_ckpt.protocol import comparison
+from ray_ckpt.protocol.comparison import Comparing, compare_with
 from ray_ckpt.report import CompareReport
-from ray_ckpt.storage.resolve import Target, checkpoint_at
+from ray_ckpt.storage.checkpoint_reader import CheckpointReader
+from ray_ckpt.storage.record_files import read_for_all
+from ray_ckpt.storage.resolve import Location, Target, checkpoint_at, held
 
 
 def compare(
@@ -22,8 +26,10 @@ def compare(
 ) -> CompareReport:
     """Whether the ranks together hold now, in whatever layout, what a checkpoint holds. All ranks call it.
 
-    By fingerprints alone: no tensor is gathered, and none of the checkpoint's is read. It must have been saved with
-    `fingerprints=True`. Objects are compared by the checksums that every checkpoint of ours has.
+    No tensor is gathered, and none of the checkpoint's is read. Where ranks hold whole checksum blocks of what was
+    saved (whole tensors, most shards along dim 0) and not on a GPU, the checksums are compared that every checkpoint of
+    ours has, at the speed of memory. Other parts of tensors are compared by fingerprints, if it was saved with
+    `fingerprints=True`; else the report has them as `unknown`.
 
     Example:
         >>> import torch
@@ -55,6 +61,17 @@ def compare(
     """
     names = chosen(only)
     ranks = TrainersExchange("compare", timeout_s)
-    found = ranks.broadcast(lambda: checkpoint_at(target, step))
-    of_ranks = ranks.gather(lambda: comparison.held(state, names))
-    return ranks.broadcast(lambda: comparison.compare(found, of_ranks, names))
+    with contextlib.ExitStack() as holds:
+
+        def find() -> tuple[Location, bytes | None]:
+            location = holds.enter_context(held(lambda: checkpoint_at(target, step)))
+            return location, read_for_all(location.storage)
+
+        found, record = ranks.broadcast(find)
+        manifest = ranks.on_all(lambda: CheckpointReader(found.storage).read_manifest(record))
+        mine = ranks.on_all(lambda: Comparing(state, names, manifest))
+        needing = ranks.gather(mine.needing)
+        by_fingerprint = ranks.broadcast(lambda: frozenset[str]().union(*needing))
+        of_ranks = ranks.gather(lambda: mine.held(by_fingerprint))
+        report = ranks.broadcast(lambda: compare_with(manifest, of_ranks, names))
+    return replace(report, uri=found.storage.address, step=found.step)

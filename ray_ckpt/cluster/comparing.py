@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ray_ckpt.cluster import worker_side
 from ray_ckpt.cluster.group import WorkerGroup
+from ray_ckpt.cluster.loading import LoadAttempt
 from ray_ckpt.format.wanted_names import chosen
 from ray_ckpt.report import CompareReport
-from ray_ckpt.storage.resolve import Target, checkpoint_at
+from ray_ckpt.storage.record_files import read_for_all
+from ray_ckpt.storage.resolve import Target, checkpoint_at, held
 
 
 def compare(
@@ -22,7 +25,7 @@ def compare(
 ) -> CompareReport:
     """Whether the workers together hold now, in whatever layout, what a checkpoint holds.
 
-    By fingerprints alone, as `ray_ckpt.compare`.
+    By checksums and fingerprints, as `ray_ckpt.compare`.
 
     Example:
         >>> import torch
@@ -47,9 +50,15 @@ def compare(
         WorkerError: workers failed or died; names each.
         GroupTimeoutError: workers did not answer in time; names each.
     """
-    from ray_ckpt.protocol import comparison  # the driver goes without torch until somebody compares
+    # The driver goes without torch until somebody compares.
+    from ray_ckpt.protocol.comparison import compare_with
+    from ray_ckpt.storage.checkpoint_reader import CheckpointReader
 
-    names, found = chosen(only), checkpoint_at(target, step)
-    args_of = dict.fromkeys(range(group.num_workers), (state_of, names))
-    of_ranks = group.call(worker_side.compare, args_of, timeout_s=timeout_s)
-    return comparison.compare(found, list(of_ranks.values()), names)
+    names = chosen(only)
+    comparison = LoadAttempt(group, state_of, group.call_timeout_s if timeout_s is None else timeout_s)
+    with held(lambda: checkpoint_at(target, step)) as found:
+        record = read_for_all(found.storage)
+        manifest = CheckpointReader(found.storage).read_manifest(record)
+        needing = comparison.call(worker_side.begin_compare, state_of, names, found.storage, record)
+        of_ranks = comparison.call(worker_side.compare, frozenset[str]().union(*needing))
+    return replace(compare_with(manifest, of_ranks, names), uri=found.storage.address, step=found.step)

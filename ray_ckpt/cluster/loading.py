@@ -38,9 +38,8 @@ from ray_ckpt.protocol.agreement import agree
 from ray_ckpt.protocol.messages import LoadOffer
 from ray_ckpt.protocol.share_plan import Share, is_shared, share_out
 from ray_ckpt.report import LoadReport
-from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.record_files import read_for_all
-from ray_ckpt.storage.resolve import Target, checkpoint_at, wait_before
+from ray_ckpt.storage.resolve import Target, checkpoint_at, held, wait_before
 
 
 def load(
@@ -110,12 +109,12 @@ def load(
         target, wait = wait_before(target, step, wait_for, wait_s, fallback=fallback)
         if wait is not None:
             wait.look()
-        found = checkpoint_at(target, step, fallback=fallback)
-        telling.at(found.storage.address, found.step)
-        shared = is_shared(share, found.storage)
         attempt = LoadAttempt(group, state_of, group.call_timeout_s if timeout_s is None else timeout_s)
-        with attempt.giving_up():
-            attempt.prepare(found.storage, options, read_for_all(found.storage))
+        with held(lambda: checkpoint_at(target, step, fallback=fallback)) as found, attempt.giving_up():
+            telling.at(found.storage.address, found.step)
+            shared = is_shared(share, found.storage)
+            record = read_for_all(found.storage)
+            attempt.prepare(attempt.call(worker_side.open_load, found.storage, options, state_of, record))
             attempt.read(progress, is_shared=shared)
             reports = attempt.finish()
     reports = [replace(report, step=found.step, passed_over=found.passed_over) for report in reports]
@@ -137,14 +136,13 @@ class LoadAttempt:
         self._verdict: LoadOffer | None = None
         self.id = uuid.uuid4().hex[:12]
 
-    def prepare(self, storage: Storage, options: Mapping[str, Any], record: bytes | None) -> None:
+    def prepare(self, may_be_foreign: Sequence[bool]) -> None:
         """Let the workers compare, and hand over what may be refused.
 
         Args:
-            options: fields of `LoadOptions`.
-            record: the bytes of `manifest.json`, where the driver has them.
+            may_be_foreign: what `open_load` has returned on each.
         """
-        if any(self.call(worker_side.open_load, storage, options, self._state_of, record)):
+        if any(may_be_foreign):
             self.call(worker_side.adapt_load, join_names(self.call(worker_side.name_load, self._state_of)))
         self._verdict = agree(self.call(worker_side.offer_load, self._state_of))
         self.call(worker_side.prepare_load, self._verdict)
@@ -177,6 +175,15 @@ class LoadAttempt:
         return max(0.0, self._deadline - time.monotonic())
 
     def call(self, fn: Callable[..., Any], *args: Any, progress: Progress | None = None) -> list[Any]:
+        """Call a function of `worker_side` on all workers, as one of this load; the results by rank."""
+        return self.call_plain(fn, self.id, *args, progress=progress)
+
+    def call_plain(self, fn: Callable[..., Any], *args: Any, progress: Progress | None = None) -> list[Any]:
         """Call a function of `worker_side` on all workers; the results by rank."""
-        args_of = dict.fromkeys(range(self._group.num_workers), (self.id, *args))
+        args_of = dict.fromkeys(range(self._group.num_workers), args)
         return list(self._group.call(fn, args_of, timeout_s=self.left_s, progress=progress).values())
+
+    def call_some(self, fn: Callable[..., Any], args_of: Mapping[int, tuple[Any, ...]]) -> None:
+        """Call a function on some workers, as one of this load."""
+        own = {rank: (self.id, *args) for rank, args in args_of.items()}
+        self._group.call(fn, own, timeout_s=self.left_s)

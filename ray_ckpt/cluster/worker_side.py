@@ -37,7 +37,8 @@ CLEANUP_TIMEOUT_S = 3.0
 _MEMORY = "ray_ckpt.plan_memory"
 _HOST_COPY = "ray_ckpt.host_copy"
 _SAVES = "ray_ckpt.saves"
-_LOADS = "ray_ckpt.loads"
+LOADS = "ray_ckpt.loads"
+_COMPARISON = "ray_ckpt.comparison"
 
 
 @dataclass(frozen=True)
@@ -199,11 +200,30 @@ def verify(ctx: WorkerContext, storage: Storage, num_ranks: int, scan_nan: bool,
     return verify_share(storage, rank=ctx.rank, num_ranks=num_ranks, scan_nan=scan_nan, trusted=trusted, meter=meter)
 
 
-def compare(ctx: WorkerContext, state_of: StateOf | str, only: Sequence[str] | None) -> Held:
-    """Fingerprints of what this worker holds."""
-    from ray_ckpt.protocol.comparison import held
+def begin_compare(
+    ctx: WorkerContext,
+    attempt: str,
+    state_of: StateOf | str,
+    only: Sequence[str] | None,
+    storage: Storage,
+    record: bytes | None,
+) -> frozenset[str]:
+    """Look through the state. Returns the tensors that this worker needs fingerprints for."""
+    from ray_ckpt.protocol.comparison import Comparing
+    from ray_ckpt.storage.checkpoint_reader import CheckpointReader
 
-    return held(resolve(state_of)(ctx), only)
+    comparing = Comparing(resolve(state_of)(ctx), only, CheckpointReader(storage).read_manifest(record))
+    # One that has failed on another worker has left this one's behind.
+    ctx.objects[_COMPARISON] = attempt, comparing
+    return comparing.needing()
+
+
+def compare(ctx: WorkerContext, attempt: str, by_fingerprint: frozenset[str]) -> Held:
+    """What this worker holds, as the record tells or as fingerprints."""
+    begun, comparing = ctx.objects.pop(_COMPARISON)
+    assert begun == attempt, "a group compares one thing at a time"
+    held: Held = comparing.held(by_fingerprint)
+    return held
 
 
 def _saves(ctx: WorkerContext) -> dict[str, RankSave]:
@@ -214,7 +234,7 @@ def _saves(ctx: WorkerContext) -> dict[str, RankSave]:
 
 def _loads(ctx: WorkerContext) -> dict[str, RankLoad]:
     """Attempt -> this rank's side of it."""
-    loads: dict[str, RankLoad] = ctx.objects.setdefault(_LOADS, {})
+    loads: dict[str, RankLoad] = ctx.objects.setdefault(LOADS, {})
     return loads
 
 

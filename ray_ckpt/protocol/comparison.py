@@ -1,36 +1,46 @@
-"""Does what ranks hold now equal a checkpoint? By fingerprints and digests: nothing is gathered, and no bytes are read.
+"""Does what ranks hold now equal a checkpoint? By checksums and fingerprints: nothing is gathered, nothing is read.
 
-each rank    held(state) -> Held             sums over its boxes, digests of its objects
-one of them  compare(location, [Held, ...])  adds up, and names what differs
+each rank    Comparing(state, only, manifest)
+each rank    needing      tensors of which it has parts that are no whole blocks of the record (held_blocks.py)
+one of them               what any rank needs fingerprints of is compared by them on all
+each rank    held         compared blocks; sums over its boxes; digests of its objects
+one of them  compare_with adds up, and names what differs
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch.distributed.checkpoint.stateful import Stateful
 
 from ray_ckpt.errors import FormatError, UsageError
-from ray_ckpt.format.boxes import shared_box
+from ray_ckpt.format.boxes import Box, check_cover, shared_box
 from ray_ckpt.format.fingerprint import Fingerprint, by_name, merge
+from ray_ckpt.format.manifest import Manifest
 from ray_ckpt.format.memory import fault
 from ray_ckpt.format.wanted_names import is_below
 from ray_ckpt.gc_pause import collector_paused
+from ray_ckpt.protocol.held_blocks import HeldBlocks, consists_of_blocks, is_as_saved
 from ray_ckpt.protocol.holdings import fingerprint_sum, hold
+from ray_ckpt.protocol.messages import TensorSpec
 from ray_ckpt.report import CompareReport
-from ray_ckpt.storage.checkpoint_reader import CheckpointReader
 from ray_ckpt.storage.objects import SavedObject, saved_object
-from ray_ckpt.storage.resolve import Location
 
 
 @dataclass(frozen=True)
 class Held:
     """What one rank holds, as plain data."""
 
-    tensors: Mapping[str, Fingerprint]
-    objects: Mapping[str, int]
+    blocks: dict[str, HeldBlocks] = field(default_factory=dict)
+    """Name -> what was compared block by block."""
+    tensors: dict[str, Fingerprint] = field(default_factory=dict)
+    """Name -> fingerprints of the others."""
+    kinds: dict[str, str] = field(default_factory=dict)
+    """Name -> dtype and shape, where they are not those of the record, or nothing tells more."""
+    objects: dict[str, int] = field(default_factory=dict)
     """Name -> checksum of what would be saved."""
 
 
@@ -38,48 +48,95 @@ def _wanted(name: str, only: Sequence[str] | None) -> bool:
     return only is None or any(is_below(name, chosen) for chosen in only)
 
 
-def held(state: Stateful | Mapping[str, Any], only: Sequence[str] | None) -> Held:
-    """Fingerprints of what this rank holds.
+class Comparing:
+    """One rank's side of a comparison.
 
     Raises:
         UsageError: a tensor has no bits of its own.
     """
-    with collector_paused():
-        holdings = hold(state.state_dict() if isinstance(state, Stateful) else state)
-        parts: dict[str, Fingerprint] = {}
-        objects: dict[str, int] = {}
-        for (name, _, spec), value in zip(holdings.items, holdings.values, strict=True):
-            if not _wanted(name, only):
-                continue
-            if spec is None:
-                objects[name] = (value if isinstance(value, SavedObject) else saved_object(value)).checksum
-                continue
-            if wrong := fault(value):
-                raise UsageError(f"{name!r} {wrong}")
-            box = shared_box(spec.offsets, spec.sizes)
+
+    def __init__(self, state: Stateful | Mapping[str, Any], only: Sequence[str] | None, manifest: Manifest) -> None:
+        self._manifest = manifest
+        with collector_paused():
+            holdings = hold(state.state_dict() if isinstance(state, Stateful) else state)
+            found = zip(holdings.items, holdings.values, strict=True)
+            self._items = [(item, value) for item, value in found if _wanted(item.name, only)]
+        for item, value in self._items:
+            if item.spec is not None and (wrong := fault(value)):
+                raise UsageError(f"{item.name!r} {wrong}")
+
+    def needing(self) -> frozenset[str]:
+        """The tensors of which this rank holds something that only a fingerprint tells."""
+        known = self._manifest.tensors
+        return frozenset(
+            item.name
+            for item, value in self._items
+            if item.spec is not None and item.name in known
+            if not consists_of_blocks(item.spec, value, known[item.name])
+        )
+
+    def held(self, by_fingerprint: Collection[str]) -> Held:
+        """Compare, and take fingerprints.
+
+        Args:
+            by_fingerprint: the tensors that any rank needs fingerprints of.
+        """
+        held = Held()
+        with collector_paused():
+            for item, value in self._items:
+                if item.spec is None:
+                    saved = value if isinstance(value, SavedObject) else saved_object(value)
+                    held.objects[item.name] = saved.checksum
+                else:
+                    self._add(held, item.name, item.spec, value, by_fingerprint)
+        return held
+
+    def _add(
+        self, held: Held, name: str, spec: TensorSpec, value: torch.Tensor, by_fingerprint: Collection[str]
+    ) -> None:
+        entry, box = self._manifest.tensors.get(name), shared_box(spec.offsets, spec.sizes)
+        if entry is None or (spec.dtype, spec.shape) != (entry.dtype, entry.shape):
+            held.kinds[name] = f"{spec.dtype}{list(spec.shape)}"
+        elif name not in by_fingerprint:
+            parts = held.blocks.setdefault(name, HeldBlocks(spec.dtype, spec.shape, {})).parts
+            parts[box] = is_as_saved(spec, value, entry)
+        elif name not in self._manifest.fingerprints:
+            held.kinds[name] = ""
+        else:
             part = Fingerprint(spec.dtype, spec.shape, {box: fingerprint_sum(spec, value)})
-            parts[name] = merge([parts[name], part]) if name in parts else part
-    return Held(parts, objects)
+            held.tensors[name] = merge([held.tensors[name], part]) if name in held.tensors else part
 
 
-def compare(location: Location, of_ranks: Sequence[Held], only: Sequence[str] | None) -> CompareReport:
-    """What differs between a checkpoint and what all ranks hold."""
-    manifest = CheckpointReader(location.storage).read_manifest()
+def compare_with(manifest: Manifest, of_ranks: Sequence[Held], only: Sequence[str] | None = None) -> CompareReport:
+    """What differs between a record and what all ranks hold."""
     tensors = by_name(rank.tensors for rank in of_ranks)
+    blocks: dict[str, list[HeldBlocks]] = {}
+    kinds: dict[str, str] = {}
     objects: dict[str, set[int]] = {}
     for rank in of_ranks:
+        for name, found in rank.blocks.items():
+            blocks.setdefault(name, []).append(found)
+        for name, kind in rank.kinds.items():
+            kinds[name] = kinds.get(name) or kind
         for name, checksum in rank.objects.items():
             objects.setdefault(name, set()).add(checksum)
     named = {name for name in (*manifest.tensors, *manifest.objects) if _wanted(name, only)}
-    here = tensors.keys() | objects.keys()
+    held_here = tensors.keys() | blocks.keys() | kinds.keys()
+    here = held_here | objects.keys()
     differing: dict[str, str] = {}
     unknown = []
     for name in sorted(named & here):
-        if name in manifest.tensors and name in tensors:
-            recorded = manifest.fingerprints.get(name)
-            if recorded is None:
+        if name in manifest.tensors and name in held_here:
+            entry = manifest.tensors[name]
+            if kinds.get(name):
+                differing[name] = f"{kinds[name]} instead of {entry.dtype}{list(entry.shape)}"
+            elif name in kinds:
                 unknown.append(name)
-            elif reason := _difference(recorded, tensors[name]):
+            elif reason := (
+                _difference(manifest.fingerprints[name], tensors[name])
+                if name in tensors
+                else _differing_blocks(entry.shape, blocks[name])
+            ):
                 differing[name] = reason
         elif name in manifest.objects and name in objects:
             saved = manifest.objects[name].checksum
@@ -90,13 +147,12 @@ def compare(location: Location, of_ranks: Sequence[Held], only: Sequence[str] | 
         else:
             differing[name] = "a tensor on one side, an object on the other"
     return CompareReport(
-        uri=location.storage.address,
+        uri="",
         num_compared=len(named & here) - len(unknown),
         differing=differing,
         missing=tuple(sorted(named - here)),
         unexpected=tuple(sorted(here - named)),
         unknown=tuple(unknown),
-        step=location.step,
     )
 
 
@@ -105,7 +161,18 @@ def _difference(recorded: str, parts: Sequence[Fingerprint]) -> str:
         digest = merge(parts).digest
     except FormatError as error:
         return str(error)
-    if digest == recorded:
-        return ""
-    same_kind = digest.rpartition(":")[0] == recorded.rpartition(":")[0]
-    return "other elements" if same_kind else f"{digest.rpartition(':')[0]} instead of {recorded.rpartition(':')[0]}"
+    return "" if digest == recorded else "other elements"
+
+
+def _differing_blocks(shape: tuple[int, ...], found: Sequence[HeldBlocks]) -> str:
+    equal: dict[Box, set[bool]] = {}
+    for of_rank in found:
+        for box, is_equal in of_rank.parts.items():
+            equal.setdefault(box, set()).add(is_equal)
+    for box, answers in equal.items():
+        if len(answers) > 1:
+            return f"replicas differ in the part at {box.offsets} of size {box.sizes}"
+    if not all(answers == {True} for answers in equal.values()):
+        return "other elements"
+    problem = check_cover(shape, list(equal))
+    return f"incomplete: {problem}" if problem else ""
