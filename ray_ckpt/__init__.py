@@ -73,6 +73,7 @@ if TYPE_CHECKING:
         RemovalReport,
         SaveReport,
         SignatureReport,
+        TransferReport,
         VerifyReport,
     )
     from ray_ckpt.signing import sign, verify_signature
@@ -130,6 +131,7 @@ __all__ = [
     "TensorDifference",
     "TensorStatistics",
     "TrainState",
+    "TransferReport",
     "UnsafeCheckpointError",
     "UsageError",
     "VerifyReport",
@@ -197,6 +199,7 @@ _HOMES = {
     "TensorDifference": "ray_ckpt.inspection.differing",
     "TensorStatistics": "ray_ckpt.inspection.statistics",
     "TrainState": "ray_ckpt.state.train_state",
+    "TransferReport": "ray_ckpt.report",
     "VerifyReport": "ray_ckpt.report",
     "Weight": "ray_ckpt.conversion.weights",
     "Weights": "ray_ckpt.conversion.weights",

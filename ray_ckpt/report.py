@@ -65,6 +65,37 @@ class SaveReport:
 
 
 @dataclass(frozen=True)
+class TransferReport:
+    """What `cluster.transfer` returns. It is there only if the target holds what was sent.
+
+    Example:
+        >>> import torch
+        >>> from ray_ckpt import WorkerGroup, cluster
+        >>> def state_of(ctx):
+        ...     return ctx.objects.setdefault("stage", {f"stage{ctx.rank}": torch.ones(3)})
+        >>> with WorkerGroup(2, process_group=False) as group:
+        ...     report = cluster.transfer(group, state_of, group, state_of)
+        >>> report.num_bytes, report.num_compared
+        (24, 2)
+    """
+
+    num_bytes: int
+    """Size of the tensor data that the source has sent, each byte once."""
+    seconds: float
+    """Time from the source's plan to the end of the comparison."""
+    source_seconds: float
+    """Time after which the source's part was copied, and its state could change."""
+    num_windows: int
+    """Number of windows of the longest stream."""
+    num_compared: int
+    """Number of tensors that both sides have, which are equal."""
+    missing: tuple[str, ...]
+    """Names that the target wants and the source has not sent; they keep the values that they had."""
+    unexpected: tuple[str, ...]
+    """Names that were sent and that the target does not want."""
+
+
+@dataclass(frozen=True)
 class LoadReport:
     """What a load returns on each rank. The names are sorted and the same on all ranks.
 

@@ -26,9 +26,10 @@ from ray_ckpt import (
     ArrowStorageReader, ArrowStorageWriter, CheckpointContents, CheckpointStore, CompareReport, ConversionReport,
     CopyReport, Damage, DiffReport, DoctorReport, Event, EventFile, Finding, Fingerprint, Layout, LoadReport, Manifest,
     NodeFacts, NonFinite, PageReport, Phase, Policy, RemovalReport, RetryPolicy, SaveHandle, SaveReport, Saved,
-    SignatureReport, Storage, StoreListing, TensorDifference, TensorStatistics, TrainState, VerifyReport, Weight,
-    Weights, WorkerContext, WorkerError, WorkerGroup, cluster, compare, convert, diff, doctor, export, fingerprint,
-    inspect, keep, keep_every, keep_last, list_steps, load, open_weights, resume, save, scan_nonfinite, sign,
+    SignatureReport, Storage, StoreListing, TensorDifference, TensorStatistics, TrainState, TransferReport,
+    VerifyReport, Weight, Weights, WorkerContext, WorkerError, WorkerGroup, cluster, compare, convert, diff, doctor,
+    export, fingerprint, inspect, keep, keep_every, keep_last, list_steps, load, open_weights, resume, save,
+    scan_nonfinite, sign,
     tensor_statistics, verify, verify_signature, write_report,
 )
 
@@ -107,6 +108,9 @@ def drive() -> None:
         reports: list[LoadReport] = cluster.load(group, state_of, "run")
         checked: VerifyReport = cluster.verify(group, "run")
         print(saved, reports, checked)
+        moved: TransferReport = cluster.transfer(group, state_of, group, state_of, cast="bfloat16", atomic=True)
+        handle: cluster.TransferHandle = cluster.transfer(group, state_of, group, state_of, blocking=False)
+        print(moved.num_compared, handle.done(), handle.result(timeout_s=60.0).num_bytes)
 """
 
 WRONG_CODE = """

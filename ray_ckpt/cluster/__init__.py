@@ -19,6 +19,7 @@ from ray_ckpt.cluster.comparing import compare
 from ray_ckpt.cluster.loading import load
 from ray_ckpt.cluster.ram.client import drop_memory
 from ray_ckpt.cluster.saving import save
+from ray_ckpt.cluster.transferring import TransferHandle, transfer
 from ray_ckpt.cluster.verifying import verify, verify_by_tasks
 
-__all__ = ["compare", "drop_memory", "load", "save", "verify", "verify_by_tasks"]
+__all__ = ["TransferHandle", "compare", "drop_memory", "load", "save", "transfer", "verify", "verify_by_tasks"]

@@ -56,7 +56,7 @@ class LoadSource:
     def address(self) -> str:
         return self._reader.address
 
-    def open(self, record: bytes | None = None) -> None:
+    def open(self, record: bytes | Manifest | None = None) -> None:
         self.manifest = self._reader.read_manifest(record)
 
     @property

@@ -32,7 +32,7 @@ import torch
 from torch.distributed.checkpoint.stateful import Stateful
 
 from ray_ckpt.errors import CheckpointError, FormatError, StateMismatchError
-from ray_ckpt.format.manifest import itemsize
+from ray_ckpt.format.manifest import Manifest, itemsize
 from ray_ckpt.format.torch_internals import local_tensor
 from ray_ckpt.format.translate import HYPERPARAMETERS
 from ray_ckpt.format.wanted_names import Names
@@ -105,11 +105,11 @@ class RankLoad:
         self._retries_before = storage.num_retries
         self._rereads_before = len(storage.rereads)
 
-    def open(self, record: bytes | None = None) -> None:
+    def open(self, record: bytes | Manifest | None = None) -> None:
         """Read what the checkpoint says of itself.
 
         Args:
-            record: the bytes of its `manifest.json`, where the coordinator has read them for all.
+            record: the bytes of its `manifest.json`, where the coordinator has read them for all, or what they say.
 
         Raises:
         CheckpointNotFoundError, FormatError, UnsafeCheckpointError: there is nothing that can be read.

@@ -51,7 +51,7 @@ def read_shared(reads: TensorReads, plan: SharePlan, peers: Peers, meter: Meter 
         IntegrityError, StorageError, FormatError: this rank could not read, or received what was not saved.
         CheckpointError: another rank is lost, or late.
     """
-    placer = _Placer(reads.ranges)
+    placer = Placer(reads.ranges)
     windows = [
         [(n, e) for n, e in enumerate(window) if peers.rank in (e.reader, *e.receivers)] for window in plan.windows
     ]
@@ -90,7 +90,7 @@ def _swap(
 class _Reader:
     """Reads what this rank is to read of each window, on a few threads, as far ahead as memory allows."""
 
-    def __init__(self, files: OpenFiles, placer: _Placer, threads: int, meter: Meter) -> None:
+    def __init__(self, files: OpenFiles, placer: Placer, threads: int, meter: Meter) -> None:
         self._files = files
         self._placer = placer
         self._meter = meter
@@ -129,7 +129,7 @@ class _Reader:
         return memory
 
 
-class _Placer:
+class Placer:
     """Puts the bytes of extents where this rank wants them.
 
     Args:
@@ -171,12 +171,22 @@ class _Placer:
             rank: this one, which has checked what it has read.
         """
         for extent, memory in memories.items():
-            self._fill(extent, bytes_of(memory), is_checked=extent.reader == rank)
+            self.fill(extent, bytes_of(memory), is_checked=extent.reader == rank, direct=self._direct(extent))
 
-    def _fill(self, extent: Extent, data: memoryview, *, is_checked: bool) -> None:
-        direct = self._direct(extent)
+    def fill(self, extent: Extent, data: memoryview, *, is_checked: bool, direct: Range | None = None) -> int:
+        """Fill the targets, or parts of them, by the bytes of an extent.
+
+        Args:
+            is_checked: whether these are known to be the bytes that were saved.
+            direct: the range that has them already.
+
+        Returns:
+            How many bytes of ranges these are.
+        """
+        num_bytes = 0
         for item in self._overlapping(extent):
             start, end = max(item.start, extent.start), min(item.end, extent.end)
+            num_bytes += end - start
             part = data[start - extent.start : end - extent.start]
             if (start, end) != (item.start, item.end):
                 self._gather(item, start, part)
@@ -185,6 +195,7 @@ class _Placer:
                 verify(item, part)
             if item is not direct:
                 deliver(item._replace(is_direct=False), part)
+        return num_bytes
 
     def _gather(self, item: Range, start: int, part: memoryview) -> None:
         if id(item) not in self._gathered:
@@ -206,6 +217,8 @@ class _Placer:
         return next((item for item in fitting if item.is_direct), None)
 
     def _overlapping(self, extent: Extent) -> Iterator[Range]:
+        if extent.file not in self._of_file:
+            return
         items, starts = self._of_file[extent.file], self._starts[extent.file]
         first = bisect.bisect_right(starts, extent.start - self._longest[extent.file])
         for item in items[first : bisect.bisect_left(starts, extent.end)]:
