@@ -207,6 +207,50 @@ def test_a_wrapper_that_adds_nothing_is_what_it_wraps(tmp_path: Path) -> None:
     assert torch.equal(bare.state[target[0].weight]["exp_avg"], optimizer.state[model[0].weight]["exp_avg"])
 
 
+class NoOptimizer:
+    """Wraps one and adds to its state, as schedulefree's wrapper does; not an optimizer by its class."""
+
+    def __init__(self, base: torch.optim.Optimizer, **shown: Any) -> None:
+        self.base, self.shown = base, shown
+
+    param_groups = property(lambda self: self.base.param_groups)
+
+    def step(self) -> None:
+        self.base.step()
+        for own in self.base.state.values():
+            own["z"] = own["exp_avg"] + 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self.base.state_dict(), **self.shown}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.base.load_state_dict(state)
+
+
+class Hollow(torch.optim.Optimizer):
+    def __init__(self) -> None:
+        """Nothing of what torch's constructor makes."""
+
+
+def test_a_wrapper_that_is_no_optimizer_is_what_it_wraps_or_is_refused(tmp_path: Path) -> None:
+    (model, base), (target, other) = (made(seed, lambda params: torch.optim.AdamW(params, lr=0.1)) for seed in range(2))
+    model(torch.ones(2, 3)).sum().backward()
+    wrapper, fresh = NoOptimizer(base), NoOptimizer(other)
+    wrapper.step()
+    for several in (wrapper, [wrapper], {"of weights": wrapper}):
+        assert TrainState(model, several).optimizers == [base]  # type: ignore[arg-type]
+    ray_ckpt.save(TrainState(model, wrapper), tmp_path / "run")  # type: ignore[arg-type]
+    ray_ckpt.load(TrainState(target, fresh), tmp_path / "run")  # type: ignore[arg-type]
+    assert torch.equal(other.state[target[0].weight]["z"], base.state[model[0].weight]["z"])
+    for given, expected in (
+        (NoOptimizer(base, mode=1), r"NoOptimizer is no torch\.optim\.Optimizer, nor shows the state of one"),
+        (model, r"Sequential is no torch\.optim\.Optimizer"),
+        (Hollow(), r"Hollow has no param_groups and no state"),
+    ):
+        with pytest.raises(UsageError, match=expected):
+            TrainState(model, [given])
+
+
 def test_a_wrapper_with_a_state_of_its_own_is_another_kind(tmp_path: Path) -> None:
     model, optimizer = made(0, OWN["tracking"])
     step(model, optimizer)

@@ -16,7 +16,7 @@ Names depend on the model alone, never on the layout: that is what lets any layo
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -37,6 +37,7 @@ from ray_ckpt.state.named_optimizers import NamedOptimizers
 from ray_ckpt.state.named_schedulers import NamedSchedulers, Schedulers
 from ray_ckpt.state.rank_parts import RankPart, Rng
 from ray_ckpt.state.replicated_parts import CounterPart, ExtraPart, StatefulPart
+from ray_ckpt.state.wrappers import optimizer_in
 
 T = TypeVar("T")
 
@@ -265,9 +266,8 @@ def is_hyperparameter(name: str) -> bool:
 
 
 def _listed(optimizers: Any) -> list[torch.optim.Optimizer]:
-    if isinstance(optimizers, torch.optim.Optimizer):
-        return [optimizers]
-    return list(optimizers.values() if isinstance(optimizers, Mapping) else optimizers)
+    several = optimizers.values() if isinstance(optimizers, Mapping) else optimizers
+    return [optimizer_in(given) for given in (several if isinstance(several, Iterable) else [several])]
 
 
 def _only(several: list[T], what: str, attribute: str) -> T:

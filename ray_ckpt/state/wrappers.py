@@ -1,5 +1,7 @@
 """What really steps: the optimizers and schedulers within the wrappers that frameworks hand out.
 
+A wrapper that is no optimizer of torch's, such as schedulefree's, is taken for what it wraps if it shows nothing else.
+
 A scheduler that shows the state of what it wraps and nothing else, such as accelerate's `AcceleratedScheduler`, is
 taken for what it wraps. An optimizer may share the state of another one and show nothing else today, as accelerate's
 does, and more once it has stepped: so it saves and loads by its own methods, and is called by the class of what it
@@ -19,6 +21,29 @@ from ray_ckpt.errors import UsageError
 from ray_ckpt.state.hyperparameters import MEMBERS, same
 
 _METHODS = ("state_dict", "load_state_dict", "step")
+
+
+def optimizer_in(given: Any) -> torch.optim.Optimizer:
+    """What is given as an optimizer: itself, or what it wraps if it is none and shows nothing else.
+
+    Raises:
+        UsageError: it is none, and nothing tells which optimizer it stands for.
+    """
+    name = f"{type(given).__module__}.{type(given).__qualname__}"
+    if isinstance(given, torch.optim.Optimizer):
+        if lacking := [needed for needed in ("param_groups", "state") if not hasattr(given, needed)]:
+            raise UsageError(
+                f"{name} has no {' and no '.join(lacking)}, which every optimizer of torch's has: give the optimizer "
+                "that it wraps, and what else it keeps in TrainState(extra=...)"
+            )
+        return given
+    inner = [value for value in getattr(given, "__dict__", {}).values() if isinstance(value, torch.optim.Optimizer)]
+    if len(inner) == 1 and _can_step(given) and same(given.state_dict(), inner[0].state_dict()):
+        return inner[0]
+    raise UsageError(
+        f"{name} is no torch.optim.Optimizer, nor shows the state of one that it wraps: give that one, and what else "
+        "it keeps in TrainState(extra=...)"
+    )
 
 
 def is_scheduler(value: object) -> bool:
