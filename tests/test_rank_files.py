@@ -12,7 +12,12 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from ray_ckpt import TrainState, load
 from ray_ckpt.dcp.reader import ArrowStorageReader
-from ray_ckpt.errors import CheckpointNotFoundError, FormatError, RayCkptError, UnsafeCheckpointError
+from ray_ckpt.errors import (
+    CheckpointNotFoundError,
+    FormatError,
+    StateMismatchError,
+    UnsafeCheckpointError,
+)
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.placements import Split, placed_boxes
 from tests.support import driver, rank_writers
@@ -104,12 +109,32 @@ def test_a_value_as_a_whole_file(copied: Path) -> None:
     assert driver.load({"step": 0}, ArrowStorageReader(copied)) == {"step": 7}
 
 
-def test_what_each_rank_has_of_its_own_has_its_rank_in_the_name(copied: Path) -> None:
+def test_what_each_rank_has_of_its_own_has_its_rank_in_the_name(written: Any, copied: Path) -> None:
     wanted = {"extra_state": {f"rank{rank}": {"rng": torch.zeros(3, dtype=torch.int64)} for rank in range(2)}}
     found = driver.load(wanted, ArrowStorageReader(copied))["extra_state"]
     assert [found[f"rank{rank}"]["rng"].tolist() for rank in range(2)] == [[0] * 3, [1] * 3]
-    with pytest.raises(RayCkptError, match=r"extra_state\.rank0\.rng"):
-        _loaded(copied, only=None)
+    assert _same(_loaded(copied, only=None), written["fsdp2"][1])
+
+
+def test_verls_scheduler_arrives_and_what_has_no_place_is_named(tmp_path: Path) -> None:
+    first, second = run_ranks(rank_writers.write_as_verl, 2, tmp_path, str(tmp_path))
+    differing = {name for name in first if not torch.equal(first[name], second[name])}
+    assert differing == {"1.running_mean", "1.running_var"}
+    for has_scheduler in (True, False):
+        model = rank_writers.normed(1)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.25)
+        scheduler = rank_writers.decayed(optimizer)
+        report = load(TrainState(model, optimizer, schedulers=scheduler if has_scheduler else ()), tmp_path)
+        assert _same(dict(model.state_dict()), first)
+        assert optimizer.param_groups[0]["lr"] == 0.0625
+        assert scheduler.last_epoch == (2 if has_scheduler else 0)
+        assert report.missing == report.unexpected == ()
+        assert "model.1.running_mean, model.1.running_var: ranks have seen other batches, and the first" in report.lost
+        assert "random generators left out: extra_state.r" in report.lost
+        assert ("schedulers left out: extra_state.lr_scheduler." in report.lost) != has_scheduler
+    other = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+    with pytest.raises(StateMismatchError, match="schedulers"):
+        load(TrainState(model, optimizer, schedulers=other), tmp_path)
 
 
 def _write_every_placement(rank: int, directory: str) -> None:

@@ -6,9 +6,10 @@
     step  global_step  epoch  train_state. ...  trainer_state. ...   counters. ...
     scaler. ...  grad_scaler. ...  native_amp_scaling_state. ...     scaler.state. ...
     dataloader. ...  dl_state_dict. ...                              dataloader. ...
+    extra_state. ...                                                 what it is without that, as verl writes it
 
-torchtitan, Lightning, accelerate, transformers' `Trainer`, and scripts by hand write these. What the state that is
-loaded into does not want of them is left out, and named: it is not the model's, nor the optimizer's.
+torchtitan, Lightning, accelerate, transformers' `Trainer`, verl, and scripts by hand write these. What the state that
+is loaded into does not want of them is left out, and named: it is not the model's, nor the optimizer's.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ _SCALER = re.compile(r"(?:scaler|grad_scaler|scaler_state_dict|native_amp_scalin
 _LOADER = re.compile(r"(?:dataloader|data_loader|dl_state_dict)\.(.+)")
 
 _GENERATORS = re.compile(r"(?:rng_state|random_states|rng_states)(?:_[0-9]+)?(?:\.\w.*)?")
+
+_EXTRA = re.compile(r"extra_state\.(rank[0-9]{1,7}\.)?(.+)")
+"""verl's, with the rank where ranks differ."""
 
 _LIGHTNING = "pytorch-lightning_version"
 """Lightning's checkpoints hold this, and then the following."""
@@ -70,6 +74,10 @@ def section_of(name: str, schedulers: Sequence[str], saved: Collection[str]) -> 
         schedulers: names of those in the state that is loaded into.
         saved: all names in the checkpoint.
     """
+    if match := _EXTRA.fullmatch(name):
+        side = Side("random generators") if match[2].partition(".")[0] == "rng" else None
+        side = side or section_of(match[2], schedulers, saved) or Side("bookkeeping")
+        return side._replace(ours="") if match[1] else side
     if match := _SCHEDULERS.fullmatch(name) or _SCHEDULER.fullmatch(name):
         number = int(match[1]) if match.re is _SCHEDULERS else 0
         place = schedulers[number] if number < len(schedulers) else None

@@ -1,11 +1,12 @@
 """Files that each rank wrote of what it held, put together: a manifest for which the layout no longer matters.
 
-    what each file holds ── join ──> Manifest   tensors of their shards, every element once
+    what each file holds ── join ──> Joined     tensors of their shards, every element once
 
 Sharded tensors say themselves which boxes a rank holds. What is not sharded has to be the same on all ranks that hold
 it: of a model and an optimizer, anything else is refused, since it means files of two saves or state whose place nobody
-wrote down. Of other things (random generators, data loaders) each rank may have its own; it is named `<item>.rank<n>`.
-Which file is whose, `rank_names.py` tells.
+wrote down. BatchNorm's statistics are an exception, as each rank has seen other batches: the first rank's are taken, as
+`DistributedDataParallel` goes on with them. Of other things (random generators, data loaders) each rank may have its
+own; it is named `<item>.rank<n>`. Which file is whose, `rank_names.py` tells.
 
 Shards alone do not show that one of them is of another save in the same layout; what all ranks hold, such as an
 optimizer's `step`, does.
@@ -26,7 +27,11 @@ from ray_ckpt.format.torch_file import Content
 from ray_ckpt.format.torch_pickle import Sharded
 from ray_ckpt.text import listed, quoted
 
-__all__ = ["Part", "join"]
+__all__ = ["Joined", "Part", "join"]
+
+_MEAN, _VARIANCE = "running_mean", "running_var"
+_STATISTICS = frozenset({_MEAN, _VARIANCE, "num_batches_tracked"})
+"""Buffers of torch's BatchNorm modules, by the last component of their names."""
 
 
 class Part(NamedTuple):
@@ -38,7 +43,15 @@ class Part(NamedTuple):
     """The boxes that the file holds, and everything else in it."""
 
 
-def join(parts: Sequence[Part]) -> Manifest:
+class Joined(NamedTuple):
+    """All files as one checkpoint."""
+
+    manifest: Manifest
+    notes: tuple[str, ...]
+    """What of it is not the same on all ranks."""
+
+
+def join(parts: Sequence[Part]) -> Joined:
     """One manifest of all files.
 
     Raises:
@@ -46,15 +59,18 @@ def join(parts: Sequence[Part]) -> Manifest:
     """
     tensors: dict[str, TensorEntry] = {}
     objects: dict[str, ObjectEntry] = {}
+    differing: list[str] = []
     for item in dict.fromkeys(part.file.item for part in parts):
         of_item = [part for part in parts if part.file.item == item]
         joiner = _Joiner(of_item, may_differ=not _is_state(of_item))
         tensors |= joiner.tensors()
         objects |= joiner.objects()
+        differing += joiner.differing
     files = {file: size for part in parts for file, size in part.manifest.files.items()}
     manifest = Manifest(tensors, objects, files)
     manifest.check()
-    return manifest
+    notes = f"{listed(sorted(differing), at_most=4)}: ranks have seen other batches, and the first one's are taken"
+    return Joined(manifest, (notes,) if differing else ())
 
 
 def _is_state(parts: Sequence[Part]) -> bool:
@@ -70,18 +86,33 @@ class _Joiner:
     def __init__(self, parts: Sequence[Part], *, may_differ: bool) -> None:
         self._parts = parts
         self._may_differ = may_differ
+        self.differing: list[str] = []
+        """Statistics of which the first rank's are taken."""
 
     def tensors(self) -> dict[str, TensorEntry]:
         joined: dict[str, TensorEntry] = {}
         for name, of_name in self._by_name("tensors"):
             if isinstance(of_name[0].content.tensors[name], Sharded):
                 joined[name] = _join_shards(name, of_name)
-            elif differing := _differing_tensors(name, of_name):
+            elif (differing := _differing_tensors(name, of_name)) and self._is_statistic(name):
+                self.differing.append(name)
+                joined[name] = of_name[0].manifest.tensors[name]
+            elif differing:
                 self._refuse_difference(name, differing)
                 joined |= {_own(name, part): part.manifest.tensors[name]._replace(path=None) for part in of_name}
             else:
                 joined[name] = of_name[0].manifest.tensors[name]
         return joined
+
+    def _is_statistic(self, name: str) -> bool:
+        """Whether it is a whole tensor of one shape on all ranks, of a BatchNorm in a model or an average of it."""
+        owner, _, last = name.rpartition(".")
+        siblings = [f"{owner}.{other}" for other in (_MEAN, _VARIANCE, last)]
+        shapes = [
+            {part.manifest.tensors[each].shape for part in self._parts if each in part.manifest.tensors}
+            for each in siblings
+        ]
+        return not self._may_differ and last in _STATISTICS and all(len(of_one) == 1 for of_one in shapes)
 
     def objects(self) -> dict[str, ObjectEntry]:
         joined: dict[str, ObjectEntry] = {}

@@ -30,7 +30,8 @@ def open_directory(storage: Storage, listing: Listing, *, trusted: bool) -> Foun
     found = rank_names.find(listing.files, world_size)
     if found is None or (rank_names.METADATA_NAME in listing.files and world_size is None):
         raise FormatError(f"{storage.address}/{rank_names.METADATA_NAME} is none of torch_checkpointing's")
-    return Found(found.kind, storage, join(_parts(storage, listing, found)))
+    joined = join(_parts(storage, listing, found))
+    return Found(found.kind, storage, joined.manifest, joined.notes)
 
 
 def open_numbered(storage: Storage, listing: Listing, *, trusted: bool) -> Found:
@@ -47,7 +48,8 @@ def open_numbered(storage: Storage, listing: Listing, *, trusted: bool) -> Found
             f"no checkpoint in {storage.address}: it holds numbered files of whole tensors; to load one of them, name "
             f"the file: {listed(sorted(part.file.name for part in parts), at_most=3)}"
         )
-    return Found(found.kind, storage, join(parts))
+    joined = join(parts)
+    return Found(found.kind, storage, joined.manifest, joined.notes)
 
 
 def _parts(storage: Storage, listing: Listing, found: rank_names.RankFiles) -> list[Part]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 from pathlib import Path
 
+import numpy
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardedStateDictConfig, StateDictType, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from ray_ckpt import TrainState, load
@@ -64,6 +67,38 @@ def write(rank: int, directory: str, layout: str) -> dict[str, torch.Tensor]:
     for name, parameter in model.named_parameters():
         wholes[f"{name} exp_avg"] = optimizer.state[parameter]["exp_avg"].full_tensor()
     return wholes
+
+
+def normed(seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, 12), nn.BatchNorm1d(12), nn.Linear(12, 3))
+
+
+def decayed(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+
+
+def write_as_verl(rank: int, directory: str) -> dict[str, torch.Tensor]:
+    """A model whose statistics differ between ranks, with the scheduler and the generators beside it, as verl does."""
+    warnings.simplefilter("ignore")
+    model = fully_shard(normed(0), mesh=init_device_mesh("cpu", (2,)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.25)
+    scheduler = decayed(optimizer)
+    for _ in range(2):
+        model(torch.arange(20.0).reshape(4, 5) * (1 + rank)).square().sum().backward()
+        optimizer.step()
+        scheduler.step()
+    random.seed(rank)
+    torch.manual_seed(rank)
+    rng = {"cpu": torch.get_rng_state(), "numpy": numpy.random.get_state(), "random": random.getstate()}
+    for item, state in {
+        "model": model.state_dict(),
+        "optim": optimizer.state_dict(),
+        "extra_state": {"lr_scheduler": scheduler.state_dict(), "rng": rng},
+    }.items():
+        torch.save(state, Path(directory) / f"{item}_world_size_2_rank_{rank}.pt")
+    shown = model.state_dict()
+    return {name: value.full_tensor() if isinstance(value, DTensor) else value.clone() for name, value in shown.items()}
 
 
 def load_sharded(rank: int, directory: str) -> dict[str, torch.Tensor]:
