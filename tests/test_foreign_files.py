@@ -390,6 +390,7 @@ def test_hostile_index(tmp_path):
         ({"other": "a.safetensors"}, FormatError, "does not hold it"),
         ({"weight": 3}, FormatError, "no `weight_map`"),
         (None, FormatError, "no `weight_map`"),
+        ({}, FormatError, "no `weight_map`"),
     ]:
         index.write_text(json.dumps({"weight_map": files}))
         assert message in _refused(tmp_path, error)

@@ -80,6 +80,9 @@ def test_a_target_that_is_taken_stays(tmp_path: Path) -> None:
         convert(tmp_path / "file.pt", tmp_path / "taken")
     with pytest.raises(UsageError, match="is the source"):
         convert(tmp_path / "taken", tmp_path / "taken")
+    (tmp_path / "link").symlink_to(tmp_path / "taken")
+    with pytest.raises(UsageError, match="is the source"):
+        convert(tmp_path / "taken", tmp_path / "link")
     assert files_of(tmp_path / "taken") == before
 
 

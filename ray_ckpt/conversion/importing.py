@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import os
 from collections.abc import Mapping
 
 from ray_ckpt.conversion.engine import Plan, identity_of, run
@@ -73,7 +74,8 @@ def convert(
     """
     given = open_source(source, step, trusted=trusted)
     storage = destination(target, target_step).storage
-    if storage.address == given.opened.address:
+    real = os.path.realpath if storage.is_local else str  # a link may lead to the source
+    if real(storage.address) == real(given.opened.address):
         raise UsageError(f"{storage.address} is the source: give the new checkpoint a place of its own")
     return run(_plan(given, storage), progress, ray=ray, address=address)
 

@@ -178,7 +178,7 @@ def parse_index(text: bytes, name: str) -> dict[str, str]:
         UnsafeCheckpointError: a file name leaves the directory.
     """
     files = parse_object(text, name).get("weight_map")
-    if not isinstance(files, dict) or not all(type(file) is str for file in files.values()):
+    if not isinstance(files, dict) or not files or not all(type(file) is str for file in files.values()):
         raise FormatError(f"{name} has no `weight_map` from tensor names to file names")
     return {tensor: check_file_name(file) for tensor, file in files.items()}
 
