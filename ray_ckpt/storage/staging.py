@@ -92,8 +92,16 @@ def host_pieces(tensors: Iterable[tuple[K, torch.Tensor | Converted]]) -> Iterat
     """
     staging = _PinnedStaging()
     for key, given in tensors:
-        parts = given.windows() if isinstance(given, Converted) else _parts(plain(given))
-        if is_on_cuda(given):
+        if isinstance(given, Converted):
+            on_cuda, parts = given.tensor.is_cuda, given.windows()
+        else:
+            tensor = plain(given)
+            on_cuda = tensor.is_cuda
+            if not on_cuda and not staging.is_filling and tensor.nbytes <= PIECE_BYTES and tensor.is_contiguous():
+                yield key, bytes_of(tensor)  # as below, where it costs twice as much: most tensors are small
+                continue
+            parts = _parts(tensor)
+        if on_cuda:
             yield from staging.push(key, parts)
             continue
         if staging.is_filling:
