@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -125,3 +127,40 @@ def test_latest_stays_inside(tmp_path: Path) -> None:
     (tmp_path / "latest").write_text("../elsewhere")
     with pytest.raises(FormatError, match=r"names '\.\./elsewhere', which is no directory there"):
         ray_ckpt.load(TrainState(nn.Linear(3, 2)), tmp_path)
+
+
+def _safetensors(model: nn.Module, path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(model.state_dict(), path / "model.safetensors")
+
+
+WRITERS: dict[str, Callable[[nn.Module, Path], None]] = {
+    "model.safetensors": _safetensors,
+    "pytorch_model.bin": lambda model, path: torch.save(model.state_dict(), path / "pytorch_model.bin"),
+    "pytorch_model_fsdp_0": lambda model, path: dcp.save(
+        {"model": model.state_dict()}, checkpoint_id=path / "pytorch_model_fsdp_0", no_dist=True
+    ),
+    "model_world_size_1_rank_0.pt": lambda model, path: torch.save(
+        model.state_dict(), path / "model_world_size_1_rank_0.pt"
+    ),
+    "pytorch_model_fsdp_0_rank0.bin": lambda model, path: torch.save(
+        model.state_dict(), path / "pytorch_model_fsdp_0_rank0.bin"
+    ),
+}
+
+
+@pytest.mark.parametrize(("one", "other"), list(itertools.combinations(WRITERS, 2)))
+def test_of_several_models_in_one_directory_one_is_read_and_the_others_are_named(
+    tmp_path: Path, one: str, other: str
+) -> None:
+    models = {name: nn.Linear(3, 2) for name in (one, other)}
+    for name, model in models.items():
+        WRITERS[name](model, tmp_path)
+    target = nn.Linear(3, 2)
+    report = ray_ckpt.load(TrainState(target), tmp_path)
+    [read] = [name for name, model in models.items() if torch.equal(model.weight, target.weight)]
+    [left] = models.keys() - {read}
+    assert f"{left} left out, as " in report.lost
+    assert f"{read} left out" not in report.lost
+    assert any(f"{left} left out, as " in note for note in ray_ckpt.inspect(tmp_path).notes)

@@ -20,6 +20,7 @@ from ray_ckpt.errors import (
 )
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.placements import Split, placed_boxes
+from ray_ckpt.state.hyperparameters import same
 from tests.support import driver, rank_writers
 from tests.support.ranks import run_ranks
 from tests.test_shards import cases, laid_out
@@ -135,6 +136,19 @@ def test_verls_scheduler_arrives_and_what_has_no_place_is_named(tmp_path: Path) 
     other = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
     with pytest.raises(StateMismatchError, match="schedulers"):
         load(TrainState(model, optimizer, schedulers=other), tmp_path)
+
+
+def test_each_ranks_own_data_loader(tmp_path: Path) -> None:
+    """All of its state, what is the same on all ranks too, in the form that the loader shows."""
+    run_ranks(rank_writers.write_loaders, 2, tmp_path, str(tmp_path))
+    for rank, (state, note) in enumerate(run_ranks(rank_writers.load_loaders, 2, tmp_path, str(tmp_path), None)):
+        assert same(state, rank_writers.Loader(10 + rank).state)
+        assert note == "restored"
+    for num_ranks, layout in ((1, None), (2, "fsdp2x2")):
+        for state, note in run_ranks(rank_writers.load_loaders, num_ranks, tmp_path, str(tmp_path), layout):
+            assert same(state, rank_writers.Loader().state)
+            assert note is not None
+            assert note.startswith("left as it was: nothing tells what the 2 ranks that saved it")
 
 
 def _write_every_placement(rank: int, directory: str) -> None:

@@ -5,7 +5,7 @@
     lr_scheduler. ...  scheduler. ...  lr_schedulers.<n>. ...   schedulers.<name of the n-th>. ...
     step  global_step  epoch  train_state. ...  trainer_state. ...   counters. ...
     scaler. ...  grad_scaler. ...  native_amp_scaling_state. ...     scaler.state. ...
-    dataloader. ...  dl_state_dict. ...                              dataloader. ...
+    dataloader. ...  dl_state_dict. ...                              dataloader. ...  dataloader.$rank<n>. ...
     extra_state. ...                                                 what it is without that, as verl writes it
 
 torchtitan, Lightning, accelerate, transformers' `Trainer`, verl, and scripts by hand write these. What the state that
@@ -18,7 +18,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
-__all__ = ["Side", "section_of", "wanted_schedulers"]
+__all__ = ["OF_RANK", "Side", "section_of", "wanted_schedulers"]
 
 _STEP = ("global_step", "step")
 
@@ -35,7 +35,7 @@ _NO_SCHEDULERS = re.compile(r"lr_schedulers?|schedulers?")
 
 _SCALER = re.compile(r"(?:scaler|grad_scaler|scaler_state_dict|native_amp_scaling_state)\.(.+)")
 
-_LOADER = re.compile(r"(?:dataloader|data_loader|dl_state_dict)\.(.+)")
+_LOADER = re.compile(r"(?:dataloader|data_loader|dl_state_dict)\.(?:rank([0-9]{1,7})\.)?(.+)")
 
 _GENERATORS = re.compile(r"(?:rng_state|random_states|rng_states)(?:_[0-9]+)?(?:\.\w.*)?")
 
@@ -50,6 +50,10 @@ _OF_LIGHTNING = re.compile(
 )
 
 _TRAINER = re.compile(r"(?:trainer_state|train_state|sampler|custom_checkpoint_[0-9]+)\..*")
+
+
+OF_RANK = "$rank"
+"""With the number of a rank, what lies above the state of its data loader: unlike ours it has no record."""
 
 
 class Side(NamedTuple):
@@ -87,7 +91,8 @@ def section_of(name: str, schedulers: Sequence[str], saved: Collection[str]) -> 
     if match := _SCALER.fullmatch(name):
         return Side("a gradient scaler", f"scaler.state.{match[1]}")
     if match := _LOADER.fullmatch(name):
-        return Side("a data loader", f"dataloader.{match[1]}")
+        place = f"{OF_RANK}{match[1]}.{match[2]}" if match[1] else match[2]
+        return Side("a data loader", f"dataloader.{place}")
     if (match := _COUNTERS.fullmatch(name)) and ("." in name or name in _ROOT_COUNTERS):
         return Side("counters", f"counters.{'step' if match[1] in _STEP else match[1]}")
     if _GENERATORS.fullmatch(name):

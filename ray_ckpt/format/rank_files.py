@@ -6,7 +6,8 @@ Sharded tensors say themselves which boxes a rank holds. What is not sharded has
 it: of a model and an optimizer, anything else is refused, since it means files of two saves or state whose place nobody
 wrote down. BatchNorm's statistics are an exception, as each rank has seen other batches: the first rank's are taken, as
 `DistributedDataParallel` goes on with them. Of other things (random generators, data loaders) each rank may have its
-own; it is named `<item>.rank<n>`. Which file is whose, `rank_names.py` tells.
+own: all of it is named `<item>.rank<n>` then, not only what differs, as one object takes it. Which file is whose,
+`rank_names.py` tells.
 
 Shards alone do not show that one of them is of another save in the same layout; what all ranks hold, such as an
 optimizer's `step`, does.
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ray_ckpt.errors import FormatError
 from ray_ckpt.format.boxes import Box, check_cover
@@ -32,6 +33,9 @@ __all__ = ["Joined", "Part", "join"]
 _MEAN, _VARIANCE = "running_mean", "running_var"
 _STATISTICS = frozenset({_MEAN, _VARIANCE, "num_batches_tracked"})
 """Buffers of torch's BatchNorm modules, by the last component of their names."""
+
+_SEVERAL = "extra_state"
+"""verl's file of everything beside model and optimizer."""
 
 
 class Part(NamedTuple):
@@ -62,7 +66,11 @@ def join(parts: Sequence[Part]) -> Joined:
     differing: list[str] = []
     for item in dict.fromkeys(part.file.item for part in parts):
         of_item = [part for part in parts if part.file.item == item]
-        joiner = _Joiner(of_item, may_differ=not _is_state(of_item))
+        if not _is_state(of_item):
+            tensors |= _own("tensors", of_item)
+            objects |= _own("objects", of_item)
+            continue
+        joiner = _Joiner(of_item)
         tensors |= joiner.tensors()
         objects |= joiner.objects()
         differing += joiner.differing
@@ -80,12 +88,43 @@ def _is_state(parts: Sequence[Part]) -> bool:
     )
 
 
-class _Joiner:
-    """Joins the files of one item."""
+def _own(kind: str, parts: Sequence[Part]) -> dict[str, Any]:
+    """Entries of one kind, of what each rank may have of its own: of the first rank's if all have the same."""
+    differing = _differing_objects(parts)
+    joined = {}
+    for part in parts:
+        item, number = part.file.item, part.file.rank
+        for name, entry in getattr(part.manifest, kind).items():
+            if _object_of(item, name) in differing:
+                joined[f"{item}.rank{number}{name.removeprefix(item)}"] = entry._replace(path=None)
+            else:
+                joined[name] = joined.get(name, entry)
+    return joined
 
-    def __init__(self, parts: Sequence[Part], *, may_differ: bool) -> None:
+
+def _object_of(item: str, name: str) -> str:
+    """What one object takes: a whole item, but that verl's holds several objects."""
+    return ".".join(name.split(".")[:2]) if item == _SEVERAL else item
+
+
+def _differing_objects(parts: Sequence[Part]) -> set[str]:
+    """Objects of which ranks have something of their own."""
+    told: dict[str, list[set[Any]]] = defaultdict(lambda: [set() for _ in parts])
+    for number, part in enumerate(parts):
+        for name, entry in part.manifest.objects.items():
+            told[_object_of(part.file.item, name)][number].add((name, _told(entry)))
+        for name, tensor in part.manifest.tensors.items():
+            # What cannot be told by its bytes is taken for the rank's own.
+            same = [(chunk.crc or number + 1, chunk.strides) for chunk in tensor.chunks if chunk.box.num_elements]
+            told[_object_of(part.file.item, name)][number].add((name, tensor.dtype, tensor.shape, tuple(same)))
+    return {name for name, of_parts in told.items() if any(of_part != of_parts[0] for of_part in of_parts)}
+
+
+class _Joiner:
+    """Joins the files of a model or an optimizer."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
         self._parts = parts
-        self._may_differ = may_differ
         self.differing: list[str] = []
         """Statistics of which the first rank's are taken."""
 
@@ -98,8 +137,7 @@ class _Joiner:
                 self.differing.append(name)
                 joined[name] = of_name[0].manifest.tensors[name]
             elif differing:
-                self._refuse_difference(name, differing)
-                joined |= {_own(name, part): part.manifest.tensors[name]._replace(path=None) for part in of_name}
+                raise _difference(name, differing)
             else:
                 joined[name] = of_name[0].manifest.tensors[name]
         return joined
@@ -112,18 +150,16 @@ class _Joiner:
             {part.manifest.tensors[each].shape for part in self._parts if each in part.manifest.tensors}
             for each in siblings
         ]
-        return not self._may_differ and last in _STATISTICS and all(len(of_one) == 1 for of_one in shapes)
+        return last in _STATISTICS and all(len(of_one) == 1 for of_one in shapes)
 
     def objects(self) -> dict[str, ObjectEntry]:
         joined: dict[str, ObjectEntry] = {}
         for name, of_name in self._by_name("objects"):
             entries = [part.manifest.objects[name] for part in of_name]
-            if len({_told(entry) for entry in entries}) == 1:
-                joined[name] = entries[0]
-            else:
+            if len({_told(entry) for entry in entries}) > 1:
                 other = next(part for part in of_name if _told(part.manifest.objects[name]) != _told(entries[0]))
-                self._refuse_difference(name, (of_name[0], other))
-                joined |= {_own(name, part): entry for part, entry in zip(of_name, entries, strict=True)}
+                raise _difference(name, (of_name[0], other))
+            joined[name] = entries[0]
         return joined
 
     def _by_name(self, kind: str) -> Iterator[tuple[str, list[Part]]]:
@@ -145,22 +181,15 @@ class _Joiner:
                 )
             yield name, of_name
 
-    def _refuse_difference(self, name: str, parts: tuple[Part, Part]) -> None:
-        if self._may_differ:
-            return
-        first, second = (part.file.name for part in parts)
-        raise FormatError(
-            f"{quoted(name)} is not sharded, and differs between {first} and {second}: they are of two saves, or each "
-            "rank had state of its own without saying where it belongs (such as FSDP1's flat parameters and optimizers "
-            "of them), which only as many ranks with the same wrapping can load; save it there with full state dicts, "
-            "or sharded by FSDP2"
-        )
 
-
-def _own(name: str, part: Part) -> str:
-    """The name of what each rank has of its own: the rank stands behind the item's name."""
-    item = part.file.item
-    return f"{item}.rank{part.file.rank}{name.removeprefix(item)}"
+def _difference(name: str, parts: tuple[Part, Part]) -> FormatError:
+    first, second = (part.file.name for part in parts)
+    return FormatError(
+        f"{quoted(name)} is not sharded, and differs between {first} and {second}: they are of two saves, or each rank "
+        "had state of its own without saying where it belongs (such as FSDP1's flat parameters and optimizers of them),"
+        " which only as many ranks with the same wrapping can load; save it there with full state dicts, or sharded by "
+        "FSDP2"
+    )
 
 
 def _told(entry: ObjectEntry) -> str:

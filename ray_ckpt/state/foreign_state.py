@@ -13,9 +13,12 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from ray_ckpt.state.group_lists import PER_GROUP, GroupList, split
 from ray_ckpt.state.hyperparameters import same
 from ray_ckpt.state.load_plan import Claim, SavedState
+from ray_ckpt.state.replicated_parts import claim_under
 from ray_ckpt.text import listed
 
 __all__ = ["Rebuilt", "fit_groups", "misplaced", "rebuild"]
@@ -24,11 +27,20 @@ _OF_VERSIONS = frozenset({"verbose", "_get_lr_called_within_step", "_is_initial"
 """Keys of schedulers' state that some versions of torch have and others lack. Nothing depends on them after a step."""
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """Where a tensor belongs that has still to be read."""
+
+    name: str
+
+
 @dataclass
 class Rebuilt:
     """A state as its object would show it."""
 
     value: Any = None
+    tensors: list[str] = field(default_factory=list)
+    """Names of the tensors in it; `filled` puts them in."""
     missing: list[str] = field(default_factory=list)
     """Names that the live object has and the checkpoint lacks."""
     unknown: list[str] = field(default_factory=list)
@@ -38,20 +50,46 @@ class Rebuilt:
     def is_whole(self) -> bool:
         return not self.missing and not self.unknown
 
-    def claims(self, taken: Iterable[str]) -> dict[str, Claim]:
+    def claims(self, taken: Iterable[str], saved: SavedState) -> dict[str, Claim]:
         """What is wanted of the checkpoint: what was taken, and what is missing."""
-        return {name: Claim(name) for name in (*taken, *self.missing)}
+        claims = {name: Claim(name) for name in (*taken, *self.missing)}
+        for name in self.tensors:
+            claims |= claim_under(saved, name)
+        return claims
+
+    def filled(self, loaded: Mapping[str, torch.Tensor]) -> Any:
+        """The state with its tensors."""
+        return _filled(self.value, loaded)
 
 
-def rebuild(saved: SavedState, place: str, live: Any, *, may_grow: bool = False) -> Rebuilt:
+def rebuild(
+    saved: SavedState, place: str, live: Any, *, may_grow: bool = False, may_have_tensors: bool = False
+) -> Rebuilt:
     """
     Args:
         live: what the object shows now.
         may_grow: whether the saved state may have keys that a fresh object does not show.
+        may_have_tensors: whether tensors in it are taken; else they are unknown.
     """
     rebuilt = Rebuilt()
-    rebuilt.value = _fitted(saved, place, live, rebuilt, may_grow)
+    value = _fitted(saved, place, live, rebuilt, may_grow)
+    if rebuilt.tensors and not may_have_tensors:
+        rebuilt.unknown += rebuilt.tensors
+        rebuilt.tensors.clear()
+        value = live
+    rebuilt.value = value
     return rebuilt
+
+
+def _filled(value: Any, loaded: Mapping[str, torch.Tensor]) -> Any:
+    if isinstance(value, _Wanted):
+        return loaded[value.name]
+    if isinstance(value, Mapping):
+        kind: Any = type(value)
+        return kind({key: _filled(item, loaded) for key, item in value.items()})
+    if type(value) in (list, tuple):
+        return type(value)(_filled(item, loaded) for item in value)
+    return value
 
 
 def _fitted(saved: SavedState, place: str, live: Any, rebuilt: Rebuilt, may_grow: bool) -> Any:
@@ -59,8 +97,8 @@ def _fitted(saved: SavedState, place: str, live: Any, rebuilt: Rebuilt, may_grow
         return copy.deepcopy(saved.values[place])
     parts = list(dict.fromkeys(name[len(place) + 1 :].partition(".")[0] for name in saved.under(place)))
     if place in saved.tensors:
-        rebuilt.unknown.append(place)
-        return live
+        rebuilt.tensors.append(place)
+        return _Wanted(place)
     if not parts:
         if not _is_leafless(live):
             rebuilt.missing.append(place)

@@ -231,7 +231,7 @@ class _Scheduler:
                 f"{listed(rebuilt.unknown, at_most=4)}"
             )
         self._foreign = (rebuilt.value, num_groups) if rebuilt.is_whole and not problems else None
-        return rebuilt.claims(saved.under(self._place)), problems
+        return rebuilt.claims(saved.under(self._place), saved), problems
 
     def _claim_groups(self, saved: SavedState, names: _Names) -> tuple[set[str], dict[str, Claim]]:
         """The keys of what is kept per group, and the claims."""

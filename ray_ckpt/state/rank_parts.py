@@ -25,6 +25,7 @@ import xxhash
 from torch.distributed.checkpoint.stateful import Stateful
 
 from ray_ckpt.errors import FormatError
+from ray_ckpt.format.foreign_sections import OF_RANK
 from ray_ckpt.state import sealing
 from ray_ckpt.state.foreign_state import rebuild
 from ray_ckpt.state.load_plan import Claim, LoadPlan, SavedState
@@ -119,21 +120,33 @@ class RankPart:
                 else RESTORED
             )
             return LoadPlan({}, lambda loaded: move(), taken=known, notes={self.section: note})
-        note = (
-            f"{LEFT}: nothing tells what the {num_saved} ranks that saved it had taken together, so a new loader gives "
-            "the samples of the running epoch again"
-        )
-        return LoadPlan({}, _nothing, taken=known, notes={self.section: note})
+        return LoadPlan({}, _nothing, taken=known, notes={self.section: _left(num_saved)})
 
     def _plan_foreign(self, saved: SavedState) -> LoadPlan:
-        """Of what another program saved: all of it goes to the object, which takes its own rank's part."""
-        rebuilt = rebuild(saved, self.section, self._owner.state_dict(), may_grow=True)
-        claims = rebuilt.claims(saved.under(self.section))
+        """Of what another program saved: all of it goes to the object, or its rank's part where ranks differ."""
+        place, (rank, num_ranks) = self.section, _place()
+        known = saved.under(place)
+        found = (re.match(rf"{re.escape(place)}\.{re.escape(OF_RANK)}(\d+)\.", name) for name in known)
+        if numbers := {int(match[1]) for match in found if match}:
+            if numbers != set(range(num_ranks)) or self._layout is not None:
+                return LoadPlan({}, _nothing, taken=known, notes={place: _left(len(numbers))})
+            place = f"{place}.{OF_RANK}{rank}"
+        rebuilt = rebuild(saved, place, self._owner.state_dict(), may_grow=True, may_have_tensors=True)
+        claims = rebuilt.claims(saved.under(place), saved)
         if not rebuilt.is_whole:
-            return LoadPlan(claims, _nothing, notes={self.section: LEFT})
-        return LoadPlan(
-            claims, lambda loaded: self._owner.load_state_dict(rebuilt.value), notes={self.section: RESTORED}
-        )
+            return LoadPlan(claims, _nothing, taken=known if numbers else (), notes={self.section: LEFT})
+
+        def give(loaded: Mapping[str, torch.Tensor]) -> None:
+            self._owner.load_state_dict(rebuilt.filled(loaded))
+
+        return LoadPlan(claims, give, taken=known if numbers else (), notes={self.section: RESTORED})
+
+
+def _left(num_saved: int) -> str:
+    return (
+        f"{LEFT}: nothing tells what the {num_saved} ranks that saved it had taken together, so a new loader gives the "
+        "samples of the running epoch again"
+    )
 
 
 def _nothing(loaded: Mapping[str, torch.Tensor]) -> None:

@@ -11,6 +11,7 @@ runs from any of them.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
 from ray_ckpt.errors import CheckpointNotFoundError, FormatError, RayCkptError
@@ -27,8 +28,9 @@ from ray_ckpt.storage import (
     unread,
 )
 from ray_ckpt.storage.files import Storage
-from ray_ckpt.storage.foreign_names import KINDS, Listing, kind_of, list_target
+from ray_ckpt.storage.foreign_names import KINDS, Listing, kind_of, list_target, unread_models
 from ray_ckpt.storage.foreign_parts import Found, read_range
+from ray_ckpt.text import listed
 
 __all__ = ["Found", "recognize"]
 
@@ -81,8 +83,16 @@ def _recognize(storage: Storage, *, trusted: bool) -> Found:
             return _file(directory, name, num_bytes)
     listing = list_target(storage)
     if kind := kind_of(listing):
-        return _OPENERS[kind.name](storage, listing, trusted=trusted)
+        return _with_unread(_OPENERS[kind.name](storage, listing, trusted=trusted), listing)
     raise _not_found(storage, listing)
+
+
+def _with_unread(found: Found, listing: Listing) -> Found:
+    """With a note on other models there: one is chosen, and it has to be told."""
+    if not (names := unread_models(listing, found.manifest.files)):
+        return found
+    note = f"{listed(names, at_most=4)} left out, as {found.kind} is read there: to load one of them, name it"
+    return replace(found, notes=(*found.notes, note))
 
 
 def _not_found(storage: Storage, listing: Listing) -> CheckpointNotFoundError:

@@ -6,7 +6,7 @@ list_target ──> Listing ── kind_of ──> the first of KINDS that knows
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ __all__ = [
     "is_foreign",
     "kind_of",
     "list_target",
+    "unread_models",
 ]
 
 ACCELERATE_MODEL, ACCELERATE_OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"
@@ -40,6 +41,14 @@ _DEEPSPEED = re.compile(
     r"(zero_pp_rank_\d+_)?mp_rank_\d+_model_states\.pt|(\w+_)?zero_pp_rank_\d+_\w+_optim_states\.pt"
 )
 """Files of one step by DeepSpeed."""
+
+
+_HOLD_MODELS = (
+    re.compile(r"(model(-\d+-of-\d+)?\.safetensors|pytorch_model(-\d+-of-\d+|_fsdp)?\.bin)"),
+    re.compile(r"model_world_size_\d+_rank_\d+\.pt|pytorch_model_fsdp(_\d+)?_rank\d+\.bin"),
+    re.compile(r"mp_rank_\d+_model_states\.pt|zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt"),
+)
+"""Files that hold a model, or a part of one, of each kind."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +122,18 @@ def list_target(storage: Storage) -> Listing:
 
 def kind_of(listing: Listing) -> Kind | None:
     return next((kind for kind in KINDS if kind.recognize(listing)), None)
+
+
+def unread_models(listing: Listing, read: Collection[str]) -> list[str]:
+    """Files and directories that hold a model, too, but not the one that is read: several programs wrote here.
+
+    Args:
+        read: the files that are read, with the directories that they are in.
+    """
+    used = {name.partition("/")[0] for name in read}
+    names = [*listing.files, *({ACCELERATE_MODEL} & listing.directories)]
+    holding = (name for name in names if name == ACCELERATE_MODEL or any(p.fullmatch(name) for p in _HOLD_MODELS))
+    return sorted(name for name in holding if name not in used)
 
 
 def is_file(storage: Storage) -> bool:

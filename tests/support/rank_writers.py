@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
@@ -99,6 +100,40 @@ def write_as_verl(rank: int, directory: str) -> dict[str, torch.Tensor]:
         torch.save(state, Path(directory) / f"{item}_world_size_2_rank_{rank}.pt")
     shown = model.state_dict()
     return {name: value.full_tensor() if isinstance(value, DTensor) else value.clone() for name, value in shown.items()}
+
+
+class Loader:
+    """A data loader whose state has lists, dicts with digits for keys, and a tensor."""
+
+    def __init__(self, position: int = 0) -> None:
+        self.state = {
+            "position": position,
+            "lists": [[position, 1], {"of": (1, 2)}],
+            "generator": torch.full((2,), position),
+            "workers": {"0": {"at": 5}, "1": {"at": 6}},
+            "same": [1, 2],
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+
+def write_loaders(rank: int, directory: str) -> None:
+    """In torch_checkpointing's manner: each rank with a data loader of its own."""
+    items = {"model": fully_shard(net(0)).state_dict(), "dataloader": Loader(10 + rank).state, "step": 7}
+    for item, state in items.items():
+        torch.save(state, Path(directory) / f"{item}_{rank}.pt")
+
+
+def load_loaders(rank: int, directory: str, layout: str | None) -> tuple[dict[str, Any], str | None]:
+    loader = Loader()
+    state = TrainState(fully_shard(net(1)), dataloader=loader, step=0, layout=layout)
+    report = load(state, directory)
+    assert state.step == 7
+    return loader.state, report.dataloader
 
 
 def load_sharded(rank: int, directory: str) -> dict[str, torch.Tensor]:
