@@ -81,6 +81,8 @@ REFUSED = [
     *("s3://KEY:SECRET@", "s3://bucket/a#b", "s3://bucket/a?b", "s3://bucket:90/x", "hdfs://host:port/x", "sftp://"),
     *("s3:/KEY:SECRET@bucket", "s3://KEY:SEC/RET@bucket/x", "s3://KEY:SEC?RET@bucket", "s3://KEY:SEC#RET@bucket"),
     *("s3://KEY:SE@C/RET@bucket", "s3://KEY:SECRET/bucket", "sftp://user:12/34@host/x", "KEY:SECRET@s3://bucket"),
+    *("ram://", "ram:///run", "ram://run/../x", "ram://../x", "ram://run//x", "ram://./x", "ram://run/#x", "ram://run#x"),
+    *("ram://KEY:SECRET@run", "ram://run:90/x", "ram:run", "RAM://run/./x"),
     "~nobody-of-that-name/x",
     Path("s3://bucket/x"),
 ]

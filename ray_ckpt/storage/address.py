@@ -227,6 +227,8 @@ def _parse_remote(scheme: str, rest: str) -> Address:
         raise UsageError(f"{scheme}://... has a colon that is neither before a port nor before a password and its @")
     if scheme in ARROW_SCHEMES:
         return _parse_arrow(scheme, userinfo, place, path, options)
+    if scheme == "ram":
+        _check_names(scheme, userinfo, place, path)
     if not place and not path.strip("/"):
         raise UsageError(f"{scheme}:// names no place: write {scheme}://place/directory")
     return Address(scheme, userinfo, place, path.rstrip("/"), options)
@@ -242,6 +244,16 @@ def _parse_arrow(scheme: str, userinfo: str, place: str, path: str, options: str
         raise UsageError(f"{scheme}://... has options that are not name=value; write %3F for a ? in a name")
     path = _encode(path, _LEGAL_IN_PATH).rstrip("/")
     return Address(scheme, _encode(userinfo, _LEGAL_IN_USERINFO), place, path, options)
+
+
+def _check_names(scheme: str, userinfo: str, place: str, path: str) -> None:
+    """Of a storage of ours, which takes names as they are: there each spelling would be another place."""
+    names = (place, *path.rstrip("/").split("/")[1:])
+    if userinfo or ":" in place or "#" in place + path or not {"", ".", ".."}.isdisjoint(names):
+        raise UsageError(
+            f"{scheme}:// is followed by a name and directories, as in {scheme}://run/model, without credentials, a "
+            "port, a #, and parts that are empty, . or .."
+        )
 
 
 def _are_options(text: str) -> bool:
