@@ -119,7 +119,9 @@ def test_existing_checkpoint_is_refused(storage):
     assert "secret" not in str(raised.value)
 
 
-@pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "POST"])
+@pytest.mark.parametrize(
+    "method", ["GET", "PUT", *(pytest.param(method, marks=pytest.mark.slow) for method in ("HEAD", "POST"))]
+)
 def test_throttling_only_delays(s3, storage, method):
     left = 9  # more than the SDK's own attempts
 

@@ -16,6 +16,7 @@ from tests.support.sharing_ranks import (
     load_beside_one_that_does_not_read,
     load_beside_one_that_sends_nothing,
     load_damaged,
+    load_flipped,
     num_bytes,
     save_rows,
 )
@@ -62,6 +63,16 @@ def test_damage_is_an_error_on_all_ranks(tmp_path: Path) -> None:
     damaged.unlink()
     told = run_ranks(load_damaged, NUM_RANKS, tmp_path, str(target))
     assert all("StorageError" in text and damaged.name in text for text in told)
+
+
+@pytest.mark.slow
+def test_no_flipped_bit_is_loaded_by_any_rank(tmp_path: Path) -> None:
+    target = tmp_path / "run"
+    run_ranks(save_rows, NUM_RANKS, tmp_path, str(target))
+    first, *others = run_ranks(load_flipped, NUM_RANKS, tmp_path, str(target), 100)
+    assert all(found == first for found in others)
+    assert not [outcome for outcome in first if outcome.startswith("wrong")]
+    assert len([outcome for outcome in first if outcome.endswith("Error")]) > 50
 
 
 @pytest.mark.slow

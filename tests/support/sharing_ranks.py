@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -109,6 +110,36 @@ def load_damaged(rank: int, target: str) -> str:
         ray_ckpt.load(empty_of("ddp", rank), target, share=True)
     dist.barrier()  # the group is as good as before
     return f"{type(caught.value).__name__}: {caught.value}"
+
+
+def load_flipped(rank: int, target: str, count: int) -> list[str]:
+    """Load with one bit of a file flipped, `count` times: what each load ended in on this rank."""
+    generator, outcomes = random.Random(0), []
+    files = sorted(Path(target).iterdir())
+    for _ in range(count):
+        file = generator.choice(files)
+        data = bytearray(file.read_bytes())
+        place, bit = generator.randrange(len(data)), generator.randrange(8)
+        dist.barrier()
+        if rank == 0:
+            data[place] ^= 1 << bit
+            file.write_bytes(data)
+        dist.barrier()
+        state = empty_of("ddp", rank)
+        try:
+            ray_ckpt.load(state, target, share=True)
+            check(state)
+            outcomes.append("right")
+        except RayCkptError as error:
+            outcomes.append(type(error).__name__)
+        except AssertionError:
+            outcomes.append(f"wrong: bit {bit} of byte {place} of {file.name}")
+        dist.barrier()
+        if rank == 0:
+            data[place] ^= 1 << bit
+            file.write_bytes(data)
+        dist.barrier()
+    return outcomes
 
 
 def load_beside_one_that_does_not_read(rank: int, target: str, gate: str) -> str:
