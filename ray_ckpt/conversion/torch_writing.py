@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import binascii
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from ray_ckpt.format.torch_container import ALIGNMENT, Archive
 from ray_ckpt.storage.data_file import Sink
@@ -25,15 +26,17 @@ def write_torch(out: Sink, pickled: bytes, sizes: Sequence[int], pieces: Iterato
     archive.add(".storage_alignment", str(ALIGNMENT).encode())
     archive.add("byteorder", b"little")
     opened, crc = -1, 0
-    for (key, _), data in pieces:
-        if key != opened:
-            if opened >= 0:
-                archive.close_reserved(crc)
-            archive.reserve(f"data/{key}", sizes[key])
-            out.write(archive.take())
-            opened, crc = key, 0
-        crc = binascii.crc32(data, crc)
-        out.write(data)
+    with ThreadPoolExecutor(1, thread_name_prefix="ray_ckpt-crc") as pool:
+        for (key, _), data in pieces:
+            if key != opened:
+                if opened >= 0:
+                    archive.close_reserved(crc)
+                archive.reserve(f"data/{key}", sizes[key])
+                out.write(archive.take())
+                opened, crc = key, 0
+            sum_so_far = pool.submit(binascii.crc32, data, crc)  # takes as long as the write
+            out.write(data)
+            crc = sum_so_far.result()
     if opened >= 0:
         archive.close_reserved(crc)
     archive.add("version", b"3\n")
