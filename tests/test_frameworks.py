@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -9,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from ray_ckpt import CheckpointStore, Saved, TrainState, load, save
 from ray_ckpt.errors import StateMismatchError
+from tests.conftest import REPOSITORY
 from tests.support.programs import blocks, run
 from tests.support.ranks import run_ranks
 
@@ -135,8 +139,14 @@ def test_lightning(tmp_path: Path) -> None:
     assert optimizer.param_groups[0]["lr"] == 0.125
 
 
-def fit_lightning(directory: Path, max_epochs: int, seed: int, interval: str) -> tuple[Any, Any]:
-    """With dropout, and data that are shuffled; three batches in an epoch."""
+def fit_lightning(
+    directory: Path, max_epochs: int, seed: int, interval: str, num_ranks: int = 1
+) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+    """With dropout, and data that are shuffled; three batches in an epoch. Returns weights and moments.
+
+    Args:
+        num_ranks: 1, or as many as this is called on under torchrun.
+    """
     lightning = pytest.importorskip("lightning")
     from ray_ckpt.integrations.lightning import CheckpointCallback
 
@@ -155,13 +165,17 @@ def fit_lightning(directory: Path, max_epochs: int, seed: int, interval: str) ->
     trainer = lightning.Trainer(
         max_epochs=max_epochs,
         accelerator="cpu",
+        devices=num_ranks,
+        strategy="ddp" if num_ranks > 1 else "auto",
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         callbacks=[CheckpointCallback(directory, every=2)],
     )
     torch.manual_seed(seed)
-    data = torch.utils.data.DataLoader(torch.arange(48.0).reshape(6, 8), batch_size=2, shuffle=True)
+    data = torch.utils.data.DataLoader(
+        torch.arange(48.0 * num_ranks).reshape(6 * num_ranks, 8), batch_size=2, shuffle=True
+    )
     trainer.fit(module := Module(), data)
     assert trainer.global_step == 3 * max_epochs
     moments = [each[key] for each in trainer.optimizers[0].state.values() for key in sorted(each)]
@@ -178,6 +192,33 @@ def test_lightning_goes_on_bit_for_bit(tmp_path: Path, interval: str) -> None:
     assert not [name for name, value in expected.items() if not torch.equal(value, found[name])]
     assert len(moments) == len(found_moments) == 12
     assert all(map(torch.equal, moments, found_moments))
+
+
+@pytest.mark.timeout(600)
+def test_lightning_goes_on_in_two_processes(tmp_path: Path) -> None:
+    """Under torchrun, with DDP; each rank has random numbers of its own."""
+    for run_of, max_epochs, seed in (("whole", 4, 0), ("cut", 3, 0), ("cut", 4, 1)):
+        program = ["-m", "tests.test_frameworks", tmp_path / run_of, max_epochs, seed]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program]
+        done = subprocess.run(
+            [*map(str, command)], cwd=REPOSITORY, capture_output=True, text=True, timeout=240, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    assert CheckpointStore(tmp_path / "cut").steps() == (6, 12)
+    for rank in range(2):
+        expected, found = (torch.load(tmp_path / f"{run_of}-4-{rank}.pt") for run_of in ("whole", "cut"))
+        before = torch.load(tmp_path / f"cut-3-{rank}.pt")
+        assert len(expected) == len(found) == 16
+        assert all(map(torch.equal, expected, found))
+        assert not all(map(torch.equal, before, found))
+
+
+def main(directory: str, max_epochs: str, seed: str) -> None:
+    """What each of two processes runs; what it holds then goes to a file."""
+    rank = int(os.environ["RANK"])
+    weights, moments = fit_lightning(Path(directory), int(max_epochs), int(seed), "step", num_ranks=2)
+    assert dist.get_world_size() == 2
+    torch.save([*weights.values(), *moments], f"{directory}-{max_epochs}-{rank}.pt")
 
 
 def test_the_lightning_page_runs(tmp_path: Path) -> None:
@@ -385,3 +426,7 @@ def test_torchdata_goes_on_over_fewer_ranks(tmp_path: Path, workers: int) -> Non
     assert [note for _, note in loaded] == ["restored"] * 2
     samples = [sample for taken, _ in (*saved, *loaded) for sample in taken]
     assert len(samples) == len(set(samples)) == 48
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -83,6 +83,24 @@ def test_columns_give_the_entries() -> None:
     assert pickle.loads(pickle.dumps(found)) == found
 
 
+def test_many_tensors_are_read_in_windows() -> None:
+    """Those of one chunk by the thousand, and what stands between them by itself."""
+    tensors = {f"model.layers.{n}": TENSORS["whole"]._replace(path=("model", f"layers.{n}")) for n in range(6000)}
+    for number, (name, entry) in enumerate(TENSORS.items()):
+        tensors[f"model.layers.{500 * number}"] = entry
+        tensors[name] = entry
+    tensors |= {f"after.{n}": TENSORS["no.dims"]._replace(path=("after", str(n))) for n in range(6000)}
+    text = manifest(tensors).to_json()
+    assert len(text) > 2 << 20
+    found = in_columns(text)
+    assert found is not None
+    assert list(found.tensors.items()) == list(tensors.items())
+    places = [place for file in FILES for place in found.tensors.places(file)]  # type: ignore[attr-defined]
+    assert len(places) == sum(len(entry.chunks) for entry in tensors.values())
+    twice = text.replace('"after.77":', '"after.78":')
+    assert in_columns(seal(twice.rpartition(',"digest":')[0] + "}")) is None
+
+
 def test_what_is_usual_is_seen_to_be_right_in_the_columns() -> None:
     """Whatever is not is looked at as ever."""
     found = in_columns(manifest().to_json())

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from binascii import a2b_base64
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any
 
 from ray_ckpt.errors import FormatError
@@ -47,10 +47,13 @@ _HEAD = (
 )
 _TENSOR_HEAD = re.compile(_HEAD.encode())
 _ANY_CHUNK = re.compile(rf"{_CHUNK}(?:,(?=\{{)|(?=\]\}}))".encode())
-_USUAL = re.compile(rf'{_HEAD}{_CHUNK}\]\}}(?:,(?=")|\Z)'.encode())
+_USUAL = re.compile(rf'({_HEAD}{_CHUNK}\]\}}(?:,(?=")|\Z))'.encode())
 """A tensor of one chunk, and the comma before the next."""
 
 _HEAD_TEXTS, _CHUNK_TEXTS = _TENSOR_HEAD.groups, _ANY_CHUNK.groups
+
+_WINDOW_BYTES = 1 << 20
+"""Size of the text whose tensors are taken apart together."""
 
 _HELD = 1 << 17
 """Texts of chunks that are held before they are put into columns."""
@@ -64,21 +67,25 @@ def read(data: bytes, begin: int, end: int) -> TensorTable:
         record.MISFITS: something is not what belongs there.
     """
     reading, at = _Reading(), begin
-    heads, chunks, counts = reading.heads, reading.chunks, reading.counts
     while at < end:
-        usual = _USUAL.match(data, at, end)
-        if usual is None:
-            at = _read_tensor(data, at, end, reading)
-        else:
-            found = usual.groups()
-            heads += found[:3]
-            chunks += found[3:]
-            counts.append(1)
-            at = usual.end()
-        if len(chunks) >= _HELD:
+        is_usual = _USUAL.match(data, at, end) is not None
+        at = (is_usual and _read_usual(data, at, end, reading)) or _read_tensor(data, at, end, reading)
+        if len(reading.chunks) >= _HELD:
             reading.flush()
     reading.flush()
     return TensorTable(reading)
+
+
+def _read_usual(data: bytes, at: int, end: int, reading: _Reading) -> int:
+    """Read the tensors of a window if all have one chunk; returns where the next one begins, or 0."""
+    stop = end if end - at <= _WINDOW_BYTES else data.rfind(b'}]},"', at, at + _WINDOW_BYTES) + len(b"}]}")
+    found = list(chain.from_iterable(_USUAL.findall(data, at, stop)))
+    whole, *texts = (found[number :: _USUAL.groups] for number in range(_USUAL.groups))
+    if not whole or sum(map(len, whole)) != stop - at:  # else nothing stands between them
+        return 0
+    reading.flush()
+    reading.add(texts, [1] * len(whole))
+    return stop + (stop < end)
 
 
 def _read_tensor(data: bytes, at: int, end: int, reading: _Reading) -> int:
@@ -93,8 +100,8 @@ def _read_tensor(data: bytes, at: int, end: int, reading: _Reading) -> int:
         reading.chunks += chunk.groups()
         at = chunk.end()
     reading.heads += head.groups()
-    reading.counts.append((len(reading.chunks) - before) // _CHUNK_TEXTS)
-    _expect(reading.counts[-1] and data[at : at + 2] == b"]}")
+    reading.held_counts.append((len(reading.chunks) - before) // _CHUNK_TEXTS)
+    _expect(reading.held_counts[-1] and data[at : at + 2] == b"]}")
     at += 2
     _expect(at == end or data[at : at + 2] == b',"')
     return at + 1
@@ -111,6 +118,8 @@ class _Reading:
         """Name, dtype and shape, and path of each tensor that is in no column yet."""
         self.chunks: list[bytes] = []
         """The texts of each chunk that is in no column yet."""
+        self.held_counts: list[int] = []
+        """Number of chunks of each of these tensors."""
         self.counts: list[int] = []
         """Number of chunks of each tensor."""
         self.index: dict[str, int] = {}
@@ -129,19 +138,43 @@ class _Reading:
     def flush(self) -> None:
         """Put what is held as texts into columns."""
         if self.heads:
-            self._add_tensors(*[self.heads[number::_HEAD_TEXTS] for number in range(_HEAD_TEXTS)])
-            self._add_chunks(*[self.chunks[number::_CHUNK_TEXTS] for number in range(_CHUNK_TEXTS)])
+            heads = [self.heads[number::_HEAD_TEXTS] for number in range(_HEAD_TEXTS)]
+            chunks = [self.chunks[number::_CHUNK_TEXTS] for number in range(_CHUNK_TEXTS)]
+            self.add([*heads, *chunks], self.held_counts)
             self.heads.clear()
             self.chunks.clear()
+            self.held_counts = []
+
+    def add(self, texts: Sequence[Sequence[Any]], counts: Sequence[int]) -> None:
+        """Put texts into columns.
+
+        Args:
+            texts: what `_HEAD` finds of each tensor, and what `_CHUNK` finds of each chunk.
+            counts: number of chunks of each tensor.
+        """
+        self._add_tensors(*texts[:_HEAD_TEXTS])
+        self._add_chunks(*texts[_HEAD_TEXTS:])
+        self.counts += counts
 
     def _add_tensors(self, names: Sequence[bytes], specs: Sequence[bytes], paths: Sequence[bytes | None]) -> None:
         first, ids = len(self.index), self._spec_ids
         self.index.update(zip(b"\n".join(names).decode().split("\n"), range(first, first + len(names)), strict=True))
         _expect(len(self.index) == first + len(names))
         self.spec_of += [ids[text] if text in ids else self._add_spec(text) for text in specs]
+        given, once = [path for path in paths if path], b'","'
+        as_paths = b'["%s"]' % b'"]["'.join(names)
+        if len(given) == len(names) and b"".join(given).replace(once, b".") == as_paths:
+            # Every path is its name, cut at dots; mostly at one.
+            self.cuts += [
+                self._known_cuts.setdefault((cut := path.index(once) - 2,), (cut,))
+                if path.count(once) == 1
+                else self._cut(name, path, first)
+                for name, path in zip(names, given, strict=True)
+            ]
+            return
         numbers = range(first, first + len(names))
         self.cuts += [
-            () if path is None else self._cut(name, path, number)
+            self._cut(name, path, number) if path else ()
             for name, path, number in zip(names, paths, numbers, strict=True)
         ]
 
@@ -152,11 +185,11 @@ class _Reading:
         return len(self.specs) - 1
 
     def _cut(self, name: bytes, path: bytes, number: int) -> tuple[int, ...]:
-        """Lengths of the parts of a path that is the name, cut at dots; of any other nothing, as it is kept itself."""
+        """Where a path cuts the name, at dots; of any other path nothing, as it is kept itself."""
         parts = path[2:-2].split(b'","')
         if b".".join(parts) == name and path[:2] == b'["' and path[-2:] == b'"]':
-            lengths = tuple(map(len, parts))
-            return self._known_cuts.setdefault(lengths, lengths)
+            cuts = tuple(accumulate(map(len, parts[:-1]), lambda cut, length: cut + 1 + length))
+            return self._known_cuts.setdefault(cuts, cuts)
         self.odd_paths[number] = record.parse_path(name.decode(), record.parse(b'{"path":' + path + b"}"))
         return ()
 
@@ -230,9 +263,9 @@ class TensorTable(Mapping[str, TensorEntry]):
     def _path(self, name: str, number: int) -> Path | None:
         if number in self._odd_paths:
             return self._odd_paths[number]
-        lengths = self._cuts[number] or (len(name),)
-        begins = accumulate(lengths, lambda begin, length: begin + length + 1, initial=0)
-        return tuple([name[begin : begin + length] for begin, length in zip(begins, lengths, strict=False)])
+        cuts = self._cuts[number]
+        begins, ends = (0, *[cut + 1 for cut in cuts]), (*cuts, len(name))
+        return tuple([name[begin:end] for begin, end in zip(begins, ends, strict=True)])
 
     def _chunk(self, number: int) -> Chunk:
         at, num_dims = self._box_at.item(number), self._num_dims.item(number)
