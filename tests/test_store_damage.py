@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 import re
@@ -14,7 +15,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 import ray_ckpt
-from ray_ckpt.errors import CheckpointNotFoundError, FormatError, UsageError
+from ray_ckpt.errors import CheckpointNotFoundError, FormatError, UnsafeCheckpointError, UsageError
 from ray_ckpt.format.manifest import MANIFEST_NAME, Manifest
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.retention import Policy, keep, keep_every, keep_last
@@ -233,6 +234,38 @@ def test_nothing_is_removed_through_a_link(store, tmp_path):
     assert "__0_9-0123456789ab.distcp" in Storage(_path(store, "step-2")).list_files()
     assert all(_loads(_path(store, f"step-{step}"), step) for step in (1, 2, 3))
     assert other.latest() == 6
+
+
+@pytest.mark.parametrize("policy", [keep_last(1), keep([9]), keep_every(9)], ids=str)
+def test_a_step_that_is_a_link_does_not_count_and_what_it_leads_to_stays(store, tmp_path, policy):
+    (tmp_path / "run" / "step-9").symlink_to(tmp_path / "run" / "step-1")
+    report = store.prune(policy)
+    assert (report.removed, report.kept) == ((2,), (1, 3, 9))
+    assert _loads(_path(store, "step-3"), 3)
+    assert _loads(_path(store, "step-9"), 1)
+
+
+def test_a_step_whose_data_file_no_load_opens_is_not_good(store, tmp_path):
+    path = Path(_data_file(store, 3))
+    (tmp_path / "elsewhere").write_bytes(path.read_bytes())
+    path.unlink()
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UnsafeCheckpointError, match="which leaves the checkpoint's directory"):
+        _loads(_path(store, "step-3"), 3)
+    assert store.latest(fallback=True) == 2
+    assert store.prune(keep_last(1)).kept == (2,)
+    assert _loads(_path(store, "step-2"), 2)
+
+
+def test_pins_behind_a_link_are_refused(store, tmp_path):
+    (tmp_path / "pins").mkdir()
+    (tmp_path / "run" / ".pins").symlink_to(tmp_path / "pins")
+    prune = functools.partial(store.prune, keep_last(1))
+    for change in (prune, *(functools.partial(how, 1) for how in (store.pin, store.unpin, store.delete))):
+        with pytest.raises(UsageError, match=r"\.pins is a link"):
+            change()
+    assert list((tmp_path / "pins").iterdir()) == []
+    assert store.steps() == (1, 2, 3)
 
 
 def test_a_data_file_that_is_a_link_is_left_alone(store, tmp_path):

@@ -178,7 +178,7 @@ class Storage:
             FormatError: it is no file, or longer than records are.
             UnsafeCheckpointError: it is a link that leaves the target.
         """
-        self._check_readable(name)
+        self.check_readable(name)
 
         def read() -> bytes:
             with self.filesystem.open_input_file(self.path(name)) as file:
@@ -196,7 +196,7 @@ class Storage:
             FormatError: it is no file.
             UnsafeCheckpointError: it is a link that leaves the target.
         """
-        self._check_readable(name)
+        self.check_readable(name)
         path = self.path(name)
         native = self.retried(lambda: self.perform("open", name, lambda: self.filesystem.open_input_file(path)))
         with native:
@@ -436,7 +436,8 @@ class Storage:
             self._built = (os.getpid(), filesystem, root)
         return self._built
 
-    def _check_readable(self, name: str) -> None:
+    def check_readable(self, name: str) -> None:
+        """Refuse what no reader would open: a local name of no file, or of a link that leaves the target."""
         if self.has_local_files:
             check_readable(self._root, check_file_name(name))
 

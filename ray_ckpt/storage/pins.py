@@ -16,13 +16,14 @@ sees the pins that were there before, and a pin that comes after it finds the st
 from __future__ import annotations
 
 import errno
+import os
 import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from ray_ckpt.errors import StorageError
+from ray_ckpt.errors import StorageError, UsageError
 from ray_ckpt.storage.files import Storage
 
 _DIRECTORY = ".pins"
@@ -94,11 +95,13 @@ class Pins:
         Returns:
             Whether it is safe: False when a delete of it has begun that may not have seen the pin.
         """
+        self._refuse_link()
         with self._store.locked():
             self._create(f"step-{step}")
         return all(claim.step != step for claim in self.list().claims)
 
     def unpin(self, step: int) -> None:
+        self._refuse_link()
         self.discard(f"step-{step}")
 
     @contextmanager
@@ -107,6 +110,7 @@ class Pins:
 
         A delete that raises has not ended: its claim stays, for a clean-up to finish it.
         """
+        self._refuse_link()
         attempt = attempt if _ATTEMPT.fullmatch(attempt) else ""
         claim = f"step-{step}.{uuid.uuid4().hex[:12]}.{attempt}.claim"
         try:
@@ -139,6 +143,11 @@ class Pins:
 
     def discard(self, file: str) -> None:
         self._storage.delete(file, durable=True)
+
+    def _refuse_link(self) -> None:
+        """What is written there could not be removed again, as nothing is through a link."""
+        if self._store.has_local_files and os.path.islink(path := self._store.path(_DIRECTORY)):
+            raise UsageError(f"{path} is a link, through which nothing is removed: put a directory there")
 
     def _create(self, name: str) -> None:
         with self._storage.create(name):

@@ -7,7 +7,8 @@ Only plain files with names of ours are ever removed, in the step's own director
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from ray_ckpt.errors import CheckpointError
@@ -34,6 +35,14 @@ class Removal:
     def is_possible(self, step: int | None) -> bool:
         """Whether the step's own directory holds its record, rather than one that a link leads to."""
         return self._storage.may_delete(name_in(step, MANIFEST_NAME))
+
+    def led_to(self, steps: Collection[int], linked: Collection[int]) -> set[int]:
+        """Those of the steps that linked ones, for which removal is not possible, lead to."""
+        homes = {self._home(step) for step in linked}
+        return {step for step in steps if homes and self._home(step) in homes}
+
+    def _home(self, step: int) -> str:
+        return os.path.dirname(os.path.realpath(self._storage.path(name_in(step, MANIFEST_NAME))))
 
     def files(self, step: int, found: Look) -> dict[str, int]:
         """The data files of a step that `remove` removes: name in the store -> bytes."""

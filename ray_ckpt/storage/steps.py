@@ -167,4 +167,8 @@ def _compare(directory: Storage, recorded: Mapping[str, int]) -> str:
             return f"{directory.address}/{name}: is missing"
         if found[name] != size:
             return f"{directory.address}/{name}: has {found[name]} bytes, and was saved with {size}"
+        try:
+            directory.check_readable(name)
+        except CheckpointError as error:  # its bytes are there, but no load reads them
+            return str(error)
     return ""

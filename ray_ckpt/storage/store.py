@@ -317,7 +317,8 @@ class CheckpointStore:
         """Remove the committed steps that no policy keeps, the lowest first.
 
         Pinned steps and the highest good one always stay. Damaged steps are neither counted nor removed: the report
-        names them, and `delete` removes one. Steps behind a link stay, too.
+        names them, and `delete` removes one. Steps behind a link are not counted either and stay, as do those of this
+        store that they lead to.
 
         Raises:
             UsageError: there is no policy.
@@ -342,7 +343,11 @@ class CheckpointStore:
             for step, found in zip(steps, pool.map(self._steps.look, steps), strict=True):
                 if found is not None:
                     looks[step] = found
-        return retained([step for step, found in looks.items() if not found.damage], policies, pins)
+        linked = {step for step in looks if not self._removal.is_possible(step)}
+        good = [step for step, found in looks.items() if not found.damage]
+        own = [step for step in good if step not in linked]
+        kept = retained(own, policies, {*pins, *self._removal.led_to(own, linked)})
+        return tuple(step for step in good if step in linked or step in kept)
 
     # ---------------------------------------------------------------------------------------------------- pins
 
