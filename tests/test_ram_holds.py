@@ -114,6 +114,19 @@ class TestOneNode:
             assert self.used(store) > 1.5 * before
         assert abs(self.used(store) - before) < before / 10
 
+    def test_weights_are_read_to_their_end_as_long_as_somebody_has_them(self, store: CheckpointStore) -> None:
+        for step in (1, 2):
+            ray_ckpt.save({"model": values(step)}, store, step=step)
+        kept = self.used(store) / 2
+        weights = ray_ckpt.open_weights(store, 1)
+        store.delete(1)
+        for _ in range(2):
+            assert torch.equal(dict(weights)["x"], values(1)["x"])
+        assert torch.equal(dict(ray_ckpt.open_weights(store, wait_for=2))["x"], values(2)["x"])
+        assert self.used(store) > 1.5 * kept
+        del weights
+        wait_until(lambda: self.used(store) < 1.1 * kept, 20, lambda: self.used(store))
+
     def test_a_replaced_step_is_both_to_each_reader_its_own(self, store: CheckpointStore) -> None:
         publish(store, 1)
         with store.reading(1) as old:

@@ -7,6 +7,7 @@ verify_by_tasks(target)   the driver reads the record and says what there is to 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -127,9 +128,10 @@ def verify_by_tasks(
     from ray_ckpt.storage.ranged_reads import tuning_for
     from ray_ckpt.storage.stretches import Checked
 
-    found = committed_at(target, step)
-    audit = Audit(found.storage, scan_nan=scan_nan, trusted=trusted)
-    with connected(address):
+    with contextlib.ExitStack() as held_until_done:
+        found = held_until_done.enter_context(held(lambda: committed_at(target, step)))
+        audit = Audit(found.storage, scan_nan=scan_nan, trusted=trusted)
+        held_until_done.enter_context(connected(address))
         shares = _shares(audit.work, num_cpus=ray.cluster_resources().get("CPU", 1.0))
         total = sum(part.num_bytes for part in audit.work)
         meter = Meter(progress)

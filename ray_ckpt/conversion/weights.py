@@ -5,6 +5,9 @@ An inference engine's `load_weights` takes such an iterable. What is held at any
 
 from __future__ import annotations
 
+import contextlib
+import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -18,7 +21,7 @@ from ray_ckpt.format.torch_container import parse_dtype
 from ray_ckpt.format.torch_internals import narrow
 from ray_ckpt.storage.checkpoint_reader import CheckpointReader, Wanted
 from ray_ckpt.storage.chunk_sources import SavedChunk
-from ray_ckpt.storage.resolve import Target, checkpoint_at, wait_before
+from ray_ckpt.storage.resolve import Target, checkpoint_at, held, wait_before
 
 __all__ = ["Weight", "Weights", "open_weights"]
 
@@ -106,7 +109,8 @@ def open_weights(
 ) -> Weights:
     """The model in a checkpoint, as an inference engine takes it: `engine.load_weights(open_weights("ram://policy"))`.
 
-    No process group is used: any process may call it, at any time, whatever layout saved.
+    No process group is used: any process may call it, at any time, whatever layout saved. A step in memory (`ram://`)
+    stays whole as long as what this returns exists, also when it is deleted or replaced.
 
     Example:
         >>> import torch
@@ -132,5 +136,14 @@ def open_weights(
     target, wait = wait_before(target, step, wait_for, wait_s, fallback=False)
     if wait is not None:
         step = wait.look()
-    found = checkpoint_at(target, step)
-    return Weights(open_source(found.storage, None, trusted=trusted), found.step)
+    with contextlib.ExitStack() as holds:
+        found = holds.enter_context(held(lambda: checkpoint_at(target, step)))
+        weights = Weights(open_source(found.storage, None, trusted=trusted), found.step)
+        # At the end of the process there may be no cluster any more, and the hold ends by itself.
+        weakref.finalize(weights, _release, holds.pop_all()).atexit = False
+    return weights
+
+
+def _release(holds: contextlib.ExitStack) -> None:
+    """On a thread: the garbage collector may call this in the midst of anything, and it asks other processes."""
+    threading.Thread(target=holds.close, name="ray_ckpt-release", daemon=True).start()
