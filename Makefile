@@ -9,13 +9,13 @@ PIP := $(BIN)/pip install --disable-pip-version-check -q --no-compile -c constra
 # they are imported: most of what they bring never is, and pip would take a third of its time for it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-jobs test-slow test-matrix test-faults test-frameworks bench bench-async bench-planning lint docs format clean constraints
+.PHONY: demo test test-jobs test-slow test-matrix test-faults test-frameworks test-versions soak bench bench-async bench-planning lint docs format clean constraints
 
 demo: .venv/.installed
 	$(BIN)/python jobs/pipeline_to_fsdp.py $(ARGS)
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest -m "not jobs and not slow and not matrix and not faults and not frameworks" $(ARGS)
+	$(BIN)/python -m pytest -m "not jobs and not slow and not matrix and not faults and not frameworks and not soak" $(ARGS)
 
 # The jobs as a person runs them, on `ray start` clusters and by `ray job submit`; the README's Python.
 test-jobs: .venv/.installed-dev
@@ -33,9 +33,17 @@ test-matrix: .venv/.installed-dev
 test-faults: .venv/.installed-dev
 	$(BIN)/python -m pytest -m faults $(ARGS)
 
+# Two hundred saves and loads, in which something is killed every tenth; some ten minutes.
+soak: .venv/.installed-dev
+	$(BIN)/python -m pytest -m soak tests/test_soak.py $(ARGS)
+
 # What other frameworks write, read here; they are installed beside, in .venv-frameworks.
 test-frameworks: .venv-frameworks/.installed
 	.venv-frameworks/bin/python -m pytest -m frameworks tests/test_frameworks.py $(ARGS)
+
+# The covering part of the suite under other versions of Python, torch and Ray; ARGS are names of some of them.
+test-versions:
+	$(PYTHON) tests/versions.py $(ARGS)
 
 # All measurements, one after the other; ARGS are those of the first.
 bench: .venv/.installed-dev
@@ -68,7 +76,7 @@ format: .venv/.installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-frameworks build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-frameworks .venv-versions build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # Installs again only when what is to be installed has changed.
 .venv/.installed: pyproject.toml constraints.txt

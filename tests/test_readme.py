@@ -20,6 +20,8 @@ RUN_BY = {
     "make test-matrix": "tests/test_makefile.py::test_arguments_reach_the_commands",
     "make test-faults": "tests/test_makefile.py::test_arguments_reach_the_commands",
     "make test-frameworks": "tests/test_makefile.py::test_arguments_reach_the_commands",
+    "make soak": "tests/test_makefile.py::test_arguments_reach_the_commands",
+    "make test-versions": "tests/test_makefile.py::test_arguments_reach_the_commands",
     "make lint": ".ci/run",
     "make docs": "tests/test_makefile.py::test_arguments_reach_the_commands",
     'make bench ARGS="--sizes 0.1"': "tests/test_makefile.py::test_arguments_reach_the_commands",
