@@ -57,7 +57,9 @@ REMOTE = {
     "s3://KEY:SE@CRET@bucket/run": "s3://bucket/run",
     "s3://KEY:SE%CRET@bucket/run": "s3://bucket/run",
     "hdfs://name:8020/run": "hdfs://name:8020/run",
-    "abfss://c@account.dfs.core.windows.net/run?sig=abc": "abfss://account.dfs.core.windows.net/run",
+    "abfss://c@account.dfs.core.windows.net/run?sig=abc": "abfss://c@account.dfs.core.windows.net/run",
+    "abfs://c:KEY@account.dfs.core.windows.net/run": "abfs://account.dfs.core.windows.net/run",
+    "abfs://c%3AKEY@account.dfs.core.windows.net/run": "abfs://account.dfs.core.windows.net/run",
     "memory://place/a b?c": "memory://place/a b",
 }
 

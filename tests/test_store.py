@@ -16,6 +16,7 @@ from ray_ckpt.format.manifest import MANIFEST_NAME
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.retention import keep, keep_every, keep_last
 from ray_ckpt.storage.store import CheckpointStore
+from tests.support.azure import run_azure
 from tests.support.faulty import AT_ONCE
 from tests.support.gcs import run_gcs
 from tests.support.s3 import run_s3
@@ -35,13 +36,21 @@ def gcs():
         yield place
 
 
-@pytest.fixture(params=["path", "s3", "gs", pytest.param("ram", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module")
+def azure():
+    with run_azure() as place:
+        yield place
+
+
+@pytest.fixture(params=["path", "s3", "gs", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("abfs", "ram"))])
 def store(request, tmp_path):
     if request.param == "path":
         return CheckpointStore(tmp_path / "run")
     if request.param == "ram":
         request.getfixturevalue("local_ray")
         return CheckpointStore(Storage(f"ram://suite/{uuid.uuid4().hex}?replicas=0", retry=AT_ONCE))
+    if request.param == "abfs":
+        return CheckpointStore(Storage(request.getfixturevalue("azure").format(path=uuid.uuid4().hex), retry=AT_ONCE))
     if request.param == "gs":
         return CheckpointStore(request.getfixturevalue("gcs").format(path=uuid.uuid4().hex))
     return CheckpointStore(Storage(request.getfixturevalue("s3").uri(uuid.uuid4().hex), retry=AT_ONCE))

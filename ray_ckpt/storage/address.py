@@ -26,6 +26,7 @@ ARROW_SCHEMES = frozenset({"s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs"}
 _LOCAL_SCHEMES = frozenset({"file", "local"})
 _BUCKET_SCHEMES = frozenset({"s3", "gs", "gcs"})
 """Schemes whose place has no port: a colon in it can only precede a password."""
+_CONTAINER_SCHEMES = frozenset({"abfs", "abfss"})
 _KNOWN_SCHEMES = (
     _LOCAL_SCHEMES
     | ARROW_SCHEMES
@@ -79,7 +80,13 @@ class Address:
     @property
     def display(self) -> str:
         """The target without credentials and options."""
-        return self.path if self.is_local else f"{self.scheme}://{self.place}{self.path}"
+        return self.path if self.is_local else f"{self.scheme}://{self._container}{self.place}{self.path}"
+
+    @property
+    def _container(self) -> str:
+        """Azure's URIs have the container, or the account, in the place of credentials."""
+        is_name = self.scheme in _CONTAINER_SCHEMES and ":" not in urllib.parse.unquote(self.userinfo)
+        return f"{self.userinfo}@" if is_name and self.userinfo else ""
 
     def child(self, name: str) -> Address:
         """The address of a name below this one; the name is a relative path, nothing in it encoded."""
@@ -106,8 +113,9 @@ class Address:
 
     def _secrets(self) -> list[str]:
         """Longest first, so that none is left in part."""
-        parts = [self.userinfo] if self.userinfo else []
-        user, _, password = self.userinfo.partition(":")
+        userinfo = "" if self._container else self.userinfo
+        parts = [userinfo] if userinfo else []
+        user, _, password = userinfo.partition(":")
         parts += [half for half in (user, password) if len(half) >= _MIN_SECRET_LENGTH]
         for option in filter(None, self.options.split("&")):
             value = option.partition("=")[2]

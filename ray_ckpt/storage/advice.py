@@ -20,10 +20,11 @@ _ADVICE = (
         "the credentials may have expired, or the bucket may be in another region",
     ),
     (
-        r"ACCESS_DENIED|AccessDenied|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|HTTP status 403",
+        r"ACCESS_DENIED|AccessDenied|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|HTTP status 403"
+        r"|AuthorizationFailure|AuthenticationFailed",
         "look whether these processes have credentials, and whether those may do this here",
     ),
-    (r"NO_SUCH_BUCKET|NoSuchBucket", "create the bucket first; a save does not"),
+    (r"NO_SUCH_BUCKET|NoSuchBucket|ContainerNotFound", "create the bucket first; a save does not"),
 )
 
 

@@ -53,8 +53,9 @@ _OBJECT_STORES = frozenset({"s3", "gcs", "abfs", *REGISTERED})
 """`FileSystem.type_name` of those without directories, where an object appears whole when its writer closes it."""
 _ASKED_FOR_SIZES = frozenset({"s3", "gcs", "abfs"})
 """`FileSystem.type_name` of those that pyarrow asks how long a file is when it is opened. Threads may share it then."""
-_PUT_AT_ONCE = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", *REGISTERED})
-"""Schemes where nobody sees a file before it is whole. Anywhere else one is written under another name and renamed."""
+_PUT_AT_ONCE = frozenset({"s3", "s3a", "gs", "gcs", "oss", *REGISTERED})
+"""Schemes where nobody sees a file before it is whole. Anywhere else one is written under another name and renamed: on
+Azure pyarrow puts an empty object there as it opens a stream, and adlfs deletes the one that is there."""
 
 
 @dataclass(frozen=True)
@@ -320,8 +321,12 @@ class Storage:
             source, target = self.path(name), self.path(new_name)
             if self.has_local_files:
                 rename(source, target, replace=replace)
-            else:
+                return
+            try:
                 self.filesystem.move(source, target)
+            except NotImplementedError:  # Azure without a hierarchical namespace; the service copies by itself
+                self.filesystem.copy_file(source, target)
+                self.filesystem.delete_file(source)
 
         self.retried(lambda: self.perform("rename", new_name, move))
 
