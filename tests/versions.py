@@ -91,7 +91,12 @@ def install(name: str, versions: Versions) -> str:
     print(f"installing {name} ...", flush=True)
     shutil.rmtree(place, ignore_errors=True)
     subprocess.run([interpreter, "-m", "venv", str(place)], check=True)
-    pins = re.sub(r"(?m)^(?:torch|ray)==.*\n", "", (REPOSITORY / "constraints.txt").read_text())
+    # Without what only torch wants, in a version that goes with its own.
+    pins = re.sub(
+        r"(?m)^(?:torch|ray|triton|nvidia-[a-z0-9-]+|cuda-[a-z0-9-]+)==.*\n",
+        "",
+        (REPOSITORY / "constraints.txt").read_text(),
+    )
     constraints = place / "constraints.txt"
     constraints.write_text(f"{pins}\ntorch=={versions.torch}\nray=={versions.ray}\n")
     command = [
