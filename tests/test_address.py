@@ -9,6 +9,7 @@ import urllib.parse
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -128,6 +129,40 @@ def test_what_can_be_a_mistyped_target_is_refused(tmp_path, monkeypatch, text):
         assert "\n" not in str(raised.value)
         assert not any(secret in told for secret in ("SEC", "RET", "KEY", "12/34"))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["", "s3:/bucket", "S3://", "http://host/x", "ram:///run", "file://x/y", "C:\\x"])
+def test_every_verb_refuses_it(tmp_path, monkeypatch, text):
+    ray_ckpt.save({"w": torch.ones(3)}, tmp_path / "saved")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    saved = tmp_path / "saved"
+    for take in (
+        lambda target: ray_ckpt.export(saved, target, to="safetensors"),
+        lambda target: ray_ckpt.export(saved, target, to="torch"),
+        lambda target: ray_ckpt.export(target, tmp_path / "other", to="dcp"),
+        lambda target: ray_ckpt.export(saved, tmp_path / "other", to="safetensors", config=target),
+        lambda target: ray_ckpt.convert(saved, target),
+        lambda target: ray_ckpt.convert(target, tmp_path / "other"),
+        lambda target: ray_ckpt.CheckpointStore(saved, front=target),
+        lambda target: ray_ckpt.CheckpointStore(target, front="ram://run"),
+        lambda target: ray_ckpt.load({"w": torch.zeros(3)}, target),
+        lambda target: ray_ckpt.compare({"w": torch.zeros(3)}, target),
+        lambda target: ray_ckpt.diff(saved, target),
+        lambda target: ray_ckpt.sign(target, "key.pem"),
+        lambda target: ray_ckpt.verify_signature(target, "key.pub"),
+        lambda target: ray_ckpt.write_report(target, "page.html"),
+        lambda target: ray_ckpt.doctor(target),
+        ray_ckpt.inspect,
+        ray_ckpt.list_steps,
+        ray_ckpt.verify,
+        ray_ckpt.ArrowStorageWriter,
+        ray_ckpt.ArrowStorageReader,
+    ):
+        with pytest.raises(UsageError):
+            take(text)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "saved"]
+    assert list((tmp_path / "here").iterdir()) == []
 
 
 @pytest.mark.parametrize("target", [None, 3, ["s3://a"]], ids=str)
