@@ -60,6 +60,8 @@ class SaveReport:
     """What took how long on which rank."""
     num_retries: int = 0
     """How often the ranks asked the storage again after an error that may pass."""
+    num_failed_before: int = 0
+    """Saves that failed since the last one that ended well, where `on_error="warn"` let the run go on."""
     not_durable: tuple[str, ...] = ()
     """Where the store has a front: what could not be copied to the durable tier until then, with reasons."""
 

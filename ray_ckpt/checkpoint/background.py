@@ -8,6 +8,7 @@ end of the process   ── Python waits for the thread; a failure that was not 
 from __future__ import annotations
 
 import os
+import warnings
 import weakref
 from collections.abc import Callable
 
@@ -15,7 +16,7 @@ import torch.distributed as dist
 
 from ray_ckpt.checkpoint.carriers import Alone, Carrier, LostContact, Star, timeout_of
 from ray_ckpt.checkpoint.meetings import Deadline
-from ray_ckpt.errors import CheckpointError
+from ray_ckpt.errors import CheckpointError, RayCkptError
 from ray_ckpt.protocol.coordinator import PlanCache
 from ray_ckpt.protocol.host_copy import HostCopy
 from ray_ckpt.protocol.messages import Assignment
@@ -30,6 +31,8 @@ class Saver:
     def __init__(self) -> None:
         self.host_copy = HostCopy()
         self._pending: SaveHandle | None = None
+        self.num_failed = 0
+        """Saves that have failed, and were passed over, since the last one that ended well."""
         self._meet(None)
 
     def meet(self) -> None:
@@ -63,8 +66,11 @@ class Saver:
         """Whether ranks can talk beside training."""
         return self._is_alone or self._background is not None
 
-    def settle(self, deadline: Deadline | None = None) -> None:
+    def settle(self, deadline: Deadline | None = None, *, is_patient: bool = False) -> None:
         """Wait for the save in flight.
+
+        Args:
+            is_patient: warn of its failure instead of raising it.
 
         Raises:
             CheckpointError: it failed, and no call on this rank has raised that yet.
@@ -78,8 +84,18 @@ class Saver:
         if handle.failed:
             # Some ranks may have stopped in the middle of an exchange.
             self._background = None
-        if (failure := handle.take_failure()) is not None:
-            raise failure
+            self.num_failed += is_patient
+        if (failure := handle.take_failure(and_went_on=is_patient)) is not None:
+            if not is_patient:
+                raise failure
+            warnings.warn(str(failure), RuntimeWarning, stacklevel=2)
+
+    def pass_over(self, address: str, error: RayCkptError) -> SaveHandle:
+        """Go on although a save could not begin. Returns a handle that has failed."""
+        self.num_failed += 1
+        handle = SaveHandle.of_failure(address, error)
+        warnings.warn(handle.described, RuntimeWarning, stacklevel=3)
+        return handle
 
     def carrier(self, deadline: Deadline | None, *, anew: bool) -> Carrier:
         """For the thread beside training. All ranks call it.

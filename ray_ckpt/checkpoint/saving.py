@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from ray_ckpt.checkpoint.background import saver
 from ray_ckpt.checkpoint.exchange import Exchange, TrainersExchange
 from ray_ckpt.checkpoint.meetings import Deadline
-from ray_ckpt.errors import CheckpointExistsError, RayCkptError, UsageError
+from ray_ckpt.errors import CheckpointError, CheckpointExistsError, RayCkptError, StorageError, UsageError
 from ray_ckpt.events import Events, Telling
 from ray_ckpt.format import dcp_metadata
 from ray_ckpt.format.saved import Saved
@@ -30,7 +30,7 @@ from ray_ckpt.progress import Meter, Progress
 from ray_ckpt.protocol.coordinator import Coordinator
 from ray_ckpt.protocol.messages import Assignment, LocalPlan, Outcome, RankRecord
 from ray_ckpt.protocol.rank_save import RankSave
-from ray_ckpt.protocol.save_handle import SaveHandle
+from ray_ckpt.protocol.save_handle import SaveHandle, check_on_error
 from ray_ckpt.protocol.save_options import Cast, SaveOptions
 from ray_ckpt.report import SaveReport
 from ray_ckpt.state.train_state import TrainState
@@ -74,6 +74,7 @@ def save(
     fingerprints: bool = ...,
     blocking: Literal[True] = ...,
     if_busy: Literal["wait"] = ...,
+    on_error: Literal["raise", "warn"] = ...,
     timeout_s: float | None = ...,
     progress: Progress | None = ...,
     events: Events | None = ...,
@@ -92,6 +93,7 @@ def save(
     fingerprints: bool = ...,
     blocking: Literal[False],
     if_busy: Literal["wait"] = ...,
+    on_error: Literal["raise", "warn"] = ...,
     timeout_s: float | None = ...,
     progress: Progress | None = ...,
     events: Events | None = ...,
@@ -110,6 +112,7 @@ def save(
     fingerprints: bool = ...,
     blocking: bool = ...,
     if_busy: Literal["wait", "skip"],
+    on_error: Literal["raise", "warn"] = ...,
     timeout_s: float | None = ...,
     progress: Progress | None = ...,
     events: Events | None = ...,
@@ -127,6 +130,7 @@ def save(
     fingerprints: bool = False,
     blocking: bool = True,
     if_busy: Literal["wait", "skip"] = "wait",
+    on_error: Literal["raise", "warn"] = "raise",
     timeout_s: float | None = None,
     progress: Progress | None = None,
     events: Events | None = None,
@@ -171,6 +175,9 @@ def save(
             CPU that has nothing else to do.
         if_busy: whether to wait while the previous save is still being written on some rank, or to skip this save: then
             there is a warning, and None instead of a report or a handle.
+        on_error: with `blocking=False` whether a failure may end the run. "warn" lets this save begin although the one
+            before failed, with a warning, and returns a handle that has failed where this one cannot begin: its
+            `result` raises why. `SaveReport.num_failed_before` counts them. A last failure still makes the exit code 1.
         timeout_s: time limit, from the call to the commit, for waiting for other ranks and for the previous save; by
             default the process group's own. It does not limit this rank's own work, such as writing.
         progress: called about ten times a second with the bytes of tensors that this rank has written and all that it
@@ -191,6 +198,7 @@ def save(
     """
     if if_busy not in ("wait", "skip"):
         raise UsageError(f"if_busy={if_busy!r} is neither 'wait' nor 'skip'")
+    check_on_error(on_error, blocking)
     options = SaveOptions.of(only, cast, key_map, fingerprints=fingerprints)
     ranks = TrainersExchange("save", timeout_s)
     location = destination(target, step)
@@ -200,8 +208,14 @@ def save(
     this = _Save(
         location, options, overwrite=overwrite, layout=layout, beside_training=beside, meter=meter, telling=telling
     )
-    with telling.failing():
-        return this.run(state, ranks, skip=if_busy == "skip")
+    this.is_patient = on_error == "warn"
+    try:
+        with telling.failing():
+            return this.run(state, ranks, skip=if_busy == "skip")
+    except (CheckpointError, StorageError) as error:  # which every rank has
+        if on_error == "raise":
+            raise
+        return saver().pass_over(location.storage.address, error)
 
 
 class _Save:
@@ -226,6 +240,8 @@ class _Save:
     ) -> None:
         self._meter = meter
         self._telling = telling
+        self.is_patient = False
+        """Whether this save begins although the one before has failed."""
         self._beside_training = beside_training
         self._mine = saver()
         self._mine.meet()
@@ -287,7 +303,7 @@ class _Save:
         def offer() -> _Offer:
             if skip and self._mine.busy:
                 return _Offer(None, self._mine.has_carrier)
-            self._mine.settle(deadline)
+            self._mine.settle(deadline, is_patient=self.is_patient)
             plan = self._writer.plan(state, self._mine.memory, self._mine.known)
             return _Offer(plan, self._mine.has_carrier)
 
@@ -339,6 +355,7 @@ class _Save:
         """
         try:
             records = ranks.gather(self._write)
+            self._coordinator.num_failed_before = self._mine.num_failed
             ranks.broadcast(lambda: self._coordinator.check(records))
         except RayCkptError:
             # All ranks have agreed not to commit. After a lost connection that is not known, and the files stay.
@@ -349,6 +366,7 @@ class _Save:
         except CheckpointExistsError:
             self._writer.discard()  # it is another writer's that is there
             raise
+        self._mine.num_failed = 0
         self._meter.end()
         self._telling.saved(report)
         return report

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, overload
@@ -22,13 +23,13 @@ from weakref import WeakKeyDictionary
 
 from ray_ckpt.cluster import worker_side
 from ray_ckpt.cluster.group import WorkerGroup
-from ray_ckpt.errors import CheckpointExistsError
+from ray_ckpt.errors import CheckpointError, CheckpointExistsError, GroupError, StorageError
 from ray_ckpt.events import Events, Telling
 from ray_ckpt.format.saved import Saved
 from ray_ckpt.progress import Progress
 from ray_ckpt.protocol.coordinator import Coordinator, PlanCache
 from ray_ckpt.protocol.messages import Assignment
-from ray_ckpt.protocol.save_handle import SaveHandle
+from ray_ckpt.protocol.save_handle import SaveHandle, check_on_error
 from ray_ckpt.protocol.save_options import Cast, SaveOptions
 from ray_ckpt.report import SaveReport
 from ray_ckpt.storage.files import Storage
@@ -50,6 +51,7 @@ def save(
     layout: str | None = ...,
     retries: int = ...,
     blocking: Literal[True] = ...,
+    on_error: Literal["raise"] = ...,
     timeout_s: float | None = ...,
     progress: Progress | None = ...,
     events: Events | None = ...,
@@ -69,6 +71,7 @@ def save(
     layout: str | None = ...,
     retries: int = ...,
     blocking: Literal[False],
+    on_error: Literal["raise", "warn"] = ...,
     timeout_s: float | None = ...,
     progress: Progress | None = ...,
     events: Events | None = ...,
@@ -87,6 +90,7 @@ def save(
     layout: str | None = None,
     retries: int = 0,
     blocking: bool = True,
+    on_error: Literal["raise", "warn"] = "raise",
     timeout_s: float | None = None,
     progress: Progress | None = None,
     events: Events | None = None,
@@ -121,6 +125,7 @@ def save(
         layout: how the state lies across the workers, for the manifest; by default what rank 0's `TrainState` says.
         retries: how often a worker whose write failed writes again, without the others.
         blocking: whether to wait for the commit. Otherwise the handle, or else the next `save`, reports a failure.
+        on_error: as for `ray_ckpt.save`.
         timeout_s: time limit of the whole save; by default the group's `call_timeout_s`.
         progress: called about twice a second with the bytes of tensors that the workers have written and all that they
             will, on the thread that waits for them. When it raises, the save goes on, without it and with a warning.
@@ -135,6 +140,7 @@ def save(
             not begun.
         SavePendingError: the save before this one has not ended within `timeout_s`; this one was not begun.
     """
+    check_on_error(on_error, blocking)
     options = SaveOptions.of(only, cast, key_map, fingerprints=fingerprints)
     deadline = time.monotonic() + (group.call_timeout_s if timeout_s is None else timeout_s)
     storage, step, _ = destination(target, step)
@@ -150,14 +156,22 @@ def save(
     )
     telling = Telling(events, "save", storage.address, step)
     attempt = _Attempt(group, storage, coordinator, retries, deadline, progress, telling)
-    with telling.failing():
-        memory.settle(deadline - time.monotonic())
-        assignments = attempt.plan(state_of, memory.plans.tokens, options)
-        outcome: SaveReport | SaveHandle
-        if blocking:
-            outcome = attempt.finish(assignments)
-        else:
-            outcome = memory.pending = attempt.finish_beside_training(assignments)
+    outcome: SaveReport | SaveHandle
+    try:
+        with telling.failing():
+            memory.settle(deadline - time.monotonic(), is_patient=on_error == "warn")
+            coordinator.num_failed_before = memory.num_failed
+            assignments = attempt.plan(state_of, memory.plans.tokens, options)
+            if blocking:
+                outcome = attempt.finish(assignments)
+            else:
+                outcome = memory.pending = attempt.finish_beside_training(assignments)
+    except (CheckpointError, StorageError, GroupError) as error:
+        if on_error == "raise":
+            raise
+        memory.num_failed += 1
+        outcome = SaveHandle.of_failure(storage.address, error)
+        warnings.warn(outcome.described, RuntimeWarning, stacklevel=2)
     telling.blocked()
     return outcome
 
@@ -169,9 +183,14 @@ class _GroupMemory:
         self.plans = PlanCache()
         """Plans of the last save: a worker whose plan has not changed sends a token instead."""
         self.pending: SaveHandle | None = None
+        self.num_failed = 0
+        """Saves that have failed, and were passed over, since the last one that ended well."""
 
-    def settle(self, timeout_s: float) -> None:
+    def settle(self, timeout_s: float, *, is_patient: bool) -> None:
         """Wait for the save in flight.
+
+        Args:
+            is_patient: warn of its failure instead of raising it.
 
         Raises:
             SavePendingError: it has not ended within the time; it goes on.
@@ -181,8 +200,11 @@ class _GroupMemory:
             return
         self.pending.wait(max(0.0, timeout_s))
         ended, self.pending = self.pending, None
-        if (failure := ended.take_failure()) is not None:
-            raise failure
+        self.num_failed = self.num_failed + is_patient if ended.failed else 0
+        if (failure := ended.take_failure(and_went_on=is_patient)) is not None:
+            if not is_patient:
+                raise failure
+            warnings.warn(str(failure), RuntimeWarning, stacklevel=3)
 
 
 _memories: WeakKeyDictionary[WorkerGroup, _GroupMemory] = WeakKeyDictionary()

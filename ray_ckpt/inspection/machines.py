@@ -23,6 +23,7 @@ import xxhash
 
 from ray_ckpt.errors import CheckpointError, StorageError
 from ray_ckpt.storage.files import Storage
+from ray_ckpt.storage.room import free_bytes
 
 __all__ = ["Machine", "Read", "Written", "clock_ahead", "look_at_machine", "read_trial", "write_trial"]
 
@@ -135,7 +136,7 @@ def write_trial(storage: Storage, name: str) -> Written:
         seen = storage.scan().get(name)
         # Times of storages are cut to whole seconds.
         ahead = None if seen is None or seen.modified_s is None else clock_ahead(seen.modified_s, before - 1, after)
-        return Written("", xxhash.xxh3_64_hexdigest(data), len(data) / seconds, ahead, _free_bytes(storage))
+        return Written("", xxhash.xxh3_64_hexdigest(data), len(data) / seconds, ahead, free_bytes(storage))
     except (StorageError, CheckpointError) as error:
         return Written(problem=str(error))
 
@@ -162,14 +163,6 @@ def read_trial(storage: Storage, name: str, digest: str) -> Read:
 def clock_ahead(read_s: float, began: float, ended: float) -> float:
     """How far a clock is outside of the time in which it was read, by another one."""
     return min(0.0, read_s - began) or max(0.0, read_s - ended)
-
-
-def _free_bytes(storage: Storage) -> int | None:
-    if not storage.has_local_files:
-        return None
-    with contextlib.suppress(OSError):
-        return shutil.disk_usage(os.path.dirname(storage.path("x"))).free
-    return None
 
 
 def _drop_from_cache(path: str) -> None:

@@ -29,8 +29,10 @@ from ray_ckpt.protocol.messages import (
     digest_object,
     digest_tensor,
     num_bytes,
+    num_bytes_in_all,
 )
 from ray_ckpt.report import Phase, SaveReport
+from ray_ckpt.storage import room
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.publish import publish, refuse_if_taken
 from ray_ckpt.text import listed
@@ -114,6 +116,8 @@ class Coordinator:
         self._phases: tuple[Phase, ...] = ()
         """What the ranks have measured."""
         self._num_retries = 0
+        self.num_failed_before = 0
+        """For the report. May be set until `publish`."""
         self._frozen: Mapping[str, str] = {}
         self.attempt = attempt or uuid.uuid4().hex[:12]
 
@@ -129,8 +133,17 @@ class Coordinator:
             self._frozen = frozen.digests([plan.frozen for plan in plans])
             if not self._overwrite:
                 refuse_if_taken(self._storage)
+            is_first = self._cache.merged is None
             self._plan = self._cache.update(plans)
+        if is_first:
+            self._look_for_room(self._plan)
         return [Assignment(self.attempt, rank, tuple(skipped)) for rank, skipped in enumerate(self._plan.skipped)]
+
+    def _look_for_room(self, plan: GlobalPlan) -> None:
+        """Warn of a disk that is about to be full. The next checkpoint is committed before one is removed."""
+        specs = [spec for _, spec in plan.names.values() if spec is not None]
+        if shortage := room.shortage(self._storage, sum(map(num_bytes_in_all, specs))):
+            _logger.warning("%s", shortage)
 
     def merge_again(self) -> None:
         """Decide as in the attempt before: every rank holds the same as then.
@@ -200,6 +213,7 @@ class Coordinator:
             differing_buffers=self._differing,
             phases=(*self._phases, *self._clock.phases),
             num_retries=self._num_retries,
+            num_failed_before=self.num_failed_before,
             not_durable=not_durable,
         )
         _logger.info(

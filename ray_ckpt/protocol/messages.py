@@ -70,6 +70,11 @@ def num_bytes(spec: TensorSpec) -> int:
     return math.prod(spec.sizes) * itemsize(spec.dtype)
 
 
+def num_bytes_in_all(spec: TensorSpec) -> int:
+    """Bytes of the elements of the whole tensor that it is a part of."""
+    return math.prod(spec.shape) * itemsize(spec.dtype)
+
+
 class Item(NamedTuple):
     """What a rank holds under one name."""
 

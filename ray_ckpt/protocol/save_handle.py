@@ -13,10 +13,22 @@ import sys
 import threading
 from collections.abc import Callable
 
-from ray_ckpt.errors import CheckpointError, SavePendingError
+from ray_ckpt.errors import CheckpointError, RayCkptError, SavePendingError, UsageError
 from ray_ckpt.report import SaveReport
 
 _logger = logging.getLogger(__name__)
+
+
+def check_on_error(on_error: str, blocking: bool) -> None:
+    """Refuse what cannot be.
+
+    Raises:
+        UsageError: `on_error` is neither "raise" nor "warn", or a save that is waited for is not to raise.
+    """
+    if on_error not in ("raise", "warn"):
+        raise UsageError(f"on_error={on_error!r} is neither 'raise' nor 'warn'")
+    if blocking and on_error == "warn":
+        raise UsageError("on_error='warn' is for saves in the background: say blocking=False, or catch the error")
 
 
 class SaveHandle:
@@ -40,6 +52,15 @@ class SaveHandle:
         self._report: SaveReport | None = None
         self._failure: BaseException | None = None
         self._told = False
+
+    @classmethod
+    def of_failure(cls, address: str, error: RayCkptError) -> SaveHandle:
+        """Of a save that could not begin, whose failure is known to the caller."""
+        handle = cls(address)
+        handle._failure = error
+        handle._ended.set()
+        _logger.warning("%s", handle.described)
+        return handle
 
     def staged(self) -> None:
         """Return once the state may change. That is at once: `save` copies the state before it returns the handle."""
@@ -81,12 +102,17 @@ class SaveHandle:
         threading.Thread(target=self._run, args=(work, returned), name="ray_ckpt-save", daemon=False).start()
         returned.set()
 
-    def take_failure(self) -> CheckpointError | None:
-        """The failure for the caller to raise; None if there is none or `result` has raised it already."""
+    def take_failure(self, *, and_went_on: bool = False) -> CheckpointError | None:
+        """The failure for the caller to raise; None if there is none or `result` has raised it already.
+
+        Args:
+            and_went_on: whether the caller begins the next save all the same.
+        """
         if self._failure is None or self not in _unseen:
             return None
         _unseen.discard(self)
-        return CheckpointError(f"{self._described()}; what was asked for now was not begun")
+        now = "the one now begins all the same" if and_went_on else "what was asked for now was not begun"
+        return CheckpointError(f"{self.described}; {now}")
 
     @property
     def failed(self) -> bool:
@@ -97,7 +123,7 @@ class SaveHandle:
         """Say on standard error what went wrong."""
         if not self._told:
             self._told = True
-            print(f"ray_ckpt: {self._described()}", file=sys.stderr, flush=True)
+            print(f"ray_ckpt: {self.described}", file=sys.stderr, flush=True)
 
     def _run(self, work: Callable[[], SaveReport], returned: threading.Event) -> None:
         # Otherwise this thread may hold the interpreter for milliseconds before the caller continues. The wait is
@@ -108,13 +134,15 @@ class SaveHandle:
             _unseen.discard(self)
         except BaseException as error:
             self._failure = error
-            _logger.warning("%s", self._described())
+            _logger.warning("%s", self.described)
         self._ended.set()
         if self.failed and not threading.main_thread().is_alive():
             # The process ends, and may be a child of `multiprocessing` that runs no exit handlers.
             self.tell()
 
-    def _described(self) -> str:
+    @property
+    def described(self) -> str:
+        """The failure, in a sentence."""
         error = self._failure
         return f"the save of {self._address} in the background failed: {type(error).__name__}: {error}"
 

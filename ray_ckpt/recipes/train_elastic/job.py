@@ -18,6 +18,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ray_ckpt import cluster
 from ray_ckpt.cluster.capacity import all_slots, free_slots
@@ -36,7 +37,11 @@ from ray_ckpt.recipes.workload import Workload
 from ray_ckpt.report import LoadReport
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.retention import keep_last
+from ray_ckpt.storage.room import shortage
 from ray_ckpt.storage.store import CheckpointStore
+
+if TYPE_CHECKING:
+    from ray_ckpt.recipes.train_elastic.ranks import SaveOutcome
 
 RANKS = "ray_ckpt.recipes.train_elastic.ranks"
 """Module of the rank functions. By name, so that the driver loads neither torch nor what is built on it."""
@@ -150,6 +155,7 @@ def run(options: Options, screen: Screen) -> ElasticReport:
             storage=Storage(uri).address,
             front=None if front is None else Storage(front).address,
             resumes=job.progress.resumes,
+            failed_saves=job.progress.failed_saves,
             not_durable=[*job.progress.not_durable],
             phases=dict(screen.seconds),
         )
@@ -305,6 +311,8 @@ def start(job: Run, group: WorkerGroup, layout: Layout) -> None:
             )
             progress.loads.append(reports)
             progress.resumes.append(Resume.of(str(layout), reports, durable_alone=job.options.front is None))
+        elif text := shortage(Storage(job.uri), group.run(f"{RANKS}:state_bytes", job.options.workload)[0]):
+            line.note(text)
         progress.losses = group.run(f"{RANKS}:losses")[0]
         tier = f" in the {reports[0].tier} tier" if reports and reports[0].tier else ""
         line.result = f"{layout} from step {progress.step}{tier}"
@@ -314,38 +322,71 @@ def train(job: Run, group: WorkerGroup, layout: Layout) -> None:
     """Train until the last step, a signal, or room for a better layout. What was trained is committed on return."""
     options, progress, stopper = job.options, job.progress, job.stopper
     with job.screen.phase("train", f"from step {progress.step} as {layout}") as line, stopper.deferred():
-        saved = progress.step
-        told = set(progress.not_durable)
+        saves = Saves(job, group, line)
         while progress.step < options.steps and not stopper.asked:
             began = time.monotonic()
-            loss = group.run(f"{RANKS}:train_step", options.workload, progress.step)[0]
-            progress.trained(loss, time.monotonic() - began)
+            trained = group.run(f"{RANKS}:train_step", options.workload, progress.step)[0]
+            progress.trained(trained.loss, time.monotonic() - began)
             line.update(f"step {progress.step} of {options.steps}, loss {progress.losses[-1]:.4f}")
-            if progress.step % options.save_every == 0:
-                saved = progress.step
-                begin_save(job, group)
-                job.store.prune(keep_last(options.keep_last))
-                line.note(f"step {saved} of {options.steps}, loss {progress.losses[-1]:.4f}, saving")
-                for problem in [text for text in progress.not_durable if text not in told]:
-                    told.add(problem)
-                    line.note(problem)
+            if progress.step % options.save_every == 0 or trained.save_failed:
+                saves.begin()
                 if options.grow and _room_for_better(options, layout):
                     break
-        if saved < progress.step:
-            begin_save(job, group)
-        patience_s = stopper.left_s if stopper.asked else options.timeout_s
-        progress.saved(group.run(f"{RANKS}:finish_save", patience_s, progress=line.progress))
-        job.store.prune(keep_last(options.keep_last))
+        saves.finish()
         line.result = f"step {progress.step} of {options.steps} committed"
 
 
-def begin_save(job: Run, group: WorkerGroup) -> None:
-    """Let the workers copy what they hold, and write it beside the training that goes on."""
-    progress, began, began_s = job.progress, time.monotonic(), time.time()
-    overwrite = progress.step in progress.damaged
-    progress.saved(group.run(f"{RANKS}:begin_save", job.store, progress.step, overwrite))
-    seconds = time.monotonic() - began
-    progress.tell(Event("save", BLOCKED, began_s, seconds, progress.step, uri=job.store.address))
+class Saves:
+    """The saves beside the training of one group."""
+
+    def __init__(self, job: Run, group: WorkerGroup, line: Line) -> None:
+        self._job = job
+        self._group = group
+        self._line = line
+        self._begun = job.progress.step
+        """The step of the last save that was begun, or was there before."""
+        self._told = set(job.progress.not_durable)
+
+    def begin(self) -> None:
+        """Let the workers copy what they hold, and write it beside the training that goes on."""
+        job, progress, options = self._job, self._job.progress, self._job.options
+        began, began_s = time.monotonic(), time.time()
+        overwrite = progress.step in progress.damaged
+        before = self._group.run(f"{RANKS}:begin_save", job.store, progress.step, overwrite)
+        progress.tell(Event("save", BLOCKED, began_s, time.monotonic() - began, progress.step, uri=job.store.address))
+        self._note(before)
+        self._begun = progress.step
+        job.store.prune(keep_last(options.keep_last))
+        self._line.note(f"step {progress.step} of {options.steps}, loss {progress.losses[-1]:.4f}, saving")
+        for problem in [text for text in progress.not_durable if text not in self._told]:
+            self._told.add(problem)
+            self._line.note(problem)
+
+    def finish(self) -> None:
+        """Save the last step, if that has not begun, and wait for its commit. One that fails is tried once more.
+
+        Raises:
+            CheckpointError: it failed again.
+        """
+        job, progress = self._job, self._job.progress
+        if self._begun < progress.step:
+            self.begin()
+        if not self._settle():
+            self.begin()
+            if not self._settle():
+                raise CheckpointError(f"step {progress.step} is not saved: {progress.failed_saves[-1].cause}")
+        job.store.prune(keep_last(job.options.keep_last))
+
+    def _settle(self) -> bool:
+        stopper = self._job.stopper
+        patience_s = stopper.left_s if stopper.asked else self._job.options.timeout_s
+        return self._note(self._group.run(f"{RANKS}:finish_save", patience_s, progress=self._line.progress))
+
+    def _note(self, outcomes: Sequence[SaveOutcome | None]) -> bool:
+        """Tell how a save has ended. Returns whether it has not failed."""
+        if cause := self._job.progress.saved(outcomes, self._begun):
+            self._line.note(f"the save of step {self._begun} failed, training goes on and tries again: {cause}")
+        return not cause
 
 
 def _room_for_better(options: Options, layout: Layout) -> bool:

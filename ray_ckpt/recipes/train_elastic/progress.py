@@ -7,11 +7,15 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from ray_ckpt.errors import GroupError, WorkerError
-from ray_ckpt.events import Event, Events, Listeners, failure_of, save_events
-from ray_ckpt.recipes.train_elastic.report import Restart, Resume
+from ray_ckpt.events import END, Event, Events, Listeners, failure_of, save_events
+from ray_ckpt.recipes.train_elastic.report import FailedSave, Restart, Resume
 from ray_ckpt.report import LoadReport, SaveReport
+
+if TYPE_CHECKING:
+    from ray_ckpt.recipes.train_elastic.ranks import SaveOutcome
 
 KEPT_REPORTS = 100
 """Reports of saves, and of loads, that are kept for the page."""
@@ -62,6 +66,7 @@ class Progress:
     loads: deque[Sequence[LoadReport]] = field(default_factory=lambda: deque(maxlen=KEPT_REPORTS))
     """The last ones: the reports of all ranks each."""
     resumes: list[Resume] = field(default_factory=list)
+    failed_saves: list[FailedSave] = field(default_factory=list)
     not_durable: dict[str, None] = field(default_factory=dict)
     """What was told of copies that failed, each text once, in order."""
     _last: _Failure | None = None
@@ -73,13 +78,27 @@ class Progress:
         """The next to be trained."""
         return len(self.losses)
 
-    def saved(self, reports: Sequence[SaveReport | None]) -> None:
-        """Note what the ranks, which all know the same, tell of a save."""
-        if reports[0] is not None:
-            self.saves.append(reports[0])
-            self.not_durable |= dict.fromkeys(reports[0].not_durable)
-            for event in save_events(reports[0]):
-                self.tell(event)
+    def saved(self, outcomes: Sequence[SaveOutcome | None], step: int) -> str:
+        """Note what the ranks, which all know the same, tell of a save.
+
+        Returns:
+            Why it has failed; empty when it has not.
+        """
+        outcome = next((found for found in outcomes if found is not None and found.failure is not None), outcomes[0])
+        if outcome is None:
+            return ""
+        if outcome.failure is not None:
+            kind, message = outcome.failure
+            self.failed_saves.append(FailedSave(step, message))
+            self.tell(Event("save", END, time.time(), 0.0, step, failure=kind, message=message))
+            return message
+        report = outcome.report
+        assert report is not None, "what has not failed has a report"
+        self.saves.append(report)
+        self.not_durable |= dict.fromkeys(report.not_durable)
+        for event in save_events(report):
+            self.tell(event)
+        return ""
 
     def trained(self, loss: float, seconds: float = 0.0) -> None:
         """Note a step.

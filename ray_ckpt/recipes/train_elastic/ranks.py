@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import dataclass
+
 import torch
 
 from ray_ckpt.checkpoint.saving import save
 from ray_ckpt.cluster.worker import WorkerContext
+from ray_ckpt.errors import RayCkptError, SavePendingError
 from ray_ckpt.parallel.layout import Layout
 from ray_ckpt.parallel.parallelize import parallelize
 from ray_ckpt.parallel.stages import parts_of
@@ -48,32 +52,80 @@ def losses(ctx: WorkerContext) -> list[float]:
     return found
 
 
-def train_step(ctx: WorkerContext, workload: Workload, step: int) -> float:
-    """Train one step. Returns its loss."""
+def state_bytes(ctx: WorkerContext, workload: Workload) -> int:
+    """Bytes of a checkpoint: the model, and as much for each of Adam's two moments of what is trained."""
+    held = build(workload).state_dict()
+    return 3 * sum(int(tensor.nbytes) for tensor in held.values())
+
+
+@dataclass(frozen=True)
+class SaveOutcome:
+    """How a save beside training has ended."""
+
+    report: SaveReport | None = None
+    failure: tuple[str, str] | None = None
+    """Kind and message; None where there is a report."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a step has brought."""
+
+    loss: float
+    save_failed: bool
+    """Whether the save that was going on beside has failed meanwhile."""
+
+
+def train_step(ctx: WorkerContext, workload: Workload, step: int) -> Trained:
+    """Train one step."""
     trainer: Trainer = ctx.objects["trainer"]
     loss = trainer.step(*batch(workload, blueprint(workload), step))
     losses(ctx).append(loss)
     state_of(ctx).step = step + 1
-    return loss
+    saving: SaveHandle | None = ctx.objects.get("save")
+    return Trained(loss, saving is not None and saving.done() and saving.failed)
 
 
-def begin_save(ctx: WorkerContext, store: CheckpointStore, step: int, overwrite: bool) -> SaveReport | None:
-    """Save this step beside the training that goes on. Raises the failure of the save before, if it failed.
+def begin_save(ctx: WorkerContext, store: CheckpointStore, step: int, overwrite: bool) -> SaveOutcome | None:
+    """Save this step beside the training that goes on. A failure is told by the next call, and ends nothing.
 
     Args:
         overwrite: replace the step, which is there and damaged.
 
     Returns:
-        The report of the save before, which has ended; None before the first one.
+        How the save before has ended; None before the first one.
     """
     before: SaveHandle | None = ctx.objects.get("save")
-    # What it tells is asked for by the driver while `finish_save` waits.
-    handle = save(state_of(ctx), store, step=step, blocking=False, overwrite=overwrite, progress=ctx.progress)
-    ctx.objects["save"] = handle
-    return None if before is None else before.result(timeout_s=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # the driver tells it
+        # What it tells is asked for by the driver while `finish_save` waits.
+        ctx.objects["save"] = save(
+            state_of(ctx),
+            store,
+            step=step,
+            blocking=False,
+            overwrite=overwrite,
+            on_error="warn",
+            progress=ctx.progress,
+        )
+    return None if before is None else _outcome(before, 0)
 
 
-def finish_save(ctx: WorkerContext, timeout_s: float) -> SaveReport | None:
-    """Wait until what is being saved is committed. Returns the report; None when nothing is being saved."""
+def finish_save(ctx: WorkerContext, timeout_s: float) -> SaveOutcome | None:
+    """Wait until what is being saved is committed, or has failed. None when nothing is being saved."""
     handle: SaveHandle | None = ctx.objects.pop("save", None)
-    return None if handle is None else handle.result(timeout_s)
+    return None if handle is None else _outcome(handle, timeout_s)
+
+
+def _outcome(handle: SaveHandle, timeout_s: float) -> SaveOutcome:
+    """How it has ended.
+
+    Raises:
+        SavePendingError: it has not, within that time.
+    """
+    try:
+        return SaveOutcome(handle.result(timeout_s))
+    except SavePendingError:
+        raise
+    except RayCkptError as error:
+        return SaveOutcome(failure=(type(error).__name__, str(error)))

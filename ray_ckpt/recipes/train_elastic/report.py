@@ -27,6 +27,14 @@ class Restart:
 
 
 @dataclass(frozen=True)
+class FailedSave:
+    """A save that failed, after which training went on."""
+
+    step: int
+    cause: str
+
+
+@dataclass(frozen=True)
 class Resume:
     """A start from a committed step."""
 
@@ -84,6 +92,8 @@ class ElasticReport:
     """The storage in front of it; None without one."""
     resumes: list[Resume]
     """Every start from a committed step, in order."""
+    failed_saves: list[FailedSave]
+    """Saves that failed; the next step, or the end, tried again."""
     not_durable: list[str]
     """What could not be copied to the durable storage at some time, with reasons."""
     phases: dict[str, float]
@@ -99,6 +109,7 @@ class ElasticReport:
     @property
     def lines(self) -> list[str]:
         """Every restart, then the whole."""
+        failed = f", {len(self.failed_saves)} failed saves" if self.failed_saves else ""
         curve = f", loss {self.losses[0]:.4f} -> {self.losses[-1]:.4f}" if self.losses else ""
         return [
             *(
@@ -106,5 +117,5 @@ class ElasticReport:
                 for restart in self.restarts
             ),
             f"{'stopped at' if self.stopped else 'done:'} step {self.final_step} of {self.steps}{curve}; "
-            f"{len(self.restarts)} restarts; layouts {', '.join(self.layouts_used)}",
+            f"{len(self.restarts)} restarts{failed}; layouts {', '.join(self.layouts_used)}",
         ]
