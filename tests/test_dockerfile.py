@@ -53,8 +53,5 @@ def test_it_copies_what_the_package_is_built_of() -> None:
 def test_the_page_shows_these_versions() -> None:
     text = PAGE.read_text()
     assert set(re.findall(r"ray-ckpt:([\d.]+)", text)) == {ray_ckpt.__version__}
-    clusters = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
-    pinned = re.search(r"^ray==(.*)$", (REPOSITORY / "constraints.txt").read_text(), re.M)
-    assert pinned is not None
-    assert clusters[0]["spec"]["rayVersion"] == pinned[1]
-    assert clusters[1]["docker"].keys() == {"image", "container_name"}
+    [launcher] = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
+    assert launcher["docker"].keys() == {"image", "container_name"}
