@@ -9,13 +9,13 @@ PIP := $(BIN)/pip install --disable-pip-version-check -q --no-compile -c constra
 # they are imported: most of what they bring never is, and pip would take a third of its time for it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-jobs test-slow test-matrix test-faults test-frameworks test-versions soak bench bench-async bench-planning lint docs format clean constraints
+.PHONY: demo test test-jobs test-slow test-matrix test-cluster test-faults test-frameworks test-versions soak bench bench-async bench-planning lint docs format clean constraints
 
 demo: .venv/.installed
 	$(BIN)/python jobs/pipeline_to_fsdp.py $(ARGS)
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest -m "not jobs and not slow and not matrix and not faults and not frameworks and not soak" $(ARGS)
+	$(BIN)/python -m pytest -m "not jobs and not slow and not matrix and not cluster and not faults and not frameworks and not soak" $(ARGS)
 
 # The jobs as a person runs them, on `ray start` clusters and by `ray job submit`; the README's Python.
 test-jobs: .venv/.installed-dev
@@ -28,6 +28,10 @@ test-slow: .venv/.installed-dev
 # Every layout saved and loaded in every other, five models.
 test-matrix: .venv/.installed-dev
 	$(BIN)/python -m pytest -m matrix $(ARGS)
+
+# Drained nodes, metrics and a full disk, on clusters of several nodes.
+test-cluster: .venv/.installed-dev
+	$(BIN)/python -m pytest -m cluster $(ARGS)
 
 # Forty seeded runs of the elastic job, whose workers and nodes are killed; half of them save into memory first.
 test-faults: .venv/.installed-dev

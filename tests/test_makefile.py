@@ -77,11 +77,13 @@ def test_the_demo_needs_no_test_dependencies(installed: Path) -> None:
         (
             "test",
             "-k fingerprint -x",
-            'not jobs and not slow and not matrix and not faults and not frameworks and not soak" -k fingerprint -x',
+            '-m "not jobs and not slow and not matrix and not cluster and not faults and not frameworks and not soak" '
+            "-k fingerprint -x",
         ),
         ("test-jobs", "-x", '.venv/bin/python -m pytest -m "jobs and not slow and not faults" -x'),
         ("test-slow", "-k s3", ".venv/bin/python -m pytest -m slow -k s3"),
         ("test-matrix", "-k llama", ".venv/bin/python -m pytest -m matrix -k llama"),
+        ("test-cluster", "-x", ".venv/bin/python -m pytest -m cluster -x"),
         ("test-faults", "-x", ".venv/bin/python -m pytest -m faults -x"),
         ("test-frameworks", "-x", ".venv-frameworks/bin/python -m pytest -m frameworks tests/test_frameworks.py -x"),
         ("soak", "-x", ".venv/bin/python -m pytest -m soak tests/test_soak.py -x"),

@@ -83,8 +83,15 @@ def test_authentication_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("local_ray")
 def test_free_resources_come_node_by_node() -> None:
     """`available_resources_per_node`: a mapping of node to resources as `ray.nodes()` names them."""
-    [free] = ray_internals.free_resources()
+    [(node, free)] = ray_internals.free_resources().items()
+    assert node == ray.nodes()[0]["NodeID"]
     assert 0 < free["CPU"] <= ray.cluster_resources()["CPU"]
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_no_node_is_drained_here() -> None:
+    """`GlobalState.get_draining_nodes`: a mapping of node to milliseconds; tests/test_drained_nodes.py drains some."""
+    assert ray_internals.draining_nodes() == {}
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -18,6 +18,7 @@ RUN_BY = {
     "make test-jobs": ".ci/run",
     "make test-slow": "tests/test_makefile.py::test_arguments_reach_the_commands",
     "make test-matrix": "tests/test_makefile.py::test_arguments_reach_the_commands",
+    "make test-cluster": "tests/test_makefile.py::test_arguments_reach_the_commands",
     "make test-faults": "tests/test_makefile.py::test_arguments_reach_the_commands",
     "make test-frameworks": "tests/test_makefile.py::test_arguments_reach_the_commands",
     "make soak": "tests/test_makefile.py::test_arguments_reach_the_commands",

@@ -68,7 +68,7 @@ def events_of(storage: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(str(storage) + ".events").read_text().splitlines()]
 
 
-def reference(layouts: str) -> list[float]:
+def reference(layouts: str, steps: int = STEPS) -> list[float]:
     """The losses of the same training in this process, on whole batches."""
     workload = Workload.of(MODEL, 500, 4, [Layout.parse(text) for text in layouts.split(",")])
     model = build(workload)
@@ -79,7 +79,7 @@ def reference(layouts: str) -> list[float]:
         if any(True for _ in model.get_submodule(part).parameters())
     )
     losses = []
-    for step in range(STEPS):
+    for step in range(steps):
         inputs, targets = batch(workload, model, step)
         optimizer.zero_grad()
         loss = loss_function(model)(model(inputs), targets)

@@ -3,6 +3,7 @@
 find_recorded_address    `ray start` notes where its cluster is; `ray.init()` looks there in the same way
 check_alive              one call that a cluster's control service answers at once
 has_ended                whether a driver is gone, also one that was killed
+draining_nodes           nodes that are to go, of which Ray's public interface tells nothing outside of Ray Train
 free_resources           per node, where Ray's public interface has only the sum
 held_resources           Ray's public interface refuses to answer a driver
 without_daemon_messages  Ray's daemons write paragraphs to the driver's standard output
@@ -27,7 +28,7 @@ import ray
 from ray._private import ray_constants, services, utils
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.ray_logging import stdout_deduplicator
-from ray._private.state import available_resources_per_node, jobs
+from ray._private.state import available_resources_per_node, jobs, state
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 from ray.exceptions import AuthenticationError
@@ -71,9 +72,16 @@ def has_ended(job_id: str) -> bool:
     return any(job["JobID"] == job_id and job["IsDead"] for job in jobs())
 
 
-def free_resources() -> list[Mapping[str, float]]:
-    """What is free on each node that is up. Ray learns of changes with a delay of about a second."""
-    return list(available_resources_per_node().values())
+def free_resources() -> Mapping[str, Mapping[str, float]]:
+    """Node id -> what is free there, of those that are up. Ray learns of changes with a delay of about a second."""
+    free: Mapping[str, Mapping[str, float]] = available_resources_per_node()
+    return free
+
+
+def draining_nodes() -> Mapping[str, float]:
+    """Node id -> when it goes, in seconds since the epoch, or 0 where that is not said, of the nodes that are drained:
+    as by `ray drain-node`, an autoscaler, or a notice of preemption. Nothing new is placed there."""
+    return {node: deadline_ms / 1000 for node, deadline_ms in state.get_draining_nodes().items()}
 
 
 def held_resources() -> Mapping[str, float]:

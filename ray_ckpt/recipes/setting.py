@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 
 from ray_ckpt.cluster.connect import connect
 from ray_ckpt.cluster.group import PlacementWait, WorkerGroup
+from ray_ckpt.cluster.metrics import Metrics
 from ray_ckpt.errors import CheckpointExistsError, StorageError, UsageError, WorkerError
 from ray_ckpt.parallel.layout import Layout
 from ray_ckpt.recipes import probe
@@ -25,6 +26,7 @@ def connected(screen: Screen, address: str | None, *, num_cpus: int, verbose: bo
         with screen.phase("ray", "looking for a cluster, or starting a local one") as line:
             is_local = stack.enter_context(connect(address, num_cpus=num_cpus, verbose=verbose))
             line.result = "started a local Ray" if is_local else "joined a running cluster"
+            screen.events.add(Metrics())
         yield
 
 

@@ -20,6 +20,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ray_ckpt.cluster.metrics import MemoryFill
 from ray_ckpt.cluster.ram.durable_copies import DurableCopies
 from ray_ckpt.cluster.ram.eviction import superseded
 from ray_ckpt.cluster.ram.holds import File, Holds
@@ -119,6 +120,7 @@ class Index:
         self._nodes: dict[str, _Node] = {}
         self._version = 0
         self._holds = Holds()
+        self._fill = MemoryFill(store)
         self._durable = DurableCopies(store, self._lock, self._found_below, self._keeper_of)
         self._find_keepers()
         threading.Thread(target=self._watch, name="ray_ckpt-ram-watch", daemon=True).start()
@@ -415,6 +417,7 @@ class Index:
                 self._restore_copies()
                 for hold in self._holds.overdue():
                     self.release(hold)
+                self._fill.tell(self.nodes())
             except Exception:
                 _logger.exception("ram://%s: the look at its keepers failed", self._store)
 

@@ -5,7 +5,8 @@
         form          the first layout that fits what is free, or the first of all while that is waited for
         start         from the latest committed step, or from the beginning
         train         step by step; every few steps a save that goes on beside training
-        a failure     of a worker, its node or a save: the group is given up, and the loop begins again
+        a notice      that a node of the group is drained: save, and begin again without it
+        a failure     of a worker or its node: the group is given up, and the loop begins again
       make durable  with a front: wait until the last step is in the durable storage
 
 Every step is one call on the workers: the driver knows which step failed, and a signal finds the end of a step.
@@ -30,6 +31,7 @@ from ray_ckpt.pictures.page import write_report
 from ray_ckpt.recipes import probe
 from ray_ckpt.recipes.screen import Line, Screen
 from ray_ckpt.recipes.setting import check_layouts, check_storage, connected, describe_group, show_wait, storage_of
+from ray_ckpt.recipes.train_elastic.notices import Notices
 from ray_ckpt.recipes.train_elastic.progress import Progress
 from ray_ckpt.recipes.train_elastic.report import ElasticReport, Resume
 from ray_ckpt.recipes.train_elastic.stopping import Stopper
@@ -155,6 +157,7 @@ def run(options: Options, screen: Screen) -> ElasticReport:
             storage=Storage(uri).address,
             front=None if front is None else Storage(front).address,
             resumes=job.progress.resumes,
+            drains=job.progress.drains,
             failed_saves=job.progress.failed_saves,
             not_durable=[*job.progress.not_durable],
             phases=dict(screen.seconds),
@@ -322,8 +325,12 @@ def train(job: Run, group: WorkerGroup, layout: Layout) -> None:
     """Train until the last step, a signal, or room for a better layout. What was trained is committed on return."""
     options, progress, stopper = job.options, job.progress, job.stopper
     with job.screen.phase("train", f"from step {progress.step} as {layout}") as line, stopper.deferred():
-        saves = Saves(job, group, line)
+        saves, notices = Saves(job, group, line), Notices(group)
         while progress.step < options.steps and not stopper.asked:
+            if notice := notices.new():
+                progress.drained(notice)
+                line.note(f"{notice.text}: saving step {progress.step} to go on without it")
+                break
             began = time.monotonic()
             trained = group.run(f"{RANKS}:train_step", options.workload, progress.step)[0]
             progress.trained(trained.loss, time.monotonic() - began)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from ray_ckpt.errors import GroupError, WorkerError
 from ray_ckpt.events import END, Event, Events, Listeners, failure_of, save_events
-from ray_ckpt.recipes.train_elastic.report import FailedSave, Restart, Resume
+from ray_ckpt.recipes.train_elastic.notices import Notice
+from ray_ckpt.recipes.train_elastic.report import Drain, FailedSave, Restart, Resume
 from ray_ckpt.report import LoadReport, SaveReport
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class Progress:
     """The last ones: the reports of all ranks each."""
     resumes: list[Resume] = field(default_factory=list)
     failed_saves: list[FailedSave] = field(default_factory=list)
+    drains: list[Drain] = field(default_factory=list)
     not_durable: dict[str, None] = field(default_factory=dict)
     """What was told of copies that failed, each text once, in order."""
     _last: _Failure | None = None
@@ -109,6 +111,11 @@ class Progress:
         self.losses.append(loss)
         self.tell(Event("train", "step", time.time() - seconds, seconds, self.step))
         self.caught_up()
+
+    def drained(self, notice: Notice) -> None:
+        """Note that training goes on without a node that is to go."""
+        self.drains.append(Drain(self.step, notice.node, list(notice.ranks), notice.left_s))
+        self.tell(Event("train", "drain", time.time(), 0.0, self.step, notice.ranks[0], message=notice.text))
 
     def caught_up(self) -> None:
         """Note what a failure has cost, once training is back where it had been."""

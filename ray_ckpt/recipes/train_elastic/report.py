@@ -27,6 +27,19 @@ class Restart:
 
 
 @dataclass(frozen=True)
+class Drain:
+    """A node that was left before it went."""
+
+    step: int
+    """The step that was saved, from which training went on without the node."""
+    node: str
+    ranks: list[int]
+    """The ranks that ran there."""
+    notice_s: float | None
+    """Seconds that were left; None where that was not said."""
+
+
+@dataclass(frozen=True)
 class FailedSave:
     """A save that failed, after which training went on."""
 
@@ -92,6 +105,8 @@ class ElasticReport:
     """The storage in front of it; None without one."""
     resumes: list[Resume]
     """Every start from a committed step, in order."""
+    drains: list[Drain]
+    """Nodes that were left within their notice."""
     failed_saves: list[FailedSave]
     """Saves that failed; the next step, or the end, tried again."""
     not_durable: list[str]

@@ -1,0 +1,94 @@
+"""The elastic job leaves a drained node within its notice, and loses no step by it. Real nodes, really drained."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from tests.support.clusters import (
+    BIN,
+    Head,
+    Sandbox,
+    Started,
+    add_node,
+    joined,
+    start_head,
+    wait_until,
+    wait_until_free,
+)
+from tests.test_train_elastic import NEVER_ALIKE, events_of, reference, report_of, start_job
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+
+NOTICE_S = 15
+STEPS = 1000
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    """A cluster whose head has no CPU, so that no worker runs there."""
+    with Sandbox() as sandbox:
+        head = start_head(sandbox, num_cpus=0)
+        with joined(head):
+            yield head
+
+
+@pytest.fixture
+def nodes(head: Head) -> Iterator[dict[str, Started]]:
+    """Two nodes of one CPU each, by address."""
+    started = {ip: add_node(head, ip) for ip in (f"127.0.0.{next(NEVER_ALIKE)}" for _ in range(2))}
+    yield started
+    for node in started.values():
+        head.sandbox.kill(node)
+    wait_until(lambda: sum(node["Alive"] for node in ray.nodes()) == 1, 60, ray.nodes)
+
+
+def drain(head: Head, node_id: str) -> None:
+    """As a person, or what hears a spot notice, does it."""
+    command = [str(BIN / "ray"), "drain-node", "--address", head.address, "--node-id", node_id]
+    reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+    done = subprocess.run(
+        [*command, *reason, "--deadline-remaining-seconds", str(NOTICE_S)],
+        env=head.sandbox.environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("of_first_rank", [True, False], ids=["with-rank-0", "with-rank-1"])
+def test_a_drained_node_is_left_within_its_notice_and_no_step_is_lost(
+    head: Head, nodes: dict[str, Started], tmp_path: Path, of_first_rank: bool
+) -> None:
+    storage = tmp_path / "run"
+    options = ("--steps", str(STEPS), "--save-every", "200", "--start-timeout", "60")
+    job = start_job(head, "fsdp2x2,single", storage, *options)
+    job.wait_for(f"step 200 of {STEPS}", 90)
+    # Ranks are ordered by node address.
+    address = sorted(nodes)[0 if of_first_rank else -1]
+    [node_id] = [node["NodeID"] for node in ray.nodes() if node["NodeManagerAddress"] == address and node["Alive"]]
+    began = time.monotonic()
+    drain(head, node_id)
+    wait_until(lambda: "start: single from step" in job.stdout or job.ended, 60, lambda: job.stdout + job.stderr)
+    left_s = time.monotonic() - began
+    head.sandbox.kill(nodes[address])  # as the cloud does when the notice is over
+    assert job.wait(120) == 0, job.stdout + job.stderr
+    report = report_of(storage)
+    assert left_s < NOTICE_S
+    assert report["layouts_used"] == ["fsdp2x2", "single"]
+    assert report["restarts"] == []
+    [drained] = report["drains"]
+    assert drained["ranks"] == [0 if of_first_rank else 1]
+    assert 0 < drained["notice_s"] <= NOTICE_S
+    [resume] = report["resumes"]
+    assert resume["step"] == drained["step"]
+    steps = [event["step"] for event in events_of(storage) if event["phase"] == "step"]
+    assert steps == list(range(1, STEPS + 1))  # each was trained once
+    assert report["losses"] == pytest.approx(reference("fsdp2x2,single", STEPS), rel=1e-3)
+    wait_until_free(30)
