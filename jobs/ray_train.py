@@ -21,7 +21,7 @@ def train_loop(config: dict[str, Any]) -> None:
     import torch
     from torch.distributed.fsdp import fully_shard
 
-    from ray_ckpt import TrainState
+    from ray_ckpt import EventFile, TrainState
     from ray_ckpt.integrations.ray_train import report, resume
 
     torch.manual_seed(0)
@@ -29,7 +29,8 @@ def train_loop(config: dict[str, Any]) -> None:
     fully_shard(model)
     state = TrainState(model, torch.optim.Adam(model.parameters()))
     store, ranks = f"{config['storage']}/steps", ray.train.get_context()
-    resumed = resume(state, store)
+    events = EventFile(config["events"]) if config["events"] else None
+    resumed = resume(state, store, events=events)
     first = (resumed and resumed.step) or 0
     for step in range(first, config["steps"]):
         batch = torch.randn(60, 8, generator=torch.Generator().manual_seed(step))
@@ -38,7 +39,7 @@ def train_loop(config: dict[str, Any]) -> None:
         (model(inputs) - inputs.sum(1, keepdim=True)).square().mean().backward()
         state.optimizer.step()
         if (step + 1) % config["save_every"] == 0:
-            report(state, store, step + 1, {"step": step + 1, "first": first})
+            report(state, store, step + 1, {"step": step + 1, "first": first}, events=events)
 
 
 if __name__ == "__main__":
@@ -47,6 +48,7 @@ if __name__ == "__main__":
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--save-every", type=int, default=10)
+    parser.add_argument("--events", metavar="FILE", help="append what workers go through, as JSON lines")
     parser.add_argument("--report", metavar="FILE", help="draw the last checkpoint as one HTML page")
     config = vars(parser.parse_args())
     run, scaling = RunConfig("ray_train", config["storage"]), ScalingConfig(num_workers=config["workers"])

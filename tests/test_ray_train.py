@@ -47,6 +47,7 @@ def metrics_of(job: subprocess.Popen[str]) -> dict[str, int]:
 
 def start(storage: Path, workers: int, steps: int) -> subprocess.Popen[str]:
     arguments = ["--storage", str(storage), "--workers", str(workers), "--steps", str(steps)]
+    arguments += ["--events", f"{storage}.events"]
     address = ray.get_runtime_context().gcs_address
     return subprocess.Popen(
         [sys.executable, "jobs/ray_train.py", *arguments, "--save-every", str(SAVE_EVERY)],
@@ -109,6 +110,9 @@ def test_a_killed_run_goes_on_with_another_number_of_workers(tmp_path: Path) -> 
 def test_without_a_note_the_latest_step_of_the_store_is_loaded(tmp_path: Path) -> None:
     ray_ckpt.save(trained_without_interruption(4), tmp_path / "steps", 4)
     assert metrics_of(start(tmp_path, workers=2, steps=6)) == {"step": 6, "first": 4}
+    events = [json.loads(line) for line in Path(f"{tmp_path}.events").read_text().splitlines()]
+    ends = {(event["operation"], event["step"], event["rank"]) for event in events if event["phase"] == "end"}
+    assert ends == {("load", 4, 0), ("load", 4, 1), ("save", 6, 0), ("save", 6, 1)}
 
 
 def test_a_checkpoint_of_ray_train_that_something_else_wrote_is_refused(tmp_path: Path) -> None:
