@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,8 +15,9 @@ import pytest
 
 import ray_ckpt
 from ray_ckpt.cluster.group import WorkerGroup
-from ray_ckpt.errors import DIED, CheckpointError, SavePendingError, WorkerError
+from ray_ckpt.errors import DIED, CheckpointError, RayCkptError, SavePendingError, WorkerError
 from ray_ckpt.format.manifest import MANIFEST_NAME
+from ray_ckpt.protocol.save_handle import SaveHandle
 from ray_ckpt.storage.store import CheckpointStore
 from tests.conftest import REPOSITORY
 from tests.support import rank_states
@@ -89,6 +91,30 @@ def test_a_failure_is_raised_once_by_the_result_or_by_the_next_save(group: Worke
     ray_ckpt.cluster.save(group, STATE, tmp_path / "other")
     assert list((tmp_path / "broken").iterdir()) == []
     assert group.run(rank_states.held_saves) == [0] * NUM_WORKERS
+
+
+def test_with_a_warning_instead_the_next_save_begins(group: WorkerGroup, tmp_path: Path) -> None:
+    group.run(rank_states.hold_step, 1)
+    group.run(rank_states.stage_of)
+    broken = TravellingStorage(str(tmp_path / "broken"), Fault("raises", ("create",), rank=1))
+    ray_ckpt.cluster.save(group, STATE, broken, blocking=False, on_error="warn")
+    with pytest.warns(RuntimeWarning, match=r"rank 1 on .*Permission denied; the one now begins all the same"):
+        handle = ray_ckpt.cluster.save(group, STATE, tmp_path / "good", blocking=False, on_error="warn")
+    assert handle.result(timeout_s=30.0).num_failed_before == 1
+    (tmp_path / "file").touch()
+
+    def save_twice() -> SaveHandle:
+        failed = ray_ckpt.cluster.save(group, STATE, tmp_path / "file" / "run", blocking=False, on_error="warn")
+        with pytest.raises(RayCkptError):
+            failed.result(timeout_s=30.0)
+        return ray_ckpt.cluster.save(group, STATE, tmp_path / "next", blocking=False, on_error="warn")
+
+    with warnings.catch_warnings(record=True) as told:
+        handle = save_twice()
+    assert handle.result(timeout_s=30.0).num_failed_before == 1
+    assert len(told) <= 1, "a failure that `result` has raised is not told again"
+    handle = ray_ckpt.cluster.save(group, STATE, tmp_path / "last", blocking=False)
+    assert handle.result(timeout_s=30.0).num_failed_before == 0
 
 
 def test_closing_the_group_waits_for_the_save(local_ray: None, tmp_path: Path) -> None:

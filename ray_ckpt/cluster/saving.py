@@ -145,22 +145,22 @@ def save(
     deadline = time.monotonic() + (group.call_timeout_s if timeout_s is None else timeout_s)
     storage, step, _ = destination(target, step)
     memory = _memories.setdefault(group, _GroupMemory())
-    coordinator = Coordinator(
-        storage,
-        overwrite=overwrite,
-        layout=layout,
-        saved_by={"torch": importlib.metadata.version("torch")},
-        cache=memory.plans,
-        step=step,
-        called="the driver",
-    )
     telling = Telling(events, "save", storage.address, step)
-    attempt = _Attempt(group, storage, coordinator, retries, deadline, progress, telling)
     outcome: SaveReport | SaveHandle
     try:
         with telling.failing():
             memory.settle(deadline - time.monotonic(), is_patient=on_error == "warn")
+            coordinator = Coordinator(
+                storage,
+                overwrite=overwrite,
+                layout=layout,
+                saved_by={"torch": importlib.metadata.version("torch")},
+                cache=memory.plans,
+                step=step,
+                called="the driver",
+            )
             coordinator.num_failed_before = memory.num_failed
+            attempt = _Attempt(group, storage, coordinator, retries, deadline, progress, telling)
             assignments = attempt.plan(state_of, memory.plans.tokens, options)
             if blocking:
                 outcome = attempt.finish(assignments)
