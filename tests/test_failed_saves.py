@@ -108,7 +108,7 @@ def sandbox() -> Iterator[Sandbox]:
 
 
 @needs_root
-@pytest.mark.jobs
+@pytest.mark.cluster
 @pytest.mark.timeout(200)
 def test_the_elastic_job_goes_on_when_the_disk_is_full_for_a_while(sandbox: Sandbox) -> None:
     """The checkpoints lie on 2 MiB, which are full until the first save has failed."""
