@@ -19,6 +19,7 @@ from torch import nn
 from ray_ckpt.errors import CheckpointError, RayCkptError, StateMismatchError
 from ray_ckpt.format.manifest import itemsize
 from ray_ckpt.state.load_plan import Handover, LoadPlan
+from ray_ckpt.state.module_entries import check_shown, has_own_form
 
 MAX_KEPT_BYTES = 256 << 20
 """Objects with more tensors than that take their state after the reading, as a copy of what they had is too large."""
@@ -72,8 +73,11 @@ def hand_over(handover: Handover, loaded: Mapping[str, torch.Tensor]) -> None:
     """Raises:
     CheckpointError: the object refuses it.
     """
-    with refusal_named(f"{handover.name} ({type(handover.owner).__name__})"):
-        handover.owner.load_state_dict(handover.state_of(loaded))
+    owner, state = handover.owner, handover.state_of(loaded)
+    with refusal_named(f"{handover.name} ({type(owner).__name__})"):
+        owner.load_state_dict(state)
+        if isinstance(owner, nn.Module) and has_own_form(owner):
+            check_shown(owner, state)
 
 
 def early(plans: Sequence[LoadPlan]) -> list[Handover]:

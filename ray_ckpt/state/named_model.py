@@ -26,38 +26,30 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
-from ray_ckpt.errors import StateMismatchError, UsageError
+from ray_ckpt.errors import UsageError
 from ray_ckpt.format.flat_mesh import with_device_mesh
-from ray_ckpt.format.torch_internals import has_entry, names_of, without_weak_references
-from ray_ckpt.format.wrappers import FilledInPlace, are_same, is_made_of_others, with_memory
+from ray_ckpt.format.torch_internals import names_of
+from ray_ckpt.format.wrappers import FilledInPlace, are_same, is_made_of_others
 from ray_ckpt.state import sealing
 from ray_ckpt.state.load_plan import Claim, Handover, LoadPlan, SavedState, Spec
+from ray_ckpt.state.module_entries import (
+    EXTRA_STATE,
+    Entry,
+    check_shown,
+    has_no_place,
+    has_own_form,
+    live_tensor,
+    memory_of,
+    owner_of,
+    target_of,
+)
 from ray_ckpt.state.replicated_parts import claim_under, handed_over
 from ray_ckpt.state.trainable import Trainable
-from ray_ckpt.state.unsaved_buffers import Unsaved, device_of
+from ray_ckpt.state.unsaved_buffers import Unsaved
 from ray_ckpt.text import listed
 
 TIES = "all_tied_weights_keys"
 """Attribute of a module: alias -> canonical name of a weight that it shares. transformers' models have it."""
-
-
-EXTRA_STATE = "_extra_state"
-"""Last component of the key that a module's `get_extra_state` has in its state dict."""
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """One entry of a module's state dict."""
-
-    module: nn.Module
-    key: str
-    """Key of the entry in the module's own state dict."""
-    value: Any
-
-    @property
-    def is_opaque(self) -> bool:
-        """Whether only the module knows what it is, so that it need not be like what the module has now."""
-        return not isinstance(self.value, torch.Tensor) or self.key.rpartition(".")[2] == EXTRA_STATE
 
 
 class _ExtraState:
@@ -67,8 +59,8 @@ class _ExtraState:
         self._module = module
 
     @classmethod
-    def of(cls, entry: _Entry) -> _ExtraState | None:
-        module, name = _owner(entry)
+    def of(cls, entry: Entry) -> _ExtraState | None:
+        module, name = owner_of(entry)
         overridden = type(module).set_extra_state is not nn.Module.set_extra_state
         return cls(module) if name == EXTRA_STATE and overridden else None
 
@@ -134,7 +126,8 @@ class NamedModel:
     def plan(self, saved: SavedState) -> LoadPlan:
         held_by_name = self._entries()
         present = {module: _presence(module, self._trainable is not None) for module in self.modules}
-        entries: dict[str, list[_Entry]] = {}
+        own_forms = {module: has_own_form(module) for module in self.modules}
+        entries: dict[str, list[Entry]] = {}
         claims: dict[str, Claim] = {}
         handovers: list[Handover] = []
         waiting = set()
@@ -146,7 +139,9 @@ class NamedModel:
             if not first.is_opaque:
                 if not present[first.module].holds(first):
                     continue
-                claims[wanted] = Claim(source, Spec.of(first.value, wanted), partial(_memory_of, first))
+                claims[wanted] = Claim(
+                    source, Spec.of(first.value, wanted), target_of(first, has_own_form=own_forms[first.module])
+                )
                 waiting |= {entry.module for entry in held if entry.value.is_meta}
             else:
                 claims |= (below := claim_under(saved, source))
@@ -155,7 +150,7 @@ class NamedModel:
             entries[name] = held
         unsaved = Unsaved(waiting)
         apply = partial(self._apply, saved, entries, unsaved)
-        made = [name for name, held in entries.items() if any(_has_no_place(entry) for entry in held)]
+        made = [name for name, held in entries.items() if any(has_no_place(entry) for entry in held)]
         problems = [*unsaved.problems, *self._without_base(saved, present)]
         if made:
             problems.append(
@@ -219,7 +214,7 @@ class NamedModel:
     def _apply(
         self,
         saved: SavedState,
-        entries: Mapping[str, Sequence[_Entry]],
+        entries: Mapping[str, Sequence[Entry]],
         unsaved: Unsaved,
         loaded: Mapping[str, torch.Tensor],
     ) -> None:
@@ -237,7 +232,7 @@ class NamedModel:
             elif wanted in loaded:
                 value = loaded[wanted]
                 for entry in held[1:]:
-                    _memory_of(entry)
+                    memory_of(entry)
             else:
                 continue
             for entry in held:
@@ -246,21 +241,21 @@ class NamedModel:
             with sharded_state_dicts(module), _copying(state):
                 # What is missing has been found by now. A module may do more on a load than to take its tensors.
                 module.load_state_dict(state, strict=False)
-                _check_shown(module, state)
+                check_shown(module, state)
 
-    def _entries(self) -> dict[str, list[_Entry]]:
+    def _entries(self) -> dict[str, list[Entry]]:
         """Canonical name -> everything that the modules hold under it, but for what is left out."""
         entries = self._all_entries()
         left_out = self._left_out(entries) if self._trainable else ()
         return {name: held for name, held in entries.items() if name not in left_out}
 
-    def _frozen_entries(self) -> dict[str, list[_Entry]]:
+    def _frozen_entries(self) -> dict[str, list[Entry]]:
         if not self._trainable:
             return {}
         entries = self._all_entries()
         return {name: entries[name] for name in self._left_out(entries)}
 
-    def _left_out(self, entries: Mapping[str, Sequence[_Entry]]) -> list[str]:
+    def _left_out(self, entries: Mapping[str, Sequence[Entry]]) -> list[str]:
         trainable = self.trainable()
         buffers = {
             name
@@ -273,9 +268,9 @@ class NamedModel:
             if name not in buffers and not held[0].is_opaque and trainable.is_frozen(name)
         ]
 
-    def _all_entries(self) -> dict[str, list[_Entry]]:
+    def _all_entries(self) -> dict[str, list[Entry]]:
         canonical = self.aliases()
-        found: dict[str, list[_Entry]] = {}
+        found: dict[str, list[Entry]] = {}
         for module in self.modules:
             with sharded_state_dicts(module):
                 state = module.state_dict()
@@ -283,7 +278,7 @@ class NamedModel:
                 if is_lazy(value):
                     raise UsageError(f"{key!r} of a lazy module has no shape yet: call the model once before")
                 [name] = self._names(module, key)
-                found.setdefault(canonical.get(name, name), []).append(_Entry(module, key, value))
+                found.setdefault(canonical.get(name, name), []).append(Entry(module, key, value))
         return found
 
     def _names(self, module: nn.Module, key: str) -> list[str]:
@@ -348,29 +343,6 @@ def _copying(state: Mapping[str, Any]) -> contextlib.AbstractContextManager[obje
     return FilledInPlace() if made else contextlib.nullcontext()
 
 
-def _check_shown(module: nn.Module, loaded: Mapping[str, Any]) -> None:
-    """Ask the module for its state again, after it has taken what was read.
-
-    Raises:
-        StateMismatchError: it shows something else.
-    """
-    shown = module.state_dict()
-    wrong = [
-        key
-        for key, value in loaded.items()
-        if isinstance(value, torch.Tensor) and not key.endswith(EXTRA_STATE) and not _are_one(value, shown.get(key))
-    ]
-    if wrong:
-        raise StateMismatchError(
-            f"after the load {type(module).__name__} does not show what was read as {listed(wrong, at_most=4)}: its "
-            "own load_state_dict makes something else of it, or leaves it on the meta device"
-        )
-
-
-def _are_one(read: torch.Tensor, shown: object) -> bool:
-    return isinstance(shown, torch.Tensor) and are_same(read, shown)
-
-
 def _unwrapped(module: nn.Module) -> nn.Module:
     for attribute in ("_fsdp_wrapped_module", "_orig_mod", "module"):
         inner = module._modules.get(attribute)
@@ -393,11 +365,11 @@ class _Presence:
     sharded: bool
     """Some parameters are shards without memory: the buffers are this rank's too."""
 
-    def holds(self, entry: _Entry) -> bool:
+    def holds(self, entry: Entry) -> bool:
         value = entry.value
         if not value.is_meta or isinstance(value, DTensor) or self.untouched:
             return True
-        return self.sharded and not isinstance(_live(entry), nn.Parameter)
+        return self.sharded and not isinstance(live_tensor(entry), nn.Parameter)
 
 
 def _presence(module: nn.Module, trainable_only: bool) -> _Presence:
@@ -415,58 +387,6 @@ def _presence(module: nn.Module, trainable_only: bool) -> _Presence:
         untouched=all(tensor.is_meta for tensor in (*parameters, *persistent)),
         sharded=any(tensor.is_meta and isinstance(tensor, DTensor) for tensor in parameters),
     )
-
-
-def _live(entry: _Entry) -> torch.Tensor:
-    """The parameter or buffer itself."""
-    owner, name = _owner(entry)
-    return getattr(owner, name)  # type: ignore[no-any-return]
-
-
-def _has_no_place(entry: _Entry) -> bool:
-    """Whether an entry on meta is none of its module's own tensors, so that nothing can be given memory for it."""
-    if entry.is_opaque or not entry.value.is_meta:
-        return False
-    try:
-        owner, name = _owner(entry)
-    except AttributeError:
-        return True
-    return not has_entry(owner, name)
-
-
-def _owner(entry: _Entry) -> tuple[nn.Module, str]:
-    """The module that has the entry as its own parameter or buffer, within wrappers that leave no trace in the key."""
-    path, _, name = entry.key.rpartition(".")
-    module = entry.module.get_submodule(path)
-    while not has_entry(module, name) and len(module._modules) == 1:
-        [inner] = module._modules.values()
-        if inner is None:
-            break
-        module = inner
-    return module, name
-
-
-def _memory_of(entry: _Entry) -> torch.Tensor:
-    """The live tensor of an entry, given memory if it is on the meta device."""
-    if not entry.value.is_meta:
-        return entry.value  # type: ignore[no-any-return]
-    live = _live(entry)
-    if live.is_meta:
-        memory = with_memory(live.detach(), device_of(entry.module))
-        owner, name = _owner(entry)
-        if isinstance(live, nn.Parameter):
-            try:
-                # Whoever holds the parameter, such as an optimizer, shall hold the same one afterwards.
-                with without_weak_references(owner):
-                    torch.utils.swap_tensors(live, nn.Parameter(memory, requires_grad=live.requires_grad))
-            except RuntimeError as error:
-                raise UsageError(
-                    f"{entry.key!r} is on the meta device and cannot be given memory ({error}): call "
-                    "to_empty(device=...) before the optimizer is made"
-                ) from error
-        else:
-            setattr(owner, name, memory)
-    return _live(entry).detach()
 
 
 def _check_tied(name: str, first: torch.Tensor, others: Sequence[torch.Tensor]) -> None:

@@ -24,6 +24,7 @@ from ray_ckpt.format.torch_internals import flatten_state_dict
 from ray_ckpt.state import sealing
 from ray_ckpt.state.handing_over import can_be_undone
 from ray_ckpt.state.load_plan import Claim, Handover, LoadPlan, SavedState, Spec
+from ray_ckpt.state.module_entries import with_targets
 from ray_ckpt.state.replicated_parts import claim_under
 from ray_ckpt.text import listed
 
@@ -89,7 +90,7 @@ def places(name: str) -> tuple[str, str]:
 def plans(state: Stateful | Mapping[str, Any], saved: SavedState) -> list[LoadPlan]:
     """One plan for each object, and one for everything else. Nothing is changed or allocated yet."""
     if isinstance(state, Stateful):
-        nested = state.state_dict()
+        nested = _state_of(state)
         plan, fill = _in_place(nested, saved)
         handover = Handover("the state", state, plan.claims, lambda loaded: fill(loaded) or nested)
         return [LoadPlan(plan.claims, lambda loaded: None, plan.problems, handovers=[handover])]
@@ -109,7 +110,7 @@ def plans(state: Stateful | Mapping[str, Any], saved: SavedState) -> list[LoadPl
 
 
 def _plan_of_object(name: str, owner: Stateful, saved: SavedState) -> LoadPlan:
-    state = owner.state_dict()
+    state = _state_of(owner)
     source = saved.name_of(name)
     flat, _ = flatten_state_dict({name: state})
     if _has_grown(name, owner, flat, saved, source):
@@ -127,6 +128,11 @@ def _plan_of_object(name: str, owner: Stateful, saved: SavedState) -> LoadPlan:
 
     handover = Handover(name, owner, plan.claims, state_of)
     return LoadPlan(plan.claims, lambda loaded: None, plan.problems, handovers=[handover], section=name)
+
+
+def _state_of(owner: Stateful) -> dict[str, Any]:
+    """Its state, to read into."""
+    return with_targets(owner) if isinstance(owner, nn.Module) else owner.state_dict()
 
 
 def _has_grown(name: str, owner: Stateful, flat: Mapping[str, Any], saved: SavedState, source: str) -> bool:
