@@ -126,6 +126,7 @@ def follow(rank: int, target: str) -> tuple[int | None, list[float], str]:
     return report.step, state["weight"].tolist(), str(told.value)
 
 
+@pytest.mark.slow
 def test_one_rank_waits_for_all_longer_than_they_wait_for_one_another(tmp_path: Path) -> None:
     found = run_ranks(follow, 3, tmp_path, str(tmp_path / "run"))
     there = "the newest that is there is 9"

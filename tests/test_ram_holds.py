@@ -191,6 +191,7 @@ class TestOneNode:
         wait_until(lambda: abs(self.used(store) - before) < before / 10, 60, lambda: self.used(store))
         assert time.monotonic() - start < 45
 
+    @pytest.mark.slow
     def test_workers_load_what_is_deleted_while_they_do(self, store: CheckpointStore, tmp_path: Any) -> None:
         with WorkerGroup(2, cpus_per_worker=0.5, process_group=False, call_timeout_s=60) as group:
             for target in (store._storage.uri, str(tmp_path / "run")):

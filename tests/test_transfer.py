@@ -133,6 +133,7 @@ def kill_when_begun(group: WorkerGroup) -> Callable[[int, int], None]:
     return kill
 
 
+@pytest.mark.slow
 def test_a_target_that_is_killed_is_named_and_the_source_goes_on(source: WorkerGroup, target: WorkerGroup) -> None:
     with make_group() as doomed:
         with pytest.raises(WorkerError, match=r"rank 1 .*; it is the target of a transfer") as told:
@@ -151,7 +152,9 @@ def test_a_target_that_is_killed_is_named_and_the_source_goes_on(source: WorkerG
     assert target.run(ranks.has_all) == [True, True]
 
 
-@pytest.mark.parametrize(("atomic", "left"), [(True, "old"), (False, "both")])
+@pytest.mark.parametrize(
+    ("atomic", "left"), [pytest.param(True, "old", marks=pytest.mark.slow), pytest.param(False, "both")]
+)
 def test_a_source_that_is_killed_leaves_an_atomic_target_as_it_was(
     target: WorkerGroup, atomic: bool, left: str
 ) -> None:
