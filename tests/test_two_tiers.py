@@ -51,6 +51,8 @@ def loaded(store: CheckpointStore, step: int) -> ray_ckpt.LoadReport:
 def test_what_cannot_work_is_refused_before_anything_is_touched(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no other process keeps its files"):
         CheckpointStore(tmp_path / "run", front=tmp_path / "nvme")
+    with pytest.raises(UsageError, match="is the durable store itself"):
+        CheckpointStore("ram://run", front="ram://run?replicas=0")
     with pytest.raises(UsageError, match="durable_every=0 must be at least 1"):
         CheckpointStore(tmp_path / "run", front="ram://run", durable_every=0)
     with pytest.raises(UsageError, match="there is none"):

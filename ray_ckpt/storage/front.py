@@ -29,7 +29,8 @@ class Front:
         every: steps that are multiples of this are copied.
 
     Raises:
-        UsageError: nobody keeps the files of the front but the processes that save; or `every` is below 1.
+        UsageError: nobody keeps the files of the front but the processes that save; it is the durable store itself; or
+            `every` is below 1.
     """
 
     def __init__(self, storage: Storage, durable: Storage, every: int) -> None:
@@ -38,6 +39,8 @@ class Front:
                 f"front={storage.address} cannot be copied in the background, as no other process keeps its files; it "
                 "can be memory of the cluster: front='ram://run?replicas=1'"
             )
+        if storage.address == durable.address:
+            raise UsageError(f"front={storage.address} is the durable store itself: give one of the two another place")
         if every < 1:
             raise UsageError(f"durable_every={every} must be at least 1: every that many steps one becomes durable")
         self.storage = storage
