@@ -117,7 +117,7 @@ class Coordinator:
         """What the ranks have measured."""
         self._num_retries = 0
         self.num_failed_before = 0
-        """For the report. May be set until `publish`."""
+        """What the report says of saves before this one. May be set until `publish`."""
         self._frozen: Mapping[str, str] = {}
         self.attempt = attempt or uuid.uuid4().hex[:12]
 
