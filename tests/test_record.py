@@ -254,13 +254,22 @@ def test_a_record_as_we_write_it_holds_what_its_json_does(tmp_path: Path, strang
     assert {f"x{strange}", f"y{strange}"} <= {*Manifest.from_json(text).tensors, *Manifest.from_json(text).objects}
 
 
+@pytest.mark.parametrize("strange", ["\u00fc", "\\", 'a "quoted" text', "two\nlines", '"},"objects":{"'])
+def test_escapes_in_values_leave_the_tensors_as_they_are(tmp_path: Path, strange: str) -> None:
+    ray_ckpt.save(many_kinds() | {"note": strange, f"of {strange}": 1}, tmp_path / "run")
+    text = (tmp_path / "run" / MANIFEST_NAME).read_bytes()
+    for large_bytes in (0, canonical.LARGE_BYTES):
+        assert canonical.read(text, large_bytes) == as_json(text)
+    assert Manifest.from_json(text).values()["note"] == strange
+
+
 @pytest.mark.parametrize("large_bytes", [0, canonical.LARGE_BYTES], ids=["columns", "entries"])
 def test_no_changed_record_is_read_as_something_that_its_json_is_not(tmp_path: Path, large_bytes: int) -> None:
     """Changed by somebody who makes the digest fit."""
     ray_ckpt.save(many_kinds(), tmp_path / "run")
     body, _, _ = (tmp_path / "run" / MANIFEST_NAME).read_text().rpartition(',"digest":')
     parts = sorted({*re.findall(r'"[^"]*"|[0-9.]+|.', body)})
-    pieces = [*parts, "\n", "\0", " ", "-1", "00", "1e3", '":{"', '"},"', "]},", "]},{", "},{"]
+    pieces = [*parts, "\\", '\\"', "\\u0022", "\n", "\0", " ", "-1", "00", "1e3", '":{"', '"},"', "]},", "]},{", "},{"]
     draw, num_read = random.Random(14), 0
     for _ in range(3000):
         at, length, piece = draw.randrange(1, len(body)), draw.choice([0, 1, 1, 2, 30]), draw.choice(pieces)

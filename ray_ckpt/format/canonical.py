@@ -10,7 +10,8 @@ are very many chunks, they go into columns (`tensor_table.py`).
 None says nothing about the record: it may have been written by another version, have a name that is not plain ASCII,
 or be damaged. Whoever gets it reads the record as JSON. Nothing is returned that JSON would not have given: without a
 backslash every quotation mark begins or ends a text, and what lies between the known texts is checked to be a plain
-name, a number or base64, or goes through `record.py`.
+name, a number or base64, or goes through `record.py`. No text holds the known ones, as its quotation marks have
+backslashes.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import re
 import sys
 from binascii import a2b_base64
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, AnyStr, TypeVar
 
 from ray_ckpt.errors import FormatError
@@ -65,7 +67,9 @@ def read(sealed: bytes, large_bytes: int = LARGE_BYTES) -> dict[str, Any] | None
     """
     begin, end = sealed.find(_TENSORS), len(sealed) - record.SEAL_BYTES - 1
     middle = sealed.rfind(_OBJECTS, max(0, begin), end)
-    if begin < 0 or middle < 0 or sealed[end : end + 1] != b"}" or b"\\" in sealed or not sealed.isascii():
+    if begin < 0 or middle < 0 or sealed[end : end + 1] != b"}" or not sealed.isascii():
+        return None
+    if sealed.find(b"\\", begin, middle) >= 0:
         return None
     try:
         data = record.parse(sealed[:begin] + b"}")
@@ -73,10 +77,19 @@ def read(sealed: bytes, large_bytes: int = LARGE_BYTES) -> dict[str, Any] | None
             return None
         is_large = middle - begin >= large_bytes
         data["tensors"] = (tensor_table if is_large else _Tensors()).read(sealed, begin + len(_TENSORS), middle)
-        data["objects"] = _Objects().read(sealed, middle + len(_OBJECTS), end)
+        has_escapes = sealed.find(b"\\", middle, end) >= 0
+        read_objects = _objects_as_json if has_escapes else _Objects().read
+        data["objects"] = read_objects(sealed, middle + len(_OBJECTS), end)
         return data | {"digest": sealed[-34:-2].decode()}
     except (*record.MISFITS, RecursionError):
         return None
+
+
+def _objects_as_json(data: bytes, at: int, end: int) -> dict[str, ObjectEntry]:
+    """The entries between two bytes where a text has an escape: of an umlaut, a quotation mark or a line's end."""
+    parsed = record.parse(b'{"objects":{' + data[at:end] + b"}}")
+    _expect(parsed.keys() == {"objects"})
+    return record.parse_each(parsed, "objects", partial(record.parse_object, ours=True))
 
 
 class _Tensors:
