@@ -66,26 +66,30 @@ def read(data: bytes, begin: int, end: int) -> TensorTable:
         FormatError: they do not stand there as they are written.
         record.MISFITS: something is not what belongs there.
     """
-    reading, at = _Reading(), begin
+    reading, at, tried = _Reading(), begin, begin
     while at < end:
-        is_usual = _USUAL.match(data, at, end) is not None
-        at = (is_usual and _read_usual(data, at, end, reading)) or _read_tensor(data, at, end, reading)
+        if at >= tried and _USUAL.match(data, at, end):
+            # Where a window has something else in it, it is tried once, and then read tensor by tensor.
+            tried = end if end - at <= _WINDOW_BYTES else data.rfind(b'}]},"', at, at + _WINDOW_BYTES) + len(b"}]}")
+            if _read_usual(data, at, tried, reading):
+                at = tried + (tried < end)
+                continue
+        at = _read_tensor(data, at, end, reading)
         if len(reading.chunks) >= _HELD:
             reading.flush()
     reading.flush()
     return TensorTable(reading)
 
 
-def _read_usual(data: bytes, at: int, end: int, reading: _Reading) -> int:
-    """Read the tensors of a window if all have one chunk; returns where the next one begins, or 0."""
-    stop = end if end - at <= _WINDOW_BYTES else data.rfind(b'}]},"', at, at + _WINDOW_BYTES) + len(b"}]}")
+def _read_usual(data: bytes, at: int, stop: int, reading: _Reading) -> bool:
+    """Read the tensors of a window if all have one chunk; returns whether they have."""
     found = list(chain.from_iterable(_USUAL.findall(data, at, stop)))
     whole, *texts = (found[number :: _USUAL.groups] for number in range(_USUAL.groups))
     if not whole or sum(map(len, whole)) != stop - at:  # else nothing stands between them
-        return 0
+        return False
     reading.flush()
     reading.add(texts, [1] * len(whole))
-    return stop + (stop < end)
+    return True
 
 
 def _read_tensor(data: bytes, at: int, end: int, reading: _Reading) -> int:
