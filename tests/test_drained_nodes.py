@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import ray
+import yaml
 
+from tests.conftest import REPOSITORY
 from tests.support.clusters import (
     BIN,
     Head,
@@ -24,6 +27,22 @@ from tests.support.clusters import (
 from tests.test_train_elastic import NEVER_ALIKE, events_of, reference, report_of, start_job
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+
+MANIFEST = REPOSITORY / "deploy" / "kuberay" / "rayjob.yaml"
+
+HOLD = """
+import sys, time, ray
+from ray_ckpt.cluster.ray_internals import draining_nodes
+
+ray.init(sys.argv[1], log_to_driver=False, logging_level="ERROR")
+held = ray.remote(num_cpus=1)(type("Held", (), {"ping": lambda self: None})).remote()
+ray.get(held.ping.remote())
+print("holds", flush=True)
+deadline = time.monotonic() + 120
+while not draining_nodes() and time.monotonic() < deadline:
+    time.sleep(0.1)
+print("drained", list(draining_nodes()) == [ray.get_runtime_context().get_node_id()], flush=True)
+"""
 
 NOTICE_S = 15
 STEPS = 1000
@@ -94,3 +113,24 @@ def test_a_drained_node_is_left_within_its_notice_and_no_step_is_lost(
     seen = drained["step"] + 50
     assert report["losses"][:seen] == pytest.approx(reference("fsdp2x2,single", seen), rel=1e-3)
     wait_until_free(30)
+
+
+def test_the_manifests_pre_stop_drains_the_node_that_it_runs_on(tmp_path: Path) -> None:
+    [job] = [each for each in yaml.safe_load_all(MANIFEST.read_text()) if each["kind"] == "RayJob"]
+    [group] = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    shell = group["template"]["spec"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    drained, _, waits = shell[-1].partition(" && sleep ")
+    assert waits == "45"
+    with Sandbox() as sandbox:
+        head = start_head(sandbox, num_cpus=1)
+        held = sandbox.start(sys.executable, "-c", HOLD, head.address)  # what is idle would go at once
+        held.wait_for("holds", 60)
+        done = subprocess.run(
+            [*shell[:-1], drained],
+            env=sandbox.environment(RAY_ADDRESS=head.address),
+            capture_output=True,
+            text=True,
+            timeout=90,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        held.wait_for("drained True", 30)
