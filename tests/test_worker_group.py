@@ -202,7 +202,7 @@ def end_by_memory(process: psutil.Process) -> None:
     limited = CGROUPS / f"ray-ckpt-{process.pid}"
     limited.mkdir()
     try:
-        (limited / "memory.limit_in_bytes").write_text(str(1 << 20))
+        (limited / "memory.limit_in_bytes").write_text("4096")
         (limited / "cgroup.procs").write_text(str(process.pid))
         with contextlib.suppress(psutil.TimeoutExpired):
             process.wait(30)
@@ -225,7 +225,7 @@ def end_a_starting_worker(end: Callable[[psutil.Process], None], ended: list[flo
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("end", [end_by_signal, pytest.param(end_by_memory, marks=needs_cgroups)])
+@pytest.mark.parametrize("end", [end_by_signal, pytest.param(end_by_memory, marks=[needs_cgroups, pytest.mark.slow])])
 def test_a_worker_that_dies_while_the_group_starts_is_named_in_one_line(end: Callable[[psutil.Process], None]) -> None:
     """Within ten seconds of its death."""
     ended: list[float] = []

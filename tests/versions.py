@@ -93,7 +93,7 @@ def install(name: str, versions: Versions) -> str:
     subprocess.run([interpreter, "-m", "venv", str(place)], check=True)
     # Without what only torch wants, in a version that goes with its own.
     pins = re.sub(
-        r"(?m)^(?:torch|ray|triton|nvidia-[a-z0-9-]+|cuda-[a-z0-9-]+)==.*\n",
+        r"(?m)^(?:torch|ray|setuptools|triton|nvidia-[a-z0-9-]+|cuda-[a-z0-9-]+)==.*\n",
         "",
         (REPOSITORY / "constraints.txt").read_text(),
     )
