@@ -37,7 +37,7 @@ test-cluster: .venv/.installed-dev
 test-faults: .venv/.installed-dev
 	$(BIN)/python -m pytest -m faults $(ARGS)
 
-# Two hundred saves and loads, in which something is killed every tenth; some ten minutes.
+# Two hundred saves and loads, in which something is killed every tenth; five minutes.
 soak: .venv/.installed-dev
 	$(BIN)/python -m pytest -m soak tests/test_soak.py $(ARGS)
 

@@ -17,7 +17,6 @@ import ray
 
 import ray_ckpt
 from ray_ckpt import CheckpointStore
-from ray_ckpt.cluster.ram.index import NAMESPACE
 from tests.support.clusters import Head, Sandbox, Started, add_node, joined, start_head, wait_until, wait_until_free
 
 STEPS, KILL_EVERY, STEP_TIMEOUT_S = 200, 10, 180
@@ -35,7 +34,7 @@ def kill_keeper(chance: random.Random) -> None:
     keepers = [
         actor
         for actor in ray._private.state.actors().values()
-        if actor["ActorClassName"] == "Keeper" and actor["State"] == "ALIVE" and actor["RayNamespace"] == NAMESPACE
+        if actor["ActorClassName"] == "Keeper" and actor["State"] == "ALIVE"
     ]
     psutil.Process(chance.choice(keepers)["Pid"]).kill()
 
@@ -49,11 +48,27 @@ class Run:
         self.nodes = {ip: add_node(head, ip, num_cpus=2) for ip in ("127.0.0.2", "127.0.0.3")}
         self.chance = random.Random(seed)
         self.drivers: list[Started] = []
+        self.gate = store.parent / "gate"
+        self.let_go_on(KILL_EVERY)
         self.start_driver()
+
+    def let_go_on(self, step: int) -> None:
+        """Up to this step, so that no kill comes too late."""
+        written = self.gate.with_suffix(".new")
+        written.write_text(str(step))
+        written.replace(self.gate)
 
     def start_driver(self) -> None:
         front = f"ram://soak{uuid.uuid4().hex[:8]}?replicas=1"
-        command = ["-m", "tests.support.soak_driver", self.head.address, str(self.store), front, str(STEPS)]
+        command = [
+            "-m",
+            "tests.support.soak_driver",
+            self.head.address,
+            str(self.store),
+            front,
+            str(STEPS),
+            str(self.gate),
+        ]
         self.drivers.append(self.head.sandbox.start(sys.executable, *command))
 
     @property
@@ -96,6 +111,7 @@ def test_two_hundred_steps_under_kills_leave_nothing(tmp_path: Path) -> None:
             run = Run(head, tmp_path / "run", seed=0)
             for number, step in enumerate(range(KILL_EVERY, STEPS, KILL_EVERY)):
                 run.wait_for(step)
+                run.let_go_on(step + KILL_EVERY)
                 run.kill(VICTIMS[number % len(VICTIMS)])
             run.wait_for(STEPS)
             assert run.driver.wait(STEP_TIMEOUT_S) == 0, run.driver.stderr

@@ -1,9 +1,9 @@
 """A run that saves, loads and compares, step after step, and begins a group anew whenever one is lost.
 
-    python -m tests.support.soak_driver ADDRESS STORE FRONT STEPS
+    python -m tests.support.soak_driver ADDRESS STORE FRONT STEPS GATE
 
-Goes on from the store's latest step. Prints a line of JSON per step: what this process holds open, and the group's
-processes by rank. Ends at the first thing that is not as it was saved.
+Goes on from the store's latest step, and waits where the file GATE names no higher one. Prints a line of JSON per step:
+what this process holds open, and the group's processes by rank. Ends at the first thing that is not as it was saved.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import json
 import os
 import sys
 import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -21,6 +23,7 @@ import torch
 from ray_ckpt import CheckpointStore, RayCkptError, WorkerContext, WorkerGroup, cluster, keep_last
 
 NUM_RANKS = 2
+GATE_S = 300.0
 
 
 def state_of(ctx: WorkerContext) -> dict[str, Any]:
@@ -39,7 +42,14 @@ def holds(ctx: WorkerContext, value: float) -> bool:
     return bool((state[f"stage{ctx.rank}"] == value + ctx.rank).all()) and state["step"] == int(value)
 
 
-def go_on(store: CheckpointStore, steps: int) -> None:
+def wait_for(gate: Path, step: int) -> None:
+    deadline = time.monotonic() + GATE_S
+    while int(gate.read_text() or 0) < step:
+        assert time.monotonic() < deadline, f"nobody lets this run go on to step {step}"
+        time.sleep(0.02)
+
+
+def go_on(store: CheckpointStore, steps: int, gate: Path) -> None:
     with WorkerGroup(NUM_RANKS, start_timeout_s=90, call_timeout_s=60) as group:
         step = store.latest(fallback=True) or 0
         if step:
@@ -48,6 +58,7 @@ def go_on(store: CheckpointStore, steps: int) -> None:
             assert all(group.run(holds, float(step))), f"what was resumed is not step {step}"
         while step < steps:
             step += 1
+            wait_for(gate, step)
             workers = group.run(fill, float(step))
             cluster.save(group, state_of, store, step, overwrite=True)
             group.run(fill, -1.0)
@@ -60,12 +71,12 @@ def go_on(store: CheckpointStore, steps: int) -> None:
 
 
 def main() -> None:
-    address, target, front, steps = sys.argv[1:]
+    address, target, front, steps, gate = sys.argv[1:]
     ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     store = CheckpointStore(target, front)
     while True:
         try:
-            go_on(store, int(steps))
+            go_on(store, int(steps), Path(gate))
         except RayCkptError as error:
             print(f"begins anew: {error}".partition("\n")[0], file=sys.stderr, flush=True)
         else:
