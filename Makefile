@@ -59,6 +59,7 @@ bench: .venv/.installed-dev
 	PYTHONPATH=. $(BIN)/python benchmarks/fingerprints.py
 	PYTHONPATH=. $(BIN)/python benchmarks/exporting.py
 	PYTHONPATH=. $(BIN)/python benchmarks/tiers.py
+	PYTHONPATH=. $(BIN)/python benchmarks/memory.py
 
 bench-async: .venv/.installed-dev
 	PYTHONPATH=. $(BIN)/python benchmarks/async_save.py $(ARGS)
