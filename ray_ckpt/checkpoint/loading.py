@@ -195,8 +195,9 @@ class _Found(NamedTuple):
 
 
 def _found(target: Target, step: int | None, fallback: bool, holds: contextlib.ExitStack) -> _Found:
-    """Args:
-    holds: what is found is held until it is closed.
+    """
+    Args:
+        holds: what is found is held until it is closed.
     """
     location = holds.enter_context(held(lambda: checkpoint_at(target, step, fallback=fallback)))
     return _Found(location, read_for_all(location.storage))

@@ -23,7 +23,7 @@ from ray_ckpt.format.manifest import Manifest
 from ray_ckpt.format.memory import fault
 from ray_ckpt.format.wanted_names import is_below
 from ray_ckpt.gc_pause import collector_paused
-from ray_ckpt.protocol.held_blocks import HeldBlocks, consists_of_blocks, is_as_saved
+from ray_ckpt.protocol.held_blocks import consists_of_blocks, is_as_saved
 from ray_ckpt.protocol.holdings import fingerprint_sum, hold
 from ray_ckpt.protocol.messages import TensorSpec
 from ray_ckpt.report import CompareReport
@@ -34,8 +34,8 @@ from ray_ckpt.storage.objects import SavedObject, saved_object
 class Held:
     """What one rank holds, as plain data."""
 
-    blocks: dict[str, HeldBlocks] = field(default_factory=dict)
-    """Name -> what was compared block by block."""
+    blocks: dict[str, dict[Box, bool]] = field(default_factory=dict)
+    """Name -> part that was compared block by block -> whether it is what was saved."""
     tensors: dict[str, Fingerprint] = field(default_factory=dict)
     """Name -> fingerprints of the others."""
     kinds: dict[str, str] = field(default_factory=dict)
@@ -98,8 +98,7 @@ class Comparing:
         if entry is None or (spec.dtype, spec.shape) != (entry.dtype, entry.shape):
             held.kinds[name] = f"{spec.dtype}{list(spec.shape)}"
         elif name not in by_fingerprint:
-            parts = held.blocks.setdefault(name, HeldBlocks(spec.dtype, spec.shape, {})).parts
-            parts[box] = is_as_saved(spec, value, entry)
+            held.blocks.setdefault(name, {})[box] = is_as_saved(spec, value, entry)
         elif name not in self._manifest.fingerprints:
             held.kinds[name] = ""
         else:
@@ -110,7 +109,7 @@ class Comparing:
 def compare_with(manifest: Manifest, of_ranks: Sequence[Held], only: Sequence[str] | None = None) -> CompareReport:
     """What differs between a record and what all ranks hold."""
     tensors = by_name(rank.tensors for rank in of_ranks)
-    blocks: dict[str, list[HeldBlocks]] = {}
+    blocks: dict[str, list[Mapping[Box, bool]]] = {}
     kinds: dict[str, str] = {}
     objects: dict[str, set[int]] = {}
     for rank in of_ranks:
@@ -164,10 +163,10 @@ def _difference(recorded: str, parts: Sequence[Fingerprint]) -> str:
     return "" if digest == recorded else "other elements"
 
 
-def _differing_blocks(shape: tuple[int, ...], found: Sequence[HeldBlocks]) -> str:
+def _differing_blocks(shape: tuple[int, ...], found: Sequence[Mapping[Box, bool]]) -> str:
     equal: dict[Box, set[bool]] = {}
     for of_rank in found:
-        for box, is_equal in of_rank.parts.items():
+        for box, is_equal in of_rank.items():
             equal.setdefault(box, set()).add(is_equal)
     for box, answers in equal.items():
         if len(answers) > 1:

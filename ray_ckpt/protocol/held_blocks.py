@@ -8,7 +8,6 @@ memory. Where it does not, only a fingerprint tells.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -20,16 +19,6 @@ from ray_ckpt.format.ranges import is_dense
 from ray_ckpt.format.torch_container import contiguous_strides
 from ray_ckpt.protocol.messages import TensorSpec
 from ray_ckpt.storage.staging import bytes_of, plain
-
-
-@dataclass(frozen=True)
-class HeldBlocks:
-    """Parts of one tensor that a rank has compared block by block."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    parts: dict[Box, bool]
-    """Part of the tensor -> whether it is what was saved."""
 
 
 class _Run(NamedTuple):
