@@ -18,8 +18,8 @@ from tests.support.clusters import (
     Head,
     Sandbox,
     Started,
-    add_node,
-    joined,
+    joined_head,
+    nodes_added,
     start_head,
     wait_until,
     wait_until_free,
@@ -50,21 +50,15 @@ STEPS = 1000
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    """A cluster whose head has no CPU, so that no worker runs there."""
-    with Sandbox() as sandbox:
-        head = start_head(sandbox, num_cpus=0)
-        with joined(head):
-            yield head
+    with joined_head() as head:
+        yield head
 
 
 @pytest.fixture
 def nodes(head: Head) -> Iterator[dict[str, Started]]:
     """Two nodes of one CPU each, by address."""
-    started = {ip: add_node(head, ip) for ip in (f"127.0.0.{next(NEVER_ALIKE)}" for _ in range(2))}
-    yield started
-    for node in started.values():
-        head.sandbox.kill(node)
-    wait_until(lambda: sum(node["Alive"] for node in ray.nodes()) == 1, 60, ray.nodes)
+    with nodes_added(head, [f"127.0.0.{next(NEVER_ALIKE)}" for _ in range(2)]) as started:
+        yield started
 
 
 def drain(head: Head, node_id: str) -> None:

@@ -23,7 +23,7 @@ from ray_ckpt.cluster.ram.index import find_index
 from ray_ckpt.storage.address import parse
 from ray_ckpt.storage.store import CheckpointStore
 from tests.support import rank_states
-from tests.support.clusters import Head, Sandbox, Started, add_node, joined, start_head, wait_until, wait_until_free
+from tests.support.clusters import Head, Started, joined_head, nodes_added, wait_until, wait_until_free
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -39,21 +39,15 @@ def name(head: Head) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    """A cluster whose head has no CPU, which this process has joined."""
-    with Sandbox() as sandbox:
-        head = start_head(sandbox, num_cpus=0)
-        with joined(head):
-            yield head
+    with joined_head() as head:
+        yield head
 
 
 @pytest.fixture
 def nodes(head: Head) -> Iterator[list[Started]]:
     """Two nodes of one CPU each, new for each test that takes one away."""
-    started = [add_node(head, f"127.0.0.{number}") for number in (2, 3)]
-    yield started
-    for node in started:
-        head.sandbox.kill(node)
-    wait_until(lambda: sum(node["Alive"] for node in ray.nodes()) == 1, 60, ray.nodes)
+    with nodes_added(head, ["127.0.0.2", "127.0.0.3"]) as started:
+        yield list(started.values())
 
 
 def files_of(uri: str) -> RamFiles:

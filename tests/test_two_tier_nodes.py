@@ -21,7 +21,7 @@ from ray_ckpt.cluster.ram.client import open_files
 from ray_ckpt.errors import IntegrityError
 from ray_ckpt.storage.address import parse
 from ray_ckpt.storage.store import CheckpointStore
-from tests.support.clusters import Head, Sandbox, Started, add_node, joined, start_head, wait_until, wait_until_free
+from tests.support.clusters import Head, Started, joined_head, nodes_added, wait_until, wait_until_free
 from tests.test_train_elastic import NEVER_ALIKE, SAVE_EVERY, STEPS, reference, report_of, start_job
 
 pytestmark = pytest.mark.timeout(400)
@@ -31,21 +31,15 @@ LAYOUTS = "fsdp2x3,pp2,single"
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    """A cluster whose head has no CPU, so that no worker runs there."""
-    with Sandbox() as sandbox:
-        head = start_head(sandbox, num_cpus=0)
-        with joined(head):
-            yield head
+    with joined_head() as head:
+        yield head
 
 
 @pytest.fixture
 def nodes(head: Head) -> Iterator[dict[str, Started]]:
     """Three nodes of one CPU each, by address."""
-    started = {ip: add_node(head, ip) for ip in (f"127.0.0.{next(NEVER_ALIKE)}" for _ in range(3))}
-    yield started
-    for node in started.values():
-        head.sandbox.kill(node)
-    wait_until(lambda: sum(node["Alive"] for node in ray.nodes()) == 1, 60, ray.nodes)
+    with nodes_added(head, [f"127.0.0.{next(NEVER_ALIKE)}" for _ in range(3)]) as started:
+        yield started
 
 
 def neighbors(front: str, nodes: Mapping[str, Started]) -> list[str]:

@@ -25,7 +25,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -355,6 +355,25 @@ def joined(head: Head) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def joined_head() -> Iterator[Head]:
+    """A cluster whose head has no CPU, so that no worker runs there, and which we have joined."""
+    with Sandbox() as sandbox:
+        head = start_head(sandbox, num_cpus=0)
+        with joined(head):
+            yield head
+
+
+@contextlib.contextmanager
+def nodes_added(head: Head, ips: Iterable[str]) -> Iterator[dict[str, Started]]:
+    """Nodes of one CPU each, by address; killed in the end, until the head, which we have joined, is alone again."""
+    started = {ip: add_node(head, ip) for ip in ips}
+    yield started
+    for node in started.values():
+        head.sandbox.kill(node)
+    wait_until(lambda: sum(node["Alive"] for node in ray.nodes()) == 1, 60, ray.nodes)
 
 
 def drivers() -> set[int]:
