@@ -63,6 +63,7 @@ def main(names: list[str]) -> int:
     told = {name: install(name, COMBINATIONS[name]) for name in chosen}
     ready = [name for name in chosen if not told[name]]
     results = {name: run_suite(name) for name in ready}
+    passed = {name: code == 0 for name, (code, _) in results.items()}
     written = {name: run(name, "write", str(HOME / f"written-{name}")) for name in ready}
     read = {
         reader: [writer for writer in ready if run(reader, "read", str(HOME / f"written-{writer}"))] for reader in ready
@@ -70,14 +71,9 @@ def main(names: list[str]) -> int:
     print("\n| | Python | torch | Ray | suite | reads what was written under |\n| --- | --- | --- | --- | --- | --- |")
     for name in chosen:
         versions = COMBINATIONS[name]
-        suite, by = results.get(name, told[name]), ", ".join(read.get(name, ()))
+        suite, by = results[name][1] if name in results else told[name], ", ".join(read.get(name, ()))
         print(f"| {name} | {versions.python} | {versions.torch} | {versions.ray} | {suite} | {by} |")
-    return int(
-        not ready
-        or not all(written.values())
-        or any(read[name] != ready for name in ready)
-        or any("failed" in results[name] or "error" in results[name] for name in ready)
-    )
+    return int(not ready or not all(passed[name] and written[name] and read[name] == ready for name in ready))
 
 
 def install(name: str, versions: Versions) -> str:
@@ -118,8 +114,8 @@ def install(name: str, versions: Versions) -> str:
     return ""
 
 
-def run_suite(name: str) -> str:
-    """Passed, failed and seconds, in words."""
+def run_suite(name: str) -> tuple[int, str]:
+    """pytest's exit code; passed, failed and seconds, in words."""
     started = time.monotonic()
     command = [*python(name), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "filterwarnings=default"]
     command += ["-m", "not jobs and not slow and not matrix and not faults and not frameworks and not soak", *COVERING]
@@ -127,8 +123,8 @@ def run_suite(name: str) -> str:
     done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     lines = done.stdout.splitlines()
     print("\n".join(line for line in lines if line.startswith(("FAILED", "ERROR"))), flush=True)
-    counts = re.sub(r" in [0-9.]+s.*", "", lines[-1]) if lines else "error: it printed nothing"
-    return f"{counts}, {time.monotonic() - started:.0f} s"
+    counts = re.sub(r" in [0-9.]+s.*", "", lines[-1]) if lines else "it printed nothing"
+    return done.returncode, f"{counts}, {time.monotonic() - started:.0f} s"
 
 
 def run(name: str, verb: str, directory: str) -> bool:

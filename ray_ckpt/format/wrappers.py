@@ -6,6 +6,7 @@ and `__tensor_unflatten__` makes one of such. They have no memory of their own. 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -67,14 +68,29 @@ def join(attribute: str, name: str) -> str:
     return f"{attribute}.{name}" if name else attribute
 
 
-def are_same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors are one memory, or hold the same bits, whatever they are made of; of DTensors, the shards."""
+def are_alike(one: torch.Tensor, other: torch.Tensor, are_parts: Callable[[torch.Tensor, torch.Tensor], bool]) -> bool:
+    """Whether two tensors are alike, whatever they are made of; of DTensors, the shards.
+
+    Args:
+        are_parts: whether two that are made of no others are.
+    """
     one, other = local_tensor(one), local_tensor(other)
     if is_made_of_others(one) or is_made_of_others(other):
         if type(one) is not type(other):
             return False
         parts, others = flatten(one)[0], flatten(other)[0]
-        return parts.keys() == others.keys() and all(are_same(part, others[name]) for name, part in parts.items())
+        return parts.keys() == others.keys() and all(
+            are_alike(part, others[name], are_parts) for name, part in parts.items()
+        )
+    return are_parts(one, other)
+
+
+def are_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are one memory, or hold the same bits, whatever they are made of; of DTensors, the shards."""
+    return are_alike(one, other, _have_same_bits)
+
+
+def _have_same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     if (one.dtype, one.shape) != (other.dtype, other.shape) or fault(one) or fault(other):
         return False
     lying = [(part.data_ptr(), part.stride(), part.is_conj(), part.is_neg()) for part in (one, other)]

@@ -208,10 +208,9 @@ def _bytes_in_order(tensors: list[tuple[int, torch.Tensor | Converted]]) -> Iter
 def _entry(value: object) -> ObjectEntry | None:
     """A value as a record holds it; None where it does not."""
     saved = saved_object(value)
-    small = saved.inline is None and len(saved.container) <= INLINE_BLOB_BYTES
-    if saved.inline is None and not small:
+    blob = saved.container if saved.inline is None else None
+    if blob is not None and len(blob) > INLINE_BLOB_BYTES:
         return None
-    blob = saved.container if small else None
     return ObjectEntry("", 0, len(saved.container), inline=saved.inline, blob=blob, checksum=saved.checksum)
 
 

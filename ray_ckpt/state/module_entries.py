@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ray_ckpt.errors import StateMismatchError, UsageError
 from ray_ckpt.format.torch_internals import has_entry, local_tensor, without_weak_references
-from ray_ckpt.format.wrappers import are_same, flatten, is_made_of_others, with_memory
+from ray_ckpt.format.wrappers import are_alike, are_same, with_memory
 from ray_ckpt.state.unsaved_buffers import device_of
 from ray_ckpt.text import listed
 
@@ -137,18 +137,10 @@ def _is_live(entry: Entry) -> bool:
         live = live_tensor(entry)
     except AttributeError:
         return False
-    return isinstance(live, torch.Tensor) and _are_one_memory(entry.value, live)
+    return isinstance(live, torch.Tensor) and are_alike(entry.value, live, _are_one_memory)
 
 
 def _are_one_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
-    one, other = local_tensor(one), local_tensor(other)
-    if is_made_of_others(one) or is_made_of_others(other):
-        if type(one) is not type(other):
-            return False
-        parts, others = flatten(one)[0], flatten(other)[0]
-        return parts.keys() == others.keys() and all(
-            _are_one_memory(part, others[name]) for name, part in parts.items()
-        )
     if (one.shape, one.stride(), one.device) != (other.shape, other.stride(), other.device):
         return False
     return one.data_ptr() == other.data_ptr()
