@@ -144,7 +144,7 @@ def transfer(
     def run() -> TransferReport:
         with taker.giving_up(), sender.ending():
             plan = sender.plan(source_state_of, options)
-            return _Transfer(sender, taker, plan, handle.source_is_free).run(target_state_of, strict, atomic=atomic)
+            return _Transfer(sender, taker, plan, handle._free.set).run(target_state_of, strict, atomic=atomic)
 
     if blocking:
         return run()
@@ -171,6 +171,7 @@ class TransferHandle:
     def __init__(self) -> None:
         self._future: Future[TransferReport] = Future()
         self._free = threading.Event()
+        """Set when the source's part is copied."""
 
     def done(self) -> bool:
         """Whether it has ended, successfully or not."""
@@ -187,10 +188,6 @@ class TransferHandle:
             RayCkptError: it failed, as a blocking one would have.
         """
         return self._future.result(timeout_s)
-
-    def source_is_free(self) -> None:
-        """Called when the source's part is copied."""
-        self._free.set()
 
     def _start(self, work: Callable[[], TransferReport]) -> None:
         threading.Thread(target=self._run, args=(work,), name="ray_ckpt-transfer", daemon=False).start()
@@ -227,6 +224,7 @@ class _Sender:
     """What the windows of each rank have told."""
     num_bytes: int = 0
     num_windows: int = 0
+    has_failed: bool = False
     _left: list[int] = field(default_factory=list)
     """Ranks that have more to send."""
 
@@ -270,6 +268,7 @@ class _Sender:
         try:
             return self.group.call(fn, args_of, timeout_s=max(0.0, self.deadline - time.monotonic()))
         except RayCkptError as error:
+            self.has_failed = True
             error.append("it is the source of a transfer")
             raise
 
@@ -300,7 +299,7 @@ class _Transfer:
             reports = taker.finish()
             num_compared = self._compare(proof, target_state_of, by_fingerprint)
         except RayCkptError as error:
-            if "source of a transfer" not in str(error):
+            if not self.sender.has_failed:
                 error.append("it is the target of a transfer")
             raise
         self.sender.meter.end()

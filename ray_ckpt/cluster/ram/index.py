@@ -415,7 +415,9 @@ class Index:
                     return
                 self._look_at_keepers()
                 self._restore_copies()
-                for hold in self._holds.overdue():
+                with self._lock:
+                    overdue = self._holds.overdue()
+                for hold in overdue:
                     self.release(hold)
                 self._fill.tell(self.nodes())
             except Exception:
