@@ -22,6 +22,7 @@ from types import TracebackType
 
 from ray_ckpt.errors import RayCkptError, UsageError, WorkerError
 from ray_ckpt.report import LoadReport, Phase, SaveReport
+from ray_ckpt.text import without_credentials
 
 __all__ = ["Event", "EventFile", "Events", "Listeners", "Telling", "failure_of", "load_events", "save_events"]
 
@@ -231,7 +232,9 @@ class EventFile:
         try:
             self._file = open(path, "a", buffering=1)  # noqa: SIM115  -- closed by close
         except OSError as error:
-            raise UsageError(f"cannot write events to {path}: {error.strerror}; give a file that can be made") from None
+            # The path without credentials, as somebody may have given the URI of a storage.
+            told = f"cannot write events to {without_credentials(path)}: {error.strerror}; give a file that can be made"
+            raise UsageError(told) from None
         self._lock = threading.Lock()
 
     def __call__(self, event: Event) -> None:

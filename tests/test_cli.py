@@ -246,6 +246,7 @@ def test_errors_are_one_line(
         ["report", "RUN", "-o", "URI"],
         ["demo", "--json", "URI"],
         ["demo", "--report", "URI"],
+        ["demo", "--events", "URI"],
         ["verify", "RUN", "--ray", "--address", "URI"],
     ],
     ids=" ".join,

@@ -121,6 +121,13 @@ def test_a_file_that_cannot_be_made_is_said_at_once(tmp_path: Path) -> None:
         EventFile(str(tmp_path / "none" / "events.jsonl"))
 
 
+@pytest.mark.parametrize("uri", ["s3://KEY:SEC/RET@bucket/x", "abfs://c@a/x?sig=SECRET"])
+def test_a_uri_in_the_place_of_a_file_is_told_without_its_credentials(uri: str) -> None:
+    with pytest.raises(UsageError, match="cannot write events to") as raised:
+        EventFile(uri)
+    assert not any(secret in str(raised.value) for secret in ("KEY", "SEC", "RET"))
+
+
 @pytest.fixture(scope="module")
 def s3() -> Iterator[S3]:
     with run_s3() as server:

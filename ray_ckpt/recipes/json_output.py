@@ -48,8 +48,12 @@ def events_written(path: str | None) -> Iterator[Listeners]:
     """Those who are told the job's events within the block: a file, where one is asked for.
 
     Raises:
-        UsageError: it cannot be written.
+        UsageError: it is a URI, or cannot be written.
     """
+    if path is not None:
+        from ray_ckpt.storage.address import refuse_uri
+
+        refuse_uri(path, "what --events names")
     with contextlib.nullcontext() if path is None else EventFile(path) as file:
         yield Listeners(*filter(None, [file]))
 
