@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -9,7 +10,7 @@ import xxhash
 
 from ray_ckpt.rounding import ceil_div
 
-__all__ = ["BlockHasher", "BlockSums", "block_size"]
+__all__ = ["BlockHasher", "BlockSums", "block_size", "sums_of"]
 
 _MIN_BLOCK_BYTES, _MAX_BLOCK_BYTES, _BLOCKS_PER_CHUNK = 4 << 10, 1 << 20, 256
 
@@ -39,6 +40,16 @@ def block_size(data_bytes: int) -> int:
     return min(max(1, blocks) * _MIN_BLOCK_BYTES, _MAX_BLOCK_BYTES)
 
 
+def sums_of(data: memoryview, block_bytes: int) -> bytes:
+    """The checksums of blocks that lie one after the other, the last of which may be shorter.
+
+    One call for many blocks: of blocks of 4 KiB each, hashing takes a third of the time that the steps between do.
+    """
+    digest = xxhash.xxh3_64_intdigest
+    sums = [digest(data[at : at + block_bytes]) for at in range(0, len(data), block_bytes)]
+    return struct.pack(f"<{len(sums)}Q", *sums)
+
+
 class BlockHasher:
     """Computes a chunk's block sums from pieces of any size."""
 
@@ -50,26 +61,27 @@ class BlockHasher:
         self._open_bytes = 0
 
     def update(self, data: memoryview) -> None:
-        while len(data):
+        if self._open is not None:
             taken = min(self._block_bytes - self._open_bytes, len(data))
-            if taken == self._block_bytes:
-                self._append(xxhash.xxh3_64_intdigest(data[:taken]))
-            else:
-                self._open = self._open or xxhash.xxh3_64()
-                self._open.update(data[:taken])
-                self._open_bytes += taken
-                if self._open_bytes == self._block_bytes:
-                    self._close_block(self._open)
+            self._extend(self._open, data[:taken])
             data = data[taken:]
+        whole = len(data) - len(data) % self._block_bytes
+        self._sums += sums_of(data[:whole], self._block_bytes)
+        if whole < len(data):
+            self._open = xxhash.xxh3_64()
+            self._extend(self._open, data[whole:])
 
     def finish(self) -> BlockSums:
         if self._open is not None:
-            self._close_block(self._open)
+            self._close(self._open)
         return BlockSums(self._block_bytes, bytes(self._sums))
 
-    def _close_block(self, block: xxhash.xxh3_64) -> None:
-        self._append(block.intdigest())
-        self._open, self._open_bytes = None, 0
+    def _extend(self, block: xxhash.xxh3_64, data: memoryview) -> None:
+        block.update(data)
+        self._open_bytes += len(data)
+        if self._open_bytes == self._block_bytes:
+            self._close(block)
 
-    def _append(self, digest: int) -> None:
-        self._sums += digest.to_bytes(8, "little")
+    def _close(self, block: xxhash.xxh3_64) -> None:
+        self._sums += block.intdigest().to_bytes(8, "little")
+        self._open, self._open_bytes = None, 0

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from ray_ckpt.format.block_sums import BlockHasher
+from ray_ckpt.format.block_sums import sums_of
 from ray_ckpt.format.boxes import Box, shared_box
 from ray_ckpt.format.manifest import Chunk, TensorEntry, itemsize
 from ray_ckpt.format.ranges import is_dense
@@ -48,9 +48,7 @@ def is_as_saved(spec: TensorSpec, part: torch.Tensor, entry: TensorEntry) -> boo
     for run in _runs(spec, entry):
         assert run is not None, "it consists of whole blocks"
         assert run.chunk.checksums is not None, "as above"
-        hasher = BlockHasher(run.chunk.checksums.block_bytes)
-        hasher.update(memory[run.offset : run.offset + run.num_bytes])
-        found = hasher.finish().sums
+        found = sums_of(memory[run.offset : run.offset + run.num_bytes], run.chunk.checksums.block_bytes)
         start = 8 * run.first_block
         if found != run.chunk.checksums.sums[start : start + len(found)]:
             return False
