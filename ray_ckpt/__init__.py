@@ -37,7 +37,9 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from ray_ckpt import cluster
     from ray_ckpt.checkpoint.comparing import compare
+    from ray_ckpt.checkpoint.following import WeightFollower
     from ray_ckpt.checkpoint.loading import load, resume
+    from ray_ckpt.checkpoint.publishing import WeightPublisher
     from ray_ckpt.checkpoint.saving import save
     from ray_ckpt.checkpoint.verifying import verify
     from ray_ckpt.cluster.doctor import doctor
@@ -136,6 +138,8 @@ __all__ = [
     "UsageError",
     "VerifyReport",
     "Weight",
+    "WeightFollower",
+    "WeightPublisher",
     "Weights",
     "WorkerContext",
     "WorkerError",
@@ -202,6 +206,8 @@ _HOMES = {
     "TransferReport": "ray_ckpt.report",
     "VerifyReport": "ray_ckpt.report",
     "Weight": "ray_ckpt.conversion.weights",
+    "WeightFollower": "ray_ckpt.checkpoint.following",
+    "WeightPublisher": "ray_ckpt.checkpoint.publishing",
     "Weights": "ray_ckpt.conversion.weights",
     "WorkerContext": "ray_ckpt.cluster.worker",
     "WorkerGroup": "ray_ckpt.cluster.group",

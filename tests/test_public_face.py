@@ -27,10 +27,9 @@ from ray_ckpt import (
     CopyReport, Damage, DiffReport, DoctorReport, Event, EventFile, Finding, Fingerprint, Layout, LoadReport, Manifest,
     NodeFacts, NonFinite, PageReport, Phase, Policy, RemovalReport, RetryPolicy, SaveHandle, SaveReport, Saved,
     SignatureReport, Storage, StoreListing, TensorDifference, TensorStatistics, TrainState, TransferReport,
-    VerifyReport, Weight, Weights, WorkerContext, WorkerError, WorkerGroup, cluster, compare, convert, diff, doctor,
-    export, fingerprint, inspect, keep, keep_every, keep_last, list_steps, load, open_weights, resume, save,
-    scan_nonfinite, sign,
-    tensor_statistics, verify, verify_signature, write_report,
+    VerifyReport, Weight, WeightFollower, WeightPublisher, Weights, WorkerContext, WorkerError, WorkerGroup, cluster,
+    compare, convert, diff, doctor, export, fingerprint, inspect, keep, keep_every, keep_last, list_steps, load,
+    open_weights, resume, save, scan_nonfinite, sign, tensor_statistics, verify, verify_signature, write_report,
 )
 
 
@@ -72,6 +71,9 @@ def look() -> None:
     contents: CheckpointContents = inspect("run", 1)
     numbers: TensorStatistics = tensor_statistics("run", "model.weight", 1)
     nonfinite: dict[str, NonFinite] = dict(scan_nonfinite("run", 1))
+    published: SaveReport = WeightPublisher("run", whole_every=8).save({"w": torch.ones(2)}, 1, cast="bfloat16")
+    followed: LoadReport = WeightFollower("run").fetch({"w": torch.ones(2)}, wait_for=1, wait_s=5)
+    print(published.total_bytes, followed.num_bytes)
     weights: Weights = open_weights("run", wait_for=1, wait_s=5)
     infos: tuple[Weight, ...] = weights.metadata
     tensors: dict[str, torch.Tensor] = dict(weights)

@@ -51,6 +51,7 @@ ONLY_HOMES = {
         "storage.filesystems",
         "storage.file_objects",
         "storage.registered",
+        "storage.delta_codec",
         "cluster.ram.sending",
     },
     "boto3": {"storage.unfinished_uploads"},

@@ -116,11 +116,11 @@ def load(
     """
     options = LoadOptions(strict, cast, chosen(only), key_map, hyperparameters, trusted)
     target, wait = wait_before(target, step, wait_for, wait_s, fallback=fallback)
-    ranks = TrainersExchange("load", timeout_s) if wait is None else _wait(wait, timeout_s)
+    ranks = TrainersExchange("load", timeout_s) if wait is None else wait_together(wait, "load", timeout_s)
     telling = Telling(events, "load", step=step, rank=ranks.rank)
     with telling.failing(), contextlib.ExitStack() as holds:
-        found = ranks.broadcast(lambda: _found(target, step, fallback, holds))
-        return _load(ranks, state, found, options, progress, telling, share)
+        found = ranks.broadcast(lambda: find_and_hold(target, step, fallback, holds))
+        return load_found(ranks, state, found, options, progress, telling, share)
 
 
 def resume(
@@ -163,19 +163,21 @@ def resume(
     """
     ranks = TrainersExchange("resume", timeout_s)
 
-    def latest() -> _Found | None:
+    def latest() -> Found | None:
         try:
-            return _found(store, None, fallback, holds)
+            return find_and_hold(store, None, fallback, holds)
         except CheckpointNotFoundError:
             return None
 
     telling = Telling(events, "load", rank=ranks.rank)
     with telling.failing(), contextlib.ExitStack() as holds:
         found = ranks.broadcast(latest)
-        return None if found is None else _load(ranks, state, found, LoadOptions(trusted=trusted), progress, telling)
+        if found is None:
+            return None
+        return load_found(ranks, state, found, LoadOptions(trusted=trusted), progress, telling)
 
 
-def _wait(wait: Wait, timeout_s: float | None) -> TrainersExchange:
+def wait_together(wait: Wait, operation: str, timeout_s: float | None) -> TrainersExchange:
     """Let one rank wait, and tell the others now and then that it does: a collective is given up after a while.
 
     Returns:
@@ -183,30 +185,30 @@ def _wait(wait: Wait, timeout_s: float | None) -> TrainersExchange:
     """
     round_s = LONGEST_ROUND_S if timeout_s is None else min(LONGEST_ROUND_S, timeout_s / 2)
     while True:
-        ranks = TrainersExchange("load", timeout_s)  # which has its own time limit, from now on
+        ranks = TrainersExchange(operation, timeout_s)  # which has its own time limit, from now on
         if ranks.broadcast(lambda: wait.look(round_s)) is not None:
             return ranks
 
 
-class _Found(NamedTuple):
+class Found(NamedTuple):
     location: Location
     record: bytes | None
     """As `read_for_all` gives it."""
 
 
-def _found(target: Target, step: int | None, fallback: bool, holds: contextlib.ExitStack) -> _Found:
+def find_and_hold(target: Target, step: int | None, fallback: bool, holds: contextlib.ExitStack) -> Found:
     """
     Args:
         holds: what is found is held until it is closed.
     """
     location = holds.enter_context(held(lambda: checkpoint_at(target, step, fallback=fallback)))
-    return _Found(location, read_for_all(location.storage))
+    return Found(location, read_for_all(location.storage))
 
 
-def _load(
+def load_found(
     ranks: TrainersExchange,
     state: State,
-    found: _Found,
+    found: Found,
     options: LoadOptions,
     progress: Progress | None,
     telling: Telling,

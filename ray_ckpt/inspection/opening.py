@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ray_ckpt.format.deltas import LINK
 from ray_ckpt.format.manifest import MANIFEST_NAME, Manifest
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.record_files import read_record
@@ -27,7 +28,7 @@ class Opened:
 
 
 def open_record(storage: Storage, *, trusted: bool = False) -> Opened:
-    """Read the record of one checkpoint, whoever wrote it.
+    """Read the record of one checkpoint, whoever wrote it. Of a delta it is that of what it stands for.
 
     Args:
         trusted: as for `load`.
@@ -37,12 +38,14 @@ def open_record(storage: Storage, *, trusted: bool = False) -> Opened:
         CheckpointError, StorageError: it is damaged, not safe to read, or the storage does not answer.
     """
     if storage.exists(MANIFEST_NAME):  # also where the target is a file, in which nothing can be looked for
-        return Opened(storage.address, read_record(storage), storage, "ray_ckpt")
+        stored = read_record(storage)
+        if LINK not in stored.objects:
+            return Opened(storage.address, stored, storage, "ray_ckpt")
     from ray_ckpt.storage.checkpoint_reader import CheckpointReader  # it loads torch
 
     reader = CheckpointReader(storage, trusted=trusted)
     manifest = reader.read_manifest()
-    return Opened(reader.address, manifest, reader.files, reader.kind, reader.notes)
+    return Opened(reader.address, manifest, reader.files, reader.kind or "ray_ckpt", reader.notes)
 
 
 def size_problem(opened: Opened) -> str:

@@ -29,6 +29,7 @@ from ray_ckpt.progress import NOBODY, Meter
 from ray_ckpt.report import Damage, VerifyReport
 from ray_ckpt.storage.archives import Archive, archives
 from ray_ckpt.storage.checkpoint_reader import CheckpointReader
+from ray_ckpt.storage.delta_links import built_on
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.nonfinite import count_apart
 from ray_ckpt.storage.objects import Decoder, fetch_containers
@@ -97,7 +98,7 @@ class Audit:
     def __init__(self, storage: Storage, *, scan_nan: bool = False, trusted: bool = False) -> None:
         self._started = time.monotonic()
         reader = CheckpointReader(storage, trusted=trusted)
-        self._manifest = manifest = reader.read_manifest()
+        self._manifest = manifest = reader.read_stored()
         self._address = reader.address
         self.files = reader.files
         """Where the files are that the work is in."""
@@ -129,6 +130,8 @@ class Audit:
         if manifest.attempt:
             checked.damages += _misquoted(self.files, manifest, sizes)
             checked.damages += _stock_record(self.files, manifest)
+        if broken := built_on(self.files, manifest)[1]:
+            checked.damages.append(Damage(MANIFEST_NAME, 0, 0, "", broken))
         for name, chunk in self._counting.apart(manifest):
             count_apart(self.files, name, manifest.tensors[name].dtype, chunk, checked)
         return checked

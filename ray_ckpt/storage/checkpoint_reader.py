@@ -1,7 +1,8 @@
 """CheckpointReader: any checkpoint, ours or somebody else's, reading only the bytes that are wanted.
 
 read_manifest    `manifest.json`, else foreign.recognize
-read_tensors     chunk_sources.locate where the elements start, ranged_reads.run exactly the wanted bytes
+read_tensors     chunk_sources.locate where the elements start, ranged_reads.run exactly the wanted bytes;
+                 what a delta stands for is rebuilt (delta_chain.py)
 read_values      from the manifest, or the object's container read whole (objects.py)
 """
 
@@ -9,18 +10,20 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from ray_ckpt.errors import UsageError
+from ray_ckpt.errors import FormatError, UsageError
 from ray_ckpt.format.boxes import Box
+from ray_ckpt.format.deltas import LINK, REBUILT
 from ray_ckpt.format.manifest import MANIFEST_NAME, Manifest, ObjectEntry
 from ray_ckpt.format.torch_internals import ExtensionRegistry, narrow
 from ray_ckpt.gc_pause import collector_paused
 from ray_ckpt.progress import NOBODY, Meter
 from ray_ckpt.storage.chunk_sources import SavedChunk, load_whole, locate
+from ray_ckpt.storage.delta_chain import Chain, chain_at
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.foreign import recognize
 from ray_ckpt.storage.member_sums import LongMember, check_members, long_members
@@ -54,6 +57,8 @@ class TensorReads:
     decoder: Decoder
     on_cuda: bool
     """Whether the ranges are read for a CUDA device."""
+    rebuild: Callable[[SavedChunk], torch.Tensor]
+    """Gives a chunk of which only changes are stored."""
 
     def run(self, meter: Meter = NOBODY) -> None:
         """Read all of it."""
@@ -64,7 +69,8 @@ class TensorReads:
     def read_undivided(self, meter: Meter = NOBODY) -> None:
         meter.expect(sum(item.saved.chunk.length for item in self.undivided))
         for saved, box, target in self.undivided:
-            whole = load_whole(self.storage, saved, self.decoder, self.tuning)
+            is_stored = REBUILT not in saved.chunk.transforms
+            whole = load_whole(self.storage, saved, self.decoder, self.tuning) if is_stored else self.rebuild(saved)
             target.copy_(narrow(whole, box.offsets, box.sizes))
             meter.add(saved.chunk.length)
 
@@ -109,6 +115,8 @@ class CheckpointReader:
         self.notes: tuple[str, ...] = ()
         """What `read_manifest` had to leave out, and why."""
         self.decoder = Decoder(extensions or ExtensionRegistry(), trusted=trusted)
+        self.chain: Chain | None = None
+        """What it is built on, where it is a delta and its record has been read."""
 
     @property
     def address(self) -> str:
@@ -117,6 +125,8 @@ class CheckpointReader:
     def read_manifest(self, record: bytes | Manifest | None = None) -> Manifest:
         """What the checkpoint holds, at the cost of one small read. Non-tensor values are in it: `Manifest.values()`.
 
+        Of a delta it is what that stands for, at the cost of a small read for each step that it is built on.
+
         For another program's checkpoint (stock DCP, accelerate, Lightning, `torch.save`, safetensors) the manifest is
         derived from the headers there; it has no checksums of ours, and values only where a header holds them.
 
@@ -124,9 +134,18 @@ class CheckpointReader:
             record: the bytes of its `manifest.json`, where somebody has read them already, or what they say.
 
         Raises:
-            CheckpointNotFoundError: there is no committed checkpoint.
+            CheckpointNotFoundError: there is no committed checkpoint, or none of a step that it is built on.
             FormatError, UnsafeCheckpointError: there is one, but it is damaged or not safe to read.
         """
+        manifest = self.read_stored(record)
+        if LINK not in manifest.objects:
+            return manifest
+        self.chain = chain_at(self.storage, manifest, self._tuning)
+        assert self.chain is not None, "it has a link"
+        return self.chain.manifest
+
+    def read_stored(self, record: bytes | Manifest | None = None) -> Manifest:
+        """As `read_manifest`, but of a delta what it consists of."""
         if record is not None:
             self.files = self.storage
             if isinstance(record, Manifest):
@@ -159,7 +178,15 @@ class CheckpointReader:
             pieces += [member.descriptor for member in members if member.descriptor is not None]
             undivided = [item for position, item in enumerate(wanted) if position not in sources]
             on_cuda = any(piece.target.is_cuda for piece in pieces)
-            return TensorReads(storage, tuning, cut(pieces, tuning), undivided, members, self.decoder, on_cuda)
+            ranges = cut(pieces, tuning)
+            return TensorReads(storage, tuning, ranges, undivided, members, self.decoder, on_cuda, self._rebuild)
+
+    def _rebuild(self, saved: SavedChunk) -> torch.Tensor:
+        if self.chain is None:  # somebody else has read the record
+            self.read_manifest()
+        if self.chain is None:
+            raise FormatError(f"{self.address} is no delta any more: it was saved again while it was read")
+        return self.chain.rebuild(saved)
 
     def read_values(self, entries: Mapping[str, ObjectEntry]) -> dict[str, Any]:
         """Non-tensors by name."""

@@ -73,6 +73,8 @@ _plain_containers: dict[str, bytes] = {}
 
 def save_plain(text: str) -> bytes:
     """The container of an encoded value. Thousands of hyper-parameters share a few values: each is saved once."""
+    if len(text) > INLINE_BLOB_BYTES:
+        return torch_save(values.decode(json.loads(text)))
     if text not in _plain_containers:
         if len(_plain_containers) > 4096:
             _plain_containers.clear()

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from ray_ckpt.errors import CheckpointNotFoundError, UsageError
+from ray_ckpt.errors import CheckpointError, CheckpointNotFoundError, StorageError, UsageError
+from ray_ckpt.format.deltas import link_of
 from ray_ckpt.format.manifest import MANIFEST_NAME
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.foreign_names import Listing, is_file, is_foreign, kind_of, list_target
 from ray_ckpt.storage.publish import DATA_FILE, STOCK_RECORD_NAME
+from ray_ckpt.storage.record_files import parse_and_keep, read_record
 from ray_ckpt.storage.steps import directory_of, parse_steps
 from ray_ckpt.storage.store import CheckpointStore
 from ray_ckpt.storage.unread import in_directory
@@ -74,10 +76,35 @@ def held(find: Callable[[], Location]) -> Iterator[Location]:
     while True:
         found = find()
         with found.storage.held() as storage:
-            if storage is found.storage or _is_there(storage):
-                yield found._replace(storage=storage)
+            if storage is found.storage:
+                yield found
+                return
+            if _is_there(storage):
+                with _with_all_before(storage, found.storage) as whole:
+                    yield found._replace(storage=whole)
                 return
         # It has been deleted between the look and the hold, and is looked for once more.
+
+
+@contextmanager
+def _with_all_before(held: Storage, storage: Storage) -> Iterator[Storage]:
+    """A held checkpoint; if it is a delta, with the whole store held, as it is read from other steps too."""
+    above = storage.parent()
+    if above is None or not _is_delta(held):
+        yield held
+        return
+    store, name = above
+    with store.held() as all_of_it:
+        # What was removed between the two holds is seen by the first one alone, and missed by name.
+        yield all_of_it.child(name)
+
+
+def _is_delta(storage: Storage) -> bool:
+    """Whether it is one. What cannot be read is none here: whoever reads it says why."""
+    try:
+        return storage.exists(MANIFEST_NAME) and link_of(read_record(storage, parse_and_keep)) is not None
+    except (CheckpointError, StorageError):
+        return False
 
 
 def wait_before(

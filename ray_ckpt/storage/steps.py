@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from ray_ckpt.errors import CheckpointError, CheckpointNotFoundError, FormatError, StorageError, UsageError
 from ray_ckpt.format.manifest import MANIFEST_NAME
+from ray_ckpt.storage.delta_links import built_on
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.publish import DATA_FILE
 from ray_ckpt.storage.record_files import parse_and_keep, read_record
@@ -62,6 +63,8 @@ class Look:
     """Path and reason, when the step cannot be loaded; else empty."""
     has_replaced: bool = False
     """Whether another checkpoint was there, whose `.metadata` an interrupted overwrite may have left."""
+    built_on: tuple[int, ...] = ()
+    """Steps of the store without which it cannot be loaded, as it is a delta."""
 
 
 def look_at(directory: Storage) -> Look | None:
@@ -82,7 +85,9 @@ def look_at(directory: Storage) -> Look | None:
     damage = _compare(directory, manifest.files)
     if damage and not directory.exists(MANIFEST_NAME):
         return None  # it was deleted meanwhile
-    return Look(manifest.attempt, ours, damage, has_replaced=manifest.replaced_metadata is not None)
+    has_replaced = manifest.replaced_metadata is not None
+    before, broken = ((), "") if damage else built_on(directory, manifest)
+    return Look(manifest.attempt, ours, damage or broken, has_replaced, before)
 
 
 class Steps:

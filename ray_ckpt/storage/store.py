@@ -346,7 +346,8 @@ class CheckpointStore:
         linked = {step for step in looks if not self._removal.is_possible(step)}
         good = [step for step, found in looks.items() if not found.damage]
         own = [step for step in good if step not in linked]
-        kept = retained(own, policies, {*pins, *self._removal.led_to(own, linked)})
+        kept = set(retained(own, policies, {*pins, *self._removal.led_to(own, linked)}))
+        kept.update(*(looks[step].built_on for step in kept))
         return tuple(step for step in good if step in linked or step in kept)
 
     # ---------------------------------------------------------------------------------------------------- pins
