@@ -195,6 +195,18 @@ def test_what_others_wrote_is_exported_too(kind: str, tmp_path: Path) -> None:
     assert (tmp_path / "stock" / ".metadata").exists()
 
 
+def test_empty_tensors_and_single_elements_are_exported(tmp_path: Path) -> None:
+    state = {"empty": torch.zeros(0, 3), "first": torch.ones(2), "none": torch.zeros(0), "scalar": torch.tensor(2.0)}
+    save(state, tmp_path / "run")
+    for form in ("safetensors", "torch", "dcp"):
+        export(tmp_path / "run", tmp_path / form, to=form)
+    found = safetensors.torch.load_file(tmp_path / "safetensors" / "model.safetensors")
+    assert {name: tensor.tolist() for name, tensor in found.items()} == {
+        name: tensor.tolist() for name, tensor in state.items()
+    }
+    assert found["empty"].shape == (0, 3)
+
+
 def test_tied_weights_of_a_file_are_written_once(tmp_path: Path) -> None:
     shared = torch.arange(12.0).reshape(3, 4)
     torch.save({"embed.weight": shared, "head.weight": shared, "norm.weight": torch.ones(4)}, tmp_path / "tied.pt")

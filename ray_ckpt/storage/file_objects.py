@@ -176,6 +176,8 @@ class OutputFile:
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Append. The memory may be reused as soon as the call returns."""
+        if not len(data):
+            return  # that of an empty tensor is nowhere, and pyarrow ends the process
         self._storage.perform("write", self.name, lambda: self._native.write(data))
 
     def close(self, *, with_name: bool = True) -> None:
