@@ -13,9 +13,12 @@ from torch import nn
 
 import ray_ckpt
 from ray_ckpt.errors import CheckpointError, StateMismatchError, UsageError
+from ray_ckpt.format.block_sums import BlockSums, block_size
+from ray_ckpt.format.boxes import Box
 from ray_ckpt.parallel.stages import take_stage
 from ray_ckpt.recipes.model import PipelineModel
 from ray_ckpt.state.train_state import TrainState
+from ray_ckpt.storage.ranged_reads import LOCAL, REMOTE, Piece, Source, Tuning, cut
 from tests.support.ranks import run_ranks
 from tests.test_state import fresh, train, trained
 
@@ -235,3 +238,16 @@ def test_what_no_rank_wants_is_found_by_all_together(tmp_path: Path) -> None:
         assert found["named"].startswith("load failed on rank 1: StateMismatchError: the checkpoint at /")
         assert "model.0.bias: not saved, wanted float32[5]" in found["named"]
         assert {"model.0.bias", "model.0.weight"} <= set(found["missing"])
+
+
+@pytest.mark.parametrize("tuning", [LOCAL, REMOTE])
+def test_a_block_is_not_read_again_for_each_row_that_lies_in_it(tuning: Tuning) -> None:
+    """Half of the columns of a wide matrix: two rows are further apart than what is read over, and in one block."""
+    rows, columns = 2048, 28_672
+    num_bytes = 2 * rows * columns
+    sums = BlockSums(block_size(num_bytes), bytes(8 * 256))
+    assert 2 * columns // 2 > LOCAL.max_gap_bytes
+    assert sums.block_bytes > 4 * 2 * columns
+    source = Source("w", "file", 0, (columns, 1), torch.bfloat16, num_bytes, sums)
+    piece = Piece(source, Box((0, columns // 2), (rows, columns // 2)), torch.empty(rows, columns // 2).bfloat16())
+    assert sum(found.end - found.start for found in cut([piece], tuning)) < 3 * num_bytes / 2

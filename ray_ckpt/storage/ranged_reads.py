@@ -230,12 +230,14 @@ def _cut_scattered(piece: Piece, tuning: Tuning) -> Iterator[Range]:
         start, memory = _first_byte(source, piece.box), bytes_of(piece.target)
         yield _widened(source, start, start + len(memory), memory)
         return
+    # A gap within a checksum block is read over in any case: parts of one block would only have it hashed again.
+    block_bytes = 0 if source.checksums is None else source.checksums.block_bytes
     parts = ranges.split(
         piece.box,
         source.strides,
         source.dtype.itemsize,
         max_bytes=tuning.max_read_bytes,
-        max_gap=tuning.max_gap_bytes,
+        max_gap=max(tuning.max_gap_bytes, min(block_bytes, REMOTE.max_gap_bytes)),
     )
     for part in parts:
         target = narrow(piece.target, part.box.within(piece.box).offsets, part.box.sizes)
