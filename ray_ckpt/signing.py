@@ -23,7 +23,7 @@ from ray_ckpt.errors import CheckpointError, FormatError, SignatureError, UsageE
 from ray_ckpt.format.foreign_json import parse_object
 from ray_ckpt.format.limits import SIGNATURE_BYTES
 from ray_ckpt.format.manifest import MANIFEST_NAME, Manifest, check_file_name
-from ray_ckpt.inspection.opening import open_record
+from ray_ckpt.inspection.opening import Opened, open_record, opened_at
 from ray_ckpt.progress import Meter, Progress
 from ray_ckpt.report import SignatureReport
 from ray_ckpt.storage.address import refuse_uri
@@ -87,7 +87,8 @@ def sign(
     with _library():
         from model_signing import signing
 
-    storage, manifest = _open(target, step)
+    # Not held: what is deleted meanwhile is not signed, and what replaces it must not get its signature.
+    storage, manifest = _signable(open_record(committed_at(target, step).storage))
     names = [*_RECORDS, *(() if record_only else manifest.files)]
     meter = Meter(progress)
     config: Any = signing.Config()  # type: ignore[no-untyped-call]
@@ -139,46 +140,53 @@ def verify_signature(
         from cryptography.exceptions import InvalidSignature
         from model_signing import verifying
 
-    storage, manifest = _open(target, step)
-    signature = read_if_there(storage, SIGNATURE_NAME)
-    if signature is None:
-        raise SignatureError(f"{storage.address} is not signed: it has no {SIGNATURE_NAME}; `ray-ckpt sign` makes one")
-    claimed = _claimed(signature)
-    data = manifest.files if manifest.files.keys() & claimed.keys() else ()
-    names = sorted({*_RECORDS, *data, *claimed})
-    meter = Meter(progress)
-    hashes = _hashing(storage, names, meter)
-    config: Any = verifying.Config()  # type: ignore[no-untyped-call]
-    config.set_hashing_config(hashes)
-    with _key(public_key):
-        config.use_elliptic_key_verifier(public_key=os.fspath(public_key))
-    with tempfile.TemporaryDirectory(prefix="ray_ckpt-") as directory:
-        path = Path(directory) / SIGNATURE_NAME
-        path.write_bytes(signature)
-        try:
-            config.verify(_name_of(storage), path)
-        except CheckpointError:
-            raise
-        except InvalidSignature as error:
-            raise SignatureError(f"{storage.address}/{SIGNATURE_NAME} is no signature by {public_key}") from error
-        except Exception as error:  # whatever the library makes of damaged bytes
-            if hashes.found is None:  # the files are looked at when the signature itself is good
-                told = f"{storage.address}/{SIGNATURE_NAME} is no signature by {public_key}: {error}"
-                raise SignatureError(told) from error
-            others = [name for name in names if hashes.found.get(name) != claimed.get(name)]
+    with opened_at(target, step) as (opened, _):
+        storage, manifest = _signable(opened)
+        signature = read_if_there(storage, SIGNATURE_NAME)
+        if signature is None:
             raise SignatureError(
-                f"{storage.address} is not as it was signed: {listed(others)} changed, came or went since"
-            ) from error
-    meter.end()
-    return _report("signature fits", storage, names, manifest)
+                f"{storage.address} is not signed: it has no {SIGNATURE_NAME}; `ray-ckpt sign` makes one"
+            )
+        claimed = _claimed(signature)
+        data = manifest.files if manifest.files.keys() & claimed.keys() else ()
+        names = sorted({*_RECORDS, *data, *claimed})
+        meter = Meter(progress)
+        hashes = _hashing(storage, names, meter)
+        config: Any = verifying.Config()  # type: ignore[no-untyped-call]
+        config.set_hashing_config(hashes)
+        with _key(public_key):
+            config.use_elliptic_key_verifier(public_key=os.fspath(public_key))
+        with tempfile.TemporaryDirectory(prefix="ray_ckpt-") as directory:
+            path = Path(directory) / SIGNATURE_NAME
+            path.write_bytes(signature)
+            try:
+                config.verify(_name_of(storage), path)
+            except CheckpointError:
+                raise
+            except InvalidSignature as error:
+                raise SignatureError(f"{storage.address}/{SIGNATURE_NAME} is no signature by {public_key}") from error
+            except Exception as error:  # whatever the library makes of damaged bytes
+                if hashes.found is None:  # the files are looked at when the signature itself is good
+                    told = f"{storage.address}/{SIGNATURE_NAME} is no signature by {public_key}: {error}"
+                    raise SignatureError(told) from error
+                others = [name for name in names if hashes.found.get(name) != claimed.get(name)]
+                raise SignatureError(
+                    f"{storage.address} is not as it was signed: {listed(others)} changed, came or went since"
+                ) from error
+        meter.end()
+        return _report("signature fits", storage, names, manifest)
 
 
-def _open(target: Target, step: int | None) -> tuple[Storage, Manifest]:
-    opened = open_record(committed_at(target, step).storage)
+def _signable(opened: Opened) -> tuple[Storage, Manifest]:
     if not opened.manifest.attempt:
         raise UsageError(
             f"{opened.address} was written by {opened.kind}, and has no record of its files that could be signed; "
             "`ray-ckpt import` makes a checkpoint of it that has"
+        )
+    if opened.is_delta:
+        raise UsageError(
+            f"{opened.address} is a delta: most of what it stands for lies in other steps, which a signature would "
+            "not cover; `ray-ckpt import` makes a checkpoint of it that is whole"
         )
     return opened.files, opened.manifest
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from ray_ckpt import (
+    ArrowStorageReader,
     CheckpointError,
     CheckpointNotFoundError,
     CheckpointStore,
@@ -26,16 +30,24 @@ from ray_ckpt import (
     WeightFollower,
     WeightPublisher,
     compare,
+    convert,
+    diff,
+    export,
+    inspect,
     keep_last,
+    list_steps,
     load,
     open_weights,
     save,
+    scan_nonfinite,
+    sign,
     verify,
 )
 from ray_ckpt.errors import CheckpointExistsError, FormatError
 from ray_ckpt.format import deltas
 from ray_ckpt.storage import delta_codec
 from ray_ckpt.storage.delta_codec import apply_delta, encode_delta
+from tests.support.clusters import wait_until
 from tests.support.ranks import run_ranks
 
 NUM_VERSIONS = 8
@@ -637,3 +649,59 @@ def test_one_rank_without_a_base_makes_all_publish_whole(tmp_path: Path) -> None
     store = CheckpointStore(path)
     assert [is_delta(store, step) for step in store.steps()] == [False, False, True]
     assert_same(dict(open_weights(store)), {f"a{rank}": torch.ones(500) for rank in range(2)})
+
+
+class TestOtherVerbs:
+    def test_what_copies_looks_and_signs(self, tmp_path: Path) -> None:
+        versions = publish_versions(tmp_path / "policy")
+        store = CheckpointStore(tmp_path / "policy")
+        contents = inspect(store, 7)
+        assert {found.name: found.shape for found in contents.tensors()} == {n: s for n, (_, s) in KINDS.items()}
+        export(store, tmp_path / "whole", step=7, to="safetensors")
+        assert_same(dict(open_weights(tmp_path / "whole")), versions[7])
+        convert(store, tmp_path / "copy", step=7)
+        held = blank(versions[7])
+        load(held, tmp_path / "copy")
+        assert_same(held, versions[7])
+        assert diff(store, tmp_path / "copy", left_step=7).equal
+        assert not diff(store, tmp_path / "copy", left_step=6).equal
+        assert scan_nonfinite(store, 7).keys() == scan_nonfinite(tmp_path / "copy").keys()
+        by_dcp = blank(versions[7])
+        with pytest.warns(UserWarning, match="single process"):
+            dcp.load(by_dcp, storage_reader=ArrowStorageReader(store.location(7)), no_dist=True)
+        assert_same(by_dcp, versions[7])
+        with pytest.raises(UsageError, match="is a delta"):
+            sign(store, tmp_path / "no.pem", 7)
+        [seventh] = [found for found in list_steps(store).steps if found.step == 7]
+        assert seventh.damage == ""
+
+
+PUBLISH = """
+import itertools, sys, torch
+from ray_ckpt import WeightPublisher
+publisher, state = WeightPublisher(sys.argv[1], whole_every=4), {"a": torch.zeros(3_000_000)}
+for version in itertools.count():
+    state["a"][version::1000] += 1
+    publisher.save(state, version)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [1, 4, 6])
+def test_a_publisher_that_is_killed_leaves_whole_versions(tmp_path: Path, victim: int) -> None:
+    """It is killed as soon as the directory of a version is there."""
+    store = CheckpointStore(tmp_path / "policy")
+    with subprocess.Popen([sys.executable, "-c", PUBLISH, str(tmp_path / "policy")]) as process:
+        wait_until((tmp_path / "policy" / f"step-{victim}").exists, 60, lambda: store.steps())
+        process.kill()
+    latest, state = store.latest(), torch.zeros(3_000_000)
+    assert latest in (victim - 1, victim)
+    for version in range(latest + 1):
+        state[version::1000] += 1
+    held = {"a": torch.zeros(3_000_000)}
+    load(held, store)
+    assert torch.equal(held["a"], state)
+    store.clean(older_than_s=0)
+    assert all(verify(store, step=step).verified for step in store.steps())
+    WeightPublisher(store).save({"a": state}, latest + 1)
+    assert not is_delta(store, latest + 1)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import uuid
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from ray_ckpt.cluster.group import WorkerGroup
 from ray_ckpt.cluster.ram.holds import File, Holds
 from ray_ckpt.cluster.ram.index import find_index, index_name
 from ray_ckpt.errors import CheckpointNotFoundError, StorageError, WorkerError
+from ray_ckpt.format.manifest import MANIFEST_NAME
+from ray_ckpt.storage.rewrite import BATCH_BYTES
 from ray_ckpt.storage.store import CheckpointStore
 from tests.support import rank_states
 from tests.support.clusters import wait_until
@@ -43,6 +46,18 @@ def loaded(source: Any) -> torch.Tensor:
     state = {"x": torch.zeros(5000)}
     ray_ckpt.load(state, source)
     return state["x"]
+
+
+def assert_holds(directory: Path, wanted: dict[str, torch.Tensor]) -> None:
+    found = dict(ray_ckpt.open_weights(directory))
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+def make_keys(directory: Path) -> tuple[Path, Path]:
+    key, public = directory / "key.pem", directory / "key.pub"
+    subprocess.run(["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", str(key)], check=True)
+    subprocess.run(["openssl", "ec", "-in", str(key), "-pubout", "-out", str(public)], check=True, capture_output=True)
+    return key, public
 
 
 class TestHolds:
@@ -126,6 +141,66 @@ class TestOneNode:
         assert self.used(store) > 1.5 * kept
         del weights
         wait_until(lambda: self.used(store) < 1.1 * kept, 20, lambda: self.used(store))
+
+    @pytest.mark.parametrize("verb", ["export", "convert", "diff", "scan", "verify signature"])
+    def test_whoever_looks_or_copies_reads_to_the_end_too(
+        self, store: CheckpointStore, tmp_path: Path, verb: str
+    ) -> None:
+        """The step is deleted once the first bytes have been read; as many as these are left by then."""
+        large = {"model": {name: torch.arange(float(BATCH_BYTES // 4)) for name in "abc"}}
+        ray_ckpt.save(large, store, step=1)
+        ray_ckpt.save(large, store, step=2)
+        begun = store.location(1)
+        deletions = []
+
+        def delete_once(done: int, total: int) -> None:
+            if not deletions:
+                deletions.append((done, total))
+                store.delete(1)
+
+        if verb == "export":
+            ray_ckpt.export(store, tmp_path / "out", step=1, to="safetensors", progress=delete_once)
+            assert_holds(tmp_path / "out", large["model"])
+        elif verb == "convert":
+            ray_ckpt.convert(store, tmp_path / "out", step=1, progress=delete_once)
+            assert_holds(tmp_path / "out", large["model"])
+        elif verb == "diff":
+            report = ray_ckpt.diff(store, store, left_step=1, right_step=2, progress=delete_once)
+            assert (report.equal, report.num_equal) == (True, 3)
+        elif verb == "scan":
+            assert not ray_ckpt.scan_nonfinite(store, 1, progress=delete_once)
+        else:
+            key, public = make_keys(tmp_path)
+            ray_ckpt.sign(store, key, 1)
+            assert len(ray_ckpt.verify_signature(store, public, 1, progress=delete_once).files) == 3
+        [(done, total)] = deletions
+        assert done < total
+        assert store.steps() == (2,)
+        with pytest.raises(StorageError):  # what does not hold it sees it no more
+            begun.read_bytes(MANIFEST_NAME)
+
+    def test_what_a_delta_is_built_on_stays_for_its_readers(self, store: CheckpointStore) -> None:
+        publisher, follower = ray_ckpt.WeightPublisher(store, whole_every=3), ray_ckpt.WeightFollower(store)
+        state, served = values(0), {"x": torch.zeros(5000)}
+        for step in range(3):
+            state["x"][step] += 1
+            publisher.save(state, step)
+        third = state["x"].clone()
+        begun = ray_ckpt.open_weights(store, 2)
+        assert follower.fetch(served).num_bytes == 20_000
+        state["x"][7] += 1
+        publisher.save(state, 3)
+        store.prune(ray_ckpt.keep_last(1))
+        assert store.steps() == (3,)
+        for _ in range(2):
+            assert torch.equal(dict(begun)["x"], third)
+        assert torch.equal(served["x"], third)
+        assert follower.fetch(served).step == 3
+        state["x"][8] += 1
+        publisher.save(state, 4)
+        assert follower.fetch(served).num_bytes < 1000
+        assert torch.equal(served["x"], state["x"])
+        assert ray_ckpt.verify(store, step=4).verified
 
     def test_a_replaced_step_is_both_to_each_reader_its_own(self, store: CheckpointStore) -> None:
         publish(store, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import resource
@@ -223,9 +224,10 @@ SCREEN = Screen(Console(file=io.StringIO()))
 
 def _reshard(source: Path | str, to: str, target: Path | str, *, overwrite: bool = False) -> Manifest:
     """The job in this process, on this module's Ray, whose workers it shares with the other tests."""
-    prepared = job.prepare(job.Options(str(source), to, str(target), overwrite), SCREEN)
-    job.rewrite(prepared, 60, SCREEN)
-    job.commit(prepared, SCREEN)
+    with contextlib.ExitStack() as holds:
+        prepared = job.prepare(job.Options(str(source), to, str(target), overwrite), SCREEN, holds)
+        job.rewrite(prepared, 60, SCREEN)
+        job.commit(prepared, SCREEN)
     return ArrowStorageReader(target).read_manifest()
 
 

@@ -12,7 +12,7 @@ from ray_ckpt.conversion.engine import Plan, identity_of, run
 from ray_ckpt.conversion.jobs import FileJob, TensorJob, Written, batches
 from ray_ckpt.conversion.remainder import SUFFIX
 from ray_ckpt.conversion.selection import Rename, chosen, is_cast, model_of, parse_dtype_name, renamed, renamed_path
-from ray_ckpt.conversion.source import Source, container_jobs, open_source
+from ray_ckpt.conversion.source import Source, container_jobs, source_at
 from ray_ckpt.conversion.writing import joined
 from ray_ckpt.errors import CheckpointExistsError, UsageError
 from ray_ckpt.format import dcp_metadata, safetensors
@@ -111,10 +111,10 @@ def export(
     asked = _Asked(
         tuple(only), None if dtype is None else parse_dtype_name(dtype), tuple(rename), max_shard_bytes, config
     )
-    given = open_source(source, step, trusted=trusted)
-    storage = Storage.of(target)
-    plan = {"safetensors": _safetensors, "torch": _torch, "dcp": _dcp}[to](given, storage, asked)
-    return run(plan, progress, ray=ray, address=address)
+    with source_at(source, step, trusted=trusted) as given:
+        storage = Storage.of(target)
+        plan = {"safetensors": _safetensors, "torch": _torch, "dcp": _dcp}[to](given, storage, asked)
+        return run(plan, progress, ray=ray, address=address)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from ray_ckpt.conversion.engine import Plan, identity_of, run
 from ray_ckpt.conversion.jobs import Written
-from ray_ckpt.conversion.source import Source, container_jobs, open_source
+from ray_ckpt.conversion.source import Source, container_jobs, source_at
 from ray_ckpt.conversion.writing import joined
 from ray_ckpt.errors import UsageError
 from ray_ckpt.format import dcp_metadata
@@ -72,12 +72,12 @@ def convert(
         CheckpointError, StorageError: the source cannot be read, or the target not be written.
         WorkerError: tasks on the cluster failed; names them by the numbers of their files.
     """
-    given = open_source(source, step, trusted=trusted)
-    storage = destination(target, target_step).storage
-    real = os.path.realpath if storage.is_local else str  # a link may lead to the source
-    if real(storage.address) == real(given.opened.address):
-        raise UsageError(f"{storage.address} is the source: give the new checkpoint a place of its own")
-    return run(_plan(given, storage), progress, ray=ray, address=address)
+    with source_at(source, step, trusted=trusted) as given:
+        storage = destination(target, target_step).storage
+        real = os.path.realpath if storage.is_local else str  # a link may lead to the source
+        if real(storage.address) == real(given.opened.address):
+            raise UsageError(f"{storage.address} is the source: give the new checkpoint a place of its own")
+        return run(_plan(given, storage), progress, ray=ray, address=address)
 
 
 def _plan(source: Source, target: Storage) -> Plan:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +13,13 @@ from ray_ckpt.format.foreign_optimizers import group_lists
 from ray_ckpt.format.manifest import Manifest, ObjectEntry
 from ray_ckpt.format.torch_internals import ExtensionRegistry
 from ray_ckpt.inspection.opening import Opened, open_record
+from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.objects import Decoder, read_values
 from ray_ckpt.storage.ranged_reads import tuning_for
-from ray_ckpt.storage.resolve import Target, committed_at
+from ray_ckpt.storage.resolve import Target, committed_at, held
 from ray_ckpt.storage.rewrite import WantedTensor
 
-__all__ = ["Source", "open_source"]
+__all__ = ["Source", "open_source", "source_at"]
 
 
 @dataclass(frozen=True)
@@ -50,16 +52,27 @@ class Source:
         return TensorJob(wanted, whole, dtype or entry.dtype, self.manifest.fingerprints.get(name, ""))
 
 
-def open_source(source: Target, step: int | None, *, trusted: bool) -> Source:
-    """
-    Args:
-        trusted: as for `verify`.
+@contextmanager
+def source_at(source: Target, step: int | None, *, trusted: bool) -> Iterator[Source]:
+    """A source that stays whole within the block, also where it is deleted or replaced in memory.
 
     Raises:
         CheckpointNotFoundError: there is none.
         CheckpointError, StorageError: its record is damaged, or the storage does not answer.
     """
-    opened = open_record(committed_at(source, step).storage, trusted=trusted)
+    with held(lambda: committed_at(source, step)) as found:
+        yield open_source(found.storage, trusted=trusted)
+
+
+def open_source(storage: Storage, *, trusted: bool) -> Source:
+    """
+    Args:
+        trusted: as for `verify`.
+
+    Raises:
+        CheckpointError, StorageError: its record is damaged, or the storage does not answer.
+    """
+    opened = open_record(storage, trusted=trusted)
     lists = {name: opened.manifest.objects[name] for name in group_lists(opened.manifest)}
     return Source(opened, Source(opened, {}).values(lists))
 

@@ -138,7 +138,7 @@ def open_weights(
         step = wait.look()
     with contextlib.ExitStack() as holds:
         found = holds.enter_context(held(lambda: checkpoint_at(target, step)))
-        weights = Weights(open_source(found.storage, None, trusted=trusted), found.step)
+        weights = Weights(open_source(found.storage, trusted=trusted), found.step)
         # At the end of the process there may be no cluster any more, and the hold ends by itself.
         weakref.finalize(weights, _release, holds.pop_all()).atexit = False
     return weights

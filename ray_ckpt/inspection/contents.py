@@ -20,8 +20,8 @@ from typing import Any
 
 from ray_ckpt.errors import UsageError
 from ray_ckpt.format.manifest import Manifest, TensorEntry
-from ray_ckpt.inspection.opening import open_record
-from ray_ckpt.storage.resolve import Target, committed_at
+from ray_ckpt.inspection.opening import opened_at
+from ray_ckpt.storage.resolve import Target
 
 __all__ = [
     "CheckpointContents",
@@ -180,9 +180,8 @@ def inspect(target: Target, step: int | None = None, *, trusted: bool = False) -
         CheckpointNotFoundError: there is none.
         CheckpointError, StorageError: its record is damaged, or the storage does not answer.
     """
-    found = committed_at(target, step)
-    opened = open_record(found.storage, trusted=trusted)
-    return CheckpointContents(opened.address, found.step, opened.kind, opened.notes, opened.manifest)
+    with opened_at(target, step, trusted=trusted) as (opened, number):
+        return CheckpointContents(opened.address, number, opened.kind, opened.notes, opened.manifest)
 
 
 def tensor_of(manifest: Manifest, name: str, where: str) -> TensorEntry:

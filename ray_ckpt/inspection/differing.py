@@ -15,11 +15,11 @@ import torch
 
 from ray_ckpt.errors import UnsafeCheckpointError
 from ray_ckpt.format.torch_internals import ExtensionRegistry
-from ray_ckpt.inspection.opening import Opened, open_record
+from ray_ckpt.inspection.opening import Opened, opened_at
 from ray_ckpt.inspection.statistics import elements_of
 from ray_ckpt.progress import Meter, Progress
 from ray_ckpt.storage.objects import Decoder, saved_object
-from ray_ckpt.storage.resolve import Target, committed_at
+from ray_ckpt.storage.resolve import Target
 from ray_ckpt.storage.rewrite import TensorPieces
 from ray_ckpt.text import quoted
 
@@ -121,35 +121,37 @@ def diff(
         IntegrityError: what was read differs from its checksum.
         CheckpointError, StorageError: one of them cannot be read.
     """
-    one = open_record(committed_at(left, left_step).storage, trusted=trusted)
-    other = open_record(committed_at(right, right_step).storage, trusted=trusted)
-    names = _names(one), _names(other)
-    differing, alike = _by_records(one, other)
-    printed = {
-        name: one.manifest.fingerprints[name] == other.manifest.fingerprints[name]
-        for name in alike
-        if name in one.manifest.fingerprints and name in other.manifest.fingerprints
-    }
-    to_read = [name for name in alike if name not in printed or (values and not printed[name])]
-    elements = _by_elements(one, other, to_read, progress, measure=values)
-    for name in alike:
-        if name in elements:
-            differing.append(elements[name])
-        elif not printed.get(name, True) and name not in to_read:
-            differing.append(TensorDifference(name, "elements"))
-    different_values, uncompared = _by_values(one, other)
-    return DiffReport(
-        left=one.address,
-        right=other.address,
-        only_left=tuple(sorted(names[0] - names[1])),
-        only_right=tuple(sorted(names[1] - names[0])),
-        tensors=tuple(differing),
-        values=different_values,
-        uncompared=uncompared,
-        num_equal=len(one.manifest.tensors.keys() & other.manifest.tensors.keys()) - len(differing),
-        num_by_fingerprint=len(alike) - len(to_read),
-        bytes_read=2 * sum(one.manifest.tensors[name].num_bytes for name in to_read),
-    )
+    with (
+        opened_at(left, left_step, trusted=trusted) as (one, _),
+        opened_at(right, right_step, trusted=trusted) as (other, _),
+    ):
+        names = _names(one), _names(other)
+        differing, alike = _by_records(one, other)
+        printed = {
+            name: one.manifest.fingerprints[name] == other.manifest.fingerprints[name]
+            for name in alike
+            if name in one.manifest.fingerprints and name in other.manifest.fingerprints
+        }
+        to_read = [name for name in alike if name not in printed or (values and not printed[name])]
+        elements = _by_elements(one, other, to_read, progress, measure=values)
+        for name in alike:
+            if name in elements:
+                differing.append(elements[name])
+            elif not printed.get(name, True) and name not in to_read:
+                differing.append(TensorDifference(name, "elements"))
+        different_values, uncompared = _by_values(one, other)
+        return DiffReport(
+            left=one.address,
+            right=other.address,
+            only_left=tuple(sorted(names[0] - names[1])),
+            only_right=tuple(sorted(names[1] - names[0])),
+            tensors=tuple(differing),
+            values=different_values,
+            uncompared=uncompared,
+            num_equal=len(one.manifest.tensors.keys() & other.manifest.tensors.keys()) - len(differing),
+            num_by_fingerprint=len(alike) - len(to_read),
+            bytes_read=2 * sum(one.manifest.tensors[name].num_bytes for name in to_read),
+        )
 
 
 def _names(opened: Opened) -> set[str]:

@@ -180,11 +180,11 @@ def _list_foreign(directory: Storage, step: int | None, saved_s: float | None) -
 
 def _alone(target: Target, store: CheckpointStore) -> StoreListing:
     """A checkpoint that is no step of a store."""
-    opened_at = committed_at(target, None).storage
-    opened = open_record(opened_at)
+    found = committed_at(target, None).storage
+    opened = open_record(found)
     problem = size_problem(opened)
     # Whose directory holds other things too is not listed for the sake of a time.
-    scanned = {} if is_file(opened_at) else opened.files.scan()
+    scanned = {} if is_file(found) else opened.files.scan()
     times = [file.modified_s for name, file in scanned.items() if name in opened.manifest.files]
     saved_s = max((time for time in times if time is not None), default=None)
     return StoreListing(store.address, (_listing(None, opened.kind, opened.manifest, problem, saved_s),), None)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ray_ckpt.format.deltas import LINK
 from ray_ckpt.format.manifest import MANIFEST_NAME, Manifest
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.record_files import read_record
+from ray_ckpt.storage.resolve import Target, committed_at, held
 
-__all__ = ["Opened", "open_record", "size_problem"]
+__all__ = ["Opened", "open_record", "opened_at", "size_problem"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class Opened:
     """`ray_ckpt`, or what program wrote it."""
     notes: tuple[str, ...] = ()
     """What had to be left out, and why."""
+    is_delta: bool = False
+    """Whether the manifest is that of what a delta stands for."""
 
 
 def open_record(storage: Storage, *, trusted: bool = False) -> Opened:
@@ -45,7 +50,21 @@ def open_record(storage: Storage, *, trusted: bool = False) -> Opened:
 
     reader = CheckpointReader(storage, trusted=trusted)
     manifest = reader.read_manifest()
-    return Opened(reader.address, manifest, reader.files, reader.kind or "ray_ckpt", reader.notes)
+    is_delta, kind = reader.chain is not None, reader.kind or "ray_ckpt"
+    return Opened(reader.address, manifest, reader.files, kind, reader.notes, is_delta)
+
+
+@contextmanager
+def opened_at(target: Target, step: int | None, *, trusted: bool = False) -> Iterator[tuple[Opened, int | None]]:
+    """The record of a checkpoint that was committed, damaged or not, and its step in the store. Within the block what
+    is in memory stays whole, also when it is deleted or replaced.
+
+    Raises:
+        CheckpointNotFoundError: there is none.
+        CheckpointError, StorageError: as `open_record`.
+    """
+    with held(lambda: committed_at(target, step)) as found:
+        yield open_record(found.storage, trusted=trusted), found.step
 
 
 def size_problem(opened: Opened) -> str:

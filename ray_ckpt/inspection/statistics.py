@@ -11,12 +11,12 @@ import torch
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.manifest import Manifest
 from ray_ckpt.inspection.contents import tensor_of
-from ray_ckpt.inspection.opening import open_record
+from ray_ckpt.inspection.opening import opened_at
 from ray_ckpt.progress import Meter, Progress
 from ray_ckpt.report import NonFinite
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.nonfinite import may_be_odd
-from ray_ckpt.storage.resolve import Target, committed_at
+from ray_ckpt.storage.resolve import Target
 from ray_ckpt.storage.rewrite import TensorPieces, WantedTensor
 
 __all__ = ["TensorStatistics", "elements_of", "scan_nonfinite", "tensor_statistics"]
@@ -75,41 +75,41 @@ def tensor_statistics(target: Target, name: str, step: int | None = None, *, tru
         IntegrityError: what was read differs from its checksum.
         CheckpointError, StorageError: the checkpoint cannot be read.
     """
-    opened = open_record(committed_at(target, step).storage, trusted=trusted)
-    entry = tensor_of(opened.manifest, name, opened.address)
+    with opened_at(target, step, trusted=trusted) as (opened, _):
+        entry = tensor_of(opened.manifest, name, opened.address)
 
-    def pieces() -> Iterator[torch.Tensor]:
-        return (_as_real(piece) for _, piece in elements_of(opened.files, opened.manifest, [name]))
+        def pieces() -> Iterator[torch.Tensor]:
+            return (_as_real(piece) for _, piece in elements_of(opened.files, opened.manifest, [name]))
 
-    count, total, low, high, num_nan, num_inf = 0, 0.0, math.inf, -math.inf, 0, 0
-    for piece in pieces():
-        finite, odd = _finite(piece)
-        num_nan, num_inf = num_nan + odd.num_nan, num_inf + odd.num_inf
-        if finite.numel():
-            count, total = count + finite.numel(), total + float(finite.sum())
-            low, high = min(low, float(finite.min())), max(high, float(finite.max()))
-    mean = total / count if count else None
-    squares, bins = 0.0, torch.zeros(_NUM_BINS, dtype=torch.int64)
-    if mean is not None:
+        count, total, low, high, num_nan, num_inf = 0, 0.0, math.inf, -math.inf, 0, 0
         for piece in pieces():
-            finite, _ = _finite(piece)
-            squares += float((finite - mean).square_().sum())
-            bins += _binned(finite, low, high)
-    chunks = tuple((chunk.box.offsets, chunk.box.sizes, chunk.file) for chunk in entry.chunks)
-    return TensorStatistics(
-        name=name,
-        dtype=entry.dtype,
-        shape=entry.shape,
-        num_bytes=entry.num_bytes,
-        chunks=chunks,
-        minimum=low if count else None,
-        maximum=high if count else None,
-        mean=mean,
-        std=math.sqrt(squares / count) if count else None,
-        num_nan=num_nan,
-        num_inf=num_inf,
-        histogram=_histogram(bins.tolist(), low, high) if count else (),
-    )
+            finite, odd = _finite(piece)
+            num_nan, num_inf = num_nan + odd.num_nan, num_inf + odd.num_inf
+            if finite.numel():
+                count, total = count + finite.numel(), total + float(finite.sum())
+                low, high = min(low, float(finite.min())), max(high, float(finite.max()))
+        mean = total / count if count else None
+        squares, bins = 0.0, torch.zeros(_NUM_BINS, dtype=torch.int64)
+        if mean is not None:
+            for piece in pieces():
+                finite, _ = _finite(piece)
+                squares += float((finite - mean).square_().sum())
+                bins += _binned(finite, low, high)
+        chunks = tuple((chunk.box.offsets, chunk.box.sizes, chunk.file) for chunk in entry.chunks)
+        return TensorStatistics(
+            name=name,
+            dtype=entry.dtype,
+            shape=entry.shape,
+            num_bytes=entry.num_bytes,
+            chunks=chunks,
+            minimum=low if count else None,
+            maximum=high if count else None,
+            mean=mean,
+            std=math.sqrt(squares / count) if count else None,
+            num_nan=num_nan,
+            num_inf=num_inf,
+            histogram=_histogram(bins.tolist(), low, high) if count else (),
+        )
 
 
 def scan_nonfinite(
@@ -137,19 +137,19 @@ def scan_nonfinite(
     Raises:
         CheckpointError, StorageError: the checkpoint cannot be read.
     """
-    opened = open_record(committed_at(target, step).storage, trusted=trusted)
-    tensors = opened.manifest.tensors
-    names = [name for name, entry in tensors.items() if may_be_odd(entry.dtype)]
-    meter, found = Meter(progress), dict[str, NonFinite]()
-    meter.expect(sum(tensors[name].num_bytes for name in names))
-    for name, piece in elements_of(opened.files, opened.manifest, names):
-        real = _as_real(piece, double=False)
-        num_nan, num_inf = int(real.isnan().sum()), int(real.isinf().sum())
-        if num_nan or num_inf:
-            found[name] = found.get(name, NonFinite(0, 0)) + NonFinite(num_nan, num_inf)
-        meter.add(piece.nbytes)
-    meter.end()
-    return found
+    with opened_at(target, step, trusted=trusted) as (opened, _):
+        tensors = opened.manifest.tensors
+        names = [name for name, entry in tensors.items() if may_be_odd(entry.dtype)]
+        meter, found = Meter(progress), dict[str, NonFinite]()
+        meter.expect(sum(tensors[name].num_bytes for name in names))
+        for name, piece in elements_of(opened.files, opened.manifest, names):
+            real = _as_real(piece, double=False)
+            num_nan, num_inf = int(real.isnan().sum()), int(real.isinf().sum())
+            if num_nan or num_inf:
+                found[name] = found.get(name, NonFinite(0, 0)) + NonFinite(num_nan, num_inf)
+            meter.add(piece.nbytes)
+        meter.end()
+        return found
 
 
 def elements_of(files: Storage, manifest: Manifest, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -30,7 +30,7 @@ from ray_ckpt.plain_data import plain
 from ray_ckpt.progress import Progress
 from ray_ckpt.report import LoadReport, SaveReport, VerifyReport
 from ray_ckpt.storage.address import refuse_uri
-from ray_ckpt.storage.resolve import Target, committed_at
+from ray_ckpt.storage.resolve import Target, committed_at, held
 from ray_ckpt.text import printable
 from ray_ckpt.text_units import count, format_bytes
 
@@ -94,20 +94,20 @@ def write_report(
     """
     check_report_path(path)
     reader = Layout.parse(layout) if isinstance(layout, str) else layout
-    location = committed_at(target, step)
-    opened = open_record(location.storage, trusted=trusted)
-    checked = verify if isinstance(verify, VerifyReport) else None
-    if verify is True:
-        from ray_ckpt.checkpoint.verifying import verify as verify_checkpoint  # it loads torch
+    with held(lambda: committed_at(target, step)) as location:
+        opened = open_record(location.storage, trusted=trusted)
+        checked = verify if isinstance(verify, VerifyReport) else None
+        if verify is True:
+            from ray_ckpt.checkpoint.verifying import verify as verify_checkpoint  # it loads torch
 
-        checked = verify_checkpoint(location.storage, trusted=trusted, progress=progress)
-    report = _gather(opened, location.step, reader, checked, _Job(saves, loads, losses or {}, tuple(events)))
-    try:
-        # What is no text, such as half of a surrogate pair in a name, is spelled out.
-        Path(path).write_text(_render(report), encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        raise UsageError(f"cannot write the report to {os.fspath(path)}: {error.strerror or error}") from error
-    return report
+            checked = verify_checkpoint(location.storage, trusted=trusted, progress=progress)
+        report = _gather(opened, location.step, reader, checked, _Job(saves, loads, losses or {}, tuple(events)))
+        try:
+            # What is no text, such as half of a surrogate pair in a name, is spelled out.
+            Path(path).write_text(_render(report), encoding="utf-8", errors="backslashreplace")
+        except OSError as error:
+            raise UsageError(f"cannot write the report to {os.fspath(path)}: {error.strerror or error}") from error
+        return report
 
 
 def check_report_path(path: str | os.PathLike[str]) -> None:

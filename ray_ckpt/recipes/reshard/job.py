@@ -36,7 +36,7 @@ from ray_ckpt.report import SaveReport
 from ray_ckpt.storage.checkpoint_reader import CheckpointReader
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.publish import refuse_if_taken
-from ray_ckpt.storage.resolve import checkpoint_at
+from ray_ckpt.storage.resolve import checkpoint_at, held
 from ray_ckpt.storage.rewrite import WantedTensor
 from ray_ckpt.text_units import format_bytes
 
@@ -81,13 +81,14 @@ def run(options: Options, screen: Screen) -> SaveReport:
         UsageError: the options cannot work; nothing was touched.
         RayCkptError: the source cannot be read, or a task failed; nothing was committed.
     """
-    prepared = prepare(options, screen)
-    with connected(screen, options.address, num_cpus=1, verbose=options.verbose):
-        rewrite(prepared, options.timeout_s, screen)
-    report = commit(prepared, screen)
-    if options.report is not None:
-        draw(options.report, prepared, report, screen)
-    return report
+    with contextlib.ExitStack() as holds:
+        prepared = prepare(options, screen, holds)
+        with connected(screen, options.address, num_cpus=1, verbose=options.verbose):
+            rewrite(prepared, options.timeout_s, screen)
+        report = commit(prepared, screen)
+        if options.report is not None:
+            draw(options.report, prepared, report, screen)
+        return report
 
 
 def draw(path: str, prepared: Prepared, report: SaveReport, screen: Screen) -> None:
@@ -99,8 +100,11 @@ def draw(path: str, prepared: Prepared, report: SaveReport, screen: Screen) -> N
         line.result = f"{page.num_tensors} tensors in {path}"
 
 
-def prepare(options: Options, screen: Screen) -> Prepared:
+def prepare(options: Options, screen: Screen, holds: contextlib.ExitStack) -> Prepared:
     """Read the source's manifest, and decide who holds what.
+
+    Args:
+        holds: a source in memory stays whole until it is closed.
 
     Raises:
         UsageError: there is no such layout, or the target is taken.
@@ -111,7 +115,7 @@ def prepare(options: Options, screen: Screen) -> Prepared:
     target = Storage(options.target)
     if not options.overwrite:
         refuse_if_taken(target)
-    source = checkpoint_at(options.source, None).storage
+    source = holds.enter_context(held(lambda: checkpoint_at(options.source, None))).storage
     with screen.phase("read", f"what {source.address} holds") as line:
         reader = CheckpointReader(source)
         manifest = reader.read_manifest()
