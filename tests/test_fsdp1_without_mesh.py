@@ -13,7 +13,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
 import ray_ckpt
 from ray_ckpt import TrainState
+from ray_ckpt.errors import UsageError
 from tests.support.ranks import run_ranks
+from tests.support.subclasses import RowInt8, same
 
 
 def made(seed: int, **options: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -66,3 +68,27 @@ def test_what_is_loaded_trains_on_as_what_was_saved(tmp_path: Path, kind: str) -
     optimizer = torch.optim.AdamW(plain.parameters(), lr=0.5)
     ray_ckpt.load(TrainState(plain, optimizer), tmp_path / "run")
     assert [step(plain, optimizer) for _ in range(3)] == pytest.approx(expected)
+
+
+def quantized(seed: int, *, is_ignored: bool) -> nn.Module:
+    """With a frozen weight of int8 codes and scales, as adapters are trained on."""
+    torch.manual_seed(seed)
+    inner = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    inner[0].weight = nn.Parameter(RowInt8.of(torch.randn(7, 5)), requires_grad=False)
+    ignored = {"ignored_states": [inner[0].weight]} if is_ignored else {}
+    return FullyShardedDataParallel(inner, device_id=torch.device("cpu"), use_orig_params=True, **ignored)
+
+
+def save_quantized(rank: int, path: str) -> None:
+    with pytest.raises(UsageError, match=r"'0.weight' is a RowInt8, of which FSDP1 has flattened the values"):
+        TrainState(quantized(0, is_ignored=False)).state_dict()
+    model, other = quantized(0, is_ignored=True), quantized(1, is_ignored=True)
+    assert not same(other[0].weight.data, model[0].weight.data)
+    ray_ckpt.save(TrainState(model), path)
+    ray_ckpt.load(TrainState(other), path)
+    assert same(other[0].weight.data, model[0].weight.data)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_a_tensor_of_others_that_was_flattened_is_refused_before_it_is_saved(tmp_path: Path) -> None:
+    run_ranks(save_quantized, 2, tmp_path, str(tmp_path / "run"))

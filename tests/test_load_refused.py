@@ -145,3 +145,21 @@ def test_all_ranks_keep_what_they_had_when_one_refuses(tmp_path: Path) -> None:
     for told, unchanged in answers:
         assert "load failed on rank 1: StateMismatchError: extra.second (Picky) refuses what was saved" in told
         assert unchanged
+
+
+@pytest.mark.parametrize("kind", ["model", "extra", "dict"])
+def test_a_target_whose_elements_share_a_place_is_refused_before_anything_is_read(tmp_path: Path, kind: str) -> None:
+    def state(value: float) -> tuple[nn.Module, Any]:
+        model, spread = nn.Linear(2, 2), torch.full((1,), value).expand(3)
+        nn.init.constant_(model.weight, value)
+        if kind == "model":
+            model.register_buffer("spread", spread)
+            return model, TrainState(model)
+        return model, TrainState(model, extra={"spread": spread}) if kind == "extra" else {"a": model, "spread": spread}
+
+    ray_ckpt.save(state(3.0)[1], tmp_path / "run")
+    model, target = state(5.0)
+    with pytest.raises(RayCkptError, match="spread' has several elements in one place") as caught:
+        ray_ckpt.load(target, tmp_path / "run")
+    assert "what the failed load has left" not in str(caught.value)
+    assert torch.equal(model.weight, torch.full((2, 2), 5.0))

@@ -143,3 +143,15 @@ def test_torchs_own_modules_show_their_tensors_by_name() -> None:
     assert not has_own_form(own)
     assert not has_own_form(torch.optim.swa_utils.AveragedModel(own))
     assert has_own_form(nn.Sequential(own, Swapped(0)))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_module(tmp_path: Path) -> None:
+    model, target = (torch.jit.script(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))) for _ in range(2))
+    optimizer, other = trained(model), torch.optim.AdamW(target.parameters())
+    assert not torch.equal(target.state_dict()["0.weight"], model.state_dict()["0.weight"])
+    save(TrainState(model, optimizer), tmp_path)
+    load(TrainState(target, other), tmp_path)
+    assert all(map(torch.equal, target.state_dict().values(), model.state_dict().values()))
+    moments = [[each["exp_avg"] for each in of.state.values()] for of in (optimizer, other)]
+    assert all(map(torch.equal, *moments))

@@ -407,3 +407,46 @@ def test_sharded_averages_and_extras_load_whole(tmp_path: Path) -> None:
     ray_ckpt.load(TrainState(bare.model, ema=average, extra=extra), tmp_path / "run")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in average.items())
     assert torch.equal(extra["shards"], expected["second.weight"])
+
+
+class Kept:
+    """A data loader that shows what it was given."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+
+@pytest.mark.parametrize(
+    ("saved", "fresh"),
+    [
+        ({"n": 3, "workers": {"last": [{"at": 1}, {"at": torch.ones(2)}]}}, {"n": 0, "workers": {}}),
+        ({"n": 3, "workers": [{"at": [{"x": 1}]}]}, {"n": 0, "workers": None}),
+        ({"n": 3, "workers": ({"at": 1}, {"at": 2})}, {"n": 0, "workers": ()}),
+        ({"n": 3, "a.b": 4, "a": {"c": 5}}, {"n": 0}),
+        ({"n": 3, "workers": {5: 1, 6: {"x": 2}}}, {"n": 0, "workers": {1: 0}}),
+    ],
+)
+def test_the_state_of_others_loaders_keeps_its_form(tmp_path: Path, saved: Any, fresh: Any) -> None:
+    torch.save({"model": nn.Linear(2, 2).state_dict(), "dataloader": saved}, tmp_path / "run.pt")
+    loader = Kept(fresh)
+    report = ray_ckpt.load(TrainState(nn.Linear(2, 2), dataloader=loader), tmp_path / "run.pt")
+    assert repr(loader.state) == repr(saved) != repr(fresh)
+    assert report.dataloader == "restored"
+
+
+def test_what_may_have_had_numbers_for_keys_is_refused(tmp_path: Path) -> None:
+    saved = {"n": 3, "workers": {5: 1}}
+    torch.save({"model": nn.Linear(2, 2).state_dict(), "dataloader": saved}, tmp_path / "run.pt")
+    loader = Kept({"n": 0, "workers": {}})
+    state = TrainState(nn.Linear(2, 2), dataloader=loader)
+    with pytest.raises(StateMismatchError, match=r"nothing tells how dataloader\.workers\.5 was nested"):
+        ray_ckpt.load(state, tmp_path / "run.pt")
+    report = ray_ckpt.load(state, tmp_path / "run.pt", strict=False)
+    assert report.dataloader == "left as it was"
+    assert loader.state == {"n": 0, "workers": {}}

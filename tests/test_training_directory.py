@@ -139,6 +139,54 @@ def test_another_scheduler_is_refused_before_anything_changes(written: Any) -> N
     assert not fresh.state
 
 
+class History:
+    """An object that the user registers with accelerate. A fresh one shows none of what it will hold."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Any] = {"average": torch.zeros(2), "best": None, "seen": {}}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.kept
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.kept = state
+
+
+SEEN: dict[str, dict[Any, Any]] = {
+    "nested": {"runs": [{"loss": 0.5}, {"loss": 0.25}], "a.b": 1, "a": {"c": [3, 4]}},
+    "by number": {3: 0.5},
+}
+
+
+@pytest.mark.parametrize("seen", SEEN)
+def test_objects_that_were_registered_with_accelerate(tmp_path: Path, seen: str) -> None:
+    from accelerate import Accelerator
+
+    accelerator, model, counter, history = Accelerator(cpu=True), Net(), History(), History()
+    accelerator.prepare(model)
+    counter.kept = {"average": torch.ones(2), "best": 3, "seen": {}}
+    history.kept = {"average": torch.full((2,), 7.0), "best": {"step": 5}, "seen": SEEN[seen]}
+    accelerator.register_for_checkpointing(counter, history)
+    accelerator.save_state(str(tmp_path / "run"))
+    accelerator.free_memory()
+    other, others = Net(1), [History(), History()]
+    report = load(TrainState(other), tmp_path / "run")
+    assert (
+        "registered objects (extra={'custom_checkpoint_1': ...} takes one) left out: custom_checkpoint_1."
+        in report.lost
+    )
+    state = TrainState(other, extra={f"custom_checkpoint_{number}": each for number, each in enumerate(others)})
+    if seen == "by number":
+        with pytest.raises(StateMismatchError, match=r"nothing tells how extra.*seen.3 was nested"):
+            load(state, tmp_path / "run")
+        others[1].kept["seen"] = {1: 0.0}
+    report = load(state, tmp_path / "run")
+    for found, expected in zip(others, (counter, history), strict=True):
+        assert torch.equal(found.kept.pop("average"), expected.kept.pop("average"))
+        assert found.kept == expected.kept
+    assert "custom_checkpoint" not in report.lost
+
+
 def test_groups_in_another_order_are_refused(written: Any) -> None:
     _, directory, *_ = written
     other = Net(1)

@@ -6,6 +6,7 @@
     step  global_step  epoch  train_state. ...  trainer_state. ...   counters. ...
     scaler. ...  grad_scaler. ...  native_amp_scaling_state. ...     scaler.state. ...
     dataloader. ...  dl_state_dict. ...                              dataloader. ...  dataloader.$rank<n>. ...
+    custom_checkpoint_<n>. ...                                       extra.$others.custom_checkpoint_<n>. ...
     extra_state. ...                                                 what it is without that, as verl writes it
 
 torchtitan, Lightning, accelerate, transformers' `Trainer`, verl, and scripts by hand write these. What the state that
@@ -18,7 +19,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
-__all__ = ["OF_RANK", "Side", "section_of", "wanted_schedulers"]
+__all__ = ["OF_OTHERS", "OF_RANK", "Side", "section_of", "wanted_objects", "wanted_schedulers"]
 
 _STEP = ("global_step", "step")
 
@@ -49,11 +50,17 @@ _OF_LIGHTNING = re.compile(
     rf"(?:{_LIGHTNING}|loops|callbacks|hparams\w*|hyper_parameters|datamodule_\w+|MixedPrecision|\w+DataModule)(?:\..*)?"
 )
 
-_TRAINER = re.compile(r"(?:trainer_state|train_state|sampler|custom_checkpoint_[0-9]+)\..*")
+_TRAINER = re.compile(r"(?:trainer_state|train_state|sampler)\..*")
 
+_REGISTERED = re.compile(r"(custom_checkpoint_[0-9]+)\..+")
+"""Objects that were registered with accelerate, by their numbers."""
 
 OF_RANK = "$rank"
 """With the number of a rank, what lies above the state of its data loader: unlike ours it has no record."""
+
+
+OF_OTHERS = "$others"
+"""What lies above the state of objects among the extra ones, where it has no record, unlike ours."""
 
 
 class Side(NamedTuple):
@@ -69,6 +76,12 @@ def wanted_schedulers(others: Iterable[str]) -> list[str]:
     """Names of the schedulers in the state that is loaded into."""
     found = (re.fullmatch(r"schedulers\.(.+)\.kind", name) for name in others)
     return list(dict.fromkeys(match[1] for match in found if match and "._schedulers." not in match[1]))
+
+
+def wanted_objects(others: Iterable[str]) -> set[str]:
+    """Where the state that is loaded into takes registered objects from."""
+    found = (re.fullmatch(r"extra\.(custom_checkpoint_[0-9]+)", name) for name in others)
+    return {f"extra.{OF_OTHERS}.{match[1]}" for match in found if match}
 
 
 def section_of(name: str, schedulers: Sequence[str], saved: Collection[str]) -> Side | None:
@@ -97,6 +110,8 @@ def section_of(name: str, schedulers: Sequence[str], saved: Collection[str]) -> 
         return Side("counters", f"counters.{'step' if match[1] in _STEP else match[1]}")
     if _GENERATORS.fullmatch(name):
         return Side("random generators")
+    if match := _REGISTERED.fullmatch(name):
+        return Side(f"registered objects (extra={{'{match[1]}': ...}} takes one)", f"extra.{OF_OTHERS}.{name}")
     if _TRAINER.fullmatch(name) or (_LIGHTNING in saved and _OF_LIGHTNING.fullmatch(name)):
         return Side("bookkeeping")
     return None

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ray_ckpt.errors import StateMismatchError
-from ray_ckpt.format.manifest import Inline, Manifest, ObjectEntry, Path
+from ray_ckpt.format.manifest import Inline, Manifest, ObjectEntry, Path, TensorEntry
 from ray_ckpt.text import quoted
 
-__all__ = ["seal_lists"]
+__all__ = ["below", "seal_lists"]
 
 
 def seal_lists(
@@ -50,10 +50,23 @@ def seal_lists(
     return new, sealed
 
 
+def below(manifest: Manifest, name: str, new: str) -> Path:
+    """The path of an entry under a new name, which ends as its own path does: with as many parts of it as fit."""
+    path = _entry(manifest, name).path or ()
+    for start in range(len(path)):
+        rest = ".".join(map(str, path[start:]))
+        if new.endswith(f".{rest}"):
+            return (new[: -len(rest) - 1], *path[start:])
+    return tuple(new.split("."))
+
+
+def _entry(manifest: Manifest, name: str) -> TensorEntry | ObjectEntry:
+    return manifest.tensors.get(name) or manifest.objects[name]
+
+
 def _path_of(manifest: Manifest, name: str, key: str) -> Path:
     """The last parts of the path of an entry, those that the key is made of."""
-    entry = manifest.tensors.get(name) or manifest.objects[name]
-    path = entry.path or ()
+    path = _entry(manifest, name).path or ()
     for start in range(len(path) - 1, -1, -1):
         if ".".join(map(str, path[start:])) == key:
             return path[start:]

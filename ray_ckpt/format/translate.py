@@ -35,11 +35,11 @@ from ray_ckpt.format.foreign_optimizers import (
     group_lists,
     has_sorted_names,
 )
-from ray_ckpt.format.foreign_sections import section_of, wanted_schedulers
+from ray_ckpt.format.foreign_sections import section_of, wanted_objects, wanted_schedulers
 from ray_ckpt.format.manifest import IMPORTED_FROM, Manifest, ObjectEntry, Path, TensorEntry
-from ray_ckpt.format.nested_state import seal_lists
+from ray_ckpt.format.nested_state import below, seal_lists
 from ray_ckpt.format.spelling import Spelling, spell
-from ray_ckpt.format.wanted_names import Names
+from ray_ckpt.format.wanted_names import Names, is_below
 from ray_ckpt.text import listed, quoted
 
 __all__ = ["HYPERPARAMETERS", "Translation", "group_lists", "may_be_foreign", "origin_of", "translate"]
@@ -180,6 +180,7 @@ class _Renamed:
 
     def __init__(self) -> None:
         self._new: dict[str, list[str]] = {}
+        self._paths: dict[str, Path] = {}
         self._further: dict[str, ObjectEntry] = {}
         self.twice: list[str] = []
         """Saved names of tied weights that were saved under another name too, which is taken."""
@@ -244,7 +245,8 @@ class _Renamed:
             What is left out, in words.
         """
         schedulers = wanted_schedulers(wanted)
-        sections = {name.partition(".")[0] for name in wanted if not name.startswith("counters.")}
+        places = {name.partition(".")[0] for name in wanted if not name.startswith(("counters.", "extra."))}
+        places |= wanted_objects(wanted)
         left: dict[str, list[str]] = {}
         taken: set[str] = set()
         saved = manifest.tensors.keys() | manifest.objects.keys()
@@ -252,11 +254,11 @@ class _Renamed:
             side = None if old in self._new else section_of(old, schedulers, saved)
             if side is None:
                 continue
-            section = side.ours.partition(".")[0]
-            is_wanted = section in sections if section != "counters" else side.ours in wanted
+            is_wanted = side.ours in wanted or any(is_below(side.ours, place) for place in places)
             if side.ours and is_wanted and side.ours not in taken:
                 taken.add(side.ours)
                 self._put(old, side.ours)
+                self._paths[side.ours] = below(manifest, old, side.ours)
             else:
                 self._put(old)
                 left.setdefault(side.what, []).append(old)
@@ -277,7 +279,11 @@ class _Renamed:
         applied: dict[str, E] = {}
         for old, entry in entries.items():
             names = self._new.get(old)
-            new = {old: entry} if names is None else {name: moved(entry, _path(name)) for name in names}
+            new = (
+                {old: entry}
+                if names is None
+                else {name: moved(entry, self._paths.get(name) or _path(name)) for name in names}
+            )
             if twice := sorted(applied.keys() & new.keys()):
                 raise FormatError(f"the checkpoint holds {quoted(twice[0])} twice, the second time as {quoted(old)}")
             applied |= new

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ray_ckpt.format.manifest import Path
 from ray_ckpt.state.group_lists import PER_GROUP, GroupList, split
 from ray_ckpt.state.hyperparameters import same
 from ray_ckpt.state.load_plan import Claim, SavedState
@@ -95,40 +96,74 @@ def _filled(value: Any, loaded: Mapping[str, torch.Tensor]) -> Any:
 def _fitted(saved: SavedState, place: str, live: Any, rebuilt: Rebuilt, may_grow: bool) -> Any:
     if place in saved.values:
         return copy.deepcopy(saved.values[place])
-    parts = list(dict.fromkeys(name[len(place) + 1 :].partition(".")[0] for name in saved.under(place)))
     if place in saved.tensors:
         rebuilt.tensors.append(place)
         return _Wanted(place)
+    parts = _parts(saved, place)
     if not parts:
         if not _is_leafless(live):
             rebuilt.missing.append(place)
         return copy.deepcopy(live)
-    if isinstance(live, Mapping):
-        known = {str(key): key for key in live}
-        has_numbers = bool(live) and all(type(key) is int for key in live)
-        found = {}
-        for part in dict.fromkeys((*known, *parts)):
-            below = f"{place}.{part}"
-            is_there = bool(saved.under(below))
-            if part in _OF_VERSIONS and (part not in known or not is_there):
-                continue
-            if part not in known and not may_grow and not has_numbers:
-                rebuilt.unknown.append(below)
-            elif is_there or not has_numbers:
-                key = known.get(part, int(part) if has_numbers and part.isdecimal() else part)
-                found[key] = _fitted(saved, below, live.get(key, {}), rebuilt, may_grow)
-        kind: Any = type(live)
-        return kind(found)
-    if all(part.isdecimal() for part in parts) and isinstance(live, (list, tuple)):
+    is_list = all(type(part) is int for part in parts.values())
+    if isinstance(live, Mapping) and (live or not is_list):
+        return _fitted_dict(saved, place, live, parts, rebuilt, may_grow)
+    if isinstance(live, (list, tuple)) and all(part.isdecimal() for part in parts):
         items = [_fitted(saved, f"{place}.{n}", live[n] if n < len(live) else {}, rebuilt, True) for n in _up_to(parts)]
         return items if isinstance(live, list) else tuple(items)
+    if may_grow and is_list:
+        return [_fitted(saved, f"{place}.{n}", {}, rebuilt, True) for n in _up_to(parts)]
     if may_grow:
-        return {part: _fitted(saved, f"{place}.{part}", {}, rebuilt, True) for part in parts}
+        return _fitted_dict(saved, place, {}, parts, rebuilt, may_grow)
     rebuilt.unknown.append(place)
     return live
 
 
-def _up_to(parts: Sequence[str]) -> range:
+def _fitted_dict(
+    saved: SavedState,
+    place: str,
+    live: Mapping[Any, Any],
+    parts: Mapping[str, str | int],
+    rebuilt: Rebuilt,
+    may_grow: bool,
+) -> Any:
+    known = {str(key): key for key in live}
+    has_numbers = bool(live) and all(type(key) is int for key in live)
+    # Flattened, the keys 5 and "5" are one text: of those that are there, nothing tells which it was.
+    is_clear = bool(live) or not any(part.isdecimal() for part in parts)
+    found = {}
+    for part in dict.fromkeys((*known, *parts)):
+        below, is_there = f"{place}.{part}", part in parts
+        if part in _OF_VERSIONS and (part not in known or not is_there):
+            continue
+        if part not in known and not (has_numbers or (may_grow and is_clear)):
+            rebuilt.unknown.append(below)
+        elif is_there or not has_numbers:
+            key = known.get(part, int(part) if has_numbers and part.isdecimal() else part)
+            found[key] = _fitted(saved, below, live.get(key, {}), rebuilt, may_grow)
+    kind: Any = type(live)
+    return kind(found)
+
+
+def _parts(saved: SavedState, place: str) -> dict[str, str | int]:
+    """What the names below a place go on with, as text -> as the path has it: a number is the place in a list."""
+    below = [(name, saved.path_of(name)) for name in saved.under(place) if name != place]
+    found = [part for _, path in below if (part := _part_after(path, place)) is not None]
+    if not found:  # the paths are not known
+        found = [name[len(place) + 1 :].partition(".")[0] for name, _ in below]
+    return {str(part): part for part in found}
+
+
+def _part_after(path: Path, place: str) -> str | int | None:
+    """The component of a path that follows a place; None if the place is none that the path goes through."""
+    start = 0
+    for part in path:
+        if start == len(place) + 1:
+            return part
+        start += len(str(part)) + 1
+    return None
+
+
+def _up_to(parts: Iterable[str]) -> range:
     return range(1 + max(map(int, parts)))
 
 

@@ -20,7 +20,9 @@ from torch.distributed.checkpoint.stateful import Stateful
 from ray_ckpt.errors import UsageError
 from ray_ckpt.format.inner_tensors import Recipe, take_apart
 from ray_ckpt.format.manifest import Path
+from ray_ckpt.format.memory import overlapping
 from ray_ckpt.format.torch_container import dtype_name
+from ray_ckpt.format.torch_internals import local_tensor
 from ray_ckpt.format.wanted_names import is_below
 from ray_ckpt.format.wrappers import is_made_of_others
 
@@ -52,6 +54,17 @@ class Spec:
             raise UsageError(f"{name!r} is a nested tensor: give its values and offsets names of their own")
         recipe = take_apart(name, tensor).recipe if is_made_of_others(tensor) else None
         return cls(dtype_name(tensor.dtype), tuple(tensor.shape), recipe)
+
+    @classmethod
+    def of_target(cls, tensor: torch.Tensor, name: str) -> Spec:
+        """Of a tensor that is to be read into.
+
+        Raises:
+            UsageError: as `of`, or several elements lie in one place.
+        """
+        if not tensor.is_contiguous() and (wrong := overlapping(local_tensor(tensor))):
+            raise UsageError(f"{name!r} {wrong}")
+        return cls.of(tensor, name)
 
     def __str__(self) -> str:
         return str(self.recipe or f"{self.dtype}{list(self.shape)}")

@@ -28,7 +28,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from ray_ckpt.errors import UsageError
 from ray_ckpt.format.flat_mesh import with_device_mesh
-from ray_ckpt.format.torch_internals import names_of
+from ray_ckpt.format.torch_internals import local_tensor, names_of
 from ray_ckpt.format.wrappers import FilledInPlace, are_same, is_made_of_others
 from ray_ckpt.state import sealing
 from ray_ckpt.state.load_plan import Claim, Handover, LoadPlan, SavedState, Spec
@@ -139,9 +139,9 @@ class NamedModel:
             if not first.is_opaque:
                 if not present[first.module].holds(first):
                     continue
-                claims[wanted] = Claim(
-                    source, Spec.of(first.value, wanted), target_of(first, has_own_form=own_forms[first.module])
-                )
+                is_own = own_forms[first.module]
+                spec = Spec.of(first.value, wanted) if is_own else Spec.of_target(first.value, wanted)
+                claims[wanted] = Claim(source, spec, target_of(first, has_own_form=is_own))
                 waiting |= {entry.module for entry in held if entry.value.is_meta}
             else:
                 claims |= (below := claim_under(saved, source))
@@ -274,12 +274,32 @@ class NamedModel:
         for module in self.modules:
             with sharded_state_dicts(module):
                 state = module.state_dict()
+            self._check_kept(module, state)
             for key, value in state.items():
                 if is_lazy(value):
                     raise UsageError(f"{key!r} of a lazy module has no shape yet: call the model once before")
                 [name] = self._names(module, key)
                 found.setdefault(canonical.get(name, name), []).append(Entry(module, key, value))
         return found
+
+    def _check_kept(self, module: nn.Module, state: Mapping[str, Any]) -> None:
+        """Refuse parameters of which FSDP1 has kept other elements than those that their class holds."""
+        if not FullyShardedDataParallel.fsdp_modules(module):
+            return
+        made = {
+            name: type(local_tensor(parameter)).__name__
+            for key, parameter in module.named_parameters()
+            if is_made_of_others(parameter)
+            for name in self._names(module, key)
+        }
+        for key, value in state.items() if made else ():
+            [name] = self._names(module, key)
+            if name in made and not is_made_of_others(value):
+                raise UsageError(
+                    f"{name!r} is a {made[name]}, of which FSDP1 has flattened the values that it stands for: what "
+                    "the class holds is in no shard any more. Use fully_shard, or give it to FSDP1 as one of "
+                    "ignored_states"
+                )
 
     def _names(self, module: nn.Module, key: str) -> list[str]:
         """Names of an entry in the unwrapped module: one, or several if FSDP1 has flattened them into it."""
@@ -345,9 +365,9 @@ def _copying(state: Mapping[str, Any]) -> contextlib.AbstractContextManager[obje
 
 def _unwrapped(module: nn.Module) -> nn.Module:
     for attribute in ("_fsdp_wrapped_module", "_orig_mod", "module"):
-        inner = module._modules.get(attribute)
-        if inner is not None and len(module._modules) == 1:
-            return _unwrapped(inner)
+        children = dict(module.named_children())  # those of a scripted module are in no `_modules` that one can ask
+        if list(children) == [attribute]:
+            return _unwrapped(children[attribute])
     return module
 
 

@@ -206,7 +206,7 @@ def _in_place(
     for name, value in flat.items():
         source = saved.name_of(name)
         if isinstance(value, torch.Tensor):
-            claims[name] = Claim(source, Spec.of(value, name), partial(torch.Tensor.detach, value))
+            claims[name] = Claim(source, Spec.of_target(value, name), partial(torch.Tensor.detach, value))
         elif source not in saved and (below := saved.under(source)) and _lie_below(below, paths[name], saved):
             grown[name] = source
             claims |= claim_under(saved, source)

@@ -31,7 +31,7 @@ from ray_ckpt.state.foreign_state import rebuild
 from ray_ckpt.state.load_plan import Claim, LoadPlan, SavedState
 from ray_ckpt.state.replicated_parts import NUM_RANKS, claim_under, gathered, handed_over, has_records, is_whole
 from ray_ckpt.state.sampler_positions import Position, mover, position_of, replica_of
-from ray_ckpt.text import quoted
+from ray_ckpt.text import listed, quoted
 
 RESTORED, RESEEDED, LEFT = "restored", "reseeded", "left as it was"
 
@@ -134,7 +134,16 @@ class RankPart:
         rebuilt = rebuild(saved, place, self._owner.state_dict(), may_grow=True, may_have_tensors=True)
         claims = rebuilt.claims(saved.under(place), saved)
         if not rebuilt.is_whole:
-            return LoadPlan(claims, _nothing, taken=known if numbers else (), notes={self.section: LEFT})
+            doubts = [
+                f"nothing tells how {listed(rebuilt.unknown, at_most=4)} was nested, as the data loader has none yet"
+            ]
+            return LoadPlan(
+                claims,
+                _nothing,
+                doubts=doubts if rebuilt.unknown else (),
+                taken=known if numbers else (),
+                notes={self.section: LEFT},
+            )
 
         def give(loaded: Mapping[str, torch.Tensor]) -> None:
             self._owner.load_state_dict(rebuilt.filled(loaded))

@@ -1,15 +1,15 @@
-"""Parts of a training state of which every rank holds the same: scaler, counters, extra."""
+"""Parts of a training state of which every rank holds the same: scaler, counters. The extra ones: extra_part.py."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch.distributed.checkpoint.stateful import Stateful
 
-from ray_ckpt.errors import FormatError, UsageError
+from ray_ckpt.errors import FormatError
 from ray_ckpt.format.torch_container import parse_dtype
 from ray_ckpt.state import sealing
 from ray_ckpt.state.load_plan import Claim, Handover, LoadPlan, SavedState, Spec
@@ -138,55 +138,6 @@ class CounterPart:
                     self._counters[name.removeprefix(f"{self.section}.")] = value
 
         return LoadPlan({name: Claim(name) for name in names}, apply)
-
-
-class ExtraPart:
-    """A mapping of the user's: tensors are loaded in place, objects by `load_state_dict`, other values are replaced."""
-
-    def __init__(self, extra: MutableMapping[str, Any], section: str = "extra") -> None:
-        self.section = section
-        self._extra = extra
-
-    def leaves(self) -> dict[str, Any]:
-        leaves: dict[str, Any] = {}
-        for name in self._extra:
-            if outer := next((name[:at] for at in _dots(name) if name[:at] in self._extra), None):
-                raise UsageError(f"{self.section}[{name!r}] lies within {self.section}[{outer!r}]: rename one of them")
-        for name, value in self._extra.items():
-            is_object = not isinstance(value, torch.Tensor) and isinstance(value, Stateful)
-            packed = sealing.pack_state(name, value.state_dict()) if is_object else sealing.pack(name, value)
-            leaves |= packed
-        return leaves
-
-    def plan(self, saved: SavedState) -> LoadPlan:
-        claims: dict[str, Claim] = {}
-        states: dict[str, Mapping[str, Claim]] = {}
-        handovers: list[Handover] = []
-        for name, value in self._extra.items():
-            wanted = f"{self.section}.{name}"
-            if not saved.wants(wanted):
-                continue
-            if isinstance(value, torch.Tensor):
-                source = saved.name_of(wanted)
-                claims[wanted] = Claim(source, Spec.of(value, wanted), partial(torch.Tensor.detach, value))
-                continue
-            below = claim_under(saved, wanted)
-            claims |= below
-            if isinstance(value, Stateful):
-                handovers += handed_over(saved, wanted, value, below)
-            else:
-                states[name] = below
-
-        def apply(loaded: Mapping[str, torch.Tensor]) -> None:
-            for name, below in states.items():
-                if is_whole(saved, below):
-                    self._extra[name] = sealing.unpack(f"{self.section}.{name}", gathered(saved, below, loaded))
-
-        return LoadPlan(claims, apply, handovers=handovers)
-
-
-def _dots(name: str) -> Iterator[int]:
-    return (at for at, character in enumerate(name) if character == ".")
 
 
 def _on_host(spec: Spec) -> torch.Tensor:

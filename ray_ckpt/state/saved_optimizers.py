@@ -127,7 +127,7 @@ class SavedOptimizers:
             note = known or Note()
             is_dtensor = isinstance(owner.tensor, DTensor) and self._is_dtensor(key, new, owner, note.kind)
             if isinstance(tensor, torch.Tensor) and not tensor.is_meta and _may_stay(tensor, is_dtensor, owner, known):
-                claims[wanted] = Claim(flat, Spec.of(tensor, wanted), partial(torch.Tensor.detach, tensor))
+                claims[wanted] = Claim(flat, Spec.of_target(tensor, wanted), partial(torch.Tensor.detach, tensor))
             else:
                 spec = spec if note.kind == OF_SHARD else new
                 claims[wanted] = Claim(flat, spec, partial(_create, key, spec, owner, is_dtensor, note.order))

@@ -6,8 +6,9 @@
     optim.shards.<parameter>.<box>.<key>                 shard_state.py
     optim.others.<n>. ...                                own_optimizers.py
     schedulers.<scheduler>. ...                          named_schedulers.py
-    scaler.state. ...  counters. ...  extra. ...         replicated_parts.py
-    ema.<parameter or buffer>                            named_model.py, replicated_parts.py
+    scaler.state. ...  counters. ...                     replicated_parts.py
+    extra. ...                                           extra_part.py
+    ema.<parameter or buffer>                            named_model.py, extra_part.py
     rng.rank<n>. ...  dataloader.rank<n>. ...            rank_parts.py
 
 Names depend on the model alone, never on the layout: that is what lets any layout load what any other saved.
@@ -30,13 +31,14 @@ from ray_ckpt.format.fingerprinting import fingerprint
 from ray_ckpt.format.snapshot import Snapshot
 from ray_ckpt.format.translate import HYPERPARAMETERS
 from ray_ckpt.state import handing_over, subclasses
+from ray_ckpt.state.extra_part import ExtraPart
 from ray_ckpt.state.known_fingerprints import KnownFingerprints
 from ray_ckpt.state.load_plan import Claim, LoadPlan, SavedState, Spec, StatePart
 from ray_ckpt.state.named_model import NamedModel
 from ray_ckpt.state.named_optimizers import NamedOptimizers
 from ray_ckpt.state.named_schedulers import NamedSchedulers, Schedulers
 from ray_ckpt.state.rank_parts import RankPart, Rng
-from ray_ckpt.state.replicated_parts import CounterPart, ExtraPart, StatefulPart
+from ray_ckpt.state.replicated_parts import CounterPart, StatefulPart
 from ray_ckpt.state.wrappers import optimizer_in
 
 T = TypeVar("T")
@@ -79,7 +81,8 @@ class TrainState:
             `StatefulDataLoader` over a `StatefulDistributedSampler` goes on in any layout, each sample once.
         ema: a second set of parameters: a module (also torch's `AveragedModel`), or name -> tensor.
         extra: name -> tensor, plain value, or anything with `state_dict` and `load_state_dict`; a load fills tensors
-            in place and replaces plain values in this mapping.
+            in place and replaces plain values in this mapping. An object that was registered with accelerate is loaded
+            from its `custom_checkpoint_<n>.pkl` by that name: `extra={"custom_checkpoint_0": ...}`.
         tied: alias -> canonical name of tied weights, for a pipeline stage that holds a copy of another stage's weight
             (`{"lm_head.weight": "model.embed_tokens.weight"}`). Not needed for weights that modules of one stage share,
             or that are listed in an attribute `all_tied_weights_keys`, as transformers' models have it. A tied weight
