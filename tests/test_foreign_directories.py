@@ -136,6 +136,7 @@ def _safetensors(model: nn.Module, path: Path) -> None:
 
 
 WRITERS: dict[str, Callable[[nn.Module, Path], None]] = {
+    ".metadata": lambda model, path: dcp.save({"model": model.state_dict()}, checkpoint_id=path, no_dist=True),
     "model.safetensors": _safetensors,
     "pytorch_model.bin": lambda model, path: torch.save(model.state_dict(), path / "pytorch_model.bin"),
     "pytorch_model_fsdp_0": lambda model, path: dcp.save(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 
 import ray_ckpt
 from ray_ckpt import TrainState
-from ray_ckpt.errors import StateMismatchError
+from ray_ckpt.errors import StateMismatchError, UsageError
 from ray_ckpt.state.hyperparameters import same
 
 
@@ -108,3 +109,20 @@ def test_equal_lists_stay_lists_of_their_own(tmp_path: Path) -> None:
         of_all = [value for value in [*found.values(), *found.get("pairs", ())] if isinstance(value, list)]
         assert len(of_all) >= 2
         assert len({id(value) for value in of_all}) == len(of_all)
+
+
+@pytest.mark.parametrize("form", ["in a dict", "in a list", "beside a tensor"])
+def test_an_object_that_is_not_at_the_top_is_refused(tmp_path: Path, form: str) -> None:
+    """It would be pickled, and a trusted load would put another object in its place and leave it as it is."""
+    forms: dict[str, Callable[[Any], Any]] = {
+        "in a dict": lambda it: {"at": it},
+        "in a list": lambda it: [it],
+        "beside a tensor": lambda it: [torch.ones(2), {"at": it}],
+    }
+    made = forms[form]
+    with pytest.raises(UsageError, match=r"'run.*' is or holds a Linear, whose state_dict is asked for at the top"):
+        ray_ckpt.save({"run": made(nn.Linear(2, 2))}, tmp_path / "refused")
+    assert not (tmp_path / "refused" / "manifest.json").exists()
+    ray_ckpt.save({"run": made(3)}, tmp_path / "saved")
+    with pytest.raises(UsageError, match="is or holds a Linear"):
+        ray_ckpt.load({"run": made(nn.Linear(2, 2))}, tmp_path / "saved", trusted=True)

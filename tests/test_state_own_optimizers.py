@@ -373,3 +373,51 @@ def test_each_rank_of_a_zero_redundancy_optimizer_saves_its_part(tmp_path: Path)
     states = zip(optimizer.state.values(), fresh.state.values(), strict=True)
     assert all(torch.equal(one["exp_avg"], two["exp_avg"]) for one, two in states)
     assert [group["lr"] for group in fresh.param_groups] == [0.05, 0.1]
+
+
+class OneMoment(torch.optim.Optimizer):
+    """Keeps one tensor under two keys, and one counter for all parameters; both are changed in place."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    moment = torch.zeros_like(parameter)
+                    count = self.state[group["params"][0]].get("count", torch.zeros(()))
+                    state |= {"moment": moment, "count": count, "kept": [moment, {"count": count}]}
+                state["moment"].add_(parameter.grad)
+                state["count"].add_(1)
+                parameter.sub_(state["kept"][0] * group["lr"] / state["kept"][1]["count"])
+
+
+@pytest.mark.parametrize("steps", [0, 2], ids=["fresh", "stepped"])
+def test_what_is_one_tensor_stays_one(tmp_path: Path, steps: int) -> None:
+    def trained(seed: int, steps: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+        optimizer = OneMoment(model.parameters())
+        train(model, optimizer, steps)
+        return model, optimizer
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(torch.ones(2, 3)).square().sum().backward()
+            optimizer.step()
+
+    model, optimizer = trained(0, 3)
+    ray_ckpt.save(TrainState(model, optimizer), tmp_path)
+    other, fresh = trained(1, steps)
+    ray_ckpt.load(TrainState(other, fresh), tmp_path)
+    states = list(fresh.state.values())
+    assert len(states) == 4
+    assert all(state["moment"] is state["kept"][0] and state["count"] is states[0]["count"] for state in states)
+    assert states[0]["moment"] is not states[1]["moment"]
+    for trained_on in ((model, optimizer), (other, fresh)):
+        train(*trained_on, 2)
+    assert all(map(torch.equal, other.parameters(), model.parameters()))

@@ -28,7 +28,7 @@ from ray_ckpt.state.load_plan import Claim, LoadPlan, SavedState
 from ray_ckpt.state.named_model import NamedModel
 from ray_ckpt.state.own_optimizers import OtherState, check_shows_all, pack_others, states_in
 from ray_ckpt.state.saved_optimizers import KINDS, PARAM_GROUPS, STATE, SavedOptimizers, flatten, key_name
-from ray_ckpt.state.shard_state import SHARDS, Owner, pack_shard
+from ray_ckpt.state.shard_state import SHARDS, Owner, Places, pack_shard
 from ray_ckpt.state.spanning_state import SPANS, Span, check_trained, pack_span
 from ray_ckpt.state.trainable import starts
 from ray_ckpt.state.wrappers import Partitions
@@ -72,6 +72,7 @@ class NamedOptimizers:
             order = _order(optimizer, names)
             leaves |= pack_others(nth, optimizer, shown, order)
             keys: dict[str, tuple[str, ...]] = {}
+            places = Places()
             owners = self._owners(optimizer, names)
             states = self._states(optimizer, names, shown)
             leaves |= (span := pack_span(optimizer, states, order))
@@ -79,7 +80,9 @@ class NamedOptimizers:
             for parameter, state in states.items():
                 flat = flatten(f"{STATE}.{parameter}", state)
                 owner = owners.get(parameter)
-                notes = flat if owner is None else [owner.note(key, leaf) for key, leaf in flat.items()]
+                notes = list(flat)
+                if owner is not None:
+                    notes = [owner.note(k, leaf) + places.note(parameter, k, leaf) for k, leaf in flat.items()]
                 keys[parameter] = (kind, *sorted(notes))
                 if owner is not None:
                     of_shard = {key: leaf for key, leaf in flat.items() if owner.is_of_shard(key, leaf)}

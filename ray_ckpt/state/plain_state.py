@@ -39,6 +39,28 @@ def is_stateful(value: object) -> bool:
     return not isinstance(value, torch.Tensor) and isinstance(value, Stateful)
 
 
+def check_leaves(values: Mapping[str, Any]) -> None:
+    """
+    Args:
+        values: flat name -> what lies there in a state dict, once it is flattened.
+
+    Raises:
+        UsageError: an object with a state of its own is among them. It would be pickled instead of asked for its state,
+            and a load would put another object in its place.
+    """
+    for name, value in values.items():
+        for each in value if type(value) in (list, tuple) else (value,):
+            if type(each) not in _PLAIN and is_stateful(each):
+                raise UsageError(
+                    f"{name!r} is or holds a {type(each).__name__}, whose state_dict is asked for at the top of the "
+                    f"dict only: give it a name there, as in {{{name!r}: ...}}"
+                )
+
+
+_PLAIN = frozenset({torch.Tensor, nn.Parameter, DTensor, int, float, bool, str, bytes, tuple, list, dict, type(None)})
+"""Classes of nearly all values, which need not be asked."""
+
+
 def key_records(states: Mapping[str, Any]) -> dict[str, Any]:
     """What has to be saved beside the states of objects so that their keys come back; nothing for most.
 
@@ -203,6 +225,7 @@ def _in_place(
     flat = {name: value for name, value in flat.items() if saved.wants(name)}
     claims: dict[str, Claim] = {}
     grown: dict[str, str] = {}
+    check_leaves(flat)
     for name, value in flat.items():
         source = saved.name_of(name)
         if isinstance(value, torch.Tensor):

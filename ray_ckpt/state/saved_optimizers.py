@@ -16,7 +16,17 @@ from ray_ckpt.state import dim_order, sealing
 from ray_ckpt.state.dim_order import Order, special_order
 from ray_ckpt.state.hyperparameters import without_numpy
 from ray_ckpt.state.load_plan import Claim, SavedState, Spec
-from ray_ckpt.state.shard_state import AS_DTENSOR, DIGESTS, OF_SHARD, SHARDS, Note, Owner, fitting_box, split_note
+from ray_ckpt.state.shard_state import (
+    AS_DTENSOR,
+    DIGESTS,
+    OF_SHARD,
+    SHARDS,
+    Note,
+    Owner,
+    fitting_box,
+    place_name,
+    split_note,
+)
 from ray_ckpt.text import listed
 
 STATE, PARAM_GROUPS, KINDS = "state", "param_groups", "kinds"
@@ -33,6 +43,8 @@ class SavedOptimizers:
         """Parameters (and their twins) of whose state a part is lost."""
         self._known_entries: dict[tuple[str, str], dict[str, str]] = {}
         self._other_shapes: dict[str, bool] = {}
+        self._shared: dict[tuple[str, int], torch.Tensor] = {}
+        """Place of the first of several that are one tensor, and which copy of the parameter it is of -> the tensor."""
         self._boxes: dict[str, str | None] = {}
         """Parameter -> the box whose state this rank takes, of those that have state of each shard."""
 
@@ -203,11 +215,17 @@ class SavedOptimizers:
         if (name, twin) in self._broken or not self.knows(name):
             return None
         leaves: dict[str, Any] = {}
-        below = f"optim.{STATE}.{self._saved_parameter(name)}"
+        parameter = self._saved_parameter(name)
+        below = f"optim.{STATE}.{parameter}"
+        notes = self.recorded_keys(name)
         for key, flat in {**self._entries(STATE, name), **self._of_shard(name, owner)}.items():
             wanted = _wanted(name, key, twin)
-            if key != DIGESTS:
-                leaves[key_name(below, key)] = loaded[wanted] if wanted in loaded else self._saved.values[flat]
+            if wanted in loaded:
+                note = notes.get(key)
+                first = (note.same if note else "") or place_name(parameter, key)
+                leaves[key_name(below, key)] = self._shared.setdefault((first, twin), loaded[wanted])
+            elif key != DIGESTS:
+                leaves[key_name(below, key)] = self._saved.values[flat]
         return sealing.unpack(below, leaves) if leaves else {}
 
     def _entries(self, kind: str, name: str) -> dict[str, str]:

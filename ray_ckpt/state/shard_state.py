@@ -31,6 +31,10 @@ _DIMS = "|dims="
 """What follows a recorded key with its notes, if the dims lie in another order than by default."""
 
 
+_SAME = "|same="
+"""What follows a recorded key with all that, if it is one tensor with another: where the first of them is."""
+
+
 @dataclass(frozen=True)
 class Owner:
     """The parameter that optimizer state belongs to."""
@@ -107,16 +111,40 @@ class Note:
     """One of `OF_SHARD`, `AS_DTENSOR`, `AS_PLAIN`; empty for the default."""
     order: Order | None = None
     """How its dims lie in memory; None for the default."""
+    same: str = ""
+    """Parameter and key of the tensor that it is; empty if it is its own."""
+
+
+class Places:
+    """Which tensors of an optimizer's state are one, as nothing else would tell after a load: it steps in place."""
+
+    def __init__(self) -> None:
+        self._first: dict[object, str] = {}
+
+    def note(self, parameter: str, key: str, leaf: Any) -> str:
+        """What is recorded of a leaf that is the same tensor as one before; empty for any other."""
+        if not isinstance(leaf, torch.Tensor):
+            return ""
+        local = local_tensor(leaf)
+        is_own = leaf.is_meta or is_made_of_others(leaf) or not local.numel()
+        place = id(leaf) if is_own else (local.data_ptr(), local.dtype, local.shape, local.stride())
+        first = self._first.setdefault(place, place_name(parameter, key))
+        return "" if first == place_name(parameter, key) else _SAME + first
+
+
+def place_name(parameter: str, key: str) -> str:
+    return f"{parameter}.{key}"
 
 
 def split_note(recorded: str) -> tuple[str, Note]:
     """A recorded key, and what follows it."""
+    recorded, _, same = recorded.partition(_SAME)
     recorded, found, dims = recorded.partition(_DIMS)
     order = tuple(int(dim) for dim in dims.split(",") if dim.isdecimal()) if found else None
     for kind in (OF_SHARD, AS_DTENSOR, AS_PLAIN):
         if recorded.endswith(kind):
-            return recorded.removesuffix(kind), Note(kind, order)
-    return recorded, Note(order=order)
+            return recorded.removesuffix(kind), Note(kind, order, same)
+    return recorded, Note(order=order, same=same)
 
 
 def pack_shard(parameter: str, owner: Owner, leaves: Mapping[str, torch.Tensor]) -> dict[str, Any]:

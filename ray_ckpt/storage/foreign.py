@@ -74,7 +74,7 @@ def recognize(storage: Storage, *, trusted: bool = False) -> Found:
 
 def _recognize(storage: Storage, *, trusted: bool) -> Found:
     if storage.exists(METADATA_NAME):
-        return stock_dcp.open_directory(storage, trusted=trusted)
+        return _with_unread(stock_dcp.open_directory(storage, trusted=trusted), list_target(storage))
     parent = storage.parent()
     if parent is not None:
         directory, name = parent
