@@ -115,6 +115,11 @@ def test_a_part_is_loaded_by_name(tmp_path: Path) -> None:
         ray_ckpt.load(TrainState(fresh().model), tmp_path / "run")
     with pytest.raises(UsageError, match=r"only='model' is one text"):
         ray_ckpt.load(layer, tmp_path / "run", only="model")
+    for strict in (True, False):
+        with pytest.raises(StateMismatchError, match=r"only='optimizer' names nothing that is saved or wanted"):
+            ray_ckpt.load(optimizer, tmp_path / "run", only=("model", "optimizer"), strict=strict)
+        with pytest.raises(StateMismatchError, match=r"only=\(\) chooses nothing"):
+            ray_ckpt.load(optimizer, tmp_path / "run", only=(), strict=strict)
 
 
 class Renamed(nn.Module):

@@ -155,3 +155,32 @@ def test_a_scripted_module(tmp_path: Path) -> None:
     assert all(map(torch.equal, target.state_dict().values(), model.state_dict().values()))
     moments = [[each["exp_avg"] for each in of.state.values()] for of in (optimizer, other)]
     assert all(map(torch.equal, *moments))
+
+
+class Replacing(nn.Linear):
+    """Makes new parameters when it is loaded, as quantized layers do."""
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        for name in ("weight", "bias"):
+            setattr(self, name, nn.Parameter(state_dict[prefix + name].clone(), self.weight.requires_grad))
+
+
+def test_an_optimizer_does_not_go_on_with_parameters_that_the_load_has_replaced(tmp_path: Path) -> None:
+    def built(*, frozen: bool = False) -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = nn.Sequential(Replacing(3, 3), nn.Linear(3, 2))
+        model[0].requires_grad_(not frozen)
+        return model, torch.optim.AdamW(model.parameters())
+
+    model = built()[0]
+    save(TrainState(model, trained(model)), tmp_path)
+    with pytest.raises(
+        StateMismatchError, match=r"has made new parameters 0\.weight, 0\.bias, and the optimizer would"
+    ):
+        load(TrainState(*built()), tmp_path)
+    load(TrainState(*built(frozen=True)), tmp_path)
+    target = built()[0]
+    load(TrainState(target), tmp_path, only=("model",))
+    optimizer = torch.optim.AdamW(target.parameters())
+    load(TrainState(target, optimizer), tmp_path, only=("optim",))
+    assert all(map(torch.equal, target.parameters(), model.parameters()))
+    assert len(optimizer.state) == 4

@@ -123,6 +123,7 @@ def test_an_object_that_is_not_at_the_top_is_refused(tmp_path: Path, form: str) 
     with pytest.raises(UsageError, match=r"'run.*' is or holds a Linear, whose state_dict is asked for at the top"):
         ray_ckpt.save({"run": made(nn.Linear(2, 2))}, tmp_path / "refused")
     assert not (tmp_path / "refused" / "manifest.json").exists()
+    ray_ckpt.save({"run": made(nn.Linear), "alone": nn.Linear}, tmp_path / "class")  # the class itself has no state
     ray_ckpt.save({"run": made(3)}, tmp_path / "saved")
     with pytest.raises(UsageError, match="is or holds a Linear"):
         ray_ckpt.load({"run": made(nn.Linear(2, 2))}, tmp_path / "saved", trusted=True)

@@ -35,7 +35,7 @@ from ray_ckpt.errors import CheckpointError, FormatError, StateMismatchError
 from ray_ckpt.format.manifest import Manifest, itemsize
 from ray_ckpt.format.torch_internals import local_tensor
 from ray_ckpt.format.translate import HYPERPARAMETERS
-from ray_ckpt.format.wanted_names import Names
+from ray_ckpt.format.wanted_names import Names, is_below
 from ray_ckpt.gc_pause import collector_paused
 from ray_ckpt.phase_clock import PhaseClock
 from ray_ckpt.progress import NOBODY, Meter
@@ -199,6 +199,7 @@ class RankLoad:
             problems += [
                 f"{doubt} (strict=False loads it all the same)" for plan in self._plans for doubt in plan.doubts
             ]
+        problems += _unknown_names(options.only, saved, claims)
         self._refuse(missing, differing, cast, problems, claims)
         taken = {claim.saved for claim in claims.values()}
         taken |= {name for plan in self._plans for name in plan.taken}
@@ -402,6 +403,18 @@ class RankLoad:
             texts = [f"{self._source.label} does not fit what it is loaded into: {_listed(sorted(texts))}{advice}"]
         if texts or problems:
             raise StateMismatchError("; ".join([*texts, *problems]))
+
+
+def _unknown_names(only: Sequence[str] | None, saved: SavedState, claims: Mapping[str, Claim]) -> list[str]:
+    """What was chosen although it is nowhere: a misspelt name would otherwise be left out in silence."""
+    unknown = [
+        name
+        for name in only or ()
+        if not saved.under(name) and not any(is_below(name, wanted) or is_below(wanted, name) for wanted in claims)
+    ]
+    if only is not None and not only:
+        return ["only=() chooses nothing"]
+    return [f"only={name!r} names nothing that is saved or wanted" for name in unknown]
 
 
 def _sections(parts: Sequence[tuple[str, Set[str]]]) -> list[str]:

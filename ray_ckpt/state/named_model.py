@@ -238,6 +238,8 @@ class NamedModel:
             for entry in held:
                 of_module[entry.module][entry.key] = value
         for module, state in of_module.items():
+            if not state:
+                continue
             with sharded_state_dicts(module), _copying(state):
                 # What is missing has been found by now. A module may do more on a load than to take its tensors.
                 module.load_state_dict(state, strict=False)

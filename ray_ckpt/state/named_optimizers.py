@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ray_ckpt.errors import UsageError
+from ray_ckpt.errors import StateMismatchError, UsageError
 from ray_ckpt.state import hyperparameters, own_optimizers, sealing, wrappers
 from ray_ckpt.state.flat_optimizers import check_elementwise, flat_states, load_flat
 from ray_ckpt.state.load_plan import Claim, LoadPlan, SavedState
@@ -230,6 +230,7 @@ class NamedOptimizers:
         others: Sequence[OtherState],
         loaded: Mapping[str, torch.Tensor],
     ) -> None:
+        self._check_members(names)
         twins = _twins(names)
         for optimizer, other in zip(self.optimizers, others, strict=True):
             self._fit_groups(optimizer, names, index)
@@ -252,6 +253,24 @@ class NamedOptimizers:
                 _set(optimizer, given, beside)
             own_optimizers.check_shown(optimizer, given, beside, groups)
             self._partitions.give_groups(optimizer)
+
+    def _check_members(self, names: Mapping[nn.Parameter, Sequence[str]]) -> None:
+        """Raises:
+        StateMismatchError: the model's own load has put new parameters in the place of those that are stepped.
+        """
+        known = self._model.parameters()
+        gone = [
+            name
+            for parameter in names
+            if parameter not in known and parameter.requires_grad
+            for name in names[parameter]
+        ]
+        if gone:
+            raise StateMismatchError(
+                f"the model's own load_state_dict has made new parameters {listed(gone, at_most=4)}, and the optimizer "
+                "would step those before: load the model by only=('model',), make the optimizer, and load the rest by "
+                "only=('optim', ...)"
+            )
 
     def _fit_groups(
         self, optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, Sequence[str]], index: SavedOptimizers

@@ -35,8 +35,9 @@ _TEXTS, _NUMBERS = "texts", "numbers"
 
 
 def is_stateful(value: object) -> bool:
-    """Whether it is a `Stateful`. Tensors are excluded first: asking the protocol takes a hundred times as long."""
-    return not isinstance(value, torch.Tensor) and isinstance(value, Stateful)
+    """Whether it is a `Stateful`. Tensors are excluded first: asking the protocol takes a hundred times as long. A
+    class has the methods too, but no state."""
+    return not isinstance(value, (torch.Tensor, type)) and isinstance(value, Stateful)
 
 
 def check_leaves(values: Mapping[str, Any]) -> None:
