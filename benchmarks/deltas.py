@@ -103,6 +103,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=320)
     parser.add_argument("--layers", type=int, default=4)
     options = parser.parse_args()
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     model, data = Gpt(options.width, options.layers), batches()
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-4)

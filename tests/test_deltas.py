@@ -45,7 +45,7 @@ from ray_ckpt import (
 )
 from ray_ckpt.errors import CheckpointExistsError, FormatError
 from ray_ckpt.format import deltas
-from ray_ckpt.storage import delta_codec
+from ray_ckpt.storage import checkpoint_reader, delta_codec
 from ray_ckpt.storage.delta_codec import apply_delta, encode_delta
 from tests.support.clusters import wait_until
 from tests.support.ranks import run_ranks
@@ -182,6 +182,17 @@ class TestVersions:
             assert verify(store, step=step).verified
             assert_same(dict(open_weights(store, step)), wanted)
         assert store.latest() == 7
+
+    @pytest.mark.parametrize("batch_bytes", [1, 10_000])
+    def test_they_are_rebuilt_in_batches_of_any_size(
+        self, tmp_path: Path, batch_bytes: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        versions = publish_versions(tmp_path)
+        monkeypatch.setattr(checkpoint_reader, "BATCH_BYTES", batch_bytes)
+        held, told = blank(versions[7]), list[tuple[int, int]]()
+        load(held, tmp_path, progress=lambda done, total: told.append((done, total)))
+        assert_same(held, versions[7])
+        assert told[-1][0] == told[-1][1] > 0
 
     def test_every_so_many_are_whole(self, tmp_path: Path) -> None:
         publish_versions(tmp_path, whole_every=3)

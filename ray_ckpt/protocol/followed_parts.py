@@ -41,7 +41,7 @@ class _Change:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    coded: Sequence[tuple[str, torch.Tensor]]
+    coded: Sequence[tuple[str, torch.Tensor]] = ()
     """Coding and bytes, one for each step."""
     targets: list[tuple[Box, torch.Tensor]] = field(default_factory=list)
     """Box in the chunk, and the elements that the rank holds of it."""
@@ -110,13 +110,12 @@ class FollowedParts:
                 common = chunk.box.intersect(held)
                 if common is None or not common.num_elements:
                     continue
-                key = item.name, chunk.box.offsets
-                if key not in plan.changes:
-                    coded = list(chain.changes(key, since))
-                    plan.changes[key] = _Change(chunk.box.sizes, value.dtype, coded)
-                    plan.num_bytes += sum(len(data) for _, data in coded)
+                change = plan.changes.setdefault((item.name, chunk.box.offsets), _Change(chunk.box.sizes, value.dtype))
                 part = narrow(value.detach(), common.within(held).offsets, common.sizes)
-                plan.changes[key].targets.append((common.within(chunk.box), part))
+                change.targets.append((common.within(chunk.box), part))
+        for key, coded in chain.changes(dict.fromkeys(plan.changes, since)).items():
+            plan.changes[key].coded = coded
+            plan.num_bytes += sum(len(data) for _, data in coded)
 
     def apply(self, plan: Plan, state: dict[str, Any]) -> None:
         """Change what the rank holds. After a failure it holds no version, and all has to be loaded.

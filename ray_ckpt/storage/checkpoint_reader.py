@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +34,10 @@ from ray_ckpt.storage.record_files import parse_or_take, read_record
 __all__ = ["CheckpointReader", "TensorReads", "Wanted"]
 
 
+BATCH_BYTES = 64 << 20
+"""Bytes of chunks that are rebuilt together; a larger one is alone."""
+
+
 class Wanted(NamedTuple):
     """A box of a saved chunk and the tensor of its shape that wants it."""
 
@@ -41,6 +45,25 @@ class Wanted(NamedTuple):
     box: Box
     """The box in the chunk's own coordinates."""
     target: torch.Tensor
+
+    def fill(self, whole: torch.Tensor, meter: Meter) -> None:
+        """Give the target its part of all elements of the chunk."""
+        self.target.copy_(narrow(whole, self.box.offsets, self.box.sizes))
+        meter.add(self.saved.chunk.length)
+
+
+def _batches(items: Sequence[Wanted]) -> Iterator[list[Wanted]]:
+    """Items whose chunks are rebuilt together."""
+    batch: list[Wanted] = []
+    num_bytes = 0
+    for item in items:
+        num_bytes += item.saved.chunk.length
+        if batch and num_bytes > BATCH_BYTES:
+            yield batch
+            batch, num_bytes = [], item.saved.chunk.length
+        batch.append(item)
+    if batch:
+        yield batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +80,8 @@ class TensorReads:
     decoder: Decoder
     on_cuda: bool
     """Whether the ranges are read for a CUDA device."""
-    rebuild: Callable[[SavedChunk], torch.Tensor]
-    """Gives a chunk of which only changes are stored."""
+    rebuild: Callable[[Sequence[SavedChunk]], Sequence[torch.Tensor]]
+    """Gives chunks of which only changes are stored."""
 
     def run(self, meter: Meter = NOBODY) -> None:
         """Read all of it."""
@@ -68,11 +91,16 @@ class TensorReads:
 
     def read_undivided(self, meter: Meter = NOBODY) -> None:
         meter.expect(sum(item.saved.chunk.length for item in self.undivided))
-        for saved, box, target in self.undivided:
-            is_stored = REBUILT not in saved.chunk.transforms
-            whole = load_whole(self.storage, saved, self.decoder, self.tuning) if is_stored else self.rebuild(saved)
-            target.copy_(narrow(whole, box.offsets, box.sizes))
-            meter.add(saved.chunk.length)
+        rebuilt: list[Wanted] = []
+        for item in self.undivided:
+            if REBUILT in item.saved.chunk.transforms:
+                rebuilt.append(item)
+            else:
+                whole = load_whole(self.storage, item.saved, self.decoder, self.tuning)
+                item.fill(whole, meter)
+        for batch in _batches(rebuilt):
+            for item, whole in zip(batch, self.rebuild([item.saved for item in batch]), strict=True):
+                item.fill(whole, meter)
 
     def check(self) -> None:
         """Compare what can only be compared when all ranges have been read."""
@@ -181,12 +209,12 @@ class CheckpointReader:
             ranges = cut(pieces, tuning)
             return TensorReads(storage, tuning, ranges, undivided, members, self.decoder, on_cuda, self._rebuild)
 
-    def _rebuild(self, saved: SavedChunk) -> torch.Tensor:
+    def _rebuild(self, chunks: Sequence[SavedChunk]) -> Sequence[torch.Tensor]:
         if self.chain is None:  # somebody else has read the record
             self.read_manifest()
         if self.chain is None:
             raise FormatError(f"{self.address} is no delta any more: it was saved again while it was read")
-        return self.chain.rebuild(saved)
+        return self.chain.rebuild(chunks)
 
     def read_values(self, entries: Mapping[str, ObjectEntry]) -> dict[str, Any]:
         """Non-tensors by name."""

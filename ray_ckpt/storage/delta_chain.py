@@ -1,13 +1,13 @@
 """What a delta stands for: the elements of an anchor, and what every step since then has changed.
 
 chain.manifest    the record of that: the anchor's chunks, with the delta's checksums
-chain.rebuild     a chunk of it: the anchor's, each step's changes, and a comparison with those checksums
-chain.changes     what the steps after some step have changed of a part
+chain.rebuild     chunks of it: the anchor's, each step's changes, and a comparison with those checksums
+chain.changes     what the steps after some step have changed of parts
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -49,49 +49,68 @@ class Chain:
         self.identities = [deltas.identity(linked.manifest) for linked in links]
         """What the anchor and each delta hold."""
 
-    def rebuild(self, saved: SavedChunk) -> torch.Tensor:
-        """A chunk of `manifest`.
+    def rebuild(self, chunks: Sequence[SavedChunk]) -> list[torch.Tensor]:
+        """Chunks of `manifest`. All of them are in memory at once, and what has changed in them.
 
         Raises:
-            IntegrityError: it is not what was published.
+            IntegrityError: one is not what was published.
             StorageError, FormatError: something cannot be read.
         """
-        key = saved.name, saved.chunk.box.offsets
-        stored = SavedChunk(saved.name, saved.dtype, self._chunks[key])
-        whole = torch.empty(stored.chunk.box.sizes, dtype=stored.dtype)
-        whole_at = [number for number, parts in enumerate(self._parts) if parts[key].coding == deltas.WHOLE]
-        if not whole_at:
-            self._read(self._anchor.storage, stored, Box.whole(tuple(whole.shape)), whole)
-        memory = bytes_of(whole)
-        for coding, data in self.changes(key, since=max(whole_at, default=0)):
-            if coding == deltas.WHOLE:
-                memory[:] = bytes_of(data)
-            else:
-                apply_delta(bytes_of(data), memory, whole.element_size())
-        assert saved.chunk.checksums is not None, "every part has some"
-        check_blocks(
-            memory, saved.chunk.checksums, file=self._deltas[-1].storage.address, start=0, data_start=0, name=saved.name
+        keys = [(saved.name, saved.chunk.box.offsets) for saved in chunks]
+        wholes = [torch.empty(saved.chunk.box.sizes, dtype=saved.dtype) for saved in chunks]
+        since = {key: self._whole_since(key) for key in keys}
+        self._read(
+            self._anchor.storage,
+            [
+                (SavedChunk(saved.name, saved.dtype, self._chunks[key]), Box.whole(tuple(whole.shape)), whole)
+                for key, saved, whole in zip(keys, chunks, wholes, strict=True)
+                if since[key] is None
+            ],
         )
-        return whole
+        changes = self.changes({key: start or 0 for key, start in since.items()})
+        for key, saved, whole in zip(keys, chunks, wholes, strict=True):
+            memory = bytes_of(whole)
+            for coding, data in changes[key]:
+                if coding == deltas.WHOLE:
+                    memory[:] = bytes_of(data)
+                else:
+                    apply_delta(bytes_of(data), memory, whole.element_size())
+            assert saved.chunk.checksums is not None, "every part has some"
+            where = self._deltas[-1].storage.address
+            check_blocks(memory, saved.chunk.checksums, file=where, start=0, data_start=0, name=saved.name)
+        return wholes
 
-    def changes(self, key: Key, since: int) -> Iterator[tuple[str, torch.Tensor]]:
-        """How the steps code a part, and the bytes.
+    def _whole_since(self, key: Key) -> int | None:
+        """The last delta that has a part as it is; None where all of them build on the anchor's."""
+        whole = [number for number, parts in enumerate(self._parts) if parts[key].coding == deltas.WHOLE]
+        return max(whole, default=None)
+
+    def changes(self, since: Mapping[Key, int]) -> dict[Key, list[tuple[str, torch.Tensor]]]:
+        """How the steps code parts, and the bytes.
 
         Args:
-            since: a position in `identities`: those of the steps after it.
+            since: for each part a position in `identities`: the steps after it are wanted.
         """
-        for delta, parts in zip(self._deltas[since:], self._parts[since:], strict=True):
-            part = parts[key]
-            data = torch.empty(part.length, dtype=torch.uint8)
-            if part.length:
-                [chunk] = delta.manifest.tensors[part.holder].chunks
-                saved = SavedChunk(part.holder, torch.uint8, chunk)
-                self._read(delta.storage, saved, Box((part.start,), (part.length,)), data)
-            yield part.coding, data
+        found: dict[Key, list[tuple[str, torch.Tensor]]] = {key: [] for key in since}
+        for number, (delta, parts) in enumerate(zip(self._deltas, self._parts, strict=True)):
+            reads = []
+            for key, start in since.items():
+                if start > number:
+                    continue
+                part = parts[key]
+                data = torch.empty(part.length, dtype=torch.uint8)
+                found[key].append((part.coding, data))
+                if part.length:
+                    [chunk] = delta.manifest.tensors[part.holder].chunks
+                    saved = SavedChunk(part.holder, torch.uint8, chunk)
+                    reads.append((saved, Box((part.start,), (part.length,)), data))
+            self._read(delta.storage, reads)
+        return found
 
-    def _read(self, storage: Storage, saved: SavedChunk, box: Box, target: torch.Tensor) -> None:
-        sources = locate(storage, {0: saved}, self._tuning, verify=True)
-        fetch(storage, [Piece(sources[0], box, target)], self._tuning)
+    def _read(self, storage: Storage, reads: Sequence[tuple[SavedChunk, Box, torch.Tensor]]) -> None:
+        saved = {number: read[0] for number, read in enumerate(reads)}
+        sources = locate(storage, saved, self._tuning, verify=True)
+        fetch(storage, [Piece(sources[number], box, data) for number, (_, box, data) in enumerate(reads)], self._tuning)
 
 
 def chain_at(storage: Storage, manifest: Manifest, tuning: Tuning) -> Chain | None:

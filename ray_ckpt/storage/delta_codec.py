@@ -65,9 +65,9 @@ def apply_delta(coded: memoryview, version: memoryview, element_bytes: int) -> N
             raise FormatError(f"a delta cannot be unpacked: {str(error)[:200]}") from error
         if len(planes) != len(target):
             raise FormatError(f"a delta has {len(planes)} bytes where {len(target)} are to be changed")
-        changed = np.frombuffer(planes, dtype=np.uint8).reshape(element_bytes, -1).T
         elements = target.reshape(-1, element_bytes)
-        np.bitwise_xor(elements, changed, out=elements)
+        for place, changed in enumerate(np.frombuffer(planes, dtype=np.uint8).reshape(element_bytes, -1)):
+            np.bitwise_xor(elements[:, place], changed, out=elements[:, place])
         position += length
 
 
