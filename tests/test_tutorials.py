@@ -18,7 +18,7 @@ PROGRAMS = {
     "memory.md": "durable (4, 5)",
     "howto/damaged.md": "1",
     "howto/elastic.md": "5\n",
-    "howto/publish.md": "6 True\n6 [('qk', (6, 8))]\n2 tensors are equal: [3000.0]",
+    "howto/publish.md": "6 True\n(7, 8, 9) True\n9 [('qk', (6, 8))]\n2 tensors are equal: [3000.0]",
     "howto/retention.md": "(300, 500, 900, 1000)",
     "howto/storage.md": "(1,)",
     "howto/watching.md": "write 0 4000",

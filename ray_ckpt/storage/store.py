@@ -198,7 +198,7 @@ class CheckpointStore:
         return damage
 
     def manifest(self, step: int) -> Manifest:
-        """What a committed step holds, at the cost of one read.
+        """What a committed step holds, at the cost of one read. Of a delta it is what that consists of.
 
         Raises:
             CheckpointNotFoundError: the step is not committed.
