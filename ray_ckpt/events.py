@@ -21,14 +21,24 @@ from dataclasses import asdict, dataclass
 from types import TracebackType
 
 from ray_ckpt.errors import RayCkptError, UsageError, WorkerError
-from ray_ckpt.report import LoadReport, Phase, SaveReport
+from ray_ckpt.report import LoadReport, Phase, SaveReport, VerifyReport
 from ray_ckpt.text import without_credentials
 
-__all__ = ["Event", "EventFile", "Events", "Listeners", "Telling", "failure_of", "load_events", "save_events"]
+__all__ = [
+    "Event",
+    "EventFile",
+    "Events",
+    "Listeners",
+    "Telling",
+    "failure_of",
+    "load_events",
+    "save_events",
+    "verify_event",
+]
 
 _logger = logging.getLogger(__name__)
 
-BLOCKED, END = "blocked", "end"
+BLOCKED, END, DURABLE = "blocked", "end", "durable"
 
 
 @dataclass(frozen=True)
@@ -45,10 +55,10 @@ class Event:
     """
 
     operation: str
-    """`save`, `load`, or in a job also `train` and `job`."""
+    """`save`, `load`, `verify`, or in a job also `train` and `job`."""
     phase: str
     """A phase as `Phase.name` has it; `blocked`: the time until the call returned; `end`: the whole operation. In a
-    job: `step`, `restart`, and the job's own phases."""
+    job: `step`, `restart`, the job's own phases, and with a front `durable`: a step was found in the durable tier."""
     start_s: float
     """When it began, in seconds since the epoch by the clock of the rank's node."""
     seconds: float
@@ -58,7 +68,7 @@ class Event:
     rank: int | None = None
     """The rank; None for the driver."""
     num_bytes: int = 0
-    """Bytes of tensors that were written or read; at the `end` of a save the size of all its files."""
+    """Bytes of tensors that were written or read; at the `end` of a save or a check the size of all its files."""
     num_retries: int = 0
     """How often the storage was asked again after an error that may pass: counted at the `end`."""
     uri: str = ""
@@ -105,6 +115,13 @@ def load_events(report: LoadReport, rank: int) -> Iterator[Event]:
         yield _of_phase("load", phase, rank, report.step, report.uri)
     began, seconds = time.time() - report.seconds, report.seconds
     yield Event("load", END, began, seconds, report.step, rank, report.num_bytes, report.num_retries, report.uri)
+
+
+def verify_event(report: VerifyReport, rank: int | None = None) -> Event:
+    """What the report of a check tells, which is the same on all ranks. Damage is a failure."""
+    kind, message = ("IntegrityError", str(report.damages[0])) if report.damages else ("", "")
+    began, seconds, size = time.time() - report.seconds, report.seconds, report.total_bytes
+    return Event("verify", END, began, seconds, report.step, rank, size, 0, report.uri, kind, message)
 
 
 def _of_phase(operation: str, phase: Phase, rank: int | None, step: int | None, uri: str) -> Event:
@@ -179,6 +196,10 @@ class Telling:
         if self._listeners:
             for rank, report in enumerate(reports):
                 self._say(load_events(report, rank if self._rank is None else self._rank))
+
+    def verified(self, report: VerifyReport) -> None:
+        """The check has ended."""
+        self._say([verify_event(report, self._rank)])
 
     @contextmanager
     def failing(self) -> Iterator[None]:

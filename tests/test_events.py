@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from ray_ckpt import CheckpointStore, Event, EventFile, Storage, TrainState, load, resume, save
+from ray_ckpt import CheckpointStore, Event, EventFile, Storage, TrainState, load, resume, save, verify
 from ray_ckpt.errors import CheckpointNotFoundError, StorageError, UsageError
 from tests.support.faulty import AT_ONCE, Fault, FaultyStorage
 from tests.support.ranks import run_ranks
@@ -78,6 +78,25 @@ def test_a_failure_is_told_once_with_its_kind(tmp_path: Path, blocking: bool) ->
     assert [(event.operation, event.phase, event.failure) for event in told] == [
         ("load", "end", "CheckpointNotFoundError")
     ]
+
+
+def test_a_check_is_told_and_damage_is_a_failure(tmp_path: Path) -> None:
+    told: list[Event] = []
+    save(state(), tmp_path, 7)
+    report = verify(tmp_path, events=told.append)
+    [(path, size)] = [(path, path.stat().st_size) for path in tmp_path.rglob("*.distcp")]
+    [event] = told
+    assert (event.operation, event.phase, event.step, event.failure) == ("verify", "end", 7, "")
+    assert (event.num_bytes, event.uri, event.seconds) == (report.total_bytes, report.uri, report.seconds)
+    assert report.total_bytes >= size
+    data = bytearray(path.read_bytes())
+    data[size // 2] ^= 1
+    path.write_bytes(data)
+    damaged = verify(tmp_path, events=told.append)
+    assert (told[1].failure, told[1].message) == ("IntegrityError", str(damaged.damages[0]))
+    with pytest.raises(CheckpointNotFoundError):
+        verify(tmp_path / "none", events=told.append)
+    assert [event.failure for event in told] == ["", "IntegrityError", "CheckpointNotFoundError"]
 
 
 def test_retries_are_counted(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,6 +100,37 @@ def test_room_is_wanted_for_two_checkpoints(tmp_path: Path) -> None:
     assert shortage(storage, 1) == ""
     assert re.fullmatch(r".* free at .*/yet, and one checkpoint takes 1.* two must fit, .*", shortage(storage, 1 << 60))
     assert shortage(Storage("s3://bucket/run?region=us-east-1"), 1 << 60) == ""
+
+
+@needs_root
+@pytest.mark.parametrize("num_elements", [300_000, 100_000])
+def test_the_first_save_tells_before_it_writes_that_the_next_will_not_fit(tmp_path: Path, num_elements: int) -> None:
+    """Of 2 MiB, the smaller checkpoint fits twice."""
+    code = (
+        "import logging, pathlib, sys, torch, ray_ckpt\n"
+        "seen = []\n"
+        "def look(record):\n"
+        "    seen.append((record.getMessage(), [*pathlib.Path('run').rglob('*.distcp')]))\n"
+        "    return True\n"
+        "logging.getLogger('ray_ckpt.protocol.coordinator').addFilter(look)\n"
+        f"state = {{'weight': torch.ones({num_elements})}}\n"
+        "for step in (1, 2):\n"
+        "    ray_ckpt.save(state, 'run', step, overwrite=True)\n"
+        "    ray_ckpt.CheckpointStore('run').delete(step)\n"
+        "print(*[(text, written) for text, written in seen if 'two must fit' in text], sep='\\n')\n"
+    )
+    command = f'mount -t tmpfs -o size=2m x {tmp_path}; cd {tmp_path}; exec {sys.executable} -c "$1"'
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-ec", command, "sh", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+    )
+    assert done.returncode == 0, done.stderr
+    told = [line for line in done.stdout.splitlines() if line]
+    assert len(told) == (1 if num_elements == 300_000 else 0)
+    assert all("one checkpoint takes 1.14 MiB" in line and line.endswith("[])") for line in told)
 
 
 @pytest.fixture

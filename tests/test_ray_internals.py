@@ -80,6 +80,20 @@ def test_authentication_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ray_internals.check_alive(address, timeout_s=5)
 
 
+def test_the_command_line_that_ray_keeps_has_no_credentials() -> None:
+    """`ray.init` asks `ray._private.utils.get_entrypoint_name` for it, and `jobs` tells it to everybody."""
+    code = (
+        "from ray_ckpt.cluster.connect import connect\n"
+        "from ray._private.state import jobs\n"
+        "with connect('local'):\n"
+        "    print(*[job['Entrypoint'] for job in jobs()])\n"
+    )
+    command = [sys.executable, "-c", code, "--storage=s3://key:hidden@bucket/run", "s3://b/?sig=hidden", "--plain"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert "hidden" not in done.stdout
+    assert done.stdout.rstrip().endswith("--storage=s3://... s3://... --plain")
+
+
 @pytest.mark.usefixtures("local_ray")
 def test_free_resources_come_node_by_node() -> None:
     """`available_resources_per_node`: a mapping of node to resources as `ray.nodes()` names them."""

@@ -6,6 +6,7 @@ import contextlib
 from dataclasses import replace
 
 from ray_ckpt.checkpoint.exchange import TrainersExchange
+from ray_ckpt.events import Events, Telling
 from ray_ckpt.progress import Meter, Progress
 from ray_ckpt.report import VerifyReport
 from ray_ckpt.storage.audit import verify_share
@@ -20,6 +21,7 @@ def verify(
     trusted: bool = False,
     timeout_s: float | None = None,
     progress: Progress | None = None,
+    events: Events | None = None,
 ) -> VerifyReport:
     """Read every byte of a committed checkpoint and compare it with what was recorded when it was saved.
 
@@ -49,6 +51,7 @@ def verify(
             rank's own work, such as reading.
         progress: called about ten times a second with the bytes that this rank has read and all that it will, on a
             thread that reads. When it raises, the check goes on, without it and with a warning.
+        events: called with an `Event` for the end, or failure; damage is told as a failure of kind `IntegrityError`.
 
     Returns:
         What was read, and everything that is damaged or missing, by name. What other programs wrote carries at most
@@ -62,8 +65,10 @@ def verify(
         CheckpointError: ranks failed, or did not arrive within `timeout_s`; every rank learns which.
     """
     ranks = TrainersExchange("verify", timeout_s)
-    with contextlib.ExitStack() as holds:
+    telling = Telling(events, "verify", rank=ranks.rank)
+    with telling.failing(), contextlib.ExitStack() as holds:
         found = ranks.broadcast(lambda: holds.enter_context(held(lambda: committed_at(target, step))))
+        telling.at(found.storage.address, found.step)
         shares = ranks.gather(
             lambda: verify_share(
                 found.storage,
@@ -74,4 +79,6 @@ def verify(
                 meter=Meter(progress),
             )
         )
-        return replace(ranks.broadcast(lambda: VerifyReport.merge(shares)), step=found.step)
+        report = replace(ranks.broadcast(lambda: VerifyReport.merge(shares)), step=found.step)
+    telling.verified(report)
+    return report

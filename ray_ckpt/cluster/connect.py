@@ -24,6 +24,7 @@ from ray_ckpt.cluster.deferral import signals_deferred
 from ray_ckpt.cluster.ray_internals import (
     RefusedError,
     check_alive,
+    command_line_redacted,
     end_monitor,
     find_recorded_address,
     object_store_settings,
@@ -141,7 +142,7 @@ def _local_ray(num_cpus: int, options: dict[str, Any]) -> Iterator[None]:
 
 def _init(address: str, options: dict[str, Any]) -> None:
     try:
-        with signals_deferred():
+        with signals_deferred(), command_line_redacted():
             ray.init(address=address, **options)
     except Exception as error:  # Ray raises that very class when its processes do not come up
         doing = "start a local Ray" if address == "local" else f"join the Ray cluster at {address}"

@@ -174,7 +174,7 @@ class WorkerGroup:
 
         Raises:
             WorkerError: one or more ranks raised or died. Names each within 5 s, though others may sit in a
-                collective; the group is closed.
+                collective; the group is closed. A save with `blocking=False` gets 5 s more to end.
             GroupTimeoutError: the call outlasted `timeout_s` (by default the group's `call_timeout_s`); the group is
                 closed.
             GroupError: the group is closed already.
@@ -353,7 +353,11 @@ class WorkerGroup:
             by_rank = dict(enumerate(refs))
             found = gather(by_rank, self.workers, timeout_s, find_stopped=self._find_stopped, look=look)
             return list(found.values())
-        except BaseException:
+        except BaseException as error:
+            if self._background is not None and isinstance(error, GroupError):
+                # A save of what all workers had copied may need no more of the one that died.
+                with contextlib.suppress(TimeoutError):
+                    self._background(LEAVE_TIMEOUT_S)
             self._give_up(refs)
             raise
 
@@ -398,7 +402,8 @@ def _send(call: Any, fn: Callable[..., Any] | str, args: tuple[Any, ...], beside
         UsageError: the function or its arguments do not pickle.
     """
     try:
-        return call.remote(fn, args, beside)
+        # One by one, as Ray puts what is large into its object store: with it would go an address with credentials.
+        return call.remote(fn, beside, *((arg,) for arg in args))
     except Exception as error:  # whatever the user's own `__reduce__` raises, or a page by Ray about its cause
         raise UsageError(
             f"cannot send {fn if isinstance(fn, str) else getattr(fn, '__qualname__', fn)} and its arguments to the "

@@ -11,7 +11,7 @@ import time
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from ray_ckpt.events import BLOCKED, END, Event
+from ray_ckpt.events import BLOCKED, DURABLE, END, Event
 
 __all__ = ["MemoryFill", "Metrics"]
 
@@ -35,12 +35,14 @@ class Metrics:
         by_operation = ("operation",)
         self._phases = Histogram(
             "ckpt_phase_seconds",
-            "Time that a rank, or the coordinator, spent in a phase of a save or load; `end` is the whole.",
+            "Time that a rank, or the coordinator, spent in a phase of a save, load or check; `end` is the whole.",
             boundaries=_SECONDS,
             tag_keys=("operation", "phase"),
         )
-        self._bytes = Counter("ckpt_bytes", "Bytes that saves have written and loads have read.", by_operation)
-        self._rate = Gauge("ckpt_bytes_per_second", "Rate of the last save or load.", by_operation)
+        self._bytes = Counter(
+            "ckpt_bytes", "Bytes that saves have written, and loads and checks have read.", by_operation
+        )
+        self._rate = Gauge("ckpt_bytes_per_second", "Rate of the last save, load or check.", by_operation)
         self._retries = Counter("ckpt_retries", "Further tries of storage after errors that may pass.", by_operation)
         self._failures = Counter("ckpt_failures", "What failed, by kind of error.", ("operation", "kind"))
         self._blocked = Counter("ckpt_blocked_seconds", "Time for which saves have held up training.")
@@ -62,7 +64,9 @@ class Metrics:
             self._count_training(event)
         elif event.phase == BLOCKED:
             _add(self._blocked, event.seconds)
-        elif event.operation in ("save", "load"):
+        elif event.phase == DURABLE:
+            self._set_newest(event, "durable")
+        elif event.operation in ("save", "load", "verify"):
             self._phases.observe(event.seconds, {**operation, "phase": event.phase})
             if event.phase == END:
                 self._count_end(event, operation)
@@ -72,10 +76,13 @@ class Metrics:
         _add(self._retries, event.num_retries, operation)
         if event.seconds > 0:
             self._rate.set(event.num_bytes / event.seconds, operation)
-        if event.operation == "save" and event.step is not None:
-            tier = {"tier": "front" if event.uri.startswith("ram://") else "durable"}
-            self._newest.set(event.step, tier)
-            self._committed.set(event.start_s + event.seconds, tier)
+        if event.operation == "save":
+            self._set_newest(event, "front" if event.uri.startswith("ram://") else "durable")
+
+    def _set_newest(self, event: Event, tier: str) -> None:
+        if event.step is not None:
+            self._newest.set(event.step, {"tier": tier})
+            self._committed.set(event.start_s + event.seconds, {"tier": tier})
 
     def _count_training(self, event: Event) -> None:
         if event.phase == "restart":

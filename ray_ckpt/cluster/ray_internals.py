@@ -9,6 +9,7 @@ held_resources           Ray's public interface refuses to answer a driver
 without_daemon_messages  Ray's daemons write paragraphs to the driver's standard output
 end_monitor              a local Ray's shutdown waits a second for a process that does nothing
 reread_authentication    Ray reads mode and token once per process
+command_line_redacted    Ray keeps a driver's command line, for whoever lists the jobs
 object_store_settings    a local Ray's object store aborts where /dev/shm cannot be written
 without_signal_handlers  Ray's core takes SIGTERM for a crash while it starts, and may abort
 """
@@ -21,6 +22,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from subprocess import list2cmdline
 from typing import Any
 
 import grpc
@@ -32,6 +34,8 @@ from ray._private.state import available_resources_per_node, jobs, state
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 from ray.exceptions import AuthenticationError
+
+from ray_ckpt.text import without_credentials
 
 
 class RefusedError(Exception):
@@ -140,6 +144,17 @@ def object_store_settings(shared_memory: str = "/dev/shm") -> dict[str, str]:
     if os.access(shared_memory, os.W_OK) or not sys.platform.startswith("linux"):
         return {}
     return {"_plasma_directory": os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()}
+
+
+@contextmanager
+def command_line_redacted() -> Iterator[None]:
+    """What connects within the block tells the cluster its command line without the credentials in it."""
+    found = utils.get_entrypoint_name
+    utils.get_entrypoint_name = lambda: list2cmdline(map(without_credentials, sys.orig_argv))
+    try:
+        yield
+    finally:
+        utils.get_entrypoint_name = found
 
 
 def reread_authentication() -> None:

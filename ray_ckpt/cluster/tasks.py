@@ -129,7 +129,7 @@ class _Run:
             "name": f"ray_ckpt task {number}",
         }
         counter = None if self.counts is None else self.counts.counter
-        return ray.remote(**settings)(_call).remote(number, self.fn, args, counter)
+        return ray.remote(**settings)(_call).remote(number, self.fn, counter, *((arg,) for arg in args))
 
     def _take(self, ref: Any, number: int) -> None:
         try:
@@ -149,13 +149,17 @@ class _Run:
 
 
 def _call(
-    number: int, fn: Callable[..., Any] | str, args: tuple[Any, ...], counter: Any | None
+    number: int, fn: Callable[..., Any] | str, counter: Any | None, *wrapped: tuple[Any]
 ) -> tuple[CallOutcome, int]:
     """Runs in the task's process. What `fn` raises comes back as plain data, as not every exception pickles.
+
+    Args:
+        wrapped: the arguments, each in a tuple: one by one, as Ray puts what is large into its object store.
 
     Returns:
         What came of it, and the bytes that were counted.
     """
+    args = [arg for (arg,) in wrapped]
     if counter is None:
         return attempt(number, lambda: resolve(fn)(*args)), 0
     meter = Meter(lambda done, total: counter.set.remote(number, done))

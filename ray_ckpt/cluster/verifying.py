@@ -20,6 +20,7 @@ from ray_ckpt.cluster.connect import connected
 from ray_ckpt.cluster.group import WorkerGroup
 from ray_ckpt.cluster.tasks import run_tasks
 from ray_ckpt.errors import UsageError
+from ray_ckpt.events import Events, Telling
 from ray_ckpt.progress import NOBODY, Meter, Progress
 from ray_ckpt.report import VerifyReport
 from ray_ckpt.rounding import ceil_div
@@ -51,6 +52,7 @@ def verify(
     trusted: bool = False,
     timeout_s: float | None = None,
     progress: Progress | None = None,
+    events: Events | None = None,
 ) -> VerifyReport:
     """Read and check every byte of a committed checkpoint on the workers, beside their other calls.
 
@@ -73,16 +75,21 @@ def verify(
         scan_nan, trusted: as for `ray_ckpt.verify`.
         timeout_s: time limit; by default the group's `call_timeout_s`.
         progress: as for `save`, with the bytes that the workers have read and all that they will.
+        events: as for `ray_ckpt.verify`.
 
     Raises:
         CheckpointNotFoundError: there is no committed checkpoint, or not that step.
         WorkerError: workers failed or died, or the storage does not answer them; names each.
         GroupTimeoutError: workers did not answer in time; names each.
     """
-    with held(lambda: committed_at(target, step)) as found:
+    telling = Telling(events, "verify")
+    with telling.failing(), held(lambda: committed_at(target, step)) as found:
+        telling.at(found.storage.address, found.step)
         args_of = dict.fromkeys(range(group.num_workers), (found.storage, group.num_workers, scan_nan, trusted))
         shares = group.call(worker_side.verify, args_of, timeout_s=timeout_s, beside=True, progress=progress)
-    return replace(VerifyReport.merge(list(shares.values())), step=found.step)
+    report = replace(VerifyReport.merge(list(shares.values())), step=found.step)
+    telling.verified(report)
+    return report
 
 
 def verify_by_tasks(
@@ -94,6 +101,7 @@ def verify_by_tasks(
     address: str | None = None,
     timeout_s: float = 3600.0,
     progress: Progress | None = None,
+    events: Events | None = None,
 ) -> VerifyReport:
     """Read and check every byte of a committed checkpoint by tasks, on all CPUs of a Ray cluster.
 
@@ -117,6 +125,7 @@ def verify_by_tasks(
         timeout_s: time limit of all tasks together.
         progress: called with the bytes that the tasks have read and all that will be. When it raises, the check
             goes on, without it and with a warning.
+        events: as for `ray_ckpt.verify`.
 
     Raises:
         CheckpointNotFoundError: there is no committed checkpoint, or not that step.
@@ -128,8 +137,10 @@ def verify_by_tasks(
     from ray_ckpt.storage.ranged_reads import tuning_for
     from ray_ckpt.storage.stretches import Checked
 
-    with contextlib.ExitStack() as held_until_done:
+    telling = Telling(events, "verify")
+    with telling.failing(), contextlib.ExitStack() as held_until_done:
         found = held_until_done.enter_context(held(lambda: committed_at(target, step)))
+        telling.at(found.storage.address, found.step)
         audit = Audit(found.storage, scan_nan=scan_nan, trusted=trusted)
         held_until_done.enter_context(connected(address))
         shares = _shares(audit.work, num_cpus=ray.cluster_resources().get("CPU", 1.0))
@@ -151,7 +162,9 @@ def verify_by_tasks(
             )
             whole.add(records.result())
     meter.end()
-    return replace(audit.report(whole, total), step=found.step)
+    report = replace(audit.report(whole, total), step=found.step)
+    telling.verified(report)
+    return report
 
 
 class _Arguments(Mapping[int, tuple[Any, ...]]):

@@ -188,16 +188,17 @@ class Worker:
             timeout_s=rendezvous.timeout_s,
         )
 
-    def call(self, fn: Callable[..., Any] | str, args: tuple[Any, ...], beside: bool = False) -> CallOutcome:
+    def call(self, fn: Callable[..., Any] | str, beside: bool, *wrapped: tuple[Any]) -> CallOutcome:
         """Run `fn(ctx, *args)`, or the function of that name.
 
         Args:
             beside: whether this runs beside other calls.
+            wrapped: the arguments, each in a tuple.
         """
         assert self._contexts, "the group calls functions only after every rank has joined"
         context = self._contexts[beside]
         context.told = 0, 0
-        return attempt(context.rank, lambda: resolve(fn)(context, *args))
+        return attempt(context.rank, lambda: resolve(fn)(context, *(arg for (arg,) in wrapped)))
 
     def progress(self, beside: bool) -> tuple[int, int]:
         """How far the call that runs is, as it has told."""

@@ -239,9 +239,8 @@ def _room(nodes: Sequence[NodeFacts], storage: str, checkpoint_bytes: int | None
         return
     least = min(free)
     if checkpoint_bytes is None:
-        yield Finding(
-            "fine", "room", f"{format_bytes(least)} free at {storage}; no checkpoint there tells what one takes"
-        )
+        fitting = f"two checkpoints of up to {format_bytes(least / 2)} each fit, as they must"
+        yield Finding("fine", "room", f"{format_bytes(least)} free at {storage}: {fitting}")
         return
     text = (
         f"{format_bytes(least)} free at {storage}, the latest checkpoint there takes {format_bytes(checkpoint_bytes)}"

@@ -8,12 +8,15 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from ray_ckpt.cluster.worker import WorkerContext
+
+if TYPE_CHECKING:
+    from ray_ckpt.storage.files import Storage
 
 
 def describe(ctx: WorkerContext, *args: Any) -> dict[str, Any]:
@@ -102,3 +105,7 @@ def zero_one_average(ctx: WorkerContext) -> None:
         state = ctx.objects["trainer"].optimizer.state
         average = next(iter(state.values()))["exp_avg"].to_local()
         average[tuple(average.nonzero()[0].tolist())] = 0.0
+
+
+def sizes_of(ctx: WorkerContext, storage: Storage, large: bytes) -> tuple[int, int]:
+    return len(storage.uri), len(large)
