@@ -2,6 +2,7 @@
 
     PYTHONPATH=. python benchmarks/planning.py                 4 to 256 ranks, up to 100 000 tensors (minutes)
     PYTHONPATH=. python benchmarks/planning.py --max-parts 50000
+    PYTHONPATH=. python benchmarks/planning.py --max-parts 1010000     also 4 096 ranks (half an hour)
 
 One process plays all ranks in turn; nothing is written, and no time is spent on a network. Both sides plan the same
 state, and every message is pickled and unpickled as it would be on its way.
@@ -72,6 +73,7 @@ CASES = [
     *(Case("stages", ranks, tensors) for ranks in (4, 64, 256) for tensors in (1_000, 10_000, 100_000)),
     *(Case("shards", 4, tensors) for tensors in (1_000, 10_000, 100_000)),
     *(Case("shards", ranks, 1_600) for ranks in (4, 16, 64, 256)),
+    *(Case("shards", ranks, 245) for ranks in (512, 1_024, 2_048, 4_096)),
 ]
 
 
@@ -133,7 +135,7 @@ def measure_ours(case: Case) -> Cost:
 def _save_with_ours(case: Case, cost: Cost, cache: PlanCache, memories: Sequence[PlanMemory]) -> float:
     plans, num_items, by_rank = [], [], []
     for rank in range(case.ranks):
-        state, known = case.state_of(rank), cache.tokens
+        state, known = case.state_of(rank), cache.token_of(rank)
 
         def plan(state: Any = state, memory: PlanMemory = memories[rank], known: Any = known) -> tuple[int, bytes]:
             selected = select(hold(state), SAVE_ALL)
@@ -146,7 +148,8 @@ def _save_with_ours(case: Case, cost: Cost, cache: PlanCache, memories: Sequence
     coordinator = Coordinator(Storage("memory://planning"), overwrite=True, cache=cache)
 
     def merge() -> bytes:
-        received: list[LocalPlan] = [pickle.loads(data) for data in plans]
+        with collector_paused():  # as while they arrive
+            received: list[LocalPlan] = [pickle.loads(data) for data in plans]
         return pickle.dumps(coordinator.merge(received))
 
     merging, orders = _timed(merge)

@@ -64,6 +64,12 @@ class SaveReport:
     """Saves that failed since the last one that ended well, where `on_error="warn"` let the run go on."""
     not_durable: tuple[str, ...] = ()
     """Where the store has a front: what could not be copied to the durable tier until then, with reasons."""
+    lost_ranks: tuple[int, ...] = ()
+    """Ranks of a `WorkerGroup` whose processes were gone before they could write. The others held all that they held,
+    as replicas do, and have saved it without them."""
+    left_out: tuple[str, ...] = ()
+    """What is not saved, as each lost rank had it of its own: its random generators and the place of its data loader.
+    A load seeds new ones, and goes on where the other data loaders were if the sampler can be set."""
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,8 @@ class Ranks:
         coordinator = Coordinator(storage, cache=self.cache, **options)
         writers = [RankSave(storage) for _ in states]
         self.sent = [
-            pickle.loads(pickle.dumps(writer.plan(state, memory, self.cache.tokens)))
-            for writer, state, memory in zip(writers, states, self.memories, strict=True)
+            pickle.loads(pickle.dumps(writer.plan(state, memory, self.cache.token_of(rank))))
+            for rank, (writer, state, memory) in enumerate(zip(writers, states, self.memories, strict=True))
         ]
         assignments = pickle.loads(pickle.dumps(coordinator.merge(self.sent)))
         records = [writer.write(given) for writer, given in zip(writers, assignments, strict=True)]

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 
+from ray_ckpt import verify
 from ray_ckpt.format.manifest import MANIFEST_NAME
 from ray_ckpt.parallel.layout import Layout
 from ray_ckpt.parallel.materialize import materialize
@@ -155,6 +156,27 @@ def test_after_the_loss_of_a_node_training_goes_on_in_another_layout(head: Head,
     node = add_node(head, f"127.0.0.{next(NEVER_ALIKE)}")
     report = run_under_kills(head, tmp_path / "run", "fsdp2x3,pp2", [Kill(4, node=True)], seed=2, node=node)
     assert report["layouts_used"] == ["fsdp2x3", "pp2"]
+
+
+@pytest.mark.jobs
+def test_the_last_step_is_saved_without_a_replica_that_dies_meanwhile(head: Head, tmp_path: Path) -> None:
+    storage = tmp_path / "run"
+    options = ("--model", "tests.support.models:StruckWhileSaving", "--steps", "6", "--save-every", "100")
+    job = start_job(head, "ddp2,single", storage, *options)
+    assert job.wait(120) == 0, job.stdout + job.stderr
+    report = report_of(storage)
+    assert (report["final_step"], report["restarts"], report["layouts_used"]) == (6, [], ["ddp2"])
+    assert report["saved_without"] == {"6": [1]}
+    assert report["failed_saves"] == []
+    store = CheckpointStore(storage)
+    assert store.manifest(6).layout == "ddp2 without rank 1"
+    assert verify(store).verified
+    assert "step 6 is saved without what died: rank 1" in job.stdout
+    # Another job goes on from it.
+    second = start_job(head, "single", storage, *options[:2], "--steps", "8")
+    assert second.wait(120) == 0, second.stdout + second.stderr
+    assert [resume["step"] for resume in report_of(storage)["resumes"]] == [6]
+    wait_until_free(30)
 
 
 @pytest.mark.jobs

@@ -26,6 +26,7 @@ from ray_ckpt.errors import CheckpointError, CheckpointExistsError, RayCkptError
 from ray_ckpt.events import Events, Telling
 from ray_ckpt.format import dcp_metadata
 from ray_ckpt.format.saved import Saved
+from ray_ckpt.gc_pause import collector_paused
 from ray_ckpt.progress import Meter, Progress
 from ray_ckpt.protocol.coordinator import Coordinator
 from ray_ckpt.protocol.messages import Assignment, LocalPlan, Outcome, RankRecord
@@ -329,7 +330,8 @@ class _Save:
         Raises:
             RayCkptError: a rank could not offer a plan, or the plans do not fit together.
         """
-        offers = ranks.gather(self._offer.get)
+        with collector_paused():  # plans of many parts arrive
+            offers = ranks.gather(self._offer.get)
 
         def give_orders() -> Sequence[_Order | None]:
             plans = [offer.plan for offer in offers if offer.plan is not None]

@@ -7,6 +7,7 @@ driver                                    every worker
                                           and beside the other calls of the workers
     write   ── Assignment ─────────────>  write files (again, if asked)   <── RankRecord ──
     check, see the files; publish
+    a death in any of these               begin again with the others, if they hold all that the dead one held
 
 The driver loads no torch: its part is merging and checking names, shapes and checksums.
 """
@@ -18,22 +19,37 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeVar, overload
 from weakref import WeakKeyDictionary
 
 from ray_ckpt.cluster import worker_side
 from ray_ckpt.cluster.group import WorkerGroup
-from ray_ckpt.errors import CheckpointError, CheckpointExistsError, GroupError, StorageError
+from ray_ckpt.errors import (
+    DIED,
+    CheckpointError,
+    CheckpointExistsError,
+    CommitError,
+    GroupError,
+    RankFailure,
+    StorageError,
+    WorkerError,
+)
 from ray_ckpt.events import Events, Telling
 from ray_ckpt.format.saved import Saved
+from ray_ckpt.gc_pause import collector_paused
 from ray_ckpt.progress import Progress
 from ray_ckpt.protocol.coordinator import Coordinator, PlanCache
-from ray_ckpt.protocol.messages import Assignment
+from ray_ckpt.protocol.messages import Assignment, RankRecord
 from ray_ckpt.protocol.save_handle import SaveHandle, check_on_error
 from ray_ckpt.protocol.save_options import Cast, SaveOptions
 from ray_ckpt.report import SaveReport
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.resolve import Target, destination
+
+T = TypeVar("T")
+
+NOTHING = RankRecord((), b"")
+"""What a lost rank has written."""
 
 
 @overload
@@ -97,6 +113,11 @@ def save(
 ) -> SaveReport | SaveHandle:
     """Save what the workers hold as one checkpoint at `target`. The group stays open, whatever happens.
 
+    A worker that dies does not end a save with `blocking=True`, nor the copying of one with `blocking=False`, if the
+    others hold all that it held, as replicas do (ddp, hsdp): the save begins again without it, and
+    `SaveReport.lost_ranks` and `left_out` tell. What it held is known when it had told, or no other worker's state is
+    another than in the save before, or else by the layout that a `TrainState` names.
+
     A group has one save in flight at a time; the next one waits for it. With `blocking=False` the call returns once
     every worker has copied its part into host memory, which the next save uses again: what later calls on the workers
     change is not in the checkpoint. A thread of the driver, and the workers beside their other calls, write and commit.
@@ -135,7 +156,8 @@ def save(
         CheckpointExistsError: `target` holds a committed checkpoint already and `overwrite` was not given.
         CommitError: the workers' parts do not fit together, or differ under one name; or the driver, which commits,
             does not see at `target` what the workers have written.
-        WorkerError, GroupTimeoutError: workers failed, died or were too slow; names each. Nothing was committed.
+        WorkerError, GroupTimeoutError: workers failed, died and were not replicas, or were too slow; names each.
+            Nothing was committed.
         CheckpointError: the previous save, with `blocking=False`, failed, and no call has raised that yet; this one was
             not begun.
         SavePendingError: the save before this one has not ended within `timeout_s`; this one was not begun.
@@ -160,12 +182,11 @@ def save(
                 called="the driver",
             )
             coordinator.num_failed_before = memory.num_failed
-            attempt = _Attempt(group, storage, coordinator, retries, deadline, progress, telling)
-            assignments = attempt.plan(state_of, memory.plans.tokens, options)
+            attempt = _Attempt(group, storage, coordinator, memory, retries, deadline, progress, telling)
             if blocking:
-                outcome = attempt.finish(assignments)
+                outcome = attempt.save(state_of, options)
             else:
-                outcome = memory.pending = attempt.finish_beside_training(assignments)
+                outcome = memory.pending = attempt.save_beside_training(state_of, options)
     except (CheckpointError, StorageError, GroupError) as error:
         if on_error == "raise":
             raise
@@ -185,6 +206,8 @@ class _GroupMemory:
         self.pending: SaveHandle | None = None
         self.num_failed = 0
         """Saves that have failed, and were passed over, since the last one that ended well."""
+        self.lost: dict[int, RankFailure] = {}
+        """Ranks whose processes are gone, and how they were found so."""
 
     def settle(self, timeout_s: float, *, is_patient: bool) -> None:
         """Wait for the save in flight.
@@ -211,13 +234,18 @@ _memories: WeakKeyDictionary[WorkerGroup, _GroupMemory] = WeakKeyDictionary()
 
 
 class _Attempt:
-    """The driver's side of one save. After a failure nothing is left of it on the workers that answer."""
+    """The driver's side of one save. After a failure nothing is left of it on the workers that answer.
+
+    While the states may not change, the death of workers does not end it if the others hold all that those held: then
+    it begins again without them.
+    """
 
     def __init__(
         self,
         group: WorkerGroup,
         storage: Storage,
         coordinator: Coordinator,
+        memory: _GroupMemory,
         retries: int,
         deadline: float,
         progress: Progress | None,
@@ -226,46 +254,73 @@ class _Attempt:
         self._group = group
         self._storage = storage
         self._coordinator = coordinator
+        self._memory = memory
         self._retries = retries
         self._deadline = deadline
         self._progress = progress
         self._telling = telling
 
-    def plan(
-        self, state_of: worker_side.StateOf | str, known: frozenset[str], options: SaveOptions
-    ) -> Sequence[Assignment]:
-        """Let the workers look through their states; who writes what.
+    def save(self, state_of: worker_side.StateOf | str, options: SaveOptions) -> SaveReport:
+        """All of it."""
+        return self._without_lost(lambda: self._finish(self._plan(state_of, options)))
 
-        Args:
-            known: tokens of plans that need not be sent again.
-            options: what of their states they save, and how.
-        """
-        coordinator = self._coordinator
-        args = (coordinator.attempt, state_of, self._storage, known, options)
-        with self._discarding():
-            offers = self._call(worker_side.plan, dict.fromkeys(range(self._group.num_workers), args))
-            coordinator.layout = coordinator.layout or offers[0].layout
-            return coordinator.merge([offer.plan for offer in offers.values()])
+    def save_beside_training(self, state_of: worker_side.StateOf | str, options: SaveOptions) -> SaveHandle:
+        """Wait until the workers have copied their parts, and begin the rest in a thread."""
 
-    def stage(self, assignments: Sequence[Assignment]) -> None:
-        """Let the workers copy what they will write. Afterwards their states may change."""
-        with self._discarding():
-            self._call(worker_side.stage, {assignment.rank: (assignment,) for assignment in assignments})
+        def stage() -> Sequence[Assignment]:
+            assignments = self._plan(state_of, options)
+            with self._discarding():
+                self._call(worker_side.stage, {assignment.rank: (assignment,) for assignment in assignments})
+            return assignments
 
-    def finish_beside_training(self, assignments: Sequence[Assignment]) -> SaveHandle:
-        """Wait until the workers have copied their parts, and begin `finish` in a thread."""
-        self.stage(assignments)
+        assignments = self._without_lost(stage)
         handle = SaveHandle(self._storage.address)
         self._group.wait_for(handle.wait)
 
         def finish() -> SaveReport:
             with self._telling.failing():
-                return self.finish(assignments)
+                return self._finish(assignments)
 
         handle.start(finish)
         return handle
 
-    def finish(self, assignments: Sequence[Assignment]) -> SaveReport:
+    def _without_lost(self, try_it: Callable[[], T]) -> T:
+        """Call it, and again whenever workers have died that it had not known to be gone.
+
+        Raises:
+            WorkerError: of those that died, when the others cannot save without them.
+        """
+        while True:
+            num_lost = len(self._memory.lost)
+            try:
+                return try_it()
+            except WorkerError:
+                if len(self._memory.lost) == num_lost or not self._left:
+                    raise
+                self._coordinator.begin_again()
+
+    def _plan(self, state_of: worker_side.StateOf | str, options: SaveOptions) -> Sequence[Assignment]:
+        """Let the workers look through their states; who writes what."""
+        coordinator, lost = self._coordinator, self._memory.lost
+        if not self._left:
+            raise WorkerError(tuple(lost.values()))
+        known = self._memory.plans.token_of
+        args_of = {rank: (coordinator.attempt, state_of, self._storage, known(rank), options) for rank in self._left}
+        with self._discarding(), collector_paused():  # plans of many parts arrive
+            offers = self._call(worker_side.plan, args_of)
+            layout = offers[self._left[0]].layout
+            coordinator.layout = coordinator.layout or layout
+            plans = [offers[rank].plan if rank in offers else None for rank in range(self._group.num_workers)]
+            try:
+                return coordinator.merge(plans, layout)
+            except CommitError as error:
+                if not lost:
+                    raise
+                failure = WorkerError(tuple(lost.values()))
+                failure.append(f"the others cannot save alone: {error}")
+                raise failure from error
+
+    def _finish(self, assignments: Sequence[Assignment]) -> SaveReport:
         """Let the workers write, check what they have written, and commit it."""
         coordinator = self._coordinator
         with self._discarding():
@@ -273,22 +328,49 @@ class _Attempt:
             records = self._call(
                 worker_side.write, args_of, beside=True, retries=self._retries, progress=self._progress
             )
-            coordinator.check(list(records.values()))
-            made = self._call(worker_side.stock_record, {0: (coordinator.manifest,)}, beside=True)
+            coordinator.check([records.get(rank, NOTHING) for rank in range(self._group.num_workers)])
+            stock_record = self._stock_record()
         # After a failed commit the checkpoint may be there or not: the files stay, only the state is released.
         ending = worker_side.finish
         try:
-            report = coordinator.publish(made[0])
+            report = coordinator.publish(stock_record)
         except CheckpointExistsError:
             ending = worker_side.discard  # it is another writer's that is there
             raise
         finally:
-            worker_side.tell_all(self._group, ending, coordinator.attempt)
+            self._tell_left(ending)
         self._telling.saved(report)
         return report
 
+    def _stock_record(self) -> bytes:
+        """Made by the first worker that lives to do it: all that they were to write is written."""
+        *others, last = self._left
+        for rank in others:
+            try:
+                return self._call_for_record(rank)
+            except WorkerError as error:
+                if any(failure.error_type != DIED for failure in error.failures):
+                    raise
+        return self._call_for_record(last)
+
+    def _call_for_record(self, rank: int) -> bytes:
+        made: bytes = self._call(worker_side.stock_record, {rank: (self._coordinator.manifest,)}, beside=True)[rank]
+        return made
+
+    @property
+    def _left(self) -> list[int]:
+        """The ranks that are not lost, as far as is known."""
+        return [rank for rank in range(self._group.num_workers) if rank not in self._memory.lost]
+
     def _call(self, fn: Callable[..., Any], args_of: Mapping[int, tuple[Any, ...]], **options: Any) -> dict[int, Any]:
-        return self._group.call(fn, args_of, timeout_s=max(0.0, self._deadline - time.monotonic()), **options)
+        try:
+            return self._group.call(fn, args_of, timeout_s=max(0.0, self._deadline - time.monotonic()), **options)
+        except WorkerError as error:
+            self._memory.lost |= {failure.rank: failure for failure in error.failures if failure.error_type == DIED}
+            raise
+
+    def _tell_left(self, fn: Callable[..., Any]) -> None:
+        worker_side.tell_all(self._group, fn, self._coordinator.attempt, self._memory.lost)
 
     @contextmanager
     def _discarding(self) -> Iterator[None]:
@@ -296,5 +378,5 @@ class _Attempt:
         try:
             yield
         except BaseException:
-            worker_side.tell_all(self._group, worker_side.discard, self._coordinator.attempt)
+            self._tell_left(worker_side.discard)
             raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -238,10 +238,14 @@ def _loads(ctx: WorkerContext) -> dict[str, RankLoad]:
     return loads
 
 
-def tell_all(group: WorkerGroup, fn: Callable[..., T], attempt: str) -> dict[int, T]:
-    """Call `fn(ctx, attempt)` on every worker, beside its other calls; the answers by rank, none if one is late."""
+def tell_all(group: WorkerGroup, fn: Callable[..., T], attempt: str, without: Collection[int] = ()) -> dict[int, T]:
+    """Call `fn(ctx, attempt)` on every worker, beside its other calls; the answers by rank, none if one is late.
+
+    Args:
+        without: ranks that are gone.
+    """
     with contextlib.suppress(GroupError):
-        args_of = dict.fromkeys(range(group.num_workers), (attempt,))
+        args_of = {rank: (attempt,) for rank in range(group.num_workers) if rank not in without}
         answers: dict[int, T] = group.call(fn, args_of, timeout_s=CLEANUP_TIMEOUT_S, beside=True)
         return answers
     return {}

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from ray_ckpt.errors import CommitError, UsageError
 from ray_ckpt.format.boxes import Box, shared_box
 from ray_ckpt.format.fingerprint import digest_of
+from ray_ckpt.format.lost_ranks import with_lost
 from ray_ckpt.format.manifest import Chunk, Manifest, ObjectEntry, TensorEntry
 from ray_ckpt.gc_pause import collector_paused
 from ray_ckpt.phase_clock import PhaseClock
@@ -31,6 +32,7 @@ from ray_ckpt.protocol.messages import (
     num_bytes,
     num_bytes_in_all,
 )
+from ray_ckpt.protocol.survivors import left_out, plans_of_lost
 from ray_ckpt.report import Phase, SaveReport
 from ray_ckpt.storage import room
 from ray_ckpt.storage.files import Storage
@@ -45,31 +47,52 @@ class PlanCache:
 
     def __init__(self) -> None:
         self.merged: GlobalPlan | None = None
+        self.left_out: tuple[str, ...] = ()
+        """What is not saved, because the rank is lost that alone had it."""
         self._plans: list[LocalPlan] = []
+        """Those of lost ranks are what they held."""
+        self._lost: frozenset[int] = frozenset()
 
-    @property
-    def tokens(self) -> frozenset[str]:
-        """Tokens whose items are known: ranks need not send these again."""
-        return frozenset(plan.token for plan in self._plans)
+    def token_of(self, rank: int) -> frozenset[str]:
+        """The token whose items are known of one rank; none before the first save."""
+        return frozenset(plan.token for plan in self._plans[rank : rank + 1])
 
     @property
     def plans(self) -> list[LocalPlan]:
         """By rank, the plan of one whose state is unchanged and has no frozen tensors: a token instead of items."""
         return [LocalPlan(plan.token, None) for plan in self._plans]
 
-    def update(self, plans: Sequence[LocalPlan]) -> GlobalPlan:
-        """Merge these plans, or return the last result where no token has changed."""
+    def update(self, plans: Sequence[LocalPlan | None], layout: str | None = None) -> GlobalPlan:
+        """Merge these plans, or return the last result where no token has changed and no rank was lost.
+
+        Args:
+            plans: by rank; None of a rank that is lost, which then holds nothing.
+            layout: how the state lies across the ranks, as the state itself says.
+
+        Raises:
+            CommitError: as `merge`; or the other ranks do not hold what a lost one held.
+            UsageError: something is asked for by a name that no rank has.
+        """
         known = {plan.token: plan for plan in self._plans}
-        is_new = [plan.token for plan in plans] != [plan.token for plan in self._plans]
-        self._plans = [
-            plan if plan.items is not None else replace(known[plan.token], frozen=plan.frozen) for plan in plans
+        sent = [
+            plan if plan is None or plan.items is not None else replace(known[plan.token], frozen=plan.frozen)
+            for plan in plans
         ]
+        of_lost = plans_of_lost(sent, self._plans, layout)
+        held = [plan or of_lost[rank] for rank, plan in enumerate(sent)]
+        is_new = [plan.token for plan in held] != [plan.token for plan in self._plans] or self._lost != frozenset(
+            of_lost
+        )
+        self._plans, self._lost = held, frozenset(of_lost)
         if self.merged is None or is_new:
             self.merged = None
-            if absent := frozenset.intersection(*(plan.absent for plan in self._plans)):
+            there = [plan for plan in sent if plan is not None]
+            if absent := frozenset.intersection(*(plan.absent for plan in there)):
                 raise UsageError(f"no rank holds anything of {listed(sorted(absent))}; nothing was saved")
-            items = [plan.items for plan in self._plans if plan.items is not None]
-            self.merged = merge(items, frozenset().union(*(plan.buffers for plan in self._plans)))
+            items = [() if plan is None or plan.items is None else plan.items for plan in sent]
+            merged = merge(items, frozenset().union(*(plan.buffers for plan in there)))
+            self.left_out = left_out(of_lost, merged)
+            self.merged = merged
         return self.merged
 
 
@@ -119,25 +142,40 @@ class Coordinator:
         self.num_failed_before = 0
         """What the report says of saves before this one. May be set until `publish`."""
         self._frozen: Mapping[str, str] = {}
+        self._lost: tuple[int, ...] = ()
         self.attempt = attempt or uuid.uuid4().hex[:12]
 
-    def merge(self, plans: Sequence[LocalPlan]) -> list[Assignment]:
+    def merge(self, plans: Sequence[LocalPlan | None], layout: str | None = None) -> list[Assignment]:
         """Decide who writes what, by rank. A part that several ranks hold is written by the least loaded of them.
+
+        Args:
+            plans: by rank; None of a rank that is lost. What it held, others have to hold too.
+            layout: how the state lies across the ranks, as the state itself says: tells what a lost rank held.
 
         Raises:
             CheckpointExistsError: the storage holds a committed checkpoint and `overwrite` was not given.
-            CommitError: the ranks' parts do not cover a tensor exactly once, or contradict each other.
+            CommitError: the ranks' parts do not cover a tensor exactly once, or contradict each other, or the others do
+                not hold what a lost rank held.
             UsageError: something is asked for by a name that no rank has.
         """
         with self._measured("plan"), collector_paused():
-            self._frozen = frozen.digests([plan.frozen for plan in plans])
+            self._frozen = frozen.digests([plan.frozen for plan in plans if plan is not None])
             if not self._overwrite:
                 refuse_if_taken(self._storage)
             is_first = self._cache.merged is None
-            self._plan = self._cache.update(plans)
+            self._plan = self._cache.update(plans, layout)
+            self._lost = tuple(rank for rank, plan in enumerate(plans) if plan is None)
         if is_first:
             self._look_for_room(self._plan)
-        return [Assignment(self.attempt, rank, tuple(skipped)) for rank, skipped in enumerate(self._plan.skipped)]
+        return [
+            Assignment(self.attempt, rank, tuple(skipped))
+            for rank, skipped in enumerate(self._plan.skipped)
+            if rank not in self._lost
+        ]
+
+    def begin_again(self) -> None:
+        """Give up the attempt, of which nothing is committed, for another one. `merge` comes next."""
+        self.attempt = uuid.uuid4().hex[:12]
 
     def _look_for_room(self, plan: GlobalPlan) -> None:
         """Warn of a disk that is about to be full. The next checkpoint is committed before one is removed."""
@@ -163,6 +201,9 @@ class Coordinator:
 
     def check(self, records: Sequence[RankRecord]) -> None:
         """Check by the records of all ranks, and by a look at the storage, that everything was written.
+
+        Args:
+            records: by rank; that of a lost one is empty.
 
         Raises:
             CommitError: something was not written, or replicas differ, or the storage does not show the files.
@@ -215,7 +256,11 @@ class Coordinator:
             num_retries=self._num_retries,
             num_failed_before=self.num_failed_before,
             not_durable=not_durable,
+            lost_ranks=self._lost,
+            left_out=self._cache.left_out if self._lost else (),
         )
+        if self._lost:
+            _logger.warning("%s", _loss(report))
         _logger.info(
             "committed %s: %d bytes in %d files, %.1f s",
             report.uri,
@@ -252,7 +297,8 @@ class Coordinator:
         if strangers := sorted(self._fingerprints.keys() - tensors.keys()):
             raise CommitError(f"refusing to commit: fingerprints of tensors that were not saved: {listed(strangers)}")
         fingerprints = {**taken, **self._fingerprints, **self._frozen}
-        return Manifest(tensors, objects, written.files, self.attempt, self.layout, self._saved_by, fingerprints)
+        layout = with_lost(self.layout, self._lost)
+        return Manifest(tensors, objects, written.files, self.attempt, layout, self._saved_by, fingerprints)
 
     def _check_files(self, files: Mapping[str, int]) -> None:
         """Refuse to commit unless this process sees the files that the ranks report, with their sizes.
@@ -279,6 +325,13 @@ class Coordinator:
             f"refusing to commit: the ranks have written {written} to {self._storage.address}, where {self._called} "
             f"sees {seen}; {advice}"
         )
+
+
+def _loss(report: SaveReport) -> str:
+    """What was lost in a save, in a sentence."""
+    ranks = listed(report.lost_ranks, at_most=8)
+    also = f"; not saved, as they alone had it: {listed(report.left_out, at_most=8)}" if report.left_out else ""
+    return f"{report.uri} is saved by the other ranks, as rank{'s' * (len(report.lost_ranks) > 1)} {ranks} died{also}"
 
 
 @dataclass(frozen=True)

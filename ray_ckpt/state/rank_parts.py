@@ -25,6 +25,7 @@ import xxhash
 from torch.distributed.checkpoint.stateful import Stateful
 
 from ray_ckpt.errors import FormatError
+from ray_ckpt.format import lost_ranks
 from ray_ckpt.format.foreign_sections import OF_RANK
 from ray_ckpt.state import sealing
 from ray_ckpt.state.foreign_state import rebuild
@@ -81,7 +82,9 @@ class RankPart:
             return self._plan_restored(saved, f"{self.section}.rank{rank}")
         if not isinstance(self._owner, Rng):
             return self._plan_elsewhere(saved, num_saved)
-        seed = f"{self.section}.rank0.seed"
+        # That of a rank that was lost in the save is not there.
+        first = min(set(range(num_saved)) - lost_ranks.in_layout(saved.layout), default=0)
+        seed = f"{self.section}.rank{first}.seed"
         seeds = (saved.values.get(seed), saved.values.get("counters.step"), rank)
         owner = self._owner
         return LoadPlan(
@@ -109,7 +112,8 @@ class RankPart:
         below = f"{self.section}.{_POSITIONS}"
         positions = {int(name[len(below) + 1 :]): Position(*saved.values[name]) for name in saved.under(below)}
         own = replica_of(self._owner)
-        for number, position in positions.items():
+        # When a rank was lost in the save, all go on in the same way.
+        for number, position in positions.items() if not lost_ranks.in_layout(saved.layout) else ():
             if (position.replica, position.num_replicas) == own:
                 return self._plan_restored(saved, f"{self.section}.rank{number}")
         if found := mover(self._owner, list(positions.values())):

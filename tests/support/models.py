@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ray_ckpt.recipes.model import PipelineModel
+from tests.support import struck
 
 DOOMED_RANK = 1
 
@@ -195,6 +196,18 @@ class Noisy(PipelineModel):
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return nn.functional.mse_loss(outputs, targets) * (1 + torch.rand(()))
+
+
+class StruckWhileSaving(PipelineModel):
+    """The second rank dies as it begins to look through its state for a save."""
+
+    def __init__(self) -> None:
+        super().__init__(dim=8, layers=2)
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if dist.is_initialized() and dist.get_rank() == DOOMED_RANK:
+            struck.strike_at("ray_ckpt.protocol.rank_save:plan")
+        return nn.functional.mse_loss(outputs, targets)
 
 
 class Failing(PipelineModel):

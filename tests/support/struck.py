@@ -24,10 +24,10 @@ def struck_at(function: str, time: int = 1, number: signal.Signals = signal.SIGK
     return sys.executable, "-m", __name__, function, str(time), str(int(number))
 
 
-def main() -> None:
-    function, left, number = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    sys.argv[:4] = []
+def strike_at(function: str, time: int = 1, number: int = signal.SIGKILL) -> None:
+    """Let the signal strike this process when this thread enters the function."""
     module, name = function.split(":")
+    left = time
 
     def look(frame: FrameType, event: str, argument: Any) -> None:
         nonlocal left
@@ -37,8 +37,14 @@ def main() -> None:
                 sys.setprofile(None)
                 os.kill(os.getpid(), number)
 
-    sys.path[0] = os.path.dirname(sys.argv[0])
     sys.setprofile(look)
+
+
+def main() -> None:
+    function, time, number = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    sys.argv[:4] = []
+    sys.path[0] = os.path.dirname(sys.argv[0])
+    strike_at(function, time, number)
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 

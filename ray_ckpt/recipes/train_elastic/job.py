@@ -19,13 +19,11 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ray_ckpt import cluster
 from ray_ckpt.cluster.capacity import all_slots, free_slots
 from ray_ckpt.cluster.group import PlacementWait, WorkerGroup
 from ray_ckpt.errors import CheckpointError, GroupError, UsageError
-from ray_ckpt.events import BLOCKED, Event
 from ray_ckpt.parallel.layout import Layout
 from ray_ckpt.pictures.page import write_report
 from ray_ckpt.recipes import probe
@@ -34,6 +32,7 @@ from ray_ckpt.recipes.setting import check_layouts, check_storage, connected, de
 from ray_ckpt.recipes.train_elastic.notices import Notices
 from ray_ckpt.recipes.train_elastic.progress import Progress
 from ray_ckpt.recipes.train_elastic.report import ElasticReport, Resume
+from ray_ckpt.recipes.train_elastic.saves import Saves
 from ray_ckpt.recipes.train_elastic.stopping import Stopper
 from ray_ckpt.recipes.workload import Workload
 from ray_ckpt.report import LoadReport
@@ -41,9 +40,6 @@ from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.retention import keep_last
 from ray_ckpt.storage.room import shortage
 from ray_ckpt.storage.store import CheckpointStore
-
-if TYPE_CHECKING:
-    from ray_ckpt.recipes.train_elastic.ranks import SaveOutcome
 
 RANKS = "ray_ckpt.recipes.train_elastic.ranks"
 """Module of the rank functions. By name, so that the driver loads neither torch nor what is built on it."""
@@ -159,6 +155,7 @@ def run(options: Options, screen: Screen) -> ElasticReport:
             resumes=job.progress.resumes,
             drains=job.progress.drains,
             failed_saves=job.progress.failed_saves,
+            saved_without=job.progress.saved_without,
             not_durable=[*job.progress.not_durable],
             phases=dict(screen.seconds),
         )
@@ -187,6 +184,8 @@ def make_durable(job: Run) -> None:
             if not job.stopper.out_of_time:
                 raise
             raise CheckpointError(f"the grace is over, and the last step is not in {job.store.address}") from None
+        if step is not None:
+            job.progress.durable(step, job.store.address)
         job.store.prune(keep_last(job.options.keep_last))
         line.result = f"step {step} in {job.store.address}"
 
@@ -325,75 +324,24 @@ def train(job: Run, group: WorkerGroup, layout: Layout) -> None:
     """Train until the last step, a signal, or room for a better layout. What was trained is committed on return."""
     options, progress, stopper = job.options, job.progress, job.stopper
     with job.screen.phase("train", f"from step {progress.step} as {layout}") as line, stopper.deferred():
-        saves, notices = Saves(job, group, line), Notices(group)
-        while progress.step < options.steps and not stopper.asked:
-            if notice := notices.new():
-                progress.drained(notice)
-                line.note(f"{notice.text}: saving step {progress.step} to go on without it")
-                break
-            began = time.monotonic()
-            trained = group.run(f"{RANKS}:train_step", options.workload, progress.step)[0]
-            progress.trained(trained.loss, time.monotonic() - began)
-            line.update(f"step {progress.step} of {options.steps}, loss {progress.losses[-1]:.4f}")
-            if progress.step % options.save_every == 0 or trained.save_failed:
-                saves.begin()
-                if options.grow and _room_for_better(options, layout):
+        notices = Notices(group)
+        with Saves(job.store, group, progress, line, f"{RANKS}:state_of", options.keep_last) as saves:
+            while progress.step < options.steps and not stopper.asked:
+                if notice := notices.new():
+                    progress.drained(notice)
+                    line.note(f"{notice.text}: saving step {progress.step} to go on without it")
                     break
-        saves.finish()
+                began = time.monotonic()
+                loss = group.run(f"{RANKS}:train_step", options.workload, progress.step)[0]
+                progress.trained(loss, time.monotonic() - began)
+                line.update(f"step {progress.step} of {options.steps}, loss {progress.losses[-1]:.4f}")
+                if progress.step % options.save_every == 0 or saves.has_failed:
+                    saves.begin(options.timeout_s)
+                    line.note(f"step {progress.step} of {options.steps}, loss {progress.losses[-1]:.4f}, saving")
+                    if options.grow and _room_for_better(options, layout):
+                        break
+            saves.finish(lambda: stopper.left_s if stopper.asked else options.timeout_s)
         line.result = f"step {progress.step} of {options.steps} committed"
-
-
-class Saves:
-    """The saves beside the training of one group."""
-
-    def __init__(self, job: Run, group: WorkerGroup, line: Line) -> None:
-        self._job = job
-        self._group = group
-        self._line = line
-        self._begun = job.progress.step
-        """The step of the last save that was begun, or was there before."""
-        self._told = set(job.progress.not_durable)
-
-    def begin(self) -> None:
-        """Let the workers copy what they hold, and write it beside the training that goes on."""
-        job, progress, options = self._job, self._job.progress, self._job.options
-        began, began_s = time.monotonic(), time.time()
-        overwrite = progress.step in progress.damaged
-        before = self._group.run(f"{RANKS}:begin_save", job.store, progress.step, overwrite)
-        progress.tell(Event("save", BLOCKED, began_s, time.monotonic() - began, progress.step, uri=job.store.address))
-        self._note(before)
-        self._begun = progress.step
-        job.store.prune(keep_last(options.keep_last))
-        self._line.note(f"step {progress.step} of {options.steps}, loss {progress.losses[-1]:.4f}, saving")
-        for problem in [text for text in progress.not_durable if text not in self._told]:
-            self._told.add(problem)
-            self._line.note(problem)
-
-    def finish(self) -> None:
-        """Save the last step, if that has not begun, and wait for its commit. One that fails is tried once more.
-
-        Raises:
-            CheckpointError: it failed again.
-        """
-        job, progress = self._job, self._job.progress
-        if self._begun < progress.step:
-            self.begin()
-        if not self._settle():
-            self.begin()
-            if not self._settle():
-                raise CheckpointError(f"step {progress.step} is not saved: {progress.failed_saves[-1].cause}")
-        job.store.prune(keep_last(job.options.keep_last))
-
-    def _settle(self) -> bool:
-        stopper = self._job.stopper
-        patience_s = stopper.left_s if stopper.asked else self._job.options.timeout_s
-        return self._note(self._group.run(f"{RANKS}:finish_save", patience_s, progress=self._line.progress))
-
-    def _note(self, outcomes: Sequence[SaveOutcome | None]) -> bool:
-        """Tell how a save has ended. Returns whether it has not failed."""
-        if cause := self._job.progress.saved(outcomes, self._begun):
-            self._line.note(f"the save of step {self._begun} failed, training goes on and tries again: {cause}")
-        return not cause
 
 
 def _room_for_better(options: Options, layout: Layout) -> bool:

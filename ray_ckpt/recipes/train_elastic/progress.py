@@ -7,16 +7,12 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-from ray_ckpt.errors import GroupError, WorkerError
-from ray_ckpt.events import END, Event, Events, Listeners, failure_of, save_events
+from ray_ckpt.errors import GroupError, RayCkptError, WorkerError
+from ray_ckpt.events import DURABLE, Event, Events, Listeners, failure_of
 from ray_ckpt.recipes.train_elastic.notices import Notice
 from ray_ckpt.recipes.train_elastic.report import Drain, FailedSave, Restart, Resume
 from ray_ckpt.report import LoadReport, SaveReport
-
-if TYPE_CHECKING:
-    from ray_ckpt.recipes.train_elastic.ranks import SaveOutcome
 
 KEPT_REPORTS = 100
 """Reports of saves, and of loads, that are kept for the page."""
@@ -69,8 +65,11 @@ class Progress:
     resumes: list[Resume] = field(default_factory=list)
     failed_saves: list[FailedSave] = field(default_factory=list)
     drains: list[Drain] = field(default_factory=list)
+    saved_without: dict[int, Sequence[int]] = field(default_factory=dict)
+    """Steps that were saved without ranks that died meanwhile, and these."""
     not_durable: dict[str, None] = field(default_factory=dict)
     """What was told of copies that failed, each text once, in order."""
+    _newest_durable: int | None = None
     _last: _Failure | None = None
     _open: _Failure | None = None
     """The last failure, until training is back where it had been."""
@@ -80,27 +79,23 @@ class Progress:
         """The next to be trained."""
         return len(self.losses)
 
-    def saved(self, outcomes: Sequence[SaveOutcome | None], step: int) -> str:
-        """Note what the ranks, which all know the same, tell of a save.
-
-        Returns:
-            Why it has failed; empty when it has not.
-        """
-        outcome = next((found for found in outcomes if found is not None and found.failure is not None), outcomes[0])
-        if outcome is None:
-            return ""
-        if outcome.failure is not None:
-            kind, message = outcome.failure
-            self.failed_saves.append(FailedSave(step, message))
-            self.tell(Event("save", END, time.time(), 0.0, step, failure=kind, message=message))
-            return message
-        report = outcome.report
-        assert report is not None, "what has not failed has a report"
+    def saved(self, report: SaveReport) -> None:
+        """Note a save that has ended well."""
         self.saves.append(report)
         self.not_durable |= dict.fromkeys(report.not_durable)
-        for event in save_events(report):
-            self.tell(event)
-        return ""
+        if report.lost_ranks and report.step is not None:
+            self.saved_without[report.step] = report.lost_ranks
+
+    def durable(self, step: int, uri: str) -> None:
+        """Note that a step is in the durable tier, where it is the newest."""
+        if step != self._newest_durable:
+            self._newest_durable = step
+            self.tell(Event("save", DURABLE, time.time(), 0.0, step, uri=uri))
+
+    def not_saved(self, step: int, error: RayCkptError) -> str:
+        """Note a save that has failed. Returns what is told of it."""
+        self.failed_saves.append(FailedSave(step, str(error)))
+        return str(error)
 
     def trained(self, loss: float, seconds: float = 0.0) -> None:
         """Note a step.

@@ -109,6 +109,8 @@ class ElasticReport:
     """Nodes that were left within their notice."""
     failed_saves: list[FailedSave]
     """Saves that failed; the next step, or the end, tried again."""
+    saved_without: dict[int, Sequence[int]]
+    """Steps that were saved although ranks died meanwhile, by their replicas: step -> these ranks."""
     not_durable: list[str]
     """What could not be copied to the durable storage at some time, with reasons."""
     phases: dict[str, float]
