@@ -29,7 +29,7 @@ test-slow: .venv/.installed-dev
 test-matrix: .venv/.installed-dev
 	$(BIN)/python -m pytest -m matrix $(ARGS)
 
-# Drained nodes, metrics and a full disk, on clusters of several nodes.
+# Workers that die in a save, drained nodes, metrics and a full disk.
 test-cluster: .venv/.installed-dev
 	$(BIN)/python -m pytest -m cluster $(ARGS)
 

@@ -11,7 +11,7 @@ from ray_ckpt.cluster.group import WorkerGroup
 from ray_ckpt.storage.files import Storage
 from tests.support import rank_functions
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 SECRET = "Pl4ntedS3cretKeyOfTheObjectStore"
 

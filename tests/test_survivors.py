@@ -221,6 +221,7 @@ def test_of_a_save_beside_training_a_worker_that_dies_while_it_writes_is_named(t
     assert CheckpointStore(tmp_path).steps() == (2,)
 
 
+@pytest.mark.cluster
 def test_when_all_workers_die_there_is_nobody_to_save(tmp_path: Path) -> None:
     with make_group(Layout.parse("ddp2")) as group:
         for worker in group.workers:
