@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import resource
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -306,6 +309,19 @@ def test_the_shell_is_told_how_to_complete(shell: str) -> None:
     assert f"_RAY_CKPT_COMPLETE={shell}_complete" in done.stdout
 
 
+def test_what_needs_no_torch_starts_in_half_a_second(run: Path) -> None:
+    """By the processor time of the quickest of a few starts: what else the machine does counts for little in it."""
+    for words in (["--help"], ["demo", "--help"], ["ls", run], ["inspect", run], ["prune", run, "--keep-last", 1]):
+        command, quickest = [sys.executable, "-m", "ray_ckpt", *map(str, words)], math.inf
+        for _ in range(10):
+            before = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=60)
+            quickest = min(quickest, sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - before)
+            if quickest < 0.5:
+                break
+        assert quickest < 0.5, words
+
+
 def large_libraries_of(words: list[str], environment: dict[str, str]) -> set[str]:
     """Those that a run of the command imports, as the interpreter lists what it imports."""
     code = "from ray_ckpt.cli.main import cli; cli(prog_name='ray-ckpt')"
@@ -346,6 +362,58 @@ def test_a_log_has_no_colors_and_no_bar(run: Path) -> None:
     assert len(done.stdout.splitlines()) == 1
     assert "\x1b" not in done.stdout
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("arguments", [["ls"], ["inspect", "--json"], ["verify"], ["demo", "--help"]])
+def test_a_reader_that_has_enough_is_no_error(run: Path, arguments: list[str]) -> None:
+    ours, theirs = os.pipe()
+    os.close(ours)
+    place = [] if "--help" in arguments else [str(run)]
+    done = subprocess.run(
+        [sys.executable, "-m", "ray_ckpt", *arguments, *place], stdout=theirs, stderr=subprocess.PIPE, timeout=60
+    )
+    os.close(theirs)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+@pytest.mark.parametrize("unbuffered", ["1", ""])
+def test_an_output_that_is_full_is_one_line(run: Path, unbuffered: str) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "ray_ckpt", "ls", run], stdout=full, stderr=subprocess.PIPE, text=True,
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered}, check=False, timeout=60,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert_one_line(done.stderr, "the output cannot be written: [Errno 28] No space left on device")
+
+
+@pytest.mark.parametrize("words", [["ls", "/no/such/place"], ["inspect", "RUN", "--tensor", "w"], ["prune", "RUN"]])
+def test_errors_are_json_too(run: Path, words: list[str]) -> None:
+    words = [str(run) if word == "RUN" else word for word in words]
+    done = subprocess.run(
+        [sys.executable, "-m", "ray_ckpt", *words, "--json"], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode in (1, 2)
+    assert done.stderr == f"error: {json.loads(done.stdout)['error']}\n"
+
+
+@pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}, {"TERM": "xterm"}])
+def test_a_terminal_without_colors_gets_none(
+    run: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut(run / "step-3")
+    for name in ("NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    found = click.testing.CliRunner().invoke(cli, ["ls", str(run)], color=True, env=environment)
+    assert "damaged" in found.stdout
+    assert ("\x1b[" in found.stdout) == (environment == {"TERM": "xterm"})
+
+
+def test_a_name_of_thousands_of_parts_is_shown(tmp_path: Path) -> None:
+    save({"model": {"a." * 3000 + "w": torch.ones(2), "b": torch.ones(1)}}, tmp_path)
+    for view in ([], ["--tree"], ["--files"], ["--layout"]):
+        assert call("inspect", tmp_path, *view)[0] == 0
+    assert data_of("inspect", tmp_path)["sections"][0]["num_tensors"] == 2
 
 
 def test_what_a_file_is_called_cannot_move_the_cursor(tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +23,15 @@ from ray_ckpt import (
     IntegrityError,
     TrainState,
     UsageError,
+    convert,
     export,
+    inspect,
     load,
     save,
 )
+from ray_ckpt.storage import rewrite as rewriting
 from tests.support import states
+from tests.support.commands import assert_one_line
 from tests.support.conversions import files_of, logits, save_layout, small_llama
 from tests.support.foreign import weights
 from tests.support.ranks import run_ranks
@@ -279,6 +286,36 @@ def test_recorded_fingerprints_are_compared(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("to", ["safetensors", "torch", "dcp"])
+@pytest.mark.parametrize("shape", [(0,), (3, 0), ()])
+def test_an_empty_tensor_is_written_too(to: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    model = {"a": torch.ones(3), "b": torch.ones(shape), "c": torch.arange(2)}
+    save({"model": model}, tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "out" / "x", to=to)
+    convert(tmp_path / "out" / "x", tmp_path / "back")
+    key = "" if to == "safetensors" else "model."
+    found = {f"{key}{name}": torch.full_like(value, 7) for name, value in model.items()}
+    load(found, tmp_path / "back")
+    assert not [name for name, value in model.items() if not torch.equal(value, found[key + name])]
+
+
+def test_what_is_read_ahead_comes_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a tensor of many pieces, beside tensors of which many are one piece."""
+    monkeypatch.setattr(rewriting, "BATCH_BYTES", 1 << 10)
+    model = {"large": torch.randn(90, 70), **{f"small.{i}": torch.randn(7) for i in range(60)}, "none": torch.ones(0)}
+    save({"model": model}, tmp_path / "run", fingerprints=True)
+    export(tmp_path / "run", tmp_path / "weights", to="safetensors")
+    found = safetensors.torch.load_file(tmp_path / "weights" / "model.safetensors")
+    assert found.keys() == model.keys()
+    assert not [name for name, value in model.items() if not torch.equal(value, found[name])]
+    [chunk] = inspect(tmp_path / "run").manifest.tensors["model.small.59"].chunks
+    data = bytearray((tmp_path / "run" / chunk.file).read_bytes())
+    data[chunk.data_start] ^= 1
+    (tmp_path / "run" / chunk.file).write_bytes(data)
+    with pytest.raises(IntegrityError, match=r"model\.small\.59"):
+        export(tmp_path / "run", tmp_path / "other", to="safetensors")
+
+
+@pytest.mark.parametrize("to", ["safetensors", "torch", "dcp"])
 def test_damage_in_the_source_is_named_and_nothing_is_there(to: str, tmp_path: Path) -> None:
     save({"model": {"w": torch.randn(300, 70)}}, tmp_path / "run")
     flip(tmp_path / "run")
@@ -310,6 +347,32 @@ def test_wrong_use_is_one_line(tmp_path: Path) -> None:
         export(tmp_path / "nothing", str(tmp_path / "a"), to="dcp")
     assert files_of(tmp_path / "full") == {"model.safetensors": b"mine"}
     assert not (tmp_path / "a").exists() or list((tmp_path / "a").iterdir()) == []
+
+
+@pytest.mark.parametrize("first", ["safetensors", "dcp"])
+@pytest.mark.parametrize("then", ["safetensors", "dcp"])
+def test_a_directory_takes_one_checkpoint(first: str, then: str, tmp_path: Path) -> None:
+    save({"model": weights()}, tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "out", to=first)
+    before = files_of(tmp_path / "out")
+    with pytest.raises(CheckpointExistsError, match="already; give another place"):
+        export(tmp_path / "run", tmp_path / "out", to=then)
+    assert files_of(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("to", ["safetensors", "torch", "dcp", "ours"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(to: str, tmp_path: Path) -> None:
+    """A limit on the size of files stands for it, as it fails the same way."""
+    save({"model": weights()}, tmp_path / "run")
+    verb, form = ("import", []) if to == "ours" else ("export", ["--to", to])
+    done = subprocess.run(
+        [sys.executable, "-m", "ray_ckpt", verb, tmp_path / "run", tmp_path / "out" / "x", *form],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
+        capture_output=True, text=True, check=False, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert_one_line(done.stderr, "cannot write")
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []
 
 
 def test_the_command_exports_and_imports(tmp_path: Path) -> None:

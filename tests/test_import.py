@@ -13,6 +13,7 @@ import torch
 
 from ray_ckpt import (
     CheckpointExistsError,
+    CheckpointStore,
     IntegrityError,
     TrainState,
     UsageError,
@@ -84,6 +85,17 @@ def test_a_target_that_is_taken_stays(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is the source"):
         convert(tmp_path / "taken", tmp_path / "link")
     assert files_of(tmp_path / "taken") == before
+
+
+def test_a_store_is_no_target_without_a_step(tmp_path: Path) -> None:
+    save({"model": weights()}, tmp_path / "run", step=3)
+    torch.save(weights(), tmp_path / "file.pt")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UsageError, match=r"is a store, with step 3: give target_step="):
+        convert(tmp_path / "file.pt", tmp_path / "run")
+    assert sorted(tmp_path.rglob("*")) == before
+    convert(tmp_path / "file.pt", tmp_path / "run", target_step=4)
+    assert CheckpointStore(tmp_path / "run").steps() == (3, 4)
 
 
 def test_a_damaged_source_is_named_and_nothing_committed(tmp_path: Path) -> None:
@@ -220,10 +232,30 @@ def test_a_finished_file_that_was_damaged_meanwhile_is_written_again(tmp_path: P
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_gibibyte_takes_bounded_memory(tmp_path: Path) -> None:
-    """In one tensor, so that nothing but pieces of it fit. All forms, one process each."""
+    """In one tensor, so that nothing but pieces of it fit."""
     save({"model": {"w": torch.zeros(1 << 14, 1 << 14)}}, tmp_path / "run")
+    assert_bounded(tmp_path / "run", 1 << 30)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_four_gibibytes_take_bounded_memory(tmp_path: Path) -> None:
+    """In tensors of 64 MiB, whose fingerprints are in the record."""
+    weight = torch.randn(1 << 12, 1 << 12)
+    save({"model": {f"layers.{number}.weight": weight for number in range(64)}}, tmp_path / "run", fingerprints=True)
+    assert_bounded(tmp_path / "run", 4 << 30)
+
+
+def assert_bounded(source: Path, num_bytes: int) -> None:
+    """That all forms are written in less than 512 MiB, torch included: one process each."""
     for what in ("safetensors", "torch", "dcp", "safetensors, bf16", "import"):
-        arguments = [sys.executable, "-m", "benchmarks.exporting", "--run", what, tmp_path / "run", tmp_path / what]
-        done = subprocess.run(arguments, cwd=REPOSITORY, check=True, capture_output=True, text=True, timeout=300)
+        target = source.with_name("target")
+        arguments = [sys.executable, "-m", "benchmarks.exporting", "--run", what, source, target]
+        done = subprocess.run(arguments, cwd=REPOSITORY, check=True, capture_output=True, text=True, timeout=600)
         assert json.loads(done.stdout)["memory_mib"] < 512, what
-        assert sum(path.stat().st_size for path in [tmp_path / what, *(tmp_path / what).glob("*")]) > 1 << 29
+        files = [target] if target.is_file() else list(target.iterdir())
+        assert sum(file.stat().st_size for file in files) > num_bytes * (0.49 if "bf16" in what else 1), what
+        for file in files:
+            file.unlink()
+        if target.exists():
+            target.rmdir()

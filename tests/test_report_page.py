@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -380,6 +381,24 @@ def test_the_jobs_draw_what_they_have_done(tmp_path: Path, opened: Callable[...,
     assert len([found for found in train["operations"] if found["name"].startswith("save")]) >= 2
     reshard = page_of("reshard", "--source", tmp_path / "train", "--to", "pp2", "--target", tmp_path / "target")
     assert (reshard["layout"], reshard["reshard"]["target"]) == ("fsdp2x2", "pp2")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.usefixtures("local_ray")
+def test_a_run_of_ray_train_draws_its_last_checkpoint(tmp_path: Path, opened: Callable[..., Opened]) -> None:
+    path = tmp_path / "page.html"
+    words = ["--storage", tmp_path / "run", "--workers", 2, "--steps", 4, "--save-every", 2, "--report", path]
+    done = subprocess.run(
+        [sys.executable, "jobs/ray_train.py", *map(str, words)],
+        env=os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address},
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    page = opened(path)
+    assert_sound(page, path)
+    assert (page.data["step"], page.data["damage"]) == (4, "")
+    assert [found["name"] for found in page.data["writers"]] == ["rank 0", "rank 1"]
 
 
 @pytest.mark.parametrize(

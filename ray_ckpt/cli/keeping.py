@@ -145,6 +145,7 @@ def ram(name: str, in_json: bool) -> int:
     """
     from ray_ckpt.cluster.ram.client import drop_memory
 
+    name = name.removeprefix("ram://")
     dropped = drop_memory(name)
     if in_json:
         as_json({"dropped": dropped})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pkgutil
 
 import click
@@ -35,7 +36,8 @@ class _Commands(click.Group):
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(ray_ckpt.__version__, prog_name="ray-ckpt", message="%(prog)s %(version)s")
-def cli() -> None:
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """Look at checkpoints, check them, compare them and keep them in order.
 
     A URI is a local path or an object store's, such as s3://bucket/run: of a store of steps, or of one checkpoint, ours
@@ -45,6 +47,8 @@ def cli() -> None:
     Exit codes:  0  fine    1  the answer is no, or it failed    2  wrong use
     Completion:  eval "$(_RAY_CKPT_COMPLETE=bash_source ray-ckpt)"      (or zsh_source, fish_source)
     """
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        ctx.color = False  # else click asks the terminal
 
 
 for _command in (

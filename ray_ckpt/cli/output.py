@@ -6,12 +6,14 @@ Colors appear on a terminal alone, and what a checkpoint's names contain cannot 
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 from collections.abc import Callable, Sequence, Sized
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 
+from ray_ckpt.errors import RayCkptError
 from ray_ckpt.plain_data import plain
 from ray_ckpt.text import printable
 from ray_ckpt.text_units import count
@@ -31,9 +33,23 @@ __all__ = [
     "uri_argument",
 ]
 
-json_option = click.option(
-    "--json", "in_json", is_flag=True, help="Print one JSON object (docs/cli.md has its fields)."
-)
+
+def json_option(command: F) -> F:
+    """`--json`. An error is then told as JSON, too."""
+
+    @functools.wraps(command)
+    def told(*args: Any, in_json: bool, **options: Any) -> Any:
+        try:
+            return command(*args, in_json=in_json, **options)
+        except (RayCkptError, click.ClickException) as error:
+            if in_json:
+                as_json({"error": error.format_message() if isinstance(error, click.ClickException) else str(error)})
+            raise
+
+    option = click.option("--json", "in_json", is_flag=True, help="Print one JSON object (docs/cli.md has its fields).")
+    return option(cast(F, told))
+
+
 step_option = click.option("--step", type=click.IntRange(min=0), help="Step of the store.  [default: the highest]")
 trusted_option = click.option(
     "--trusted", is_flag=True, help="Let a stock DCP .metadata run whatever code it names: if you trust its author."

@@ -30,6 +30,9 @@ FORMS = ("safetensors", "torch", "dcp")
 MAX_SHARD_BYTES = 5_000_000_000
 """As transformers cuts its models."""
 
+_SUFFIXES = (safetensors.SUFFIX, safetensors.INDEX_SUFFIX, ".bin", ".distcp")
+"""Of names of files that hold tensors, or say where they are."""
+
 _BESIDE_MODEL = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|preprocessor_config|"
     r"processor_config|chat_template|merges|spiece|sentencepiece\.bpe|tokenizer\.model)"
@@ -136,6 +139,12 @@ class _Asked:
         return identity_of(source.opened, {**dataclasses.asdict(self), "config": config, "to": to})
 
 
+def _taken(target: Storage, beside: Collection[str] = ()) -> list[str]:
+    """Files of a checkpoint of any form in a directory: what reads it could not tell which one it is."""
+    records = {MANIFEST_NAME, dcp_metadata.METADATA_NAME, *beside}
+    return [name for name in target.list_files() if name in records or name.endswith(_SUFFIXES)]
+
+
 # -------------------------------------------------------------------------------------------------- safetensors
 
 
@@ -177,12 +186,6 @@ def _safetensors(source: Source, target: Storage, asked: _Asked) -> Plan:
         else:
             _give_name(target, files[0].name, _SINGLE)
 
-    def taken() -> list[str]:
-        there = target.list_files()
-        return [name for name in there if name.endswith((safetensors.SUFFIX, safetensors.INDEX_SUFFIX, ".bin"))] + [
-            name for name in (*beside, MANIFEST_NAME, dcp_metadata.METADATA_NAME) if name in there
-        ]
-
     return Plan(
         source=source.opened.files,
         source_address=source.opened.address,
@@ -192,7 +195,7 @@ def _safetensors(source: Source, target: Storage, asked: _Asked) -> Plan:
         identity=asked.identity(source, "safetensors"),
         what=f"export of {source.opened.address} to safetensors",
         commit=commit,
-        taken=taken,
+        taken=lambda: _taken(target, beside),
         records=(*beside, index_name),
         final={} if len(files) > 1 or target.puts_at_once else {files[0].name: _SINGLE},
         left_out=(*source.opened.notes, *left_out),
@@ -252,12 +255,6 @@ def _dcp(source: Source, target: Storage, asked: _Asked) -> Plan:
     def commit(written: Mapping[str, Written]) -> None:
         target.write_atomic(dcp_metadata.METADATA_NAME, dcp_metadata.dumps_as_stock(joined(written)))
 
-    def taken() -> list[str]:
-        there = target.list_files()
-        return [
-            name for name in there if name.endswith(".distcp") or name in (MANIFEST_NAME, dcp_metadata.METADATA_NAME)
-        ]
-
     return Plan(
         source=source.opened.files,
         source_address=address,
@@ -267,7 +264,7 @@ def _dcp(source: Source, target: Storage, asked: _Asked) -> Plan:
         identity=asked.identity(source, "dcp"),
         what=f"export of {address} to dcp",
         commit=commit,
-        taken=taken,
+        taken=lambda: _taken(target),
         records=(dcp_metadata.METADATA_NAME,),
         left_out=(*source.opened.notes, *left_out),
     )

@@ -23,6 +23,7 @@ from ray_ckpt.report import ConversionReport
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.publish import is_of_attempt, publish
 from ray_ckpt.storage.resolve import Target, destination
+from ray_ckpt.storage.steps import parse_steps
 from ray_ckpt.text import quoted
 
 __all__ = ["convert"]
@@ -77,6 +78,11 @@ def convert(
         real = os.path.realpath if storage.is_local else str  # a link may lead to the source
         if real(storage.address) == real(given.opened.address):
             raise UsageError(f"{storage.address} is the source: give the new checkpoint a place of its own")
+        if target_step is None and (steps := parse_steps(storage.list_directories())):
+            raise UsageError(
+                f"{storage.address} is a store, with step {max(steps)}: give target_step= (--target-step), or another "
+                "place"
+            )
         return run(_plan(given, storage), progress, ray=ray, address=address)
 
 

@@ -3,7 +3,7 @@
     write_file ── TensorPieces: some MiB, checked ── cast ── summed ── the file's form ──> NAME.part ──> NAME
     check_file ── the file's own reader ── summed ──> the same sums, or an error that names the tensor
 
-Memory, whatever the sizes of files and tensors: the buffers of `storage/rewrite.py`, and one more of that size for a
+Memory, whatever the sizes of files and tensors: the buffers of `storage/rewrite.py`, and what one of them becomes by a
 cast. The pickle of a file by `torch.save` and the values that are no tensors are held too.
 """
 
@@ -60,7 +60,7 @@ def write_file(job: FileJob, source: Storage, target: Storage, meter: Meter = NO
 def _write_file(source: Storage, target: Storage, job: FileJob, passed: Callable[[int], None]) -> Written:
     reading = TensorPieces(source)
     sums: dict[str, str] = {}
-    threads = local_threads()
+    threads = max(1, local_threads() - 1)  # what is read ahead, and what is written, takes a core too
     with (
         ThreadPoolExecutor(threads, thread_name_prefix="ray_ckpt-fingerprint") as pool,
         _whole_file(target, job.name) as out,

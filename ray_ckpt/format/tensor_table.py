@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     Column = np.ndarray[Any, np.dtype[np.int64]]
 
-__all__ = ["TensorTable", "read"]
+__all__ = ["TensorTable", "outlines", "read"]
 
 _TEXT = r"[ !#-\[\]-~]*"
 _NUMBER = "(?:0|[1-9][0-9]{0,17})"
@@ -284,6 +284,13 @@ class TensorTable(Mapping[str, TensorEntry]):
             BlockSums(self._block_bytes.item(number), self._sums[begin:end]),
         )
 
+    def outlines(self) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
+        """Name, dtype, shape and number of chunks of each tensor."""
+        import numpy as np
+
+        for name, spec, num_chunks in zip(self._names, self._spec_of, np.diff(self._first).tolist(), strict=True):
+            yield (name, *self._specs[spec], num_chunks)
+
     # ------------------------------------------------------------------------------------------------- by file
 
     def places(self, file: str) -> Iterator[tuple[int, int, int]]:
@@ -364,6 +371,13 @@ class TensorTable(Mapping[str, TensorEntry]):
         data_bytes = np.where(has_room, num_elements, 0) * widths
         num_sums = self._sums_at[chunks + 1] - self._sums_at[chunks]
         return has_room & (num_sums == 8 * -(-data_bytes // self._block_bytes[chunks]))
+
+
+def outlines(tensors: Mapping[str, TensorEntry]) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
+    """Name, dtype, shape and number of chunks of each tensor. Of a table no entries are made for it."""
+    if isinstance(tensors, TensorTable):
+        return tensors.outlines()
+    return ((name, entry.dtype, entry.shape, len(entry.chunks)) for name, entry in tensors.items())
 
 
 _MANY = 64

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray_ckpt.errors import UsageError
-from ray_ckpt.format.manifest import Manifest, TensorEntry
+from ray_ckpt.format.manifest import Manifest, TensorEntry, itemsize
+from ray_ckpt.format.tensor_table import outlines
 from ray_ckpt.inspection.opening import opened_at
 from ray_ckpt.storage.resolve import Target
 
@@ -109,11 +110,11 @@ class CheckpointContents:
     def sections(self) -> tuple[Section, ...]:
         """Counts and bytes by section, the largest first."""
         sums: dict[str, list[int]] = {}
-        for name, entry in self.manifest.tensors.items():
-            row = sums.setdefault(_section(name), [0, 0, 0, 0])
+        for name, dtype, shape, _ in outlines(self.manifest.tensors):
+            row, num_elements = sums.setdefault(_section(name), [0, 0, 0, 0]), math.prod(shape)
             row[0] += 1
-            row[1] += math.prod(entry.shape)
-            row[2] += entry.num_bytes
+            row[1] += num_elements
+            row[2] += num_elements * itemsize(dtype)
         for name in self.manifest.objects:
             sums.setdefault(_section(name), [0, 0, 0, 0])[3] += 1
         return tuple(sorted((Section(name, *row) for name, row in sums.items()), key=lambda s: (-s.num_bytes, s.name)))

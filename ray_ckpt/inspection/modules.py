@@ -11,10 +11,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ray_ckpt.format.manifest import TensorEntry
+from ray_ckpt.format.manifest import TensorEntry, itemsize
+from ray_ckpt.format.tensor_table import outlines
 from ray_ckpt.gc_pause import collector_paused
 
 __all__ = ["TreeLine", "module_tree"]
+
+_DEEPEST = 64
+"""Levels of a tree; what lies deeper stands in it by the rest of its name."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ def module_tree(tensors: Mapping[str, TensorEntry], *, max_lines: int, fold: boo
     with collector_paused():
         root = _grow(tensors)
     lines: list[TreeLine] = []
-    for depth in range(1, 64):
+    for depth in range(1, _DEEPEST):
         deeper = list(itertools.islice(_lines(root, 0, depth, fold=fold), max_lines + 1))
         if (len(deeper) > max_lines and lines) or len(deeper) == len(lines):
             break
@@ -78,15 +82,19 @@ def _grow(tensors: Mapping[str, TensorEntry]) -> _Node:
     root = _Node()
     kinds: dict[tuple[str, tuple[int, ...], int], tuple[str, tuple[int, int, int]]] = {}
     modules = {"": root}
-    for name, entry in tensors.items():
+    for name, dtype, shape, num_chunks in outlines(tensors):
         above, _, last = name.rpartition(".")
+        if above.count(".") >= _DEEPEST - 1:
+            *modules_above, last = name.split(".", _DEEPEST - 1)
+            above = ".".join(modules_above)
         module = modules.get(above)
         if module is None:
             module = modules[above] = _descend(root, above.split("."))
-        kind = entry.dtype, entry.shape, len(entry.chunks)
+        kind = dtype, shape, num_chunks
         if kind not in kinds:
-            text = f"{entry.dtype} {list(entry.shape)}" + _chunks(len(entry.chunks))
-            kinds[kind] = text, (1, math.prod(entry.shape), entry.num_bytes)
+            num_elements = math.prod(shape)
+            text = f"{dtype} {list(shape)}" + _chunks(num_chunks)
+            kinds[kind] = text, (1, num_elements, num_elements * itemsize(dtype))
         if last not in module.children:
             module.children[last] = _Node()
         node = module.children[last]

@@ -13,6 +13,7 @@ import functools
 import importlib.resources
 import importlib.util
 import os
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -104,7 +105,7 @@ def write_report(
         report = _gather(opened, location.step, reader, checked, _Job(saves, loads, losses or {}, tuple(events)))
         try:
             # What is no text, such as half of a surrogate pair in a name, is spelled out.
-            Path(path).write_text(_render(report), encoding="utf-8", errors="backslashreplace")
+            _write_whole(Path(path), _render(report).encode("utf-8", "backslashreplace"))
         except OSError as error:
             raise UsageError(f"cannot write the report to {os.fspath(path)}: {error.strerror or error}") from error
         return report
@@ -123,6 +124,20 @@ def check_report_path(path: str | os.PathLike[str]) -> None:
     refuse_uri(path, "a report")
     if not Path(path).absolute().parent.is_dir() or Path(path).is_dir():
         raise UsageError(f"cannot write the report to {os.fspath(path)}: give a file in a directory that exists")
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    """All of a file or nothing, so that a full disk takes no earlier page."""
+    if path.exists() and not path.is_file():  # such as /dev/stdout
+        path.write_bytes(data)
+        return
+    path = path.resolve()
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.part")
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 class _Job(NamedTuple):

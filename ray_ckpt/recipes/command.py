@@ -2,10 +2,13 @@
 
 0    what was asked is done, and verified     1    it failed, or what arrived differs
 2    wrong use: one line, nothing touched     130  Ctrl-C        143  SIGTERM, which `ray job stop` sends
+141  who read its output reads no more, as `head` does once it has its lines
 """
 
 from __future__ import annotations
 
+import errno
+import os
 import pkgutil
 import signal
 import sys
@@ -17,6 +20,9 @@ from types import FrameType
 INSIST_S = 1.0
 """How long after a signal it is raised again, if nothing has come of it."""
 
+
+_OUTPUT_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
+"""What the file that the output goes to may fail with. A storage's failures are exceptions of ours."""
 
 _OUR_ERRORS = "ray_ckpt.errors."
 """Begins the qualified names of our exceptions."""
@@ -34,6 +40,7 @@ def main(command: str) -> None:
 
 
 def _run(command: str) -> int:
+    output = sys.stdout
     try:
         import click
 
@@ -59,7 +66,14 @@ def _run(command: str) -> int:
             return _fail("interrupted", code=128 + signal.SIGINT)
     except KeyboardInterrupt:
         return _fail("interrupted", code=128 + signal.SIGINT)
+    except OSError as error:
+        if error.filename is not None or error.errno not in _OUTPUT_ERRORS:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more as it ends
+        return _fail(f"the output cannot be written: {error}", code=1)
     except SystemExit as error:
+        if sys.stdout is not output:
+            return 128 + signal.SIGPIPE  # by a broken pipe: click puts up another output, and leaves
         if error.code in (signal.SIGTERM, 1):
             # What our handler and Ray's own raise, and what a wait of Ray's makes of that. Nothing else here leaves so.
             return _fail("terminated", code=128 + signal.SIGTERM)

@@ -3,13 +3,16 @@
     rewrite ─┬─ objects: their values, or their containers as they are
              └─ tensors, some MiB at a time ── reader, checked ──> buffer ── pack_pieces, hashed ──> file
 
-Held at any time: the buffer of `BATCH_BYTES`, what `fetch` reads into on the way (8 MiB for local files, 48 MiB over a
-network), and the objects. A tensor that a DCP stream extension has encoded is the exception: it must be decoded whole.
+What comes next is read while one piece is written. Held at any time: two buffers of `BATCH_BYTES`, what `fetch` reads
+into on the way (4 MiB for local files, 48 MiB over a network), and the objects. A tensor that a DCP stream extension
+has encoded is the exception: it must be decoded whole.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +35,7 @@ from ray_ckpt.storage.staging import bytes_of
 __all__ = ["BATCH_BYTES", "TensorPieces", "WantedTensor", "rewrite"]
 
 BATCH_BYTES = 16 << 20
-"""Size of the buffer: so many bytes of tensors are read before they are written."""
+"""Size of a buffer: so many bytes of tensors are read at once, while as many are written."""
 
 _ALIGNMENT = 16
 """Alignment of a tensor in the buffer, in bytes: the size of the widest element."""
@@ -112,11 +115,18 @@ class TensorPieces:
 
     def pieces(self, tensors: Mapping[int, WantedTensor]) -> Iterator[tuple[Entry, memoryview]]:
         """The bytes of the tensors, in order. A piece is valid until the next one is asked for."""
-        buffer = torch.empty(BATCH_BYTES, dtype=torch.uint8)
-        for batch in _batches(tensors):
-            yield from self._read(batch, buffer)
+        buffers = itertools.cycle([torch.empty(BATCH_BYTES, dtype=torch.uint8) for _ in range(2)])
+        ahead: Future[list[tuple[Entry, memoryview]]] | None = None
+        with ThreadPoolExecutor(1, thread_name_prefix="ray_ckpt-ahead") as pool:
+            for batch in _batches(tensors):
+                following = pool.submit(self._read, batch, next(buffers))
+                if ahead is not None:
+                    yield from ahead.result()
+                ahead = following
+            if ahead is not None:
+                yield from ahead.result()
 
-    def _read(self, batch: Sequence[_Fragment], buffer: torch.Tensor) -> Iterator[tuple[Entry, memoryview]]:
+    def _read(self, batch: Sequence[_Fragment], buffer: torch.Tensor) -> list[tuple[Entry, memoryview]]:
         views: list[torch.Tensor] = []
         position = 0
         for fragment in batch:
@@ -124,8 +134,7 @@ class TensorPieces:
             views.append(buffer[position:end].view(fragment.entry[1].dtype).view(fragment.box.sizes))
             position = round_up(end, _ALIGNMENT)
         self._fill(batch, views)
-        for fragment, view in zip(batch, views, strict=True):
-            yield fragment.entry, bytes_of(view)
+        return [(fragment.entry, bytes_of(view)) for fragment, view in zip(batch, views, strict=True)]
 
     def _fill(self, batch: Sequence[_Fragment], views: Sequence[torch.Tensor]) -> None:
         wanted = []
