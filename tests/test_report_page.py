@@ -354,6 +354,19 @@ def test_the_reshard_job_draws_what_it_has_done(tmp_path: Path) -> None:
     assert "rewritten as fsdp2x2" in data["events"][0]
 
 
+def test_the_reshard_job_names_the_ranks_that_write(tmp_path: Path) -> None:
+    save(state(), tmp_path / "source", layout="single")
+    screen = Screen(Console(file=io.StringIO()))
+    prepared = reshard_job.prepare(
+        reshard_job.Options(str(tmp_path / "source"), "pp2.ddp2", str(tmp_path / "target")), screen
+    )
+    records = [write_rank(prepared.source, prepared.target, file) for file in prepared.files.values()]
+    prepared.coordinator.check(records)
+    report = reshard_job.commit(prepared, screen)
+    assert [phase.rank for phase in report.phases if phase.name == "write"] == [0, 2]
+    assert {phase.rank for phase in report.phases if phase.name == "commit"} == {None}
+
+
 @pytest.mark.jobs
 @pytest.mark.timeout(400)
 @pytest.mark.usefixtures("local_ray")

@@ -11,6 +11,7 @@ run(options)
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import uuid
 from collections.abc import Mapping
@@ -155,6 +156,9 @@ def commit(prepared: Prepared, screen: Screen) -> SaveReport:
     """Publish what was written and checked."""
     with screen.phase("commit", f"to {prepared.target.address}") as line:
         report = prepared.coordinator.publish(dcp_metadata.dumps(prepared.coordinator.manifest))
+        ranks = list(prepared.files)  # the coordinator numbers those that write
+        phases = (p if p.rank is None else dataclasses.replace(p, rank=ranks[p.rank]) for p in report.phases)
+        report = dataclasses.replace(report, phases=tuple(phases))
         line.result = f"{format_bytes(report.total_bytes)} in {report.num_files} files at {report.uri}"
     for event in save_events(report):
         screen.events(event)
