@@ -31,7 +31,7 @@ MAX_SHARD_BYTES = 5_000_000_000
 """As transformers cuts its models."""
 
 _SUFFIXES = (safetensors.SUFFIX, safetensors.INDEX_SUFFIX, ".bin", ".distcp")
-"""Of names of files that hold tensors, or say where they are."""
+"""Ends of the names of files that hold tensors, or say where they are."""
 
 _BESIDE_MODEL = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|preprocessor_config|"
