@@ -364,7 +364,7 @@ def test_a_log_has_no_colors_and_no_bar(run: Path) -> None:
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("arguments", [["ls"], ["inspect", "--json"], ["verify"], ["demo", "--help"]])
+@pytest.mark.parametrize("arguments", [["ls"], ["inspect", "--json"], ["demo", "--help"]])
 def test_a_reader_that_has_enough_is_no_error(run: Path, arguments: list[str]) -> None:
     ours, theirs = os.pipe()
     os.close(ours)
