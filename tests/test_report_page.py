@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -337,7 +338,7 @@ def test_the_reshard_job_draws_what_it_has_done(tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     options = reshard_job.Options(str(tmp_path / "source"), "fsdp2x2", str(tmp_path / "target"), report=str(page))
     screen = Screen(Console(file=io.StringIO()))
-    prepared = reshard_job.prepare(options, screen)
+    prepared = reshard_job.prepare(options, screen, contextlib.ExitStack())
     records = [write_rank(prepared.source, prepared.target, file) for file in prepared.files.values()]
     prepared.coordinator.check(records)
     report = reshard_job.commit(prepared, screen)
@@ -357,9 +358,8 @@ def test_the_reshard_job_draws_what_it_has_done(tmp_path: Path) -> None:
 def test_the_reshard_job_names_the_ranks_that_write(tmp_path: Path) -> None:
     save(state(), tmp_path / "source", layout="single")
     screen = Screen(Console(file=io.StringIO()))
-    prepared = reshard_job.prepare(
-        reshard_job.Options(str(tmp_path / "source"), "pp2.ddp2", str(tmp_path / "target")), screen
-    )
+    options = reshard_job.Options(str(tmp_path / "source"), "pp2.ddp2", str(tmp_path / "target"))
+    prepared = reshard_job.prepare(options, screen, contextlib.ExitStack())
     records = [write_rank(prepared.source, prepared.target, file) for file in prepared.files.values()]
     prepared.coordinator.check(records)
     report = reshard_job.commit(prepared, screen)
