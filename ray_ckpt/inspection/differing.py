@@ -2,7 +2,7 @@
 
 names, shapes, dtypes   by their records
 elements                by the fingerprints where both records have them, else both are read side by side, piece by
-                        piece: two buffers of `rewrite.BATCH_BYTES`, whatever the checkpoints' sizes
+                        piece: two buffers of `rewrite.BATCH_BYTES` a side, whatever the checkpoints' sizes
 values                  those that are not tensors, as `torch.save` would write them anew
 """
 
