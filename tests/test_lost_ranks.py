@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import BatchSampler, DistributedSampler
 
 from ray_ckpt import load, verify
 from ray_ckpt.errors import CommitError
@@ -15,6 +16,8 @@ from ray_ckpt.protocol.coordinator import Coordinator, PlanCache
 from ray_ckpt.protocol.messages import LocalPlan, RankRecord
 from ray_ckpt.protocol.rank_save import PlanMemory, RankSave
 from ray_ckpt.report import SaveReport
+from ray_ckpt.state.load_plan import SavedState
+from ray_ckpt.state.rank_parts import RankPart
 from ray_ckpt.storage.files import Storage
 
 State = dict[str, Any]
@@ -51,7 +54,7 @@ def test_what_a_rank_held_is_known_from_the_save_before(tmp_path: Path) -> None:
     report = ranks.save(tmp_path / "2", [None, replica(1, 2.0)], "ddp2")
     assert (report.lost_ranks, report.left_out) == ((0,), ("rng.rank0.seed",))
     assert verify(tmp_path / "2").verified
-    found = {"weight": torch.zeros(100), "step": 0}
+    found: State = {"weight": torch.zeros(100), "step": 0}
     load(found, tmp_path / "2", strict=False)
     assert torch.equal(found["weight"], torch.full((100,), 2.0))
     assert found["step"] == 3
@@ -131,3 +134,50 @@ def test_the_layout_tells_which_ranks_were_lost(layout: str | None, ranks: tuple
 )
 def test_what_is_a_ranks_own(name: str, is_own: bool) -> None:
     assert lost_ranks.is_own(name, 1) == is_own
+
+
+class Sampler(DistributedSampler[int]):
+    """Can be set, as torchdata's `StatefulDistributedSampler` can."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(range(40), num_replicas=2, rank=rank)  # type: ignore[arg-type]
+        self.yielded = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"yielded": self.yielded}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.yielded = state["yielded"]
+
+
+class Loader:
+    """Has given out three batches of two samples, before it is set."""
+
+    def __init__(self, rank: int) -> None:
+        self.batch_sampler = BatchSampler(Sampler(rank), 2, drop_last=False)
+        self.state: dict[str, Any] = {"_num_yielded": 3}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_data_loaders_go_on_together_where_the_other_ranks_were(rank: int) -> None:
+    """The one whose rank was lost is set to where all were, and so is the other, whose own state is there."""
+    leaves = {f"dataloader.{name}": value for name, value in RankPart("dataloader", Loader(1), "ddp2").leaves().items()}
+    # Outside of a process group it takes itself for the only rank.
+    saved = {name.replace("rank0", "rank1"): value for name, value in leaves.items()} | {"dataloader.num_ranks": 2}
+    saved = {name.replace("positions.0", "positions.1"): value for name, value in saved.items()}
+    assert {name for name in saved if lost_ranks.is_own(name, 1)}
+    loader = Loader(rank)
+    plan = RankPart("dataloader", loader, "ddp2").plan(SavedState({}, saved, layout="ddp2 without rank 0"))
+    assert (plan.claims, plan.notes) == ({}, {"dataloader": "restored"})
+    plan.apply({})
+    sampler: Any = loader.batch_sampler.sampler
+    assert (sampler.state_dict(), loader.state) == ({"yielded": 6}, {})
+    # Of a save that lost nobody, the one that was at this place takes its own state.
+    whole = RankPart("dataloader", Loader(1), "ddp2").plan(SavedState({}, saved, layout="hsdp2x1"))
+    assert "dataloader.rank1._num_yielded" in whole.claims
