@@ -20,6 +20,7 @@ from ray_ckpt.state.shard_state import (
     AS_DTENSOR,
     DIGESTS,
     OF_SHARD,
+    SAME,
     SHARDS,
     Note,
     Owner,
@@ -208,6 +209,14 @@ class SavedOptimizers:
         """Whether it holds state of shards at all."""
         return bool(self._saved.under(f"optim.{SHARDS}"))
 
+    @functools.cached_property
+    def _has_shared(self) -> bool:
+        """Whether any tensors of the state are one."""
+        kinds = (self._saved.values.get(flat) for flat in self._saved.under(f"optim.{KINDS}"))
+        return any(
+            type(key) is str and SAME in key for kind in kinds if isinstance(kind, (tuple, list)) for key in kind
+        )
+
     def state(
         self, name: str, owner: Owner, loaded: Mapping[str, torch.Tensor], twin: int = 0
     ) -> dict[str, Any] | None:
@@ -217,15 +226,17 @@ class SavedOptimizers:
         leaves: dict[str, Any] = {}
         parameter = self._saved_parameter(name)
         below = f"optim.{STATE}.{parameter}"
-        notes = self.recorded_keys(name)
+        notes = self.recorded_keys(name) if self._has_shared else {}
         for key, flat in {**self._entries(STATE, name), **self._of_shard(name, owner)}.items():
             wanted = _wanted(name, key, twin)
-            if wanted in loaded:
+            if key == DIGESTS:
+                continue
+            leaf = loaded[wanted] if wanted in loaded else self._saved.values[flat]
+            if self._has_shared and isinstance(leaf, torch.Tensor):
                 note = notes.get(key)
                 first = (note.same if note else "") or place_name(parameter, key)
-                leaves[key_name(below, key)] = self._shared.setdefault((first, twin), loaded[wanted])
-            elif key != DIGESTS:
-                leaves[key_name(below, key)] = self._saved.values[flat]
+                leaf = self._shared.setdefault((first, twin), leaf)
+            leaves[key_name(below, key)] = leaf
         return sealing.unpack(below, leaves) if leaves else {}
 
     def _entries(self, kind: str, name: str) -> dict[str, str]:

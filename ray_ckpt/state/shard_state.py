@@ -31,7 +31,7 @@ _DIMS = "|dims="
 """What follows a recorded key with its notes, if the dims lie in another order than by default."""
 
 
-_SAME = "|same="
+SAME = "|same="
 """What follows a recorded key with all that, if it is one tensor with another: where the first of them is."""
 
 
@@ -116,29 +116,31 @@ class Note:
 
 
 class Places:
-    """Which tensors of an optimizer's state are one, as nothing else would tell after a load: it steps in place."""
+    """Which tensors of an optimizer's state are one, as nothing else would tell after a load: it steps in place.
+
+    They are told by identity, so all have to be kept meanwhile.
+    """
 
     def __init__(self) -> None:
-        self._first: dict[object, str] = {}
+        self._first: dict[int, tuple[str, str]] = {}
 
     def note(self, parameter: str, key: str, leaf: Any) -> str:
         """What is recorded of a leaf that is the same tensor as one before; empty for any other."""
         if not isinstance(leaf, torch.Tensor):
             return ""
-        local = local_tensor(leaf)
-        is_own = leaf.is_meta or is_made_of_others(leaf) or not local.numel()
-        place = id(leaf) if is_own else (local.data_ptr(), local.dtype, local.shape, local.stride())
-        first = self._first.setdefault(place, place_name(parameter, key))
-        return "" if first == place_name(parameter, key) else _SAME + first
+        place = parameter, key
+        first = self._first.setdefault(id(leaf), place)
+        return "" if first is place else SAME + place_name(*first)
 
 
 def place_name(parameter: str, key: str) -> str:
+    """What a note calls the tensor that several are."""
     return f"{parameter}.{key}"
 
 
 def split_note(recorded: str) -> tuple[str, Note]:
     """A recorded key, and what follows it."""
-    recorded, _, same = recorded.partition(_SAME)
+    recorded, _, same = recorded.partition(SAME)
     recorded, found, dims = recorded.partition(_DIMS)
     order = tuple(int(dim) for dim in dims.split(",") if dim.isdecimal()) if found else None
     for kind in (OF_SHARD, AS_DTENSOR, AS_PLAIN):
