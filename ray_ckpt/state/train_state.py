@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -244,10 +243,8 @@ class TrainState:
         return {f"{section}.{name}": value for name, value in leaves.items() if isinstance(value, torch.Tensor)}
 
     def frozen_fingerprints(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Fingerprint]:
-        """Flat name -> fingerprint of what this rank holds of a tensor of `frozen`, by as many threads as torch has."""
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            found = pool.map(self._known_fingerprints.of, tensors.keys(), tensors.values())
-            return dict(zip(tensors, found, strict=True))
+        """Flat name -> fingerprint of what this rank holds of a tensor of `frozen`."""
+        return {name: self._known_fingerprints.of(name, tensor) for name, tensor in tensors.items()}
 
     def snapshot(self, rank: int) -> Snapshot:
         """Fingerprints of all tensors that this rank holds, and the values of everything else, by flat name.
