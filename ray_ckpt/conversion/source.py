@@ -15,6 +15,7 @@ from ray_ckpt.format.torch_internals import ExtensionRegistry
 from ray_ckpt.inspection.opening import Opened, open_record
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.objects import Decoder, read_values
+from ray_ckpt.storage.overwritten import refuse_overwritten
 from ray_ckpt.storage.ranged_reads import tuning_for
 from ray_ckpt.storage.resolve import Target, committed_at, held
 from ray_ckpt.storage.rewrite import WantedTensor
@@ -61,6 +62,7 @@ def source_at(source: Target, step: int | None, *, trusted: bool) -> Iterator[So
         CheckpointError, StorageError: its record is damaged, or the storage does not answer.
     """
     with held(lambda: committed_at(source, step)) as found:
+        refuse_overwritten(found.storage)
         yield open_source(found.storage, trusted=trusted)
 
 

@@ -12,6 +12,7 @@ from ray_ckpt.format.deltas import link_of
 from ray_ckpt.format.manifest import MANIFEST_NAME
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.foreign_names import Listing, is_file, is_foreign, kind_of, list_target
+from ray_ckpt.storage.overwritten import refuse_overwritten
 from ray_ckpt.storage.publish import DATA_FILE, STOCK_RECORD_NAME
 from ray_ckpt.storage.record_files import parse_and_keep, read_record
 from ray_ckpt.storage.steps import directory_of, parse_steps
@@ -59,9 +60,10 @@ def checkpoint_at(target: Target, step: int | None, *, fallback: bool = False) -
 
     Raises:
         CheckpointNotFoundError: the named step is not there, or no step was named and there is no committed checkpoint.
-        FormatError: no step was named, and the latest is damaged.
+        FormatError: no step was named, and the latest is damaged; or another program has saved over it.
     """
     found = _found_at(target, step, lambda store: store.latest(fallback=fallback))
+    refuse_overwritten(found.storage)
     if not fallback or step is not None or found.step is None:
         return found
     store = _store(target)
