@@ -596,14 +596,9 @@ def follow_in(rank: int, path: str, layout: str, steps: tuple[int, ...]) -> list
     return read
 
 
+@pytest.mark.slow  # a quarter of a minute each
 @pytest.mark.parametrize(
-    ("published", "followed"),
-    [
-        ("fsdp2x4", "tp2"),
-        pytest.param("ddp2", "fsdp2x4", marks=pytest.mark.slow),
-        pytest.param("tp2", "hsdp2x2", marks=pytest.mark.slow),
-        pytest.param("hsdp2x2", "ddp2", marks=pytest.mark.slow),
-    ],
+    ("published", "followed"), [("fsdp2x4", "tp2"), ("ddp2", "fsdp2x4"), ("tp2", "hsdp2x2"), ("hsdp2x2", "ddp2")]
 )
 def test_any_layout_follows_any_other(tmp_path: Path, published: str, followed: str) -> None:
     path = str(tmp_path / "policy")

@@ -142,7 +142,13 @@ class TestOneNode:
         del weights
         wait_until(lambda: self.used(store) < 1.1 * kept, 20, lambda: self.used(store))
 
-    @pytest.mark.parametrize("verb", ["export", "convert", "diff", "scan", "verify signature"])
+    @pytest.mark.parametrize(
+        "verb",
+        [
+            "export",
+            *(pytest.param(verb, marks=pytest.mark.slow) for verb in ("convert", "diff", "scan", "verify signature")),
+        ],
+    )
     def test_whoever_looks_or_copies_reads_to_the_end_too(
         self, store: CheckpointStore, tmp_path: Path, verb: str
     ) -> None:

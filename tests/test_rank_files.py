@@ -102,7 +102,7 @@ def test_sharded_tensors_of_fsdp1(written: Any) -> None:
 @pytest.mark.parametrize("rename", [_as_accelerate, _as_torch_checkpointing])
 def test_the_manners_of_others(written: Any, copied: Path, rename: Any) -> None:
     rename(copied)
-    assert _same(_loaded(copied, only=("model", "optim", "my_optimizer")), written["fsdp2"][1])
+    assert _same(_loaded(copied, only=("model", "optim")), written["fsdp2"][1])
 
 
 def test_a_value_as_a_whole_file(copied: Path) -> None:
@@ -283,7 +283,7 @@ def test_metadata_of_something_else(tmp_path: Path) -> None:
 def test_numbered_files_without_metadata(written: Any, copied: Path, tmp_path: Path) -> None:
     _as_torch_checkpointing(copied)
     (copied / "metadata.pkl").unlink()
-    assert _same(_loaded(copied, only=("model", "optim", "my_optimizer")), written["fsdp2"][1])
+    assert _same(_loaded(copied, only=("model", "optim")), written["fsdp2"][1])
     epochs = tmp_path / "epochs"
     epochs.mkdir()
     for epoch in range(2):

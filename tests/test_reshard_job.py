@@ -335,9 +335,10 @@ def test_a_target_that_tasks_do_not_share_is_refused(
 
 def test_the_source_may_be_a_store_of_steps(saved: Path, tmp_path: Path) -> None:
     saved.rename(tmp_path / "step-3")
-    prepared = job.prepare(job.Options(str(tmp_path), "tp2", str(tmp_path / "target")), SCREEN)
-    assert prepared.source.address == str(tmp_path / "step-3")
-    assert list(prepared.files) == [0, 1]
+    with contextlib.ExitStack() as holds:
+        prepared = job.prepare(job.Options(str(tmp_path), "tp2", str(tmp_path / "target")), SCREEN, holds)
+        assert prepared.source.address == str(tmp_path / "step-3")
+        assert list(prepared.files) == [0, 1]
 
 
 def test_wrong_use_is_one_line_and_touches_nothing(saved: Path, tmp_path: Path) -> None:
@@ -348,8 +349,8 @@ def test_wrong_use_is_one_line_and_touches_nothing(saved: Path, tmp_path: Path) 
     assert "already holds a committed checkpoint" in done.stderr
     assert done.stderr.count("\n") == 1
     assert (tmp_path / "taken" / MANIFEST_NAME).read_bytes() == before
-    with pytest.raises(UsageError, match="fsdp7"):
-        job.prepare(job.Options(str(saved), "fsdp7", str(tmp_path / "t")), SCREEN)
+    with contextlib.ExitStack() as holds, pytest.raises(UsageError, match="fsdp7"):
+        job.prepare(job.Options(str(saved), "fsdp7", str(tmp_path / "t")), SCREEN, holds)
 
 
 # ------------------------------------------------------------------------------------------------------ its tasks

@@ -62,7 +62,8 @@ class Spec:
         Raises:
             UsageError: as `of`, or several elements lie in one place.
         """
-        if not tensor.is_contiguous() and (wrong := overlapping(local_tensor(tensor))):
+        is_strided = tensor.layout is torch.strided  # of others torch cannot tell whether they are contiguous
+        if is_strided and not tensor.is_contiguous() and (wrong := overlapping(local_tensor(tensor))):
             raise UsageError(f"{name!r} {wrong}")
         return cls.of(tensor, name)
 
