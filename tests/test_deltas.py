@@ -525,7 +525,7 @@ class TestFollower:
                 version[0] ^= 1
 
         with monkeypatch.context() as patch:
-            patch.setattr("ray_ckpt.protocol.followed_parts.apply_delta", wrong)
+            patch.setattr("ray_ckpt.storage.delta_chain.apply_delta", wrong)
             with pytest.raises(CheckpointError, match="is not what was published"):
                 follower.fetch(served, 7)
         assert follower.fetch(served, 7).num_bytes > 100_000

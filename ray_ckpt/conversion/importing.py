@@ -23,7 +23,7 @@ from ray_ckpt.report import ConversionReport
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.publish import is_of_attempt, publish
 from ray_ckpt.storage.resolve import Target, destination
-from ray_ckpt.storage.steps import parse_steps
+from ray_ckpt.storage.step_names import parse_steps
 from ray_ckpt.text import quoted
 
 __all__ = ["convert"]

@@ -36,13 +36,13 @@ def fault(tensor: torch.Tensor) -> str:
         return f"is a {type(tensor).__name__} without an address ({str(error).splitlines()[0][:100]})"
     if not address:
         return f"is a {type(tensor).__name__} of {tensor.nbytes} bytes without memory" if tensor.numel() else ""
-    end = tensor.storage_offset() * tensor.itemsize + _extent_bytes(tensor)
+    end = tensor.storage_offset() * tensor.itemsize + extent_bytes(tensor)
     if end > (held := tensor.untyped_storage().nbytes()):
         return f"is a tensor that ends at byte {end} of a storage of {held}: its memory was taken away"
     return ""
 
 
-def _extent_bytes(tensor: torch.Tensor) -> int:
+def extent_bytes(tensor: torch.Tensor) -> int:
     """Bytes from its first to its last element."""
     if tensor.is_contiguous():
         return tensor.nbytes

@@ -19,7 +19,7 @@ from ray_ckpt.storage.foreign_names import is_file
 from ray_ckpt.storage.publish import STOCK_RECORD_NAME
 from ray_ckpt.storage.record_files import parse_or_take, read_if_there
 from ray_ckpt.storage.resolve import Target, committed_at
-from ray_ckpt.storage.steps import directory_of, parse_steps
+from ray_ckpt.storage.step_names import directory_of, parse_steps
 from ray_ckpt.storage.store import CheckpointStore
 from ray_ckpt.storage.two_tiers import TwoTierStore
 

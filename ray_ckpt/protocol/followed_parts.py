@@ -16,18 +16,16 @@ import torch
 import xxhash
 
 from ray_ckpt.errors import CheckpointError
-from ray_ckpt.format import deltas
 from ray_ckpt.format.boxes import Box, shared_box
 from ray_ckpt.format.deltas import Key, identity
 from ray_ckpt.format.manifest import Manifest, ObjectEntry
-from ray_ckpt.format.memory import fault, overlapping
+from ray_ckpt.format.memory import extent_bytes, fault, overlapping
 from ray_ckpt.format.torch_internals import narrow, set_element
 from ray_ckpt.protocol.held_blocks import consists_of_blocks, is_as_saved
 from ray_ckpt.protocol.holdings import Holdings, hold
 from ray_ckpt.protocol.messages import Item
 from ray_ckpt.storage.checkpoint_reader import CheckpointReader
-from ray_ckpt.storage.delta_chain import Chain
-from ray_ckpt.storage.delta_codec import apply_delta
+from ray_ckpt.storage.delta_chain import Chain, carry_out
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.staging import bytes_of, host_pieces
 
@@ -125,7 +123,7 @@ class FollowedParts:
         """
         self.forget()
         for change in plan.changes.values():
-            _carry_out(change)
+            _change(change)
         for item, value in zip(plan.holdings.items, plan.holdings.values, strict=True):
             if item.spec is None:
                 set_element(state, item.path or (item.name,), plan.values[item.name])
@@ -161,8 +159,7 @@ def _can_change(holdings: Holdings, manifest: Manifest) -> bool:
         if fault(value) or overlapping(value) or value.is_conj() or value.is_neg() or value.itemsize not in _WORDS:
             return False
         if value.numel():
-            steps = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
-            places.append((str(value.device), value.data_ptr(), value.data_ptr() + (steps + 1) * value.itemsize))
+            places.append((str(value.device), value.data_ptr(), value.data_ptr() + extent_bytes(value)))
     places.sort()
     return all(one[0] != other[0] or one[2] <= other[1] for one, other in itertools.pairwise(places))
 
@@ -178,14 +175,9 @@ def _digests(holdings: Holdings) -> Sequence[tuple[Item, bytes]]:
     return found
 
 
-def _carry_out(change: _Change) -> None:
+def _change(change: _Change) -> None:
     whole = torch.zeros(change.shape, dtype=change.dtype)
-    memory, is_value = bytes_of(whole), False
-    for coding, data in change.coded:
-        if coding == deltas.WHOLE:
-            memory[:], is_value = bytes_of(data), True
-        else:
-            apply_delta(bytes_of(data), memory, whole.itemsize)
+    is_value = carry_out(change.coded, bytes_of(whole), whole.itemsize)  # else it is what differs
     words = _WORDS[whole.itemsize]
     for box, target in change.targets:
         part = narrow(whole, box.offsets, box.sizes).to(target.device)

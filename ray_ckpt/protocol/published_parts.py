@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from ray_ckpt.errors import CheckpointError, StorageError, UsageError
 from ray_ckpt.format import deltas
-from ray_ckpt.format.block_sums import BlockHasher, BlockSums
+from ray_ckpt.format.block_sums import BlockHasher, BlockSums, sums_of
 from ray_ckpt.format.deltas import Key, Link, Part
 from ray_ckpt.format.manifest import Manifest, itemsize
 from ray_ckpt.format.memory import fault
@@ -143,10 +143,9 @@ class PublishedParts:
         coded, start, holder = [], 0, f"{deltas.BYTES}.{rank}"
         for key in sorted(mine):
             spec, now, sums = self._now.parts[key]
-            coding, data = (
-                deltas.CHANGED,
-                memoryview(encode_delta(bytes_of(self._before.parts[key].data), bytes_of(now), itemsize(spec.dtype))),
-            )
+            before = self._before.parts[key].data
+            data: bytes | memoryview = encode_delta(bytes_of(before), bytes_of(now), itemsize(spec.dtype))
+            coding = deltas.CHANGED
             if len(data) >= now.nbytes:
                 coding, data = deltas.WHOLE, bytes_of(now)
             parts[key] = Part(coding, holder, start, len(data), sums)
@@ -221,7 +220,5 @@ def _is_in(manifest: Manifest, key: Key, part: _Part) -> bool:
         if (chunk.box.offsets, chunk.box.sizes) == (part.spec.offsets, part.spec.sizes):
             if chunk.checksums is None:
                 return False
-            hasher = BlockHasher(chunk.checksums.block_bytes)
-            hasher.update(bytes_of(part.data))
-            return hasher.finish() == chunk.checksums
+            return sums_of(bytes_of(part.data), chunk.checksums.block_bytes) == chunk.checksums.sums
     return False

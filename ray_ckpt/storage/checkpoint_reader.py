@@ -17,7 +17,7 @@ import torch
 
 from ray_ckpt.errors import FormatError, UsageError
 from ray_ckpt.format.boxes import Box
-from ray_ckpt.format.deltas import LINK, REBUILT
+from ray_ckpt.format.deltas import REBUILT
 from ray_ckpt.format.manifest import MANIFEST_NAME, Manifest, ObjectEntry
 from ray_ckpt.format.torch_internals import ExtensionRegistry, narrow
 from ray_ckpt.gc_pause import collector_paused
@@ -166,11 +166,8 @@ class CheckpointReader:
             FormatError, UnsafeCheckpointError: there is one, but it is damaged or not safe to read.
         """
         manifest = self.read_stored(record)
-        if LINK not in manifest.objects:
-            return manifest
         self.chain = chain_at(self.storage, manifest, self._tuning)
-        assert self.chain is not None, "it has a link"
-        return self.chain.manifest
+        return manifest if self.chain is None else self.chain.manifest
 
     def read_stored(self, record: bytes | Manifest | None = None) -> Manifest:
         """As `read_manifest`, but of a delta what it consists of."""

@@ -22,7 +22,8 @@ from ray_ckpt.storage.pins import Pins, Wishes
 from ray_ckpt.storage.publish import DATA_FILE, STOCK_RECORD_NAME, is_ours, restore_stock_record
 from ray_ckpt.storage.record_files import read_if_there
 from ray_ckpt.storage.removal import Removal
-from ray_ckpt.storage.steps import Look, Steps, directory_of, look_at, name_in, parse_steps
+from ray_ckpt.storage.step_names import directory_of, name_in, parse_steps
+from ray_ckpt.storage.steps import Look, Steps, look_at
 from ray_ckpt.storage.unfinished_uploads import UnfinishedUploads, Upload
 
 __all__ = ["Cleaning", "probe_name"]

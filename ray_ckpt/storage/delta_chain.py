@@ -2,7 +2,7 @@
 
 chain.manifest    the record of that: the anchor's chunks, with the delta's checksums
 chain.rebuild     chunks of it: the anchor's, each step's changes, and a comparison with those checksums
-chain.changes     what the steps after some step have changed of parts
+chain.changes     what the steps after some step have changed of parts; carry_out changes it
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ray_ckpt.storage.good_reads import check_blocks
 from ray_ckpt.storage.ranged_reads import Piece, Tuning, fetch
 from ray_ckpt.storage.staging import bytes_of
 
-__all__ = ["Chain", "chain_at"]
+__all__ = ["Chain", "carry_out", "chain_at"]
 
 
 class Chain:
@@ -70,11 +70,7 @@ class Chain:
         changes = self.changes({key: start or 0 for key, start in since.items()})
         for key, saved, whole in zip(keys, chunks, wholes, strict=True):
             memory = bytes_of(whole)
-            for coding, data in changes[key]:
-                if coding == deltas.WHOLE:
-                    memory[:] = bytes_of(data)
-                else:
-                    apply_delta(bytes_of(data), memory, whole.element_size())
+            carry_out(changes[key], memory, whole.element_size())
             assert saved.chunk.checksums is not None, "every part has some"
             where = self._deltas[-1].storage.address
             check_blocks(memory, saved.chunk.checksums, file=where, start=0, data_start=0, name=saved.name)
@@ -122,3 +118,24 @@ def chain_at(storage: Storage, manifest: Manifest, tuning: Tuning) -> Chain | No
     if deltas.LINK not in manifest.objects:
         return None
     return Chain(links_of(storage, manifest), tuning)
+
+
+def carry_out(changes: Sequence[tuple[str, torch.Tensor]], memory: memoryview, element_bytes: int) -> bool:
+    """Make of a part what it is after some steps, in place.
+
+    Args:
+        changes: as `Chain.changes` gives them.
+
+    Returns:
+        Whether one of the steps has it whole, so that what it was before makes no difference.
+
+    Raises:
+        FormatError: one of them is no delta of this part. The memory may then be of two steps.
+    """
+    has_whole = False
+    for coding, data in changes:
+        if coding == deltas.WHOLE:
+            memory[:], has_whole = bytes_of(data), True
+        else:
+            apply_delta(bytes_of(data), memory, element_bytes)
+    return has_whole

@@ -9,6 +9,7 @@ from ray_ckpt.format.deltas import Link, identity, link_of
 from ray_ckpt.format.manifest import Manifest
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.record_files import read_record
+from ray_ckpt.storage.step_names import directory_of
 
 __all__ = ["Linked", "built_on", "links_of"]
 
@@ -43,7 +44,7 @@ def _before(storage: Storage, link: Link) -> Linked:
     if found is None:
         raise CheckpointNotFoundError(f"{storage.address} is built on step {link.step}, and lies in no store")
     store, _ = found
-    before = store.child(f"step-{link.step}")
+    before = store.child(directory_of(link.step))
     before.durable = before.tier = None  # they are those of the step that led here
     advice = "load a step that is whole, or publish one"
     try:

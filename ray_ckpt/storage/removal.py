@@ -17,7 +17,8 @@ from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.pins import Pins
 from ray_ckpt.storage.publish import SIGNATURE_NAME, STOCK_RECORD_NAME, names_attempt
 from ray_ckpt.storage.record_files import read_if_there
-from ray_ckpt.storage.steps import Look, directory_of, name_in
+from ray_ckpt.storage.step_names import directory_of, name_in
+from ray_ckpt.storage.steps import Look
 
 __all__ = ["REQUESTS_IN_FLIGHT", "Removal"]
 

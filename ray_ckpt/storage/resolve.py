@@ -15,7 +15,7 @@ from ray_ckpt.storage.foreign_names import Listing, is_file, is_foreign, kind_of
 from ray_ckpt.storage.overwritten import refuse_overwritten
 from ray_ckpt.storage.publish import DATA_FILE, STOCK_RECORD_NAME
 from ray_ckpt.storage.record_files import parse_and_keep, read_record
-from ray_ckpt.storage.steps import directory_of, parse_steps
+from ray_ckpt.storage.step_names import directory_of, parse_steps
 from ray_ckpt.storage.store import CheckpointStore
 from ray_ckpt.storage.unread import in_directory
 from ray_ckpt.storage.waiting import Wait

@@ -1,4 +1,4 @@
-"""The steps of a store: how their directories are named, which are committed, and which of those are good.
+"""The steps of a store: which are committed, and which of those are good.
 
 Steps(storage) ─┬─ committed        by name alone: there is a manifest
                 ├─ look ──> Look    its record is read, and its files have the recorded sizes
@@ -8,47 +8,20 @@ Steps(storage) ─┬─ committed        by name alone: there is a manifest
 from __future__ import annotations
 
 import logging
-import operator
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ray_ckpt.errors import CheckpointError, CheckpointNotFoundError, FormatError, StorageError, UsageError
+from ray_ckpt.errors import CheckpointError, CheckpointNotFoundError, FormatError, StorageError
 from ray_ckpt.format.manifest import MANIFEST_NAME
 from ray_ckpt.storage.delta_links import built_on
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.publish import DATA_FILE
 from ray_ckpt.storage.record_files import parse_and_keep, read_record
+from ray_ckpt.storage.step_names import directory_of, parse_steps
 
-__all__ = ["Look", "Steps", "directory_of", "look_at", "name_in", "parse_steps"]
+__all__ = ["Look", "Steps", "look_at"]
 
 _logger = logging.getLogger("ray_ckpt")
-
-_STEP = re.compile(r"step-(0|[1-9][0-9]*)", re.ASCII)
-
-
-def directory_of(step: int) -> str:
-    """The name of a step's directory.
-
-    Raises:
-        UsageError: `step` is not a number from 0.
-    """
-    try:
-        number = -1 if isinstance(step, bool) else operator.index(step)
-    except TypeError:
-        number = -1
-    if number < 0:
-        raise UsageError(f"{step!r} is not a step: it is a number from 0")
-    return f"step-{number}"
-
-
-def name_in(step: int | None, file: str) -> str:
-    """The name in the store of a step's file, or of the store's own directory when `step` is None."""
-    return file if step is None else f"{directory_of(step)}/{file}"
-
-
-def parse_steps(directories: Iterable[str]) -> list[int]:
-    return [int(match[1]) for match in map(_STEP.fullmatch, directories) if match]
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ from ray_ckpt.storage.pins import Pins
 from ray_ckpt.storage.record_files import read_if_there
 from ray_ckpt.storage.removal import REQUESTS_IN_FLIGHT, Removal
 from ray_ckpt.storage.retention import Policy, retained
-from ray_ckpt.storage.steps import Look, Steps, directory_of
+from ray_ckpt.storage.step_names import directory_of
+from ray_ckpt.storage.steps import Look, Steps
 from ray_ckpt.storage.waiting import Wait
 
 __all__ = ["CheckpointStore"]

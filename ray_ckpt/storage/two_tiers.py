@@ -20,7 +20,8 @@ from ray_ckpt.report import CopyReport, RemovalReport
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.front import Front, FrontStorage
 from ray_ckpt.storage.retention import Policy, keep
-from ray_ckpt.storage.steps import Look, Steps, directory_of
+from ray_ckpt.storage.step_names import directory_of
+from ray_ckpt.storage.steps import Look, Steps
 from ray_ckpt.storage.store import DAY_S, CheckpointStore
 
 __all__ = ["TwoTierStore"]

@@ -19,7 +19,7 @@ from ray_ckpt.errors import StorageError
 from ray_ckpt.storage.address import parse
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.publish import DATA_FILE
-from ray_ckpt.storage.steps import parse_steps
+from ray_ckpt.storage.step_names import parse_steps
 
 __all__ = ["UnfinishedUploads", "Upload"]
 

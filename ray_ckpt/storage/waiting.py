@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from ray_ckpt.errors import CheckpointNotFoundError, UsageError
-from ray_ckpt.storage.steps import directory_of
+from ray_ckpt.storage.step_names import directory_of
 
 if TYPE_CHECKING:
     from ray_ckpt.storage.store import CheckpointStore

@@ -28,7 +28,7 @@ from ray_ckpt.format.manifest import MANIFEST_NAME
 from ray_ckpt.report import CopyReport
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.registered import CopyOrder
-from ray_ckpt.storage.steps import directory_of, parse_steps
+from ray_ckpt.storage.step_names import directory_of, parse_steps
 from ray_ckpt.text import first_line
 
 COPY_OUT_S = 3600.0

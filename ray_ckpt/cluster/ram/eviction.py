@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 from ray_ckpt.format.manifest import MANIFEST_NAME
 from ray_ckpt.storage.pins import pin_name
-from ray_ckpt.storage.steps import directory_of, parse_steps
+from ray_ckpt.storage.step_names import directory_of, parse_steps
 
 
 def superseded(paths: Collection[str], wanted_by: str, spared: Collection[str] = ()) -> str | None:
