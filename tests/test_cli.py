@@ -321,7 +321,10 @@ def test_the_shell_is_told_how_to_complete(shell: str) -> None:
     ids=lambda item: item[0] if isinstance(item, list) else "",
 )
 def test_a_start_costs_little_more_than_the_libraries_it_needs(run: Path, words: list[str], libraries: str) -> None:
-    """By the processor time of the quickest of a few, in turn, so that what else the machine does counts for little."""
+    """By the processor time of the quickest of a few, in turn, so that what else the machine does counts for little.
+
+    A library of the size of torch, Ray or rich that came in unasked would cost as much again as all that is needed.
+    """
     ours = ["-m", "ray_ckpt", *(str(run) if word == "RUN" else word for word in words)]
     quickest = {"ours": math.inf, "libraries": math.inf}
     for _ in range(8):
@@ -329,9 +332,9 @@ def test_a_start_costs_little_more_than_the_libraries_it_needs(run: Path, words:
             before = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
             subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL, timeout=60)
             quickest[name] = min(quickest[name], sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - before)
-        if quickest["ours"] < 2 * quickest["libraries"]:
+        if quickest["ours"] < 2.5 * quickest["libraries"]:
             break
-    assert quickest["ours"] < 2 * quickest["libraries"]
+    assert quickest["ours"] < 2.5 * quickest["libraries"]
 
 
 def large_libraries_of(words: list[str], environment: dict[str, str]) -> set[str]:

@@ -8,11 +8,12 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ray_ckpt.events import EventFile, Listeners
+if TYPE_CHECKING:
+    from ray_ckpt.events import Listeners
 
 
 def check_json_path(path: str | None) -> None:
@@ -50,6 +51,8 @@ def events_written(path: str | None) -> Iterator[Listeners]:
     Raises:
         UsageError: it is a URI, or cannot be written.
     """
+    from ray_ckpt.events import EventFile, Listeners
+
     if path is not None:
         from ray_ckpt.storage.address import refuse_uri
 
