@@ -46,10 +46,10 @@ _CHUNK = re.compile(
     r'"checksums":"([A-Za-z0-9+/]*={0,2})"'
 )
 _TENSOR = re.compile(
-    r'"([^"]*)":\{"dtype":"([^"]*","shape":\[[0-9,]*\])(?:,"path":(\["[^]]*"\]))?,'
+    r'"([^"]*)":\{"dtype":"([^"]*","shape":\[[0-9,]*\])(?:,"path":(\["[^]]*"\]|null))?,'
     rf'"chunks":\[\{{{_CHUNK.pattern}\}}\]\}}(?:,(?=")|\Z)'
 )
-"""What most entries are: one chunk, and a path of names."""
+"""What most entries are: one chunk, and a path of names or none."""
 
 LARGE_BYTES = 16 << 20
 """Size of the JSON of tensors, about 70 000 chunks, from which on they are held in columns."""
@@ -209,6 +209,8 @@ def _path(name: str, text: str | None) -> Path | None:
     """Most paths are the name, cut at some of its dots."""
     if not text:
         return (name,)
+    if text == "null":
+        return None
     parts = text[2:-2].split('","')
     if text[:2] == '["' and text[-2:] == '"]' and ".".join(parts) == name:
         return (sys.intern(parts[0]), *parts[1:])

@@ -219,7 +219,7 @@ def parse(record: bytes) -> dict[str, Any]:
         ValueError: it is not UTF-8, not JSON, has a key twice, or holds NaN or Infinity.
         RecursionError: it is nested too deep.
     """
-    data = json.loads(record.decode(), object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
+    data = _DECODER.decode(record.decode())
     if type(data) is not dict:
         raise MisfitError("the record", f"is {_shown(data)}, not an object")
     return data
@@ -235,6 +235,10 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(text: str) -> Any:
     raise MisfitError(text, "is no number of JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
+"""One for all: to make it takes longer than to parse an entry."""
 
 
 def parse_each(data: Mapping[str, Any], section: str, parse_entry: Callable[[str, Any], T]) -> dict[str, T]:
