@@ -16,7 +16,7 @@ import ray
 import torch
 
 import ray_ckpt
-from ray_ckpt import cluster
+from ray_ckpt import Saved, cluster
 from ray_ckpt.cluster.group import WorkerGroup
 from ray_ckpt.cluster.ram.client import RamFiles, open_files
 from ray_ckpt.cluster.ram.index import find_index
@@ -24,6 +24,7 @@ from ray_ckpt.storage.address import parse
 from ray_ckpt.storage.store import CheckpointStore
 from tests.support import rank_states
 from tests.support.clusters import Head, Started, joined_head, nodes_added, wait_until, wait_until_free
+from tests.support.sockets import bytes_received_from
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -138,6 +139,47 @@ def test_the_command_joins_the_cluster(head: Head, name: str) -> None:
     assert listing.wait(60) == 0
     assert "3" in listing.stdout
     assert listing.stderr == ""
+
+
+def test_of_blocks_on_another_node_only_what_is_wanted_is_moved(head: Head, nodes: list[Started], name: str) -> None:
+    """And a flipped bit in its memory is found there, and read from another copy."""
+    store = CheckpointStore(f"ram://{name}?replicas=1")
+    with WorkerGroup(2, process_group=False, start_timeout_s=60) as group:
+        for step in (1, 2):  # with the first one the memory of all nodes is begun
+            cluster.save(group, rank_states.wide_matrix_of, store, step)
+        wide = group.run(rank_states.wide_matrix_of)
+    files = files_of(f"ram://{name}")
+    manifest = store.manifest(2)
+    # In a ring of three nodes the matrix of one rank has no copy on this one, where this process is.
+    for rank in range(2):
+        [chunk] = manifest.tensors[f"wide{rank}"].chunks
+        [found] = files.find([f"step-2/{chunk.file}"])
+        assert found is not None
+        if files.node not in found.copies:
+            break
+    assert files.node not in found.copies
+    doors = [place.door.location for place in found.copies.values()]
+    ports = {int(location.rpartition(":")[2]) for location in doors}
+    saved = wide[rank][f"wide{rank}"]
+    rows, columns = saved.shape
+    for start in (0, columns // 2):
+        state = {"half": torch.full((rows, columns // 2), -1.0)}
+        before = bytes_received_from(ports)
+        half = {"half": Saved(f"wide{rank}").narrow(1, start, columns // 2)}
+        ray_ckpt.load(state, store, key_map=half)
+        assert torch.equal(state["half"], saved[:, start : start + columns // 2])
+        moved = bytes_received_from(ports) - before
+        assert saved.nbytes // 2 <= moved <= 1.05 * (saved.nbytes // 2)
+    assert chunk.data_start is not None
+    with open(next(iter(found.copies.values())).path, "r+b") as memory:  # of the half that is not read
+        memory.seek(chunk.data_start + 9)
+        memory.write(b"\xff")
+    state = {"half": torch.full((rows, columns // 2), -1.0)}
+    report = ray_ckpt.load(state, store, key_map=half)
+    assert torch.equal(state["half"], saved[:, columns // 2 :])
+    [told] = report.damaged_copies
+    assert f"wide{rank}" in told
+    assert told.endswith(f"read from node {list(found.copies)[1]} instead")
 
 
 def _is_actor(process: psutil.Process, name: str) -> bool:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 import pyarrow as pa
 
 from ray_ckpt.errors import FormatError, StorageError
+from ray_ckpt.storage.cuts import Cut
 from ray_ckpt.storage.local_files import sync_file
 from ray_ckpt.storage.registered import WritableFile
 
@@ -42,6 +43,12 @@ class InputFile:
         self._storage = storage
         self._native = native
         self._for_threads = for_threads
+        self.makes_cuts: bool = getattr(native, "makes_cuts", False)
+        """Whether whoever keeps the file can cut out of blocks what is wanted of them (cuts.py)."""
+
+    def read_cuts(self, cuts: Sequence[Cut], memory: memoryview) -> bool:
+        """Fill `memory` with cuts, one after the other. Returns whether: if not, the blocks have to be read."""
+        return bool(self._storage.perform("read", self.name, lambda: self._native.read_cuts(cuts, memory)))
 
     def read_into(self, offset: int, memory: memoryview) -> None:
         """Fill `memory` with the bytes `[offset, offset + len(memory))`.

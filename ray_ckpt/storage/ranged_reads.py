@@ -10,6 +10,7 @@ tensors) passes through one scratch buffer per thread, several ranges to a read 
 from __future__ import annotations
 
 import binascii
+import contextlib
 import operator
 import os
 import queue
@@ -22,7 +23,7 @@ from typing import NamedTuple
 
 import torch
 
-from ray_ckpt.errors import IntegrityError
+from ray_ckpt.errors import CheckpointError, IntegrityError, StorageError
 from ray_ckpt.format import ranges
 from ray_ckpt.format.block_sums import BlockSums
 from ray_ckpt.format.boxes import Box
@@ -31,6 +32,7 @@ from ray_ckpt.format.torch_internals import narrow
 from ray_ckpt.gc_pause import collector_paused
 from ray_ckpt.progress import NOBODY, Meter
 from ray_ckpt.rounding import round_up
+from ray_ckpt.storage.cuts import cuts_of, deliver_cuts, size_of
 from ray_ckpt.storage.files import InputFile, Storage
 from ray_ckpt.storage.good_reads import check_blocks, read_good
 from ray_ckpt.storage.staging import bytes_of
@@ -384,6 +386,8 @@ class Worker:
         self._own.close()
 
     def run(self, read: Read) -> None:
+        if read.memory is None and self._read_cuts(read):
+            return
         size = read.end - read.start
         memory = self._scratch_of(size) if read.memory is None else read.memory
 
@@ -396,6 +400,17 @@ class Worker:
         )
         for wanted in read.ranges:
             deliver(wanted, memory[wanted.start - read.start : wanted.end - read.start])
+
+    def _read_cuts(self, read: Read) -> bool:
+        """Have only what is wanted sent, by whoever keeps the file. Returns whether that could be done."""
+        with contextlib.suppress(StorageError, CheckpointError):  # what is wrong is found again and told by `read_good`
+            file = self._input(read.file)
+            cuts = cuts_of(read.ranges, read.end - read.start) if file.makes_cuts else []
+            memory = self._scratch_of(size_of(cuts))
+            if cuts and file.read_cuts(cuts, memory):
+                deliver_cuts(read.ranges, memory)
+                return True
+        return False
 
     def _input(self, file: str) -> InputFile:
         storage = self._shared.storage

@@ -16,6 +16,7 @@ import pyarrow.fs as pafs
 
 from ray_ckpt.report import CopyReport
 from ray_ckpt.storage.address import Address
+from ray_ckpt.storage.cuts import Cut
 
 if TYPE_CHECKING:
     from ray_ckpt.storage.files import Storage
@@ -40,9 +41,15 @@ class ReadableFile(Protocol):
     """An open file for ranged reads, by one thread at a time."""
 
     num_bytes: int
+    makes_cuts: bool
+    """Whether whoever keeps the file is elsewhere, and can compare blocks with their checksums."""
 
     def seek(self, offset: int, /) -> object: ...
     def readinto(self, memory: memoryview, /) -> int: ...
+    def read_cuts(self, cuts: Sequence[Cut], memory: memoryview, /) -> bool:
+        """Fill memory with cuts, one after the other. Returns whether: if not, the blocks have to be read."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -189,7 +196,8 @@ class _Input:
 
     def __init__(self, file: ReadableFile) -> None:
         self._file = file
-        self.seek, self.readinto = file.seek, file.readinto
+        self.seek, self.readinto, self.read_cuts = file.seek, file.readinto, file.read_cuts
+        self.makes_cuts = file.makes_cuts
 
     def size(self) -> int:
         return self._file.num_bytes

@@ -191,3 +191,8 @@ def train_in_place(ctx: WorkerContext) -> None:
         if isinstance(value, torch.Tensor):
             value.add_(1)
     held["step"] += 1
+
+
+def wide_matrix_of(ctx: WorkerContext) -> dict[str, Any]:
+    """A matrix of this rank's own, of several checksum blocks, each of several rows."""
+    return {f"wide{ctx.rank}": torch.arange(3000.0 * 1024).view(3000, 1024) + ctx.rank}

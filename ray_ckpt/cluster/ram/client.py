@@ -23,11 +23,12 @@ from ray_ckpt.cluster.ram.holds import RENEW_S
 from ray_ckpt.cluster.ram.index import find_index, start_index
 from ray_ckpt.cluster.ram.keeper import Place, label, read_fully
 from ray_ckpt.cluster.ram.records import Begun, Found, Options, Refusal
-from ray_ckpt.cluster.ram.sending import receive
+from ray_ckpt.cluster.ram.sending import receive, receive_cuts
 from ray_ckpt.errors import UsageError
 from ray_ckpt.report import CopyReport
 from ray_ckpt.storage import registered
 from ray_ckpt.storage.address import Address
+from ray_ckpt.storage.cuts import Cut
 from ray_ckpt.text import first_line
 
 INDEX_ANSWER_S = 900.0
@@ -263,6 +264,7 @@ class RamInput:
         self.num_bytes = found.num_bytes
         self._position = 0
         self._local = _open_here(found.key, found.copies.get(files.node), os.O_RDONLY)
+        self.makes_cuts = self._local is None
 
     def seek(self, offset: int, /) -> None:
         self._position = offset
@@ -281,6 +283,12 @@ class RamInput:
             except (OSError, EOFError) as error:
                 failures.append(f"node {node}: {first_line(error)}")
         raise OSError(errno.EIO, f"no copy of {self._path} can be read: {'; '.join(failures)}")
+
+    def read_cuts(self, cuts: Sequence[Cut], memory: memoryview, /) -> bool:
+        for place in self._found.copies.values():
+            with contextlib.suppress(OSError):
+                return receive_cuts(place.door, self._found.key, cuts, memory, timeout_s=PIECE_ANSWER_S)
+        return False
 
     def _read_from(self, place: Place, memory: memoryview) -> int:
         done = 0
