@@ -82,8 +82,8 @@ def test_the_trainer_is_held_up_little_longer_than_a_copy_takes(tmp_path: Path) 
         if number:  # the first takes the memory
             blocked.append(time.perf_counter() - start)
         handle.result(timeout_s=60.0)
-    # The least of each, because neighbors on the machine only ever add to it. Of the copy's time, 1.2 to 1.5 is measured
-    # (it is digested on the way); to write the files takes ten times as long, which is what must not happen here.
+    # The least of each, because neighbors on the machine only ever add to it. Of the copy's time, 1.2 to 1.5 is
+    # measured (it is digested on the way); to write the files takes ten times as long, which must not happen here.
     assert min(blocked) <= 3 * min(copied)
 
 

@@ -131,7 +131,7 @@ def test_verls_scheduler_arrives_and_what_has_no_place_is_named(tmp_path: Path) 
         assert scheduler.last_epoch == (2 if has_scheduler else 0)
         assert report.missing == report.unexpected == ()
         assert "model.1.running_mean, model.1.running_var: ranks have seen other batches, and the first" in report.lost
-        assert "random generators left out: extra_state.r" in report.lost
+        assert "random generators (rng=True takes them) left out: extra_state.r" in report.lost
         assert ("schedulers left out: extra_state.lr_scheduler." in report.lost) != has_scheduler
     other = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
     with pytest.raises(StateMismatchError, match="schedulers"):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -115,8 +117,30 @@ def test_model_optimizer_scheduler_and_counters_arrive(written: Any) -> None:
     if kind == "transformers":
         assert state.step == 3
         assert "trainer_state.max_steps" in report.lost or "bookkeeping left out: trainer_state" in report.lost
-    assert "random generators left out" in report.lost
+    assert "random generators (rng=True takes them) left out" in report.lost
     assert report.missing == report.unexpected == ()
+
+
+def test_random_generators_go_on(written: Any) -> None:
+    kind, directory, *_ = written
+    name, keys = {
+        "transformers": ("rng_state.pth", ("python", "numpy", "cpu")),
+        "accelerate": ("random_states_0.pkl", ("random_state", "numpy_random_seed", "torch_manual_seed")),
+    }[kind]
+    saved = torch.load(directory / name, weights_only=False)
+    control = draw()
+    model = Net(1)
+    report = load(TrainState(model, optimizer_of(model), rng=True), directory)
+    assert report.rng == "restored"
+    found = draw()
+    random.setstate(saved[keys[0]])
+    np.random.set_state(saved[keys[1]])
+    torch.set_rng_state(saved[keys[2]])
+    assert found == draw() != control
+
+
+def draw() -> list[float]:
+    return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(()).item()]
 
 
 def test_what_the_state_does_not_have_is_named(written: Any) -> None:

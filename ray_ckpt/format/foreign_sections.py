@@ -6,6 +6,7 @@
     step  global_step  epoch  train_state. ...  trainer_state. ...   counters. ...
     scaler. ...  grad_scaler. ...  native_amp_scaling_state. ...     scaler.state. ...
     dataloader. ...  dl_state_dict. ...                              dataloader. ...  dataloader.$rank<n>. ...
+    rng_state_<n>. ...  random_states_<n>. ...  rng.<n>. ...         rng.$rank<n>.python, .numpy, .torch, .cuda
     custom_checkpoint_<n>. ...                                       extra.$others.custom_checkpoint_<n>. ...
     extra_state. ...                                                 what it is without that, as verl writes it
 
@@ -18,6 +19,9 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
+
+from ray_ckpt.format import foreign_generators
+from ray_ckpt.format.foreign_generators import Generator
 
 __all__ = ["OF_OTHERS", "OF_RANK", "Side", "section_of", "wanted_objects", "wanted_schedulers"]
 
@@ -38,9 +42,7 @@ _SCALER = re.compile(r"(?:scaler|grad_scaler|scaler_state_dict|native_amp_scalin
 
 _LOADER = re.compile(r"(?:dataloader|data_loader|dl_state_dict)\.(?:rank([0-9]{1,7})\.)?(.+)")
 
-_GENERATORS = re.compile(r"(?:rng_state|random_states|rng_states)(?:_[0-9]+)?(?:\.\w.*)?")
-
-_EXTRA = re.compile(r"extra_state\.(rank[0-9]{1,7}\.)?(.+)")
+_EXTRA = re.compile(r"extra_state\.(?:rank([0-9]{1,7})\.)?(.+)")
 """verl's, with the rank where ranks differ."""
 
 _LIGHTNING = "pytorch-lightning_version"
@@ -56,7 +58,8 @@ _REGISTERED = re.compile(r"(custom_checkpoint_[0-9]+)\..+")
 """Objects that were registered with accelerate, by their numbers."""
 
 OF_RANK = "$rank"
-"""With the number of a rank, what lies above the state of its data loader: unlike ours it has no record."""
+"""With the number of a rank, what lies above the state of its data loader and of its generators: unlike ours it has no
+record."""
 
 
 OF_OTHERS = "$others"
@@ -92,8 +95,9 @@ def section_of(name: str, schedulers: Sequence[str], saved: Collection[str]) -> 
         saved: all names in the checkpoint.
     """
     if match := _EXTRA.fullmatch(name):
-        side = Side("random generators") if match[2].partition(".")[0] == "rng" else None
-        side = side or section_of(match[2], schedulers, saved) or Side("bookkeeping")
+        if generator := foreign_generators.find(match[2], of_verl=True):
+            return _generator(generator._replace(rank=match[1]))
+        side = section_of(match[2], schedulers, saved) or Side("bookkeeping")
         return side._replace(ours="") if match[1] else side
     if match := _SCHEDULERS.fullmatch(name) or _SCHEDULER.fullmatch(name):
         number = int(match[1]) if match.re is _SCHEDULERS else 0
@@ -108,10 +112,17 @@ def section_of(name: str, schedulers: Sequence[str], saved: Collection[str]) -> 
         return Side("a data loader", f"dataloader.{place}")
     if (match := _COUNTERS.fullmatch(name)) and ("." in name or name in _ROOT_COUNTERS):
         return Side("counters", f"counters.{'step' if match[1] in _STEP else match[1]}")
-    if _GENERATORS.fullmatch(name):
-        return Side("random generators")
+    if generator := foreign_generators.find(name):
+        return _generator(generator)
     if match := _REGISTERED.fullmatch(name):
         return Side(f"registered objects (extra={{'{match[1]}': ...}} takes one)", f"extra.{OF_OTHERS}.{name}")
     if _TRAINER.fullmatch(name) or (_LIGHTNING in saved and _OF_LIGHTNING.fullmatch(name)):
         return Side("bookkeeping")
     return None
+
+
+def _generator(generator: Generator) -> Side:
+    if not generator.kind:
+        return Side("random generators")
+    rank = "" if generator.rank is None else f"{OF_RANK}{generator.rank}."
+    return Side("random generators (rng=True takes them)", f"rng.{rank}{generator.kind}")

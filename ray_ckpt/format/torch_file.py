@@ -27,6 +27,7 @@ import torch
 from ray_ckpt.errors import FormatError, UnsafeCheckpointError
 from ray_ckpt.format import limits, torch_pickle
 from ray_ckpt.format.boxes import Box, check_cover
+from ray_ckpt.format.foreign_generators import numpy_state
 from ray_ckpt.format.manifest import Chunk, Inline, Manifest, ObjectEntry, Path, TensorEntry
 from ray_ckpt.format.ranges import span
 from ray_ckpt.format.stand_ins import Instance, Name
@@ -257,7 +258,11 @@ class _Flattener:
         if isinstance(value, _LEAVES):
             self.content.tensors[name] = value
         elif measure.unknown:
-            self.content.unknown[name] = measure.unknown
+            generator = numpy_state(value)
+            if generator is None:
+                self.content.unknown[name] = measure.unknown
+            else:
+                self.content.values[name] = generator
         else:
             self.content.values[name] = value
 

@@ -35,12 +35,13 @@ from ray_ckpt.errors import CheckpointError, FormatError, StateMismatchError
 from ray_ckpt.format.manifest import Manifest, itemsize
 from ray_ckpt.format.torch_internals import local_tensor
 from ray_ckpt.format.translate import HYPERPARAMETERS
-from ray_ckpt.format.wanted_names import Names, is_below
+from ray_ckpt.format.wanted_names import Names
 from ray_ckpt.gc_pause import collector_paused
 from ray_ckpt.phase_clock import PhaseClock
 from ray_ckpt.progress import NOBODY, Meter
 from ray_ckpt.protocol import frozen
 from ray_ckpt.protocol.agreement import mark, marked
+from ray_ckpt.protocol.fitting import compare, lacking, saved_and_wanted, unknown_names
 from ray_ckpt.protocol.frozen import Frozen
 from ray_ckpt.protocol.load_options import LoadOptions
 from ray_ckpt.protocol.load_source import LoadSource
@@ -193,14 +194,15 @@ class RankLoad:
             raise FormatError(f"{self._source.address}: {error}") from error
         claims = {wanted: claim for plan in self._plans for wanted, claim in plan.claims.items()}
         missing = sorted(wanted for wanted, claim in claims.items() if claim.saved not in saved.names)
-        differing, cast = _compare(claims, saved)
+        differing, cast = compare(claims, saved)
         problems = [problem for plan in self._plans for problem in plan.problems]
         if options.strict:
             problems += [
                 f"{doubt} (strict=False loads it all the same)" for plan in self._plans for doubt in plan.doubts
             ]
-        problems += _unknown_names(options.only, saved, claims)
-        self._refuse(missing, differing, cast, problems, claims)
+        problems += unknown_names(options.only, saved, claims)
+        lacks = [] if not isinstance(state, TrainState) else lacking(missing, saved)
+        self._refuse(missing, differing, cast, problems, claims, lacks)
         taken = {claim.saved for claim in claims.values()}
         taken |= {name for plan in self._plans for name in plan.taken}
         unwanted = {name for name in self._names if name not in taken and saved.wants(name)}
@@ -390,31 +392,22 @@ class RankLoad:
         cast: Sequence[str],
         problems: Sequence[str],
         claims: Mapping[str, Claim],
+        lacks: Sequence[str],
     ) -> None:
         texts = list(differing)
         if cast and not self._options.cast:
-            texts += [f"{name}: {_saved_and_wanted(claims[name], self._saved)}" for name in cast]
+            texts += [f"{name}: {saved_and_wanted(claims[name], self._saved)}" for name in cast]
         if self._options.strict:
             texts += [f"{name}: not saved, wanted {claims[name].spec or 'a value'}" for name in missing]
         advice = ""
         if cast and not self._options.cast:
             advice = ". cast=True converts dtypes"
+        if lacks and self._options.strict:
+            advice += f". It has nothing for {listed(lacks)}: without that the rest is loaded"
         if texts:
             texts = [f"{self._source.label} does not fit what it is loaded into: {_listed(sorted(texts))}{advice}"]
         if texts or problems:
             raise StateMismatchError("; ".join([*texts, *problems]))
-
-
-def _unknown_names(only: Sequence[str] | None, saved: SavedState, claims: Mapping[str, Claim]) -> list[str]:
-    """What was chosen although it is nowhere: a misspelt name would otherwise be left out in silence."""
-    unknown = [
-        name
-        for name in only or ()
-        if not saved.under(name) and not any(is_below(name, wanted) or is_below(wanted, name) for wanted in claims)
-    ]
-    if only is not None and not only:
-        return ["only=() chooses nothing"]
-    return [f"only={name!r} names nothing that is saved or wanted" for name in unknown]
 
 
 def _sections(parts: Sequence[tuple[str, Set[str]]]) -> list[str]:
@@ -472,24 +465,6 @@ def _plans(state: State, saved: SavedState) -> list[LoadPlan]:
         return state.plans(saved)
     seen = whole(saved)
     return [expand(plan, seen, saved) for plan in plain_state.plans(state, seen)]
-
-
-def _compare(claims: Mapping[str, Claim], saved: SavedState) -> tuple[list[str], list[str]]:
-    """Messages for what differs in shape or kind, and names that differ in dtype only."""
-    differing, cast = [], []
-    for wanted, claim in claims.items():
-        found = saved.tensors.get(claim.saved)
-        if claim.spec is found or claim.spec == found or claim.saved not in saved:
-            continue
-        if claim.spec is not None and found is not None and claim.spec.shape == found.shape:
-            cast.append(wanted)
-        else:
-            differing.append(f"{wanted}: {_saved_and_wanted(claim, saved)}")
-    return differing, sorted(cast)
-
-
-def _saved_and_wanted(claim: Claim, saved: SavedState) -> str:
-    return f"saved {saved.tensors.get(claim.saved, 'a value')}, wanted {claim.spec or 'a value'}"
 
 
 def _local_elements(tensor: torch.Tensor) -> int:

@@ -12,16 +12,13 @@ tensor-parallel group, must be seeded by the user after such a load: the names d
 
 from __future__ import annotations
 
-import random
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import astuple
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import xxhash
 from torch.distributed.checkpoint.stateful import Stateful
 
 from ray_ckpt.errors import FormatError
@@ -30,6 +27,7 @@ from ray_ckpt.format.foreign_sections import OF_RANK
 from ray_ckpt.state import sealing
 from ray_ckpt.state.foreign_state import rebuild
 from ray_ckpt.state.load_plan import Claim, LoadPlan, SavedState
+from ray_ckpt.state.random_generators import ForeignGenerators, Rng
 from ray_ckpt.state.replicated_parts import NUM_RANKS, claim_under, gathered, handed_over, has_records, is_whole
 from ray_ckpt.state.sampler_positions import Position, mover, position_of, replica_of
 from ray_ckpt.text import listed, quoted
@@ -68,7 +66,9 @@ class RankPart:
         known = saved.under(self.section)
         saved_ranks = {match[1] for name in known if (match := re.match(rf"{self.section}\.rank(\d+)", name))}
         if not saved_ranks:
-            return self._plan_foreign(saved) if known else LoadPlan({self.section: Claim(self.section)}, _nothing)
+            if not known:
+                return LoadPlan({self.section: Claim(self.section)}, _nothing)
+            return self._plan_generators(saved) if isinstance(self._owner, Rng) else self._plan_foreign(saved)
         counted = f"{self.section}.{NUM_RANKS}"
         if counted not in saved and has_records(saved):
             return LoadPlan({counted: Claim(counted)}, _nothing, taken=known, notes={self.section: LEFT})
@@ -126,6 +126,30 @@ class RankPart:
             return LoadPlan({}, lambda loaded: move(), taken=known, notes={self.section: note})
         return LoadPlan({}, _nothing, taken=known, notes={self.section: _left(num_saved)})
 
+    def _plan_generators(self, saved: SavedState) -> LoadPlan:
+        """Of what another program saved of its processes: each takes its own again if there are as many."""
+        rank, num_ranks = _place()
+        known, owner = saved.under(self.section), self._owner
+        assert isinstance(owner, Rng), "asked for random generators only"
+        foreign = ForeignGenerators(saved, rank, num_ranks)
+        if not foreign.claims or foreign.doubts:
+            return LoadPlan({}, _nothing, doubts=foreign.doubts, taken=known, notes={self.section: LEFT})
+        if not foreign.is_as_many:
+            step = saved.values.get("counters.step")
+            return LoadPlan(
+                foreign.claims,
+                lambda loaded: owner.reseed(foreign.seed(loaded), step, rank),
+                taken=known,
+                notes={self.section: RESEEDED},
+            )
+        note = RESTORED + (f"; {listed(foreign.lacking)} {LEFT}, as nothing of it was saved" if foreign.lacking else "")
+        return LoadPlan(
+            foreign.claims,
+            lambda loaded: owner.load_state_dict(foreign.state(loaded)),
+            taken=known,
+            notes={self.section: note},
+        )
+
     def _plan_foreign(self, saved: SavedState) -> LoadPlan:
         """Of what another program saved: all of it goes to the object, or its rank's part where ranks differ."""
         place, (rank, num_ranks) = self.section, _place()
@@ -164,49 +188,6 @@ def _left(num_saved: int) -> str:
 
 def _nothing(loaded: Mapping[str, torch.Tensor]) -> None:
     """What a plan does that takes nothing."""
-
-
-class Rng:
-    """The random generators of this process: Python's, NumPy's if it is loaded, torch's on CPU and on its device."""
-
-    def state_dict(self) -> dict[str, Any]:
-        version, numbers, gauss = random.getstate()
-        state: dict[str, Any] = {
-            "seed": torch.initial_seed(),
-            "python": {"version": version, "numbers": torch.tensor(numbers, dtype=torch.int64), "gauss": gauss},
-            "torch": torch.get_rng_state(),
-        }
-        if numpy := sys.modules.get("numpy"):
-            kind, keys, position, has_gauss, cached = numpy.random.get_state()
-            state["numpy"] = {
-                "kind": str(kind),
-                "keys": torch.tensor(keys.tolist(), dtype=torch.int64),
-                "position": int(position),
-                "has_gauss": int(has_gauss),
-                "cached": float(cached),
-            }
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            state["cuda"] = torch.cuda.get_rng_state()
-        return state
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        python = state["python"]
-        random.setstate((python["version"], tuple(python["numbers"].tolist()), python["gauss"]))
-        torch.set_rng_state(state["torch"])
-        if "numpy" in state and (numpy := sys.modules.get("numpy")):
-            saved = state["numpy"]
-            keys = numpy.array(saved["keys"].tolist(), dtype=numpy.uint32)
-            numpy.random.set_state((saved["kind"], keys, saved["position"], saved["has_gauss"], saved["cached"]))
-        if "cuda" in state and torch.cuda.is_available():
-            torch.cuda.set_rng_state(state["cuda"])
-
-    def reseed(self, *parts: object) -> None:
-        """Seed all generators from a hash of these parts."""
-        seed = xxhash.xxh3_64_intdigest(repr(parts).encode()) >> 1
-        random.seed(seed)
-        torch.manual_seed(seed)
-        if numpy := sys.modules.get("numpy"):
-            numpy.random.seed(seed % 2**32)
 
 
 def _place() -> tuple[int, int]:

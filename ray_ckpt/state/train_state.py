@@ -37,11 +37,23 @@ from ray_ckpt.state.load_plan import Claim, LoadPlan, SavedState, Spec, StatePar
 from ray_ckpt.state.named_model import NamedModel
 from ray_ckpt.state.named_optimizers import NamedOptimizers
 from ray_ckpt.state.named_schedulers import NamedSchedulers, Schedulers
-from ray_ckpt.state.rank_parts import RankPart, Rng
+from ray_ckpt.state.random_generators import Rng
+from ray_ckpt.state.rank_parts import RankPart
 from ray_ckpt.state.replicated_parts import CounterPart, StatefulPart
 from ray_ckpt.state.wrappers import optimizer_in
 
 T = TypeVar("T")
+
+OPTIONAL = {
+    "schedulers": "TrainState(schedulers=...)",
+    "scaler": "TrainState(scaler=...)",
+    "counters": "TrainState(step=..., counters=...)",
+    "ema": "TrainState(ema=...)",
+    "extra": "TrainState(extra=...)",
+    "dataloader": "TrainState(dataloader=...)",
+    "rng": "TrainState(rng=True)",
+}
+"""Section -> what a state has it by, where it may be without."""
 
 PER_RANK = ("rng", "dataloader")
 """Sections that every rank has of its own, so that their names depend on the layout."""
