@@ -67,6 +67,7 @@ def test_training_goes_on_and_none_of_it_is_in_the_checkpoint(tmp_path: Path) ->
     assert background.snapshot(0) != state.snapshot(0)
 
 
+@pytest.mark.slow  # a ratio of times, which other work on the machine can spoil
 def test_the_trainer_is_held_up_little_longer_than_a_copy_takes(tmp_path: Path) -> None:
     # Large enough that what a save costs besides the copy, a few milliseconds, does not decide.
     state = {str(number): torch.full((16 << 20,), float(number)) for number in range(8)}  # 512 MiB

@@ -309,6 +309,7 @@ def test_the_shell_is_told_how_to_complete(shell: str) -> None:
     assert f"_RAY_CKPT_COMPLETE={shell}_complete" in done.stdout
 
 
+@pytest.mark.slow  # a ratio of times; that no large library is loaded is told without, below and above
 @pytest.mark.parametrize(
     ("words", "libraries"),
     [

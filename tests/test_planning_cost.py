@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 
 import pytest
 
@@ -21,15 +22,17 @@ GROWTH = 8
     ids=["tensors", "ranks of shards", "ranks"],
 )
 def test_the_coordinators_work_grows_no_faster_than_the_parts(small: Case, large: Case) -> None:
-    """Processor time, the least of two, because neighbors on the machine only ever add to it."""
+    """Processor time, the least of a few, in turn, because neighbors on the machine only ever add to it."""
 
     def seconds(case: Case) -> float:
-        costs = []
-        for _ in range(2):
-            gc.collect()
-            costs.append(measure_ours(case).coordinator)
-        return min(costs)
+        gc.collect()
+        return measure_ours(case).coordinator
 
     factor = large.parts / small.parts
-    # The square would be 64 times as much, n log n less than 11; where only ranks are added, the same.
-    assert seconds(large) < 3 * factor * seconds(small)
+    of_small = of_large = math.inf
+    for _ in range(8):
+        of_small, of_large = min(of_small, seconds(small)), min(of_large, seconds(large))
+        # The square would be 64 times as much, n log n less than 11; where only ranks are added, the same.
+        if of_large < 3 * factor * of_small:
+            break
+    assert of_large < 3 * factor * of_small

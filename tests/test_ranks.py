@@ -44,7 +44,7 @@ def test_failing_rank_is_named_at_once(tmp_path, function, expected):
     with pytest.raises(RanksError) as raised:
         run_ranks(function, 4, tmp_path, 2)
     assert expected in raised.value.failures[2]
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30  # of 60 s, after which those are stopped that wait for it
 
 
 def test_ranks_that_hang_are_stopped(tmp_path):

@@ -120,7 +120,7 @@ def test_what_a_signature_claims_is_limited(tmp_path: Path, keys: tuple[Path, Pa
     began = time.monotonic()
     with pytest.raises(ray_ckpt.CheckpointError, match=told):
         ray_ckpt.verify_signature(directory, public)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 60  # without limits it would take hours, or all memory
 
 
 def test_the_record_alone(tmp_path: Path, keys: tuple[Path, Path]) -> None:

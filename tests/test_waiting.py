@@ -42,7 +42,7 @@ def come_too_late(rank: int, directory: str) -> dict[str, str]:
         start = time.monotonic()
         with pytest.raises(CheckpointError) as caught:
             call(state, root, 1.0)
-        assert time.monotonic() - start < 10.0
+        assert time.monotonic() - start < 25.0  # the time that was given, and not another
         (root / f"{verb}{rank}").touch()
         told[verb] = str(caught.value)
         call(state, root, 30.0)  # the group is as good as before
