@@ -1,4 +1,4 @@
-"""The jobs and `verify` on Azure: Azurite, on loopback."""
+"""The jobs and `verify` on object stores, each as a server on loopback: S3 (moto), Azure (Azurite) and GCS."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import ray_ckpt
 from ray_ckpt.storage.store import CheckpointStore
 from tests.support.azure import run_azure
 from tests.support.clusters import BIN, Head, wait_until_free, workers
+from tests.support.gcs import run_gcs
+from tests.support.s3 import run_s3
 from tests.test_train_elastic import JOB, MODEL, reference
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
@@ -20,14 +22,18 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 STEPS = 60
 
 
-@pytest.fixture
-def bucket() -> Iterator[str]:
+@pytest.fixture(params=["s3", "azure", "gcs"])
+def bucket(request: pytest.FixtureRequest) -> Iterator[str]:
     """URI of a place there, to be formatted with `path`."""
-    with run_azure() as place:
+    if request.param == "s3":
+        with run_s3() as server:
+            yield server.uri("{path}")
+        return
+    with {"azure": run_azure, "gcs": run_gcs}[request.param]() as place:
         yield place
 
 
-def test_the_jobs_and_the_check_work_on_azure(head: Head, bucket: str, tmp_path: Path) -> None:
+def test_the_jobs_and_the_check_work_there(head: Head, bucket: str, tmp_path: Path) -> None:
     """A worker is killed while the elastic job saves, and nothing is lost."""
     storage, report = bucket.format(path="elastic"), tmp_path / "report"
     job = head.sandbox.start(
