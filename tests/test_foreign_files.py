@@ -142,6 +142,7 @@ class CountingStorage(Storage):
 
         class Counted:
             name = None
+            makes_cuts = False
 
             def __enter__(self):
                 self.file = manager.__enter__()

@@ -103,6 +103,8 @@ class CountingStorage(Storage):
         counter = self
 
         class Counted:
+            makes_cuts = False
+
             def __enter__(self):
                 self.file = manager.__enter__()
                 return self
