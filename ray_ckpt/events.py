@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from types import TracebackType
 
 from ray_ckpt.errors import RayCkptError, UsageError, WorkerError
-from ray_ckpt.report import LoadReport, Phase, SaveReport, VerifyReport
+from ray_ckpt.report import LoadReport, Phase, SaveReport, TransferReport, VerifyReport
 from ray_ckpt.text import without_credentials
 
 __all__ = [
@@ -38,7 +38,7 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 
-BLOCKED, END, DURABLE = "blocked", "end", "durable"
+BLOCKED, COPY, END, DURABLE = "blocked", "copy", "end", "durable"
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,11 @@ class Event:
     """
 
     operation: str
-    """`save`, `load`, `verify`, or in a job also `train` and `job`."""
+    """`save`, `load`, `verify`, `transfer`, or in a job also `train` and `job`."""
     phase: str
-    """A phase as `Phase.name` has it; `blocked`: the time until the call returned; `end`: the whole operation. In a
-    job: `step`, `restart`, the job's own phases, and with a front `durable`: a step was found in the durable tier."""
+    """A phase as `Phase.name` has it; of a transfer `copy`: until the source's part was copied; `blocked`: the time
+    until the call returned; `end`: the whole operation. In a job: `step`, `restart`, the job's own phases, and with a
+    front `durable`: a step was found in the durable tier."""
     start_s: float
     """When it began, in seconds since the epoch by the clock of the rank's node."""
     seconds: float
@@ -68,7 +69,7 @@ class Event:
     rank: int | None = None
     """The rank; None for the driver."""
     num_bytes: int = 0
-    """Bytes of tensors that were written or read; at the `end` of a save or a check the size of all its files."""
+    """Bytes of tensors that were written, read or sent; at the `end` of a save or a check the size of all its files."""
     num_retries: int = 0
     """How often the storage was asked again after an error that may pass: counted at the `end`."""
     uri: str = ""
@@ -200,6 +201,12 @@ class Telling:
     def verified(self, report: VerifyReport) -> None:
         """The check has ended."""
         self._say([verify_event(report, self._rank)])
+
+    def transferred(self, report: TransferReport) -> None:
+        """The transfer has ended."""
+        began = time.time() - report.seconds
+        stretches = ((COPY, report.source_seconds), (END, report.seconds))
+        self._say([Event("transfer", phase, began, took, num_bytes=report.num_bytes) for phase, took in stretches])
 
     @contextmanager
     def failing(self) -> Iterator[None]:

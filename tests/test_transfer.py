@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ray_ckpt import Saved, cluster
+from ray_ckpt import Event, Saved, cluster
 from ray_ckpt.cluster.group import WorkerGroup
 from ray_ckpt.errors import CommitError, UsageError, WorkerError
 from ray_ckpt.format.fingerprint import by_name, merge
@@ -50,21 +50,30 @@ def target(groups: tuple[WorkerGroup, WorkerGroup]) -> WorkerGroup:
 @pytest.mark.parametrize("atomic", [False, True])
 def test_every_kind_of_tensor_arrives_in_windows(source: WorkerGroup, target: WorkerGroup, atomic: bool) -> None:
     assert target.run(ranks.has_all) == [False, False]
-    report = cluster.transfer(
-        source, ranks.source_of, target, ranks.target_of, atomic=atomic, memory_bytes=SMALL, timeout_s=60
-    )
+    told: list[Event] = []
+    options: dict[str, Any] = {"atomic": atomic, "memory_bytes": SMALL, "timeout_s": 60, "events": told.append}
+    report = cluster.transfer(source, ranks.source_of, target, ranks.target_of, **options)
     assert target.run(ranks.has_all) == [True, True]
     assert source.run(ranks.source_values) == [True, True]
     assert report.num_compared == 13
     assert report.num_windows > 5
     assert 0 < report.source_seconds <= report.seconds
     assert [group.run(ranks.left_behind) for group in (source, target)] == [[[], []], [[], []]]
+    assert [(event.operation, event.phase) for event in told] == [
+        ("transfer", phase) for phase in ("copy", "end", "blocked")
+    ]
+    assert [event.seconds for event in told[:2]] == [report.source_seconds, report.seconds]
+    assert [event.num_bytes for event in told[:2]] == [report.num_bytes] * 2
+    assert not any(event.failure for event in told)
 
 
 def test_the_source_goes_on_as_soon_as_its_part_is_copied(source: WorkerGroup, target: WorkerGroup) -> None:
-    handle = cluster.transfer(source, ranks.source_of, target, ranks.target_of, blocking=False, memory_bytes=SMALL)
+    told: list[Event] = []
+    options: dict[str, Any] = {"memory_bytes": SMALL, "events": told.append}
+    handle = cluster.transfer(source, ranks.source_of, target, ranks.target_of, blocking=False, **options)
     source.run(ranks.change_source)
     assert handle.result(timeout_s=60).num_compared == 13
+    assert {event.phase for event in told} == {"copy", "end", "blocked"}
     assert handle.done()
     assert target.run(ranks.has_all) == [True, True]
     assert source.run(ranks.source_values) == [False, False]
@@ -104,8 +113,12 @@ def test_within_one_group(source: WorkerGroup) -> None:
 
 
 def test_what_does_not_fit_is_refused_before_anything_changes(source: WorkerGroup, target: WorkerGroup) -> None:
+    told: list[Event] = []
     with pytest.raises(WorkerError, match=r"common: not saved, wanted .*; it is the target of a transfer"):
-        cluster.transfer(source, ranks.parts_of, target, ranks.common_of)
+        cluster.transfer(source, ranks.parts_of, target, ranks.common_of, events=told.append)
+    [failed] = told
+    assert (failed.operation, failed.phase, failed.failure) == ("transfer", "end", "StateMismatchError")
+    assert "it is the target of a transfer" in failed.message
     with pytest.raises(UsageError, match=r"no rank holds anything of only='model'"):
         cluster.transfer(source, ranks.parts_of, target, ranks.common_of, only=("model",))
     with pytest.raises(WorkerError, match=r"not records.*: leave that out by only=.*it is the source of a transfer"):

@@ -35,17 +35,17 @@ class Metrics:
         by_operation = ("operation",)
         self._phases = Histogram(
             "ckpt_phase_seconds",
-            "Time that a rank, or the coordinator, spent in a phase of a save, load or check; `end` is the whole.",
+            "Time that a rank, or the coordinator, spent in a phase of a save, load, check or transfer; `end`: in all.",
             boundaries=_SECONDS,
             tag_keys=("operation", "phase"),
         )
         self._bytes = Counter(
-            "ckpt_bytes", "Bytes that saves have written, and loads and checks have read.", by_operation
+            "ckpt_bytes", "Bytes that saves have written, loads and checks have read, and transfers sent.", by_operation
         )
-        self._rate = Gauge("ckpt_bytes_per_second", "Rate of the last save, load or check.", by_operation)
+        self._rate = Gauge("ckpt_bytes_per_second", "Rate of the last save, load, check or transfer.", by_operation)
         self._retries = Counter("ckpt_retries", "Further tries of storage after errors that may pass.", by_operation)
         self._failures = Counter("ckpt_failures", "What failed, by kind of error.", ("operation", "kind"))
-        self._blocked = Counter("ckpt_blocked_seconds", "Time for which saves have held up training.")
+        self._blocked = Counter("ckpt_blocked_seconds", "Time for which saves and transfers have held up training.")
         self._newest = Gauge("ckpt_newest_step", "The newest step that was committed.", ("tier",))
         self._committed = Gauge("ckpt_newest_step_timestamp", "When it was committed, since the epoch.", ("tier",))
         self._steps = Counter("ckpt_train_steps", "Steps that were trained, those included that were lost again.")
@@ -66,7 +66,7 @@ class Metrics:
             _add(self._blocked, event.seconds)
         elif event.phase == DURABLE:
             self._set_newest(event, "durable")
-        elif event.operation in ("save", "load", "verify"):
+        elif event.operation in ("save", "load", "verify", "transfer"):
             self._phases.observe(event.seconds, {**operation, "phase": event.phase})
             if event.phase == END:
                 self._count_end(event, operation)

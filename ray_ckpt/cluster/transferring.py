@@ -27,6 +27,7 @@ from ray_ckpt.cluster import transfer_side, worker_side
 from ray_ckpt.cluster.group import WorkerGroup
 from ray_ckpt.cluster.loading import LoadAttempt
 from ray_ckpt.errors import CheckpointError, RayCkptError, UsageError
+from ray_ckpt.events import Events, Telling
 from ray_ckpt.format.manifest import Manifest
 from ray_ckpt.format.saved import Saved
 from ray_ckpt.progress import Meter, Progress
@@ -60,6 +61,7 @@ def transfer(
     blocking: Literal[True] = ...,
     timeout_s: float | None = ...,
     progress: Progress | None = ...,
+    events: Events | None = ...,
 ) -> TransferReport: ...
 @overload
 def transfer(
@@ -77,6 +79,7 @@ def transfer(
     blocking: Literal[False],
     timeout_s: float | None = ...,
     progress: Progress | None = ...,
+    events: Events | None = ...,
 ) -> TransferHandle: ...
 def transfer(
     source: WorkerGroup,
@@ -93,6 +96,7 @@ def transfer(
     blocking: bool = True,
     timeout_s: float | None = None,
     progress: Progress | None = None,
+    events: Events | None = None,
 ) -> TransferReport | TransferHandle:
     """Give the workers of one group what those of another hold, whatever the layouts, without a store between.
 
@@ -126,6 +130,8 @@ def transfer(
             may change; leave the target alone until the handle has a result.
         timeout_s: time limit; by default the longer `call_timeout_s` of the two groups.
         progress: called with the bytes that the source has copied and all that it will.
+        events: called with an `Event` each for the copying by the source, for the end, or failure, and for the time
+            until this call returns; of a transfer in the background on its thread.
 
     Raises:
         WorkerError, GroupTimeoutError: workers of either group failed, died or were too slow, or what is sent does not
@@ -139,19 +145,24 @@ def transfer(
     seconds = max(source.call_timeout_s, target.call_timeout_s) if timeout_s is None else timeout_s
     sender = _Sender(source, memory_bytes // 2, time.monotonic() + seconds, Meter(progress))
     taker = LoadAttempt(target, target_state_of, seconds)
-    handle = TransferHandle()
+    handle, telling = TransferHandle(), Telling(events, "transfer")
 
     def run() -> TransferReport:
-        with taker.giving_up(), sender.ending():
+        with telling.failing(), taker.giving_up(), sender.ending():
             plan = sender.plan(source_state_of, options)
-            return _Transfer(sender, taker, plan, handle._free.set).run(target_state_of, strict, atomic=atomic)
+            report = _Transfer(sender, taker, plan, handle._free.set).run(target_state_of, strict, atomic=atomic)
+        telling.transferred(report)
+        return report
 
+    outcome: TransferReport | TransferHandle = handle
     if blocking:
-        return run()
-    handle._start(run)
-    target.wait_for(handle._wait)
-    handle._wait_for_source()
-    return handle
+        outcome = run()
+    else:
+        handle._start(run)
+        target.wait_for(handle._wait)
+        handle._wait_for_source()
+    telling.blocked()
+    return outcome
 
 
 class TransferHandle:
