@@ -28,6 +28,10 @@ class StoreCheckpointEngine:
     The first trainer holds all weights on the CPU while it saves them. A trainer that saves its own shards with
     `ray_ckpt.save(..., only=("model",), cast="bfloat16")` needs no room for that, and no gathering.
 
+    A rollout worker keeps nothing of a version but what its engine makes of it, so there is nothing that a delta could
+    change: versions are published whole, and of a delta that somebody else has published all is read that it is built
+    on.
+
     Args:
         bucket_size: verl passes it; bytes are moved in pieces of our own.
         store: path or URI, such as `ram://policy?lifetime=detached`.

@@ -21,6 +21,10 @@ class PublishedWeights:
 
     No gathering among trainers is needed: they save what each holds, and who reads gets whole tensors.
 
+    It keeps none of them, so a pass over a version that is a delta (`WeightPublisher`) reads the last whole one and all
+    changes since. Who has the memory for a copy of the model on the CPU reads the changes alone: let a `WeightFollower`
+    fetch into a state dict of whole tensors, and give its items to `load_weights`.
+
     Args:
         target: a `CheckpointStore`, or its path or URI, such as `ram://policy`.
         wait_for: wait for this version or a higher one before the first pass.
