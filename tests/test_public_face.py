@@ -112,6 +112,7 @@ def drive() -> None:
         print(saved, reports, checked)
         moved: TransferReport = cluster.transfer(group, state_of, group, state_of, cast="bfloat16", atomic=True)
         handle: cluster.TransferHandle = cluster.transfer(group, state_of, group, state_of, blocking=False)
+        cluster.WeightPublisher(group, state_of, "run", whole_every=8).save(7, cast="bfloat16")
         print(moved.num_compared, handle.done(), handle.result(timeout_s=60.0).num_bytes)
 """
 

@@ -10,15 +10,13 @@ from collections.abc import Mapping, Sequence
 
 from ray_ckpt.checkpoint.exchange import TrainersExchange
 from ray_ckpt.checkpoint.saving import State, save
-from ray_ckpt.errors import UsageError
-from ray_ckpt.format.deltas import Key, Link, identity
+from ray_ckpt.format.deltas import Key, Link
 from ray_ckpt.format.saved import Saved
+from ray_ckpt.protocol.publications import Publications
 from ray_ckpt.protocol.published_parts import Before, PublishedParts, decide
 from ray_ckpt.protocol.save_options import Cast, SaveOptions
 from ray_ckpt.report import SaveReport
-from ray_ckpt.storage.checkpoint_reader import CheckpointReader
 from ray_ckpt.storage.resolve import Target
-from ray_ckpt.storage.store import CheckpointStore
 
 __all__ = ["WeightPublisher"]
 
@@ -55,15 +53,8 @@ class WeightPublisher:
     """
 
     def __init__(self, store: Target, *, whole_every: int = 8) -> None:
-        if whole_every < 1:
-            raise UsageError(f"whole_every={whole_every}: at least every one has to be counted, so 1 or more")
-        self._store = store if isinstance(store, CheckpointStore) else CheckpointStore(store)
-        self._whole_every = whole_every
+        self._published = Publications(store, whole_every)
         self._parts = PublishedParts()
-        self._last: int | None = None
-        """The step that this has published last."""
-        self._num_deltas = 0
-        """Since the last one that is whole."""
 
     def save(
         self,
@@ -79,7 +70,8 @@ class WeightPublisher:
         """Publish a version. All ranks of the process group call it, each on its own publisher, with the same options.
 
         It is whole where there is nothing to build on: the first one, one that holds other tensors or is cut otherwise
-        than the one before, one after a failure on any rank, or where the store no longer has the one before.
+        than the one before, one after a failure on any rank, or where the store no longer has the one before; and one
+        that a store with two tiers copies without the one before (`durable_every` above 1).
 
         Args:
             state: as for `save`; weights alone.
@@ -91,7 +83,7 @@ class WeightPublisher:
             CheckpointError: as `save`. Nothing was published, and the next one builds on what was published before.
         """
         options = SaveOptions.of(only, cast, key_map, fingerprints=False)
-        ranks = TrainersExchange("save", timeout_s)
+        ranks, store = TrainersExchange("save", timeout_s), self._published.store
         offers = ranks.gather(lambda: self._parts.offer(state, options, lambda: self._before(step)))
 
         def orders() -> Sequence[tuple[Link, list[Key]] | str]:
@@ -102,24 +94,18 @@ class WeightPublisher:
             return [(link, share) for share in shares]
 
         order = ranks.scatter(orders)
+        is_delta = not isinstance(order, str)
         if isinstance(order, str):
-            report = save(
-                state, self._store, step, only=only, cast=cast, key_map=key_map, layout=layout, timeout_s=timeout_s
-            )
+            report = save(state, store, step, only=only, cast=cast, key_map=key_map, layout=layout, timeout_s=timeout_s)
         else:
             link, mine = order
             entries = ranks.on_all(lambda: self._parts.changes(mine, link, ranks.rank))
-            report = save(entries, self._store, step, layout=layout, timeout_s=timeout_s)
-        self._num_deltas = 0 if isinstance(order, str) else self._num_deltas + 1
-        self._last = step
+            report = save(entries, store, step, layout=layout, timeout_s=timeout_s)
+        self._published.note(step, is_delta=is_delta)
         self._parts.keep()
         return report
 
     def _before(self, step: int) -> Before | None:
         """The version before, where this one may be built on it."""
-        if self._last is None or step <= self._last or self._num_deltas + 1 >= self._whole_every:
-            return None
-        reader = CheckpointReader(self._store.holding(self._last))
-        stored = reader.read_stored()
-        link = Link(self._last, identity(stored))
-        return Before(link, reader.read_manifest(stored))
+        number = self._published.before(step)
+        return None if number is None else Before.at(self._published.store.holding(number), number)

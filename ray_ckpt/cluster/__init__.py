@@ -18,6 +18,7 @@ The verbs are functions of a group rather than its methods: `WorkerGroup` knows 
 from ray_ckpt.cluster.comparing import compare
 from ray_ckpt.cluster.loading import load
 from ray_ckpt.cluster.metrics import Metrics
+from ray_ckpt.cluster.publishing import WeightPublisher
 from ray_ckpt.cluster.ram.client import drop_memory
 from ray_ckpt.cluster.saving import save
 from ray_ckpt.cluster.transferring import TransferHandle, transfer
@@ -26,6 +27,7 @@ from ray_ckpt.cluster.verifying import verify, verify_by_tasks
 __all__ = [
     "Metrics",
     "TransferHandle",
+    "WeightPublisher",
     "compare",
     "drop_memory",
     "load",

@@ -30,7 +30,9 @@ from ray_ckpt.protocol.messages import TensorSpec, num_bytes
 from ray_ckpt.protocol.save_options import SaveOptions
 from ray_ckpt.protocol.selecting import select
 from ray_ckpt.state.buffers import buffers_of
+from ray_ckpt.storage.checkpoint_reader import CheckpointReader
 from ray_ckpt.storage.delta_codec import encode_delta
+from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.staging import Converted, bytes_of, host_pieces
 
 
@@ -41,6 +43,16 @@ class Before:
     link: Link
     manifest: Manifest
     """What it stands for."""
+
+    @classmethod
+    def at(cls, storage: Storage, step: int) -> Before:
+        """
+        Raises:
+            CheckpointError, StorageError: it is gone or damaged, or the storage does not answer.
+        """
+        reader = CheckpointReader(storage)
+        stored = reader.read_stored()
+        return cls(Link(step, deltas.identity(stored)), reader.read_manifest(stored))
 
 
 @dataclass(frozen=True)

@@ -351,6 +351,10 @@ class CheckpointStore:
         kept.update(*(looks[step].built_on for step in kept))
         return tuple(step for step in good if step in linked or step in kept)
 
+    def is_copied_alone(self, step: int) -> bool:
+        """Whether a step is copied to a durable tier without the one before it, and had better not be built on that."""
+        return False
+
     # ---------------------------------------------------------------------------------------------------- pins
 
     def pin(self, step: int) -> None:

@@ -72,23 +72,32 @@ class TwoTierStore(CheckpointStore):
         chosen = self.latest(fallback=True) if step is None else step
         if chosen is None:
             return None
-        if self.front.is_committed(chosen):
-            self._front.order(chosen, overwrite=False)
-        elif not self.durable.is_committed(chosen):
-            raise self.not_found(chosen)
-        while chosen in (report := self.copying()).waiting:
+        look = self._steps.look(chosen)
+        needed = () if look is None else look.built_on  # a delta alone would be of no use
+        for each in (*(step for step in needed if not self.durable.is_committed(step)), chosen):
+            self._make_durable(each, deadline, timeout_s)
+        return chosen
+
+    def _make_durable(self, step: int, deadline: float, timeout_s: float) -> None:
+        if self.front.is_committed(step):
+            self._front.order(step, overwrite=False)
+        elif not self.durable.is_committed(step):
+            raise self.not_found(step)
+        while step in (report := self.copying()).waiting:
             if time.monotonic() > deadline:
-                why = report.waiting[chosen] or "it is being copied"
-                raise CheckpointError(f"step {chosen} of {self.address} is not durable after {timeout_s:g} s: {why}")
+                why = report.waiting[step] or "it is being copied"
+                raise CheckpointError(f"step {step} of {self.address} is not durable after {timeout_s:g} s: {why}")
             time.sleep(POLL_S)
-        if chosen in report.given_up:
-            raise CheckpointError(f"step {chosen} of {self.address} is not durable: {report.given_up[chosen]}")
-        if not self.durable.is_committed(chosen):
+        if step in report.given_up:
+            raise CheckpointError(f"step {step} of {self.address} is not durable: {report.given_up[step]}")
+        if not self.durable.is_committed(step):
             raise CheckpointError(
-                f"step {chosen} of {self.address} is not durable, and nobody is copying it any more: its memory has "
+                f"step {step} of {self.address} is not durable, and nobody is copying it any more: its memory has "
                 "ended, or has lost the order; look at latest(), and call make_durable again"
             )
-        return chosen
+
+    def is_copied_alone(self, step: int) -> bool:
+        return self._front.every > 1 and step % self._front.every == 0
 
     # -------------------------------------------------------------------------------------------------- removal
 

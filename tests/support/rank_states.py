@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ray_ckpt.checkpoint.following import WeightFollower
 from ray_ckpt.checkpoint.loading import load
 from ray_ckpt.cluster.worker import WorkerContext
 from ray_ckpt.state.train_state import TrainState
@@ -196,3 +197,38 @@ def train_in_place(ctx: WorkerContext) -> None:
 def wide_matrix_of(ctx: WorkerContext) -> dict[str, Any]:
     """A matrix of this rank's own, of several checksum blocks, each of several rows."""
     return {f"wide{ctx.rank}": torch.arange(3000.0 * 1024).view(3000, 1024) + ctx.rank}
+
+
+def weights_of(ctx: WorkerContext) -> dict[str, Any]:
+    """Rows of a matrix, and a tensor that all ranks hold."""
+    rows = torch.arange(40_000, dtype=torch.float32).view(100, 400).bfloat16() + ctx.rank
+    return ctx.objects.setdefault("weights", {f"rows{ctx.rank}": rows, "common": torch.zeros(3000)})
+
+
+def learn(ctx: WorkerContext, step: int) -> None:
+    """Change a few elements."""
+    weights = weights_of(ctx)
+    weights[f"rows{ctx.rank}"][step] *= 3
+    weights["common"][step] = step + 0.5
+
+
+def weights_or_failure_of(ctx: WorkerContext) -> dict[str, Any]:
+    if ctx.rank == 1 and ctx.objects.pop("fails", False):
+        raise ValueError("the model is gone")
+    return weights_of(ctx)
+
+
+def set_failing(ctx: WorkerContext) -> None:
+    ctx.objects["fails"] = True
+
+
+def optimizer_of(ctx: WorkerContext) -> dict[str, Any]:
+    return {"optim": {f"momentum{ctx.rank}": torch.ones(3)}}
+
+
+def follow(ctx: WorkerContext, target: str, step: int) -> tuple[int, dict[str, Any]]:
+    """What this worker reads of a version, by a follower of its own, and what it holds then."""
+    follower = ctx.objects.setdefault("weight follower", WeightFollower(target))
+    blank = {f"rows{rank}": torch.ones(100, 400).bfloat16() for rank in range(2)} | {"common": torch.ones(3000)}
+    served: dict[str, Any] = ctx.objects.setdefault("followed", blank)
+    return follower.fetch(served, step).num_bytes, served
