@@ -37,7 +37,7 @@ def test_every_page_is_in_the_navigation_of_the_site() -> None:
 
 def test_the_format_document_has_every_field_of_a_manifest(tmp_path: Path) -> None:
     state = {"model": {"weight": torch.ones(2)}, "lr": 0.1, "shape": torch.Size([1]), "betas": (0.9, float("inf"))}
-    save(state, tmp_path, layout="single")
+    save(state, tmp_path, layout="single", fingerprints=True)
     text = (REPOSITORY / "docs" / "format.md").read_text()
     documented = {
         name for row in re.findall(r"^\| (`.*?`) \|", text, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)

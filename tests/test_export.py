@@ -271,7 +271,7 @@ def test_recorded_fingerprints_are_compared(tmp_path: Path) -> None:
     save({"model": {"w": torch.randn(300, 70)}}, tmp_path / "run", fingerprints=True)
     export(tmp_path / "run", tmp_path / "good", to="safetensors")
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
-    assert manifest["fingerprints"]
+    assert manifest["fingerprints_2"]
     from ray_ckpt.format.manifest import Manifest
 
     found = Manifest.from_json((tmp_path / "run" / "manifest.json").read_bytes())

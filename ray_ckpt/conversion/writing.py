@@ -22,7 +22,7 @@ from ray_ckpt.conversion.torch_writing import write_torch
 from ray_ckpt.errors import FormatError, IntegrityError, StorageError, UsageError
 from ray_ckpt.format import safetensors
 from ray_ckpt.format.boxes import Box
-from ray_ckpt.format.fingerprint import WORD_MASK, Fingerprint
+from ray_ckpt.format.fingerprint import WORD_MASK, digest_of, formula_of
 from ray_ckpt.format.fingerprinting import sum_of_part
 from ray_ckpt.format.manifest import Manifest, TensorEntry
 from ray_ckpt.format.torch_container import dtype_name, parse_dtype
@@ -169,6 +169,7 @@ class _Fingerprinted:
     def __init__(self, tensor: TensorJob) -> None:
         self._tensor = tensor
         self._dtype = parse_dtype(tensor.source.dtype)
+        self._formula = formula_of(tensor.fingerprint)
         self._num_elements = 0
         self._sum = 0
 
@@ -179,7 +180,8 @@ class _Fingerprinted:
         sums, elements = [], torch.frombuffer(data, dtype=torch.uint8).view(self._dtype)
         for part in elements.chunk(threads):
             start, end = self._num_elements, self._num_elements + part.numel()
-            sums.append(pool.submit(sum_of_part, part, Box((start,), (part.numel(),)), (end,)))
+            box = Box((start,), (part.numel(),))
+            sums.append(pool.submit(sum_of_part, part, box, (end,), formula=self._formula))
             self._num_elements = end
         return sums
 
@@ -189,7 +191,7 @@ class _Fingerprinted:
 
     def finish(self) -> None:
         tensor = self._tensor
-        found = Fingerprint(tensor.source.dtype, tensor.shape, {Box.whole(tensor.shape): self._sum}).digest
+        found = digest_of(tensor.source.dtype, tensor.shape, [self._sum], self._formula)
         if found != tensor.fingerprint:
             raise FormatError(
                 f"{quoted(tensor.source.name)} differs from the fingerprint in the source's record: {found}, recorded "

@@ -1,7 +1,7 @@
 """The manifest: everything there is to know about a checkpoint, as JSON that needs neither torch nor pyarrow.
 
     {"format": "ray_ckpt", "version": 2, "attempt": ..., "layout": ..., "saved_by": {...},
-     "fingerprints": {name: digest}, "metadata_digest": ...,
+     "fingerprints": {name: digest}, "metadata_digest": ..., "fingerprints_2": {name: digest},
      "files":   {file: bytes},
      "tensors": {name: {"dtype", "shape", "path", "chunks": [{"offsets", "sizes", "file", "start", "length",
                                                               "data_start", "block_bytes", "checksums"}]}},
@@ -41,6 +41,7 @@ from ray_ckpt.format.entries import (
     check_file_name,
     itemsize,
 )
+from ray_ckpt.format.fingerprint import CURRENT, FIRST, formula_of
 from ray_ckpt.format.limits import check_shape
 from ray_ckpt.format.ranges import span
 from ray_ckpt.format.tensor_table import TensorTable
@@ -76,6 +77,9 @@ _SEALED_SINCE = 2
 
 _MEMBERS = {"format", "version", "attempt", "layout", "saved_by", "fingerprints", "files", "tensors", "objects"}
 """Members of a record of every version. All are required, so that a damaged key drops none silently."""
+
+_FINGERPRINTS = {FIRST: "fingerprints", CURRENT: "fingerprints_2"}
+"""Formula -> member. A reader that knows the first formula alone finds none by the second, and takes none for wrong."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -147,10 +151,12 @@ class Manifest:
             "attempt": self.attempt,
             "layout": self.layout,
             "saved_by": dict(self.saved_by),
-            "fingerprints": dict(self.fingerprints),
+            "fingerprints": {},
             "metadata_digest": self.metadata_digest,
             "files": dict(self.files),
         }
+        for name, digest in self.fingerprints.items():
+            head.setdefault(_FINGERPRINTS[formula_of(digest)], {})[name] = digest
         if self.replaced_metadata is not None:
             head["replaced_metadata"] = self.replaced_metadata
         tensors, objects = record.tensors_to_json(self.tensors), record.objects_to_json(self.objects)
@@ -244,7 +250,12 @@ def _parse(text: bytes, *, has_digest: bool) -> Manifest:
         attempt=data["attempt"],
         layout=None if data["layout"] is None else record.text(data, "layout"),
         saved_by=record.parse_members(data, "saved_by", record.text),
-        fingerprints=record.parse_members(data, "fingerprints", record.text),
+        fingerprints={
+            name: digest
+            for member in _FINGERPRINTS.values()
+            if member in data
+            for name, digest in record.parse_members(data, member, record.text).items()
+        },
         metadata_digest=record.parse_digest(data, "metadata_digest") if version >= _SEALED_SINCE else None,
         replaced_metadata=record.parse_digest(data, "replaced_metadata") if "replaced_metadata" in data else None,
         has_digest=has_digest,

@@ -1,8 +1,8 @@
 """diff(left, right): what differs between two checkpoints, whatever layouts saved them.
 
 names, shapes, dtypes   by their records
-elements                by the fingerprints where both records have them, else both are read side by side, piece by
-                        piece: two buffers of `rewrite.BATCH_BYTES` a side, whatever the checkpoints' sizes
+elements                by the fingerprints where both records have them by one formula, else both are read side by
+                        side, piece by piece: two buffers of `rewrite.BATCH_BYTES` a side, whatever the sizes
 values                  those that are not tensors, as `torch.save` would write them anew
 """
 
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from ray_ckpt.errors import UnsafeCheckpointError
+from ray_ckpt.format.fingerprint import formula_of
 from ray_ckpt.format.torch_internals import ExtensionRegistry
 from ray_ckpt.inspection.opening import Opened, opened_at
 from ray_ckpt.inspection.statistics import elements_of
@@ -130,7 +131,9 @@ def diff(
         printed = {
             name: one.manifest.fingerprints[name] == other.manifest.fingerprints[name]
             for name in alike
-            if name in one.manifest.fingerprints and name in other.manifest.fingerprints
+            if name in one.manifest.fingerprints
+            and name in other.manifest.fingerprints
+            and formula_of(one.manifest.fingerprints[name]) == formula_of(other.manifest.fingerprints[name])
         }
         to_read = [name for name in alike if name not in printed or (values and not printed[name])]
         elements = _by_elements(one, other, to_read, progress, measure=values)

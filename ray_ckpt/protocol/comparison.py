@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from ray_ckpt.errors import FormatError, UsageError
 from ray_ckpt.format.boxes import Box, check_cover, shared_box
-from ray_ckpt.format.fingerprint import Fingerprint, by_name, merge
+from ray_ckpt.format.fingerprint import Fingerprint, by_name, formula_of, merge
 from ray_ckpt.format.manifest import Manifest
 from ray_ckpt.format.memory import fault
 from ray_ckpt.format.wanted_names import is_below
@@ -102,7 +102,8 @@ class Comparing:
         elif name not in self._manifest.fingerprints:
             held.kinds[name] = ""
         else:
-            part = Fingerprint(spec.dtype, spec.shape, {box: fingerprint_sum(spec, value)})
+            formula = formula_of(self._manifest.fingerprints[name])
+            part = Fingerprint(spec.dtype, spec.shape, {box: fingerprint_sum(spec, value, formula)}, formula)
             held.tensors[name] = merge([held.tensors[name], part]) if name in held.tensors else part
 
 

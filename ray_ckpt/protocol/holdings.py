@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from ray_ckpt.errors import UsageError
 from ray_ckpt.format.boxes import shared_box
+from ray_ckpt.format.fingerprint import CURRENT
 from ray_ckpt.format.fingerprinting import sum_of_part
 from ray_ckpt.format.memory import fault
 from ray_ckpt.format.shards import LocalBox, local_boxes
@@ -45,12 +46,12 @@ class Holdings:
     """Dtype and shape of the tensors that are in the state, and of which this rank holds no element."""
 
 
-def fingerprint_sum(spec: TensorSpec, part: torch.Tensor | Converted) -> int:
+def fingerprint_sum(spec: TensorSpec, part: torch.Tensor | Converted, formula: int = CURRENT) -> int:
     """The fingerprint's sum of a part that a rank holds, in the dtype in which it is saved."""
     box = shared_box(spec.offsets, spec.sizes)
     if isinstance(part, Converted):
-        return sum_of_part(part.tensor, box, spec.shape, part.convert)
-    return sum_of_part(part, box, spec.shape)
+        return sum_of_part(part.tensor, box, spec.shape, part.convert, formula)
+    return sum_of_part(part, box, spec.shape, formula=formula)
 
 
 def hold(state_dict: Mapping[str, Any]) -> Holdings:

@@ -217,7 +217,7 @@ class RankLoad:
         saved = self._source.manifest.fingerprints
         held = {name: tensor for name, tensor in state.frozen().items() if self._saved.wants(name)}
         known = {name: saved.get(self._saved.name_of(name)) for name in held}
-        found = state.frozen_fingerprints({name: held[name] for name, digest in known.items() if digest})
+        found = state.frozen_fingerprints({name: held[name] for name, digest in known.items() if digest}, known)
         return {name: (found.get(name), digest) for name, digest in known.items()}
 
     def prepare(self, verdict: LoadOffer) -> None:

@@ -1,7 +1,7 @@
 """Fingerprints of tensors that hardly ever change, such as the base of adapters: computed again only if they have.
 
 Whether one has changed, its bytes tell, by a hash that reads them as fast as memory gives them; a fingerprint takes
-twenty times as long. Nothing cheaper is sure: torch's version counter does not see writes through `.data` (by which
+several times as long. Nothing cheaper is sure: torch's version counter does not see writes through `.data` (by which
 peft merges adapters into their base), NumPy or a flattened view.
 """
 
@@ -13,20 +13,20 @@ import torch
 import xxhash
 from torch.distributed.tensor import DTensor
 
-from ray_ckpt.format.fingerprint import Fingerprint
-from ray_ckpt.format.fingerprinting import fingerprint
+from ray_ckpt.format.fingerprint import CURRENT, Fingerprint
+from ray_ckpt.format.fingerprinting import fingerprint_by
 from ray_ckpt.format.memory import fault
 from ray_ckpt.format.shards import local_boxes
 from ray_ckpt.format.torch_internals import local_tensor
 
 
 class KnownFingerprints:
-    """What was computed last for each name."""
+    """What was computed last for each name and formula."""
 
     def __init__(self) -> None:
-        self._known: dict[str, tuple[Any, Fingerprint]] = {}
+        self._known: dict[tuple[str, int], tuple[Any, Fingerprint]] = {}
 
-    def of(self, name: str, tensor: torch.Tensor) -> Fingerprint:
+    def of(self, name: str, tensor: torch.Tensor, formula: int = CURRENT) -> Fingerprint:
         """The fingerprint of what this process holds of a tensor.
 
         Raises:
@@ -34,11 +34,11 @@ class KnownFingerprints:
         """
         content = _content(tensor)
         if content is None:
-            return fingerprint(tensor)
-        before, known = self._known.get(name, (None, None))
+            return fingerprint_by(formula, tensor)
+        before, known = self._known.get((name, formula), (None, None))
         if known is None or before != content:
-            known = fingerprint(tensor)
-            self._known[name] = content, known
+            known = fingerprint_by(formula, tensor)
+            self._known[name, formula] = content, known
         return known
 
 

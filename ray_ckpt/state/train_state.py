@@ -26,7 +26,7 @@ from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 
 from ray_ckpt.errors import StateMismatchError, UsageError
-from ray_ckpt.format.fingerprint import Fingerprint
+from ray_ckpt.format.fingerprint import CURRENT, Fingerprint, formula_of
 from ray_ckpt.format.fingerprinting import fingerprint
 from ray_ckpt.format.snapshot import Snapshot
 from ray_ckpt.format.translate import HYPERPARAMETERS
@@ -254,9 +254,16 @@ class TrainState:
         leaves = subclasses.apart(self._model.frozen(), section)
         return {f"{section}.{name}": value for name, value in leaves.items() if isinstance(value, torch.Tensor)}
 
-    def frozen_fingerprints(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Fingerprint]:
-        """Flat name -> fingerprint of what this rank holds of a tensor of `frozen`."""
-        return {name: self._known_fingerprints.of(name, tensor) for name, tensor in tensors.items()}
+    def frozen_fingerprints(
+        self, tensors: Mapping[str, torch.Tensor], recorded: Mapping[str, str | None] | None = None
+    ) -> dict[str, Fingerprint]:
+        """Flat name -> fingerprint of what this rank holds of a tensor of `frozen`, by the formula of the digest that
+        it is to be compared with."""
+        formulas = {name: formula_of(digest) for name, digest in (recorded or {}).items() if digest}
+        return {
+            name: self._known_fingerprints.of(name, tensor, formulas.get(name, CURRENT))
+            for name, tensor in tensors.items()
+        }
 
     def snapshot(self, rank: int) -> Snapshot:
         """Fingerprints of all tensors that this rank holds, and the values of everything else, by flat name.
