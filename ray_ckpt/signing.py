@@ -30,6 +30,7 @@ from ray_ckpt.storage.address import refuse_uri
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.publish import SIGNATURE_NAME, STOCK_RECORD_NAME
 from ray_ckpt.storage.record_files import read_if_there
+from ray_ckpt.storage.regular_files import no_file
 from ray_ckpt.storage.resolve import Target, committed_at
 from ray_ckpt.text import listed
 
@@ -268,6 +269,8 @@ def _library() -> Iterator[None]:
 
 @contextmanager
 def _key(path: str | os.PathLike[str]) -> Iterator[None]:
+    if kind := no_file(os.fspath(path)):  # opening a FIFO waits until somebody writes to it
+        raise UsageError(f"{os.fspath(path)} is {kind}; a key is a file, or what the shell passes by <(command)")
     try:
         yield
     except (OSError, ValueError, TypeError, AttributeError) as error:

@@ -220,6 +220,8 @@ def test_what_would_go_is_shown_and_goes_with_yes(run: Path) -> None:
     [
         (["ls", "/no/such/place"], 1, "no committed checkpoint at /no/such/place"),
         (["prune", "RUN"], 2, "say what to keep"),
+        (["prune", "/no/such/place", "--keep-last", "1"], 1, "no store at /no/such/place: nothing is there"),
+        (["clean", "/no/such/place"], 1, "no store at /no/such/place: nothing is there"),
         (["inspect", "RUN", "--tensor", "weigth"], 2, "has no tensor 'weigth'"),
         (["inspect", "RUN", "--step", "9"], 1, "step 9 is not committed"),
         (["inspect"], 2, "Missing argument"),
@@ -401,6 +403,18 @@ def test_an_output_that_is_full_is_one_line(run: Path, unbuffered: str) -> None:
         )  # fmt: skip
     assert done.returncode == 1
     assert_one_line(done.stderr, "the output cannot be written: [Errno 28] No space left on device")
+
+
+def test_verify_appends_what_happens(run: Path, tmp_path: Path) -> None:
+    told = tmp_path / "events.jsonl"
+    call("verify", run, "--events", told)
+    cut(run / "step-3")
+    assert call("verify", run, "--events", told)[0] == 1
+    first, second = [json.loads(line) for line in told.read_text().splitlines()]
+    assert [(event["operation"], event["failure"]) for event in (first, second)] == [
+        ("verify", ""),
+        ("verify", "IntegrityError"),
+    ]
 
 
 @pytest.mark.parametrize("words", [["ls", "/no/such/place"], ["inspect", "RUN", "--tensor", "w"], ["prune", "RUN"]])

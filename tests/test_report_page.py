@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -422,3 +423,19 @@ def test_a_run_of_ray_train_draws_its_last_checkpoint(tmp_path: Path, opened: Ca
 def test_a_job_refuses_a_page_that_it_could_not_write_before_it_begins(arguments: list[str], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="a directory that exists"):
         call(*arguments, "--report", tmp_path / "none" / "report.html")
+
+
+def test_a_page_that_does_not_fit_on_the_disk_replaces_none(tmp_path: Path) -> None:
+    """A limit on the size of files ends the write in the middle, as a full disk does."""
+    save({"w": torch.ones(3)}, tmp_path / "run")
+    page = tmp_path / "pages" / "page.html"
+    page.parent.mkdir()
+    page.write_text("the page before")
+    done = subprocess.run(
+        [sys.executable, "-m", "ray_ckpt", "report", tmp_path / "run", "-o", page], capture_output=True, text=True,
+        check=False, timeout=120, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16)),
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == f"error: cannot write the report to {page}: File too large\n"
+    assert page.read_text() == "the page before"
+    assert list(page.parent.iterdir()) == [page]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import subprocess
 import sys
 import time
@@ -84,6 +85,26 @@ def test_another_key_is_refused(tmp_path: Path, keys: tuple[Path, Path]) -> None
             ray_ckpt.sign(directory, wrong)
     with pytest.raises(CheckpointNotFoundError):
         ray_ckpt.sign(tmp_path / "nothing", private)
+
+
+def test_a_key_that_nobody_writes_is_refused_and_one_that_the_shell_passes_is_taken(
+    tmp_path: Path, keys: tuple[Path, Path]
+) -> None:
+    private, public = keys
+    ray_ckpt.save({"w": torch.ones(3)}, tmp_path / "run")
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to(tmp_path / "fifo")
+    for odd, kind in (("fifo", "a FIFO"), ("link", "a FIFO"), ("run", "a directory")):
+        for function in (ray_ckpt.sign, ray_ckpt.verify_signature):
+            ray_ckpt.sign(tmp_path / "run", private)
+            with pytest.raises(UsageError, match=f"{odd} is {kind}; a key is a file"):
+                function(tmp_path / "run", tmp_path / odd)
+    reading, writing = os.pipe()  # what <(cat key.pem) is
+    with os.fdopen(reading, "rb"), os.fdopen(writing, "wb") as pipe:
+        pipe.write(private.read_bytes())
+        pipe.close()
+        ray_ckpt.sign(tmp_path / "run", f"/dev/fd/{reading}")
+    ray_ckpt.verify_signature(tmp_path / "run", public)
 
 
 def test_a_key_may_have_a_password(tmp_path: Path, keys: tuple[Path, Path]) -> None:

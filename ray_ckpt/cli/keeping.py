@@ -11,12 +11,29 @@ from ray_ckpt.text_units import format_bytes
 
 if TYPE_CHECKING:
     from ray_ckpt.report import RemovalReport
+    from ray_ckpt.storage.store import CheckpointStore
 
 _PAGE = 20
 """Files that are listed."""
 
 _yes = click.option("--yes", is_flag=True, help="Do it. Without this only what would go is shown.")
 _steps = click.argument("steps", metavar="STEP...", type=click.IntRange(min=0), nargs=-1, required=True)
+
+
+def _store_at(uri: str) -> CheckpointStore:
+    """The store, also one without a step: a run may not have saved yet.
+
+    Raises:
+        CheckpointNotFoundError: nothing at all is there, as where the address is misspelled.
+    """
+    from ray_ckpt.errors import CheckpointNotFoundError
+    from ray_ckpt.storage.files import Storage
+    from ray_ckpt.storage.store import CheckpointStore
+
+    storage = Storage(uri)
+    if not (storage.list_files() or storage.list_directories()):
+        raise CheckpointNotFoundError(f"no store at {storage.address}: nothing is there")
+    return CheckpointStore(storage)
 
 
 @click.command()
@@ -36,14 +53,13 @@ def prune(
     ray-ckpt prune /mnt/run --keep-last 3 --keep-every 1000 --yes
     """
     from ray_ckpt.storage import retention
-    from ray_ckpt.storage.store import CheckpointStore
 
     policies = [retention.keep_last(keep_last)] if keep_last else []
     policies += [retention.keep_every(keep_every)] if keep_every else []
     policies += [retention.keep(named)] if named else []
     if not policies:
         raise click.UsageError("say what to keep: --keep-last, --keep-every or --keep")
-    report = CheckpointStore(uri).prune(*policies, dry_run=not yes)
+    report = _store_at(uri).prune(*policies, dry_run=not yes)
     _show(report, in_json, "steps that no option keeps")
     return 0
 
@@ -69,9 +85,7 @@ def clean(uri: str, hours: float, yes: bool, in_json: bool) -> int:
     ray-ckpt clean /mnt/run
     ray-ckpt clean /mnt/run --older-than 48 --yes
     """
-    from ray_ckpt.storage.store import CheckpointStore
-
-    report = CheckpointStore(uri).clean(older_than_s=hours * 3600, dry_run=not yes)
+    report = _store_at(uri).clean(older_than_s=hours * 3600, dry_run=not yes)
     _show(report, in_json, "files that no manifest names")
     return 0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from ray_ckpt.cli.output import (
@@ -115,6 +117,7 @@ def inspect(uri: str, step: int | None, view: str | None, tensor: str | None, tr
 @click.option("--scan-nan", is_flag=True, help="Also name the tensors that hold NaN or Inf, in the same read.")
 @click.option("--ray", "on_ray", is_flag=True, help="Spread the reading over a Ray cluster, as tasks.")
 @click.option("--address", help="With --ray: cluster to join.  [default: RAY_ADDRESS, a running one, or a local Ray]")
+@click.option("--events", "events_path", metavar="FILE", help="Append what happens, one JSON object per line.")
 @trusted_option
 @json_option
 def verify(
@@ -124,6 +127,7 @@ def verify(
     scan_nan: bool,
     on_ray: bool,
     address: str | None,
+    events_path: str | None,
     trusted: bool,
     in_json: bool,
 ) -> int:
@@ -139,6 +143,7 @@ def verify(
     ray-ckpt verify /mnt/run --signature key.pub
     """
     from ray_ckpt.cli.progress import shown
+    from ray_ckpt.recipes.json_output import events_written
 
     if address is not None and not on_ray:
         raise click.UsageError("--address is the cluster for --ray")
@@ -148,15 +153,16 @@ def verify(
 
         with shown("signature", quiet=in_json) as progress:
             signature = verify_signature(uri, public_key, step, progress=progress)
-    with shown("verify", quiet=in_json) as progress:
+    with events_written(events_path) as events, shown("verify", quiet=in_json) as progress:
+        options: dict[str, Any] = {"scan_nan": scan_nan, "trusted": trusted, "progress": progress, "events": events}
         if on_ray:
             from ray_ckpt.cluster.verifying import verify_by_tasks
 
-            report = verify_by_tasks(uri, step, scan_nan=scan_nan, trusted=trusted, address=address, progress=progress)
+            report = verify_by_tasks(uri, step, address=address, **options)
         else:
             from ray_ckpt.checkpoint.verifying import verify as verify_checkpoint
 
-            report = verify_checkpoint(uri, step, scan_nan=scan_nan, trusted=trusted, progress=progress)
+            report = verify_checkpoint(uri, step, **options)
     odd = report.nonfinite or {}
     if in_json:
         as_json({"report": report, "verified": report.verified, "nonfinite": odd, "signature": signature})

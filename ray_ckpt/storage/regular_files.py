@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from ray_ckpt.errors import FormatError, UnsafeCheckpointError
 
-__all__ = ["check_readable"]
+__all__ = ["check_readable", "no_file"]
 
 _NO_FILES: Sequence[tuple[Callable[[int], bool], str]] = (
     (stat.S_ISDIR, "a directory"),
@@ -17,6 +17,20 @@ _NO_FILES: Sequence[tuple[Callable[[int], bool], str]] = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
+
+
+def no_file(path: str) -> str:
+    """What a path leads to that is no regular file, in words; empty for a file, for what is not there, and for what a
+    shell passes open, as `<(command)`."""
+    try:
+        mode = os.lstat(os.path.realpath(path)).st_mode
+    except (OSError, ValueError):  # not there, no name at all, or a pipe that has none
+        return ""
+    return "" if stat.S_ISREG(mode) else _kind_of(mode)
+
+
+def _kind_of(mode: int) -> str:
+    return next((kind for is_kind, kind in _NO_FILES if is_kind(mode)), "of an unknown kind")
 
 
 def check_readable(top: str, name: str) -> None:
@@ -36,8 +50,7 @@ def check_readable(top: str, name: str) -> None:
     except (OSError, ValueError):  # not there, or no name at all
         return
     if not stat.S_ISREG(mode):
-        kind = next((kind for is_kind, kind in _NO_FILES if is_kind(mode)), "of an unknown kind")
-        raise FormatError(f"{path} is {kind}, not a file; nothing was read from it")
+        raise FormatError(f"{path} is {_kind_of(mode)}, not a file; nothing was read from it")
     found, directory = os.path.realpath(path), os.path.realpath(top)
     if not any(found.startswith(f"{home.rstrip('/')}/") for home in (directory, *_hub_blobs(directory))):
         raise UnsafeCheckpointError(
