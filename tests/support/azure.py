@@ -19,7 +19,7 @@ import pyarrow.fs as pafs
 import pytest
 
 from tests.conftest import REPOSITORY
-from tests.support.clusters import free_port, wait_until
+from tests.support.clusters import wait_until
 
 ACCOUNT, CONTAINER = "devstoreaccount1", "bucket"
 KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
@@ -33,12 +33,12 @@ def run_azure() -> Iterator[str]:
     program = shutil.which("azurite-blob", path=f"{os.environ['PATH']}{os.pathsep}{installed}")
     if program is None:
         pytest.skip("no azurite-blob here: npm install --prefix build/azurite azurite")
-    port = free_port()
-    address = f"127.0.0.1:{port}"
     options = ["--inMemoryPersistence", "--disableTelemetry", "--silent", "--skipApiVersionCheck"]
-    command = [program, *options, "--blobHost", "127.0.0.1", "--blobPort", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+    command = [program, *options, "--blobHost", "127.0.0.1", "--blobPort", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
         try:
+            assert server.stdout is not None
+            address = next(line for line in server.stdout if " listens on " in line).strip().rpartition("/")[2]
             by_key = pafs.AzureFileSystem(
                 ACCOUNT,
                 account_key=KEY,
