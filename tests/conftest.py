@@ -1,4 +1,4 @@
-"""Settings that every test shares, and the one local Ray that a module's tests share."""
+"""Settings that every test shares, and the one local Ray of all tests that ask for no more than some Ray."""
 
 from __future__ import annotations
 
@@ -35,13 +35,27 @@ os.environ["RAY_CKPT_TEST_MARKERS"] = str(MARKERS)
 atexit.register(shutil.rmtree, MARKERS, ignore_errors=True)
 
 
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    """A local Ray with four logical CPUs."""
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests that share a Ray come last: none runs beside it that does not ask for it, or starts one of its own."""
+    items.sort(key=lambda item: "local_ray" in getattr(item, "fixturenames", ()))
+
+
+@pytest.fixture(scope="session")
+def _shared_ray() -> Iterator[None]:
     from ray_ckpt.cluster.connect import connect
 
     with connect("local", num_cpus=4):
         yield
+
+
+@pytest.fixture(scope="module")
+def local_ray(_shared_ray: None) -> Iterator[None]:
+    """A local Ray with four logical CPUs, in which nothing runs when a module's tests begin."""
+    from tests.support.clusters import end_named_actors, wait_until_free
+
+    yield
+    end_named_actors()
+    wait_until_free(60)
 
 
 @pytest.fixture(scope="module")

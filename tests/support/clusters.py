@@ -395,6 +395,13 @@ def wait_until_free(timeout_s: float) -> float:
     return wait_until(lambda: occupied() == ([], [], 0), timeout_s, occupied)
 
 
+def end_named_actors() -> None:
+    """Those of `ram://` stores, which last as long as the driver, and the tests are one driver."""
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        with contextlib.suppress(ValueError):  # it has ended meanwhile
+            ray.kill(ray.get_actor(actor["name"], namespace=actor["namespace"]))
+
+
 def free_port() -> int:
     """A port that was free a moment ago, for servers that do not take port 0."""
     with socket.socket() as server:
