@@ -106,7 +106,7 @@ def test_a_drained_node_is_left_within_its_notice_and_no_step_is_lost(
     # Later, where little is left to learn, the rounding of another layout is as large as what is left.
     seen = drained["step"] + 50
     assert report["losses"][:seen] == pytest.approx(reference("fsdp2x2,single", seen), rel=1e-3)
-    wait_until_free(30)
+    wait_until_free(60)
 
 
 def test_the_manifests_pre_stop_drains_the_node_that_it_runs_on(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_the_jobs_and_the_check_work_there(head: Head, bucket: str, tmp_path: Pa
     assert len(store.steps()) == 3
     assert ray_ckpt.verify(store).verified
     store.clean(older_than_s=0)
-    wait_until_free(30)
+    wait_until_free(60)
 
     second = bucket.format(path="second")
     done = head.sandbox.run_job(

@@ -85,7 +85,7 @@ class TestHolds:
         assert holds.end(hold) == [there]
 
     def test_a_hold_that_is_not_renewed_is_overdue(self) -> None:
-        holds = Holds(lease_s=0.2)
+        holds = Holds(lease_s=1.0)
         left, renewed = holds.begin({}), holds.begin({})
 
         def overdue() -> list[str]:
@@ -93,7 +93,7 @@ class TestHolds:
             return holds.overdue()
 
         assert overdue() == []
-        wait_until(lambda: overdue() == [left], 10, overdue)
+        wait_until(lambda: overdue() == [left], 60, overdue)
 
 
 @pytest.mark.usefixtures("local_ray")

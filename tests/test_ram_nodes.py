@@ -199,11 +199,11 @@ def test_it_ends_with_its_driver_however_that_ends_unless_detached(head: Head, n
     driver.process.kill()
     driver.wait(30)
     if lifetime == "job":
-        wait_until_free(30)
+        wait_until_free(60)
         assert find_index(name) is None
         return
     state = {"x": torch.zeros(1000, dtype=torch.int64)}
     ray_ckpt.load(state, f"ram://{name}")
     assert torch.equal(state["x"], torch.arange(1000))
     cluster.drop_memory(name)
-    wait_until_free(30)
+    wait_until_free(60)

@@ -50,7 +50,7 @@ def check_end(head: Head, job: Started, pid: int) -> None:
     print(f"told after {time.monotonic() - began:.1f} s: {job.stderr}")
     assert_one_line(job.stderr, f"(process {pid}) responds to nothing: stopped, or stuck")
     assert "no answer within" in job.stderr
-    wait_until_free(30)
+    wait_until_free(60)
     assert not psutil.pid_exists(pid)
 
 
@@ -76,7 +76,7 @@ def test_the_elastic_job_goes_on_without_a_worker_that_is_stopped(head: Head, tm
     [restart] = told["restarts"]
     assert f"(process {pid}) responds to nothing: stopped, or stuck" in restart["cause"]
     assert restart["step"] >= 4
-    wait_until_free(30)
+    wait_until_free(60)
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,7 @@ def test_two_jobs_at_once_on_one_cluster_are_done(head: Head, tmp_path: Path) ->
         assert job.wait(110) == 0, job.stdout + job.stderr
         assert "verified: continuation: " in job.stdout
         assert job.stderr == ""
-    wait_until_free(30)
+    wait_until_free(60)
 
 
 def two_jobs(head: Head, storages: list[Path]) -> list[Started]:
@@ -180,7 +180,7 @@ def test_of_two_jobs_at_one_storage_one_is_done_and_one_is_refused(head: Head, t
     assert (done.process.returncode, refused.process.returncode) == (0, 2), (done.stderr, refused.stderr)
     assert "verified: continuation: " in done.stdout
     assert_one_line(refused.stderr, "already holds a committed checkpoint")
-    wait_until_free(30)
+    wait_until_free(60)
 
 
 @needs_cgroups
@@ -200,7 +200,7 @@ def test_a_memory_limit_that_kills_a_worker_is_told_in_one_line(head: Head, tmp_
         assert job.wait(60) == 1, job.stdout + job.stderr
         assert_one_line(job.stderr, "is gone without a word: killed by a signal, as by the kernel when memory runs out")
         assert "error: rank 1 on " in job.stderr
-        wait_until_free(30)
+        wait_until_free(60)
     finally:
         wait_until(lambda: not (limited / "cgroup.procs").read_text(), 30, (limited / "cgroup.procs").read_text)
         limited.rmdir()

@@ -18,18 +18,20 @@ import pytest
 import ray
 from ray.util import placement_group_table
 
+from ray_ckpt.cluster import gather
 from ray_ckpt.cluster.group import WorkerGroup
 from ray_ckpt.cluster.worker import WorkerInfo, attempt
 from ray_ckpt.errors import DIED, GroupError, GroupTimeoutError, PlacementError, UsageError, WorkerError
 from tests.support import rank_functions, task_functions
 from tests.support.clusters import CGROUPS, needs_cgroups, wait_until
+from tests.support.faulty import WITHOUT_WAITING_S
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 
 def assert_nothing_is_left(pids: list[int]) -> None:
-    """No placement group, no actor, no resource in use and no process of the group within five seconds."""
-    deadline = time.monotonic() + 5
+    """No placement group, no actor, no resource in use and no process of the group, before long."""
+    deadline = time.monotonic() + 30
     while True:
         actors = [actor for actor in ray._private.state.actors().values() if actor["State"] != "DEAD"]
         placed = [entry for entry in placement_group_table().values() if entry["state"] != "REMOVED"]
@@ -83,13 +85,15 @@ def test_results_come_in_rank_order_with_a_context(group: WorkerGroup) -> None:
     ],
 )
 def test_a_raising_rank_is_named_while_others_sit_in_a_collective(
-    group: WorkerGroup, ranks: list[int], kind: str, error_type: str
+    group: WorkerGroup, ranks: list[int], kind: str, error_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if len(ranks) == group.num_workers:  # all are waited for, however much later one of them raises
+        monkeypatch.setattr(gather, "CAUSE_GRACE_S", 30.0)
     start = time.monotonic()
     with pytest.raises(WorkerError) as caught:
         group.run(rank_functions.raise_on, ranks, kind)
-    assert time.monotonic() - start < 5
-    assert caught.value.ranks == tuple(ranks)
+    assert time.monotonic() - start < WITHOUT_WAITING_S
+    assert sorted(caught.value.ranks) == ranks
     assert {failure.error_type for failure in caught.value.failures} == {error_type}
     assert {failure.node for failure in caught.value.failures} == {group.workers[0].node}
     assert all("raise_on" in failure.traceback for failure in caught.value.failures)
@@ -100,12 +104,13 @@ def test_a_raising_rank_is_named_while_others_sit_in_a_collective(
         group.run(rank_functions.recall)
 
 
+@pytest.mark.parametrize("group", [3], indirect=True)
 @pytest.mark.parametrize(("rank", "how"), [(0, "SIGKILL"), pytest.param(2, "exit", marks=pytest.mark.slow)])
-def test_a_dead_rank_is_named_within_five_seconds(group: WorkerGroup, rank: int, how: str) -> None:
+def test_a_dead_rank_is_named_without_waiting_for_the_others(group: WorkerGroup, rank: int, how: str) -> None:
     start = time.monotonic()
     with pytest.raises(WorkerError) as caught:
         group.run(rank_functions.die_on, rank, how)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < WITHOUT_WAITING_S
     assert caught.value.ranks == (rank,)
     assert caught.value.failures[0].error_type == DIED
     assert f"rank {rank} on {group.workers[rank].node}: died: process {group.workers[rank].pid}" in str(caught.value)
@@ -116,7 +121,7 @@ def test_a_call_that_outlasts_its_timeout_names_who_is_silent(group: WorkerGroup
     start = time.monotonic()
     with pytest.raises(GroupTimeoutError, match=r"no answer within 1\.5 s from rank 1 on "):
         group.run(rank_functions.stop_answering, 1, timeout_s=1.5)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < WITHOUT_WAITING_S
 
 
 @pytest.mark.slow
@@ -136,7 +141,8 @@ class Stubborn:
 
 
 @pytest.mark.parametrize("group", [2], indirect=True)
-def test_what_does_not_pickle_is_told_in_one_line(group: WorkerGroup) -> None:
+def test_what_does_not_pickle_is_told_in_one_line(group: WorkerGroup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gather, "CAUSE_GRACE_S", 30.0)  # all are waited for
     lock = threading.Lock()
     told = r"^cannot send {} and its arguments to the workers: {}; they have to pickle, as those of a top-level "
     of_the_lock = "TypeError: cannot pickle '_thread.lock' object"
@@ -227,7 +233,7 @@ def end_a_starting_worker(end: Callable[[psutil.Process], None], ended: list[flo
 
 @pytest.mark.parametrize("end", [end_by_signal, pytest.param(end_by_memory, marks=[needs_cgroups, pytest.mark.slow])])
 def test_a_worker_that_dies_while_the_group_starts_is_named_in_one_line(end: Callable[[psutil.Process], None]) -> None:
-    """Within ten seconds of its death."""
+    """Not only when the time of the start is over."""
     ended: list[float] = []
     ender = threading.Thread(target=end_a_starting_worker, args=(end, ended))
     ender.start()
@@ -235,7 +241,7 @@ def test_a_worker_that_dies_while_the_group_starts_is_named_in_one_line(end: Cal
         WorkerGroup(2, cpus_per_worker=0.5, start_timeout_s=60)
     named = time.monotonic()
     ender.join()
-    assert named - ended[0] < 10
+    assert named - ended[0] < WITHOUT_WAITING_S
     [failure] = caught.value.failures
     assert failure.error_type == DIED
     place = re.escape(f"{socket.gethostname()} ({ray.util.get_node_ip_address()})")

@@ -74,5 +74,5 @@ def test_the_job_is_done_though_the_clock_of_one_node_is_days_off(head: Head, tm
     assert "3 workers on 2 nodes" in job.stdout
     assert "verified: continuation: " in job.stdout
     assert job.stderr == ""
-    wait_until_free(30)
+    wait_until_free(60)
     head.sandbox.kill(node)

@@ -163,6 +163,10 @@ class GatedStorage(Storage):
         return super().perform(operation, name, action)
 
 
+WITHOUT_WAITING_S = 30.0
+"""What takes longer has waited for one of the limits of a minute that the tests give. It takes 1 s or two."""
+
+
 def wait_until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
