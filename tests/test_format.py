@@ -16,7 +16,8 @@ from ray_ckpt.format import ranges, values
 from ray_ckpt.format.block_sums import BlockSums
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.manifest import Chunk, Inline, Manifest, ObjectEntry, TensorEntry, itemsize
-from ray_ckpt.format.torch_container import HEAD_BYTES, container, contiguous_strides, find_data
+from ray_ckpt.format.ranges import contiguous_strides
+from ray_ckpt.format.torch_container import HEAD_BYTES, container, find_data
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.bool, torch.uint16, torch.complex64, torch.int64]
 SHAPES = [(), (0,), (1,), (3, 4), (2, 0, 5), (7, 300)]

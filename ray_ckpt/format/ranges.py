@@ -28,6 +28,17 @@ class Part:
 
 
 @lru_cache(maxsize=4096)
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides, in elements, of a row-major tensor; dims of size 0 count as 1, as in torch."""
+    strides: list[int] = []
+    stride = 1
+    for size in reversed(shape):
+        strides.append(stride)
+        stride *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+@lru_cache(maxsize=4096)
 def is_dense(sizes: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """Whether a strided box is one run of bytes in row-major order."""
     expected = 1

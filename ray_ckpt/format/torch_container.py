@@ -35,7 +35,7 @@ import torch
 
 from ray_ckpt.errors import CheckpointError, FormatError
 from ray_ckpt.format import torch_pickle
-from ray_ckpt.format.ranges import span
+from ray_ckpt.format.ranges import contiguous_strides, span
 from ray_ckpt.format.torch_internals import STORAGE_TYPES, rebuild_tensor_v2, rebuild_tensor_v3
 from ray_ckpt.format.torch_pickle import Tensor
 from ray_ckpt.text import quoted
@@ -298,17 +298,6 @@ def pickled(state: object) -> bytes:
     pickler.fast = True  # no references to what was written before, which depend on what is one object by chance
     pickler.dump(state)
     return stream.getvalue()
-
-
-@lru_cache(maxsize=4096)
-def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides, in elements, of a row-major tensor; dims of size 0 count as 1, as in torch."""
-    strides: list[int] = []
-    stride = 1
-    for size in reversed(shape):
-        strides.append(stride)
-        stride *= max(size, 1)
-    return tuple(reversed(strides))
 
 
 # ----------------------------------------------------------------------------------------------------- reading

@@ -15,8 +15,7 @@ import torch
 from ray_ckpt.format.block_sums import sums_of
 from ray_ckpt.format.boxes import Box, shared_box
 from ray_ckpt.format.manifest import Chunk, TensorEntry, itemsize
-from ray_ckpt.format.ranges import is_dense
-from ray_ckpt.format.torch_container import contiguous_strides
+from ray_ckpt.format.ranges import contiguous_strides, is_dense
 from ray_ckpt.protocol.messages import TensorSpec
 from ray_ckpt.storage.staging import bytes_of, plain
 

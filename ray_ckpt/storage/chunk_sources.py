@@ -15,8 +15,8 @@ import torch
 from ray_ckpt.errors import FormatError
 from ray_ckpt.format.boxes import Box
 from ray_ckpt.format.manifest import Chunk
-from ray_ckpt.format.ranges import span
-from ray_ckpt.format.torch_container import HEAD_BYTES, contiguous_strides, find_data
+from ray_ckpt.format.ranges import contiguous_strides, span
+from ray_ckpt.format.torch_container import HEAD_BYTES, find_data
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.objects import Decoder, check_lengths
 from ray_ckpt.storage.ranged_reads import Piece, Source, Tuning, fetch

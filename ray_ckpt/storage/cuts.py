@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ray_ckpt.format.block_sums import BlockSums, sums_of
-from ray_ckpt.format.torch_container import contiguous_strides
+from ray_ckpt.format.ranges import contiguous_strides
 from ray_ckpt.rounding import ceil_div
 
 if TYPE_CHECKING:
