@@ -126,7 +126,7 @@ def run_under_kills(
     # Nobody notices a kill that the training outran; any other has its rank.
     assert len(report["restarts"]) == len(kills)
     assert all(type(restart["rank"]) is int for restart in report["restarts"])
-    wait_until_free(30)
+    wait_until_free(60)
     return report
 
 
@@ -176,25 +176,26 @@ def test_the_last_step_is_saved_without_a_replica_that_dies_meanwhile(head: Head
     second = start_job(head, "single", storage, *options[:2], "--steps", "8")
     assert second.wait(120) == 0, second.stdout + second.stderr
     assert [resume["step"] for resume in report_of(storage)["resumes"]] == [6]
-    wait_until_free(30)
+    wait_until_free(60)
 
 
 @pytest.mark.jobs
 def test_a_signal_saves_and_a_second_job_goes_on_from_there(head: Head, tmp_path: Path) -> None:
     storage = tmp_path / "run"
-    job = start_job(head, "pp2", storage, "--grace", "20")
-    job.wait_for(f"step 4 of {STEPS}", 60)
+    job = start_job(head, "pp2", storage, "--grace", "60", "--steps", "100000")
+    job.wait_for("step 4 of 100000", 100)
     job.process.send_signal(signal.SIGTERM)
-    assert job.wait(20) == 128 + signal.SIGTERM, job.stdout + job.stderr
+    assert job.wait(100) == 128 + signal.SIGTERM, job.stdout + job.stderr
     stopped = report_of(storage)
     assert stopped["stopped"] is True
-    assert 4 <= stopped["final_step"] < STEPS
+    assert stopped["final_step"] >= 4
     assert CheckpointStore(storage).latest() == stopped["final_step"] == len(stopped["losses"])
-    wait_until_free(30)
-    second = start_job(head, "single", storage)
+    wait_until_free(60)
+    last = stopped["final_step"] + 20
+    second = start_job(head, "single", storage, "--steps", str(last))
     assert second.wait(90) == 0, second.stdout + second.stderr
     assert f"start: single from step {stopped['final_step']}" in second.stdout
-    assert report_of(storage)["losses"] == pytest.approx(reference("pp2"), rel=1e-4)
+    assert report_of(storage)["losses"] == pytest.approx(reference("pp2", last), rel=1e-3, abs=1e-5)
 
 
 @pytest.mark.jobs
@@ -202,7 +203,7 @@ def test_it_goes_on_from_the_newest_good_step_and_replaces_the_damaged_one(head:
     storage = tmp_path / "run"
     first = start_job(head, "single", storage, "--keep-last", "2")
     assert first.wait(90) == 0, first.stdout + first.stderr
-    wait_until_free(30)
+    wait_until_free(60)
     record = storage / f"step-{STEPS}" / MANIFEST_NAME
     record.write_bytes(record.read_bytes()[:-9])
     second = start_job(head, "single", storage)
@@ -223,7 +224,7 @@ def test_no_more_failures_than_are_allowed(head: Head, tmp_path: Path) -> None:
     assert job.wait(60) == 1, job.stdout + job.stderr
     assert re.match(r"error: rank [01] on .* died: process \d+", job.stderr.splitlines()[-1])
     assert (CheckpointStore(tmp_path / "run").latest() or 0) < STEPS
-    wait_until_free(30)
+    wait_until_free(60)
 
 
 @pytest.mark.slow
@@ -243,7 +244,7 @@ def test_when_the_grace_is_over_the_job_ends_without_the_save(head: Head, tmp_pa
     report = report_of(tmp_path / "run")
     assert report["stopped"] is True
     assert report["final_step"] == CheckpointStore(tmp_path / "run").latest() >= SAVE_EVERY
-    wait_until_free(30)
+    wait_until_free(60)
 
 
 @pytest.mark.slow
@@ -263,7 +264,7 @@ def test_a_signal_where_nothing_is_to_be_saved_ends_the_job_at_once(
     job.process.send_signal(signal.SIGTERM)
     assert job.wait(10) == 128 + signal.SIGTERM, job.stdout + job.stderr
     assert "error: terminated" in job.stderr.splitlines()
-    wait_until_free(30)
+    wait_until_free(60)
 
 
 @pytest.mark.slow
@@ -284,7 +285,7 @@ def test_a_failure_that_repeats_itself_is_not_tried_again(head: Head, tmp_path: 
     last = job.stderr.splitlines()[-1]
     assert last.startswith("error: rank 1 on ")
     assert "cannot learn this" in last
-    wait_until_free(30)
+    wait_until_free(60)
 
 
 @pytest.mark.slow
