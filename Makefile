@@ -9,13 +9,13 @@ PIP := $(BIN)/pip install --disable-pip-version-check -q --no-compile -c constra
 # they are imported: most of what they bring never is, and pip would take a third of its time for it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-jobs test-slow test-matrix test-cluster test-faults test-frameworks test-versions soak bench bench-async bench-planning lint docs format clean constraints
+.PHONY: demo test test-jobs test-slow test-matrix test-cluster test-faults test-frameworks test-versions test-oldest soak bench bench-async bench-planning lint docs format clean constraints
 
 demo: .venv/.installed
 	$(BIN)/python jobs/pipeline_to_fsdp.py $(ARGS)
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest -m "not jobs and not slow and not matrix and not cluster and not faults and not frameworks and not soak" $(ARGS)
+	$(BIN)/python -m pytest -m "not jobs and not slow and not matrix and not cluster and not faults and not frameworks and not soak and not oldest" $(ARGS)
 
 # The jobs as a person runs them, on `ray start` clusters and by `ray job submit`; the README's Python.
 test-jobs: .venv/.installed-dev
@@ -48,6 +48,10 @@ test-frameworks: .venv-frameworks/.installed
 # The covering part of the suite under other versions of Python, torch and Ray; ARGS are names of some of them.
 test-versions:
 	$(PYTHON) tests/versions.py $(ARGS)
+
+# What touches Ray most, and two jobs, under the oldest Ray that is supported, which warns where newer ones do not.
+test-oldest: build/oldest-ray/.installed
+	build/oldest-ray/bin/python -m pytest -o filterwarnings=default -m "not slow and not cluster" tests/test_oldest_ray.py tests/test_ray_internals.py tests/test_cluster_saving.py $(ARGS)
 
 # All measurements, one after the other; ARGS are those of the first.
 bench: .venv/.installed-dev
@@ -100,6 +104,15 @@ clean:
 .venv-frameworks/.installed: pyproject.toml constraints-frameworks.txt
 	$(PYTHON) -m venv .venv-frameworks
 	.venv-frameworks/bin/pip install --disable-pip-version-check -q --no-compile -c constraints-frameworks.txt -e '.[frameworks]'
+	touch $@
+
+# That Ray alone; everything else is .venv's, behind it on the path.
+build/oldest-ray/.installed: .venv/.installed-dev constraints-oldest.txt
+	rm -rf build/oldest-ray
+	$(BIN)/python -m venv build/oldest-ray
+	build/oldest-ray/bin/pip install --disable-pip-version-check -q --no-compile --no-deps -c constraints-oldest.txt ray
+	packages=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
+	  echo "import site; site.addsitedir('$$packages')" > $$(build/oldest-ray/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/behind.pth
 	touch $@
 
 # Chooses the newest versions that go together. torch and ray are pinned by hand: everything here is measured with them.

@@ -77,8 +77,8 @@ def test_the_demo_needs_no_test_dependencies(installed: Path) -> None:
         (
             "test",
             "-k fingerprint -x",
-            '-m "not jobs and not slow and not matrix and not cluster and not faults and not frameworks and not soak" '
-            "-k fingerprint -x",
+            '-m "not jobs and not slow and not matrix and not cluster and not faults and not frameworks and not soak '
+            'and not oldest" -k fingerprint -x',
         ),
         ("test-jobs", "-x", '.venv/bin/python -m pytest -m "jobs and not slow and not faults" -x'),
         ("test-slow", "-k s3", ".venv/bin/python -m pytest -m slow -k s3"),
@@ -88,6 +88,7 @@ def test_the_demo_needs_no_test_dependencies(installed: Path) -> None:
         ("test-frameworks", "-x", ".venv-frameworks/bin/python -m pytest -m frameworks tests/test_frameworks.py -x"),
         ("soak", "-x", ".venv/bin/python -m pytest -m soak tests/test_soak.py -x"),
         ("test-versions", "ray2.54", "python3 tests/versions.py ray2.54"),
+        ("test-oldest", "-x", "tests/test_ray_internals.py tests/test_cluster_saving.py -x"),
         ("bench", "--sizes 0.1", ".venv/bin/python benchmarks/storage.py --sizes 0.1"),
         ("bench", "", ".venv/bin/python benchmarks/planning.py"),
         ("bench-async", "--repeats 3", ".venv/bin/python benchmarks/async_save.py --repeats 3"),

@@ -16,6 +16,7 @@ RUN_BY = {
     "make demo": ".ci/run",
     "make test": ".ci/run",
     "make test-jobs": ".ci/run",
+    "make test-oldest": ".ci/run",
     "make test-slow": "tests/test_makefile.py::test_arguments_reach_the_commands",
     "make test-matrix": "tests/test_makefile.py::test_arguments_reach_the_commands",
     "make test-cluster": "tests/test_makefile.py::test_arguments_reach_the_commands",
@@ -95,6 +96,7 @@ def test_ci_runs_what_it_is_said_to_run() -> None:
         "make demo",
         "make test",
         "make test-jobs",
+        "make test-oldest",
         "make lint",
     }
 

@@ -34,6 +34,12 @@ def describe(ctx: WorkerContext, *args: Any) -> dict[str, Any]:
     }
 
 
+def versions(ctx: WorkerContext) -> dict[str, str]:
+    import ray
+
+    return {"ray": ray.__version__, "torch": torch.__version__}
+
+
 def remember(ctx: WorkerContext, value: Any) -> None:
     ctx.objects["value"] = value
 
