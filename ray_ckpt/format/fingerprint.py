@@ -56,7 +56,7 @@ class Fingerprint:
     parts: dict[Box, int]
     """Part of the tensor -> sum of its elements' contributions, modulo 2^64."""
     formula: int = CURRENT
-    """By which formula the contributions were computed."""
+    """Number of the formula that its contributions were computed by."""
 
     def merge(self, other: Fingerprint) -> Fingerprint:
         """One fingerprint of all parts of both. Replicas count once.
