@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 
 import ray_ckpt
 from ray_ckpt import Saved, TrainState
-from ray_ckpt.errors import StateMismatchError, UsageError
+from ray_ckpt.errors import RayCkptError, StateMismatchError, UsageError
 from ray_ckpt.format.boxes import Box, check_cover
 from ray_ckpt.format.manifest import Chunk, TensorEntry
 from ray_ckpt.format.views import View, evaluate
@@ -244,6 +244,55 @@ def test_state_of_another_shape_is_refused(tmp_path: Path) -> None:
 def test_a_function_gives_names_only(apart: Any) -> None:
     with pytest.raises(UsageError, match="joins and splits need a mapping"):
         ray_ckpt.load(_blank(Fused(1)), apart[0], key_map=lambda name: JOIN.get(name, name))  # type: ignore[arg-type]
+
+
+def test_a_key_that_nothing_wants_is_refused(tmp_path: Path) -> None:
+    source = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    ray_ckpt.save(TrainState(source), tmp_path / "run")
+    swapped = {f"model.{one}.{name}": f"model.{1 - one}.{name}" for one in (0, 1) for name in ("weight", "bias")}
+    target = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    before = target[0].weight.detach().clone()
+    misspelt = {key.replace("model.", "modle."): saved for key, saved in swapped.items()}
+    with pytest.raises(StateMismatchError, match=r"key_map has modle\.0\.weight; .*, which nothing wants"):
+        ray_ckpt.load(TrainState(target), tmp_path / "run", key_map=misspelt)
+    assert torch.equal(target[0].weight, before)
+    with pytest.raises(StateMismatchError, match=r"key_map has model\.2\.weight, which nothing wants"):
+        ray_ckpt.load(TrainState(target), tmp_path / "run", key_map={**swapped, "model.2.weight": "model.0.weight"})
+    told = ray_ckpt.load(TrainState(target), tmp_path / "run", key_map=misspelt, strict=False).lost
+    assert "key_map has modle.0.weight" in told
+    assert torch.equal(target[0].weight, source[0].weight)
+    ray_ckpt.load(TrainState(target), tmp_path / "run", key_map=swapped)
+    assert torch.equal(target[0].weight, source[1].weight)
+    further = {**swapped, "optim.misspelt": "model.0.weight"}
+    assert ray_ckpt.load(TrainState(target), tmp_path / "run", key_map=further, only=("model",)).lost == ""
+
+
+def load_stage(rank: int, path: str) -> tuple[bool, str]:
+    """Each rank holds one of two layers, of which the saved names are exchanged."""
+    stage = nn.ModuleDict({str(rank): nn.Linear(2, 2)})
+    key_map = {f"model.{one}.{name}": f"model.{1 - one}.{name}" for one in (0, 1) for name in ("weight", "bias")}
+    ray_ckpt.load(TrainState(stage), path, key_map=key_map)
+    return bool((stage[str(rank)].weight == 1 - rank).all()), _refusal(
+        stage, path, {**key_map, "model.2.bias": "model.0.bias"}
+    )
+
+
+def _refusal(stage: nn.Module, path: str, key_map: dict[str, str]) -> str:
+    try:
+        ray_ckpt.load(TrainState(stage), path, key_map=key_map)
+    except RayCkptError as error:
+        return str(error)
+    return ""
+
+
+def test_a_key_is_wanted_if_any_rank_wants_it(tmp_path: Path) -> None:
+    source = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    for number, layer in enumerate(source):
+        nn.init.constant_(layer.weight, float(number))
+    ray_ckpt.save(TrainState(source), tmp_path / "run")
+    for is_right, told in run_ranks(load_stage, 2, tmp_path, str(tmp_path / "run")):
+        assert is_right
+        assert "key_map has model.2.bias, which nothing wants" in told
 
 
 # ------------------------------------------------------------------------------------------------- compared with torch

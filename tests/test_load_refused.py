@@ -121,12 +121,23 @@ def test_what_is_new_is_said_when_a_module_refuses_after_the_reading(tmp_path: P
     state = TrainState(target, torch.optim.SGD(target.parameters(), lr=0.2), step=5, extra=extra)
     told = (
         r"model refuses what was saved: ValueError: not today; what the failed load has left: new: extra\.first; "
-        r"of both states: model; as it was: optim, counters"
+        r"part old, part new: model; as it was: optim, counters"
     )
     with pytest.raises(CheckpointError, match=told):
         ray_ckpt.load(state, tmp_path / "run")
     assert state.step == 5
     assert extra["first"].names == [3.0]
+
+
+def test_nothing_is_new_where_what_is_to_be_read_cannot_be_planned(tmp_path: Path) -> None:
+    ray_ckpt.save(picky_state(1, 3.0), tmp_path / "run")
+    target = picky_state(1, 5.0)
+    before = [str(target.model.bias), target.step, str(target.state_dict()["extra"])]
+    target.model.weight.untyped_storage().resize_(0)  # as a wrapper frees what lies on other devices
+    with pytest.raises(RayCkptError, match=r"nothing was read; of model, optim, what had no memory has some") as caught:
+        ray_ckpt.load(target, tmp_path / "run")
+    assert "part old, part new" not in str(caught.value)
+    assert [str(target.model.bias), target.step, str(target.state_dict()["extra"])] == before
 
 
 def refused_on_rank_1(rank: int, path: str) -> tuple[str, bool]:

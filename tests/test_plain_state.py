@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,57 @@ def test_a_training_state_gives_grown_objects_all_of_it(tmp_path: Path) -> None:
         target = Holder(dict(fresh))
         ray_ckpt.load(TrainState(nn.Linear(2, 2), extra={"trainer": target}), tmp_path / name)
         assert same(target.state, grown)
+
+
+@pytest.mark.parametrize("fresh", [(), ("a", "b", "c"), ("c", "a", "b")])
+@pytest.mark.parametrize("keys", [("b", "a", "c"), (2, 10, 1), ("a", "b", "c")])
+def test_an_ordered_dict_keeps_its_order(tmp_path: Path, fresh: tuple[Any, ...], keys: tuple[Any, ...]) -> None:
+    fresh = tuple(sorted(keys, key=str)["abc".index(key)] for key in fresh)
+    grown = {"within": [OrderedDict((key, torch.ones(1) if key == "c" else number) for number, key in enumerate(keys))]}
+    for form in ("plain", "extra"):
+        found = Holder({"within": [OrderedDict((key, torch.zeros(1) if key == "c" else 0) for key in fresh)]})
+        source, target = (
+            {"it": each} if form == "plain" else TrainState(nn.Linear(1, 1), extra={"it": each})
+            for each in (Holder(grown), found)
+        )
+        ray_ckpt.save(source, tmp_path / form)
+        ray_ckpt.load(target, tmp_path / form)
+        assert str(found.state) == str(grown)
+
+
+class Named(dict[str, Any]):
+    """A dict of somebody's own class."""
+
+
+@pytest.mark.parametrize("form", ["plain", "extra"])
+@pytest.mark.parametrize("factory", [list, int, None])
+def test_a_dict_that_makes_its_items_still_makes_them(tmp_path: Path, form: str, factory: Any) -> None:
+    def state_of(holder: Holder) -> Any:
+        return {"it": holder} if form == "plain" else TrainState(nn.Linear(2, 2), extra={"it": holder})
+
+    grown = {"seen": defaultdict(factory, {"a": [1], "b": torch.ones(2)}), "within": {"x": {3: defaultdict(factory)}}}
+    ray_ckpt.save(state_of(Holder(grown)), tmp_path / "run")
+    found = Holder({"seen": defaultdict(factory), "within": {}})
+    ray_ckpt.load(state_of(found), tmp_path / "run")
+    assert same(found.state, grown)
+    for one in (found.state["seen"], found.state["within"]["x"][3]):
+        assert (type(one), one.default_factory) == (defaultdict, factory)
+
+
+def test_a_dict_of_a_class_that_nothing_records_is_of_the_class_that_the_object_shows(tmp_path: Path) -> None:
+    made = defaultdict(lambda: 7, {"a": 1})
+    ray_ckpt.save({"it": Holder({"named": Named(a=1, b=2), "made": made, "plain": {"a": 1}})}, tmp_path / "run")
+    found = Holder({"named": Named(), "made": defaultdict(lambda: 8), "plain": Counter()})
+    ray_ckpt.load({"it": found}, tmp_path / "run")
+    assert found.state["named"] == {"a": 1, "b": 2}
+    assert {name: type(value) for name, value in found.state.items()} == {
+        "named": Named,
+        "made": defaultdict,
+        "plain": dict,
+    }
+    assert (found.state["made"], found.state["made"]["z"]) == ({"a": 1, "z": 8}, 8)
+    with pytest.raises(UsageError, match="defaultdict"):
+        ray_ckpt.save(TrainState(nn.Linear(2, 2), extra={"it": Holder({"made": made})}), tmp_path / "refused")
 
 
 def test_equal_lists_stay_lists_of_their_own(tmp_path: Path) -> None:

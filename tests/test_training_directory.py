@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -199,12 +200,15 @@ def test_objects_that_were_registered_with_accelerate(tmp_path: Path, seen: str)
         "registered objects (extra={'custom_checkpoint_1': ...} takes one) left out: custom_checkpoint_1."
         in report.lost
     )
+    others[0].kept["seen"] = defaultdict(list)
     state = TrainState(other, extra={f"custom_checkpoint_{number}": each for number, each in enumerate(others)})
     if seen == "by number":
         with pytest.raises(StateMismatchError, match=r"nothing tells how extra.*seen.3 was nested"):
             load(state, tmp_path / "run")
         others[1].kept["seen"] = {1: 0.0}
     report = load(state, tmp_path / "run")
+    assert others[0].kept["seen"]["new"] == []
+    others[0].kept["seen"].clear()
     for found, expected in zip(others, (counter, history), strict=True):
         assert torch.equal(found.kept.pop("average"), expected.kept.pop("average"))
         assert found.kept == expected.kept

@@ -92,7 +92,8 @@ def load(
             `ema` and `extra` a part can be named, other sections only as a whole.
         key_map: wanted name -> saved name, as a mapping or a function. A parameter is renamed under `model.`, and its
             optimizer state follows. A mapping may join and split tensors by `Saved`: the same one on all ranks, in
-            which every saved element has one place.
+            which every saved element has one place. A key that no rank wants is refused if `strict`, else named in
+            `LoadReport.lost`.
         hyperparameters: whether the optimizers take the saved hyper-parameters or keep their own, as they must where of
             those of several pipeline stages one survived; see `LoadReport.lost`.
         fallback: when no step is named and the latest is damaged, by its record and its files' sizes, load the highest

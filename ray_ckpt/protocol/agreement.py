@@ -30,6 +30,9 @@ def agree(offers: Sequence[LoadOffer]) -> LoadOffer:
         unwanted=unwanted.to_bytes(len(offers[0].unwanted), "little"),
         notes={section: note for offer in offers for section, note in offer.notes.items()} | base,
         other_base=other_base,
+        unused_keys=tuple(
+            key for key in offers[0].unused_keys if all(key in offer.unused_keys for offer in offers[1:])
+        ),
     )
 
 

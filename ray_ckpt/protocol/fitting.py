@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from ray_ckpt.format.wanted_names import is_below
 from ray_ckpt.state.load_plan import Claim, SavedState
 from ray_ckpt.state.train_state import OPTIONAL
 
-__all__ = ["compare", "lacking", "saved_and_wanted", "unknown_names"]
+__all__ = ["compare", "lacking", "saved_and_wanted", "unknown_names", "unused_keys"]
 
 
 def unknown_names(only: Sequence[str] | None, saved: SavedState, claims: Mapping[str, Claim]) -> list[str]:
@@ -21,6 +21,19 @@ def unknown_names(only: Sequence[str] | None, saved: SavedState, claims: Mapping
     if only is not None and not only:
         return ["only=() chooses nothing"]
     return [f"only={name!r} names nothing that is saved or wanted" for name in unknown]
+
+
+def unused_keys(key_map: object, saved: SavedState, wanted: Collection[str]) -> tuple[str, ...]:
+    """Keys of a key map that are no names of what this rank wants: misspelt ones would change nothing, in silence.
+
+    Args:
+        wanted: names of what is loaded into.
+    """
+    if not isinstance(key_map, Mapping):
+        return ()
+    left = [key for key in key_map if key not in wanted and saved.wants(key)]
+    above = {name[:at] for name in wanted for at, character in enumerate(name) if character == "."} if left else ()
+    return tuple(key for key in left if key not in above)
 
 
 def lacking(missing: Sequence[str], saved: SavedState) -> list[str]:

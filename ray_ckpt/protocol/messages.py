@@ -181,3 +181,5 @@ class LoadOffer:
     """What this rank holds of tensors that are compared instead of loaded."""
     other_base: tuple[str, ...] = ()
     """Names of those that are others than when it was saved; known once all ranks have agreed."""
+    unused_keys: tuple[str, ...] = ()
+    """Keys of the key map that name nothing that this rank wants."""

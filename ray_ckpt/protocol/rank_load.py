@@ -41,7 +41,7 @@ from ray_ckpt.phase_clock import PhaseClock
 from ray_ckpt.progress import NOBODY, Meter
 from ray_ckpt.protocol import frozen
 from ray_ckpt.protocol.agreement import mark, marked
-from ray_ckpt.protocol.fitting import compare, lacking, saved_and_wanted, unknown_names
+from ray_ckpt.protocol.fitting import compare, lacking, saved_and_wanted, unknown_names, unused_keys
 from ray_ckpt.protocol.frozen import Frozen
 from ray_ckpt.protocol.load_options import LoadOptions
 from ray_ckpt.protocol.load_source import LoadSource
@@ -208,7 +208,10 @@ class RankLoad:
         unwanted = {name for name in self._names if name not in taken and saved.wants(name)}
         unwanted = {name for name in unwanted if not name.startswith(plain_state.KEYS)}
         notes = {section: note for plan in self._plans for section, note in plan.notes.items()}
-        return LoadOffer(tuple(missing), tuple(cast), mark(self._names, unwanted), notes, self._frozen(state))
+        unused = unused_keys(options.key_map, saved, {*claims, *_further_names(state)})
+        return LoadOffer(
+            tuple(missing), tuple(cast), mark(self._names, unwanted), notes, self._frozen(state), unused_keys=unused
+        )
 
     def _frozen(self, state: State) -> Frozen:
         """What the state has instead of loading it, beside the fingerprints that were saved."""
@@ -233,8 +236,7 @@ class RankLoad:
         """
         self._refuse_leftovers(verdict)
         with self._preparing:
-            if self._given_up:
-                raise CheckpointError("another rank has given up")
+            self._refuse_after_giving_up()
             if handovers := handing_over.early(self._plans):
                 claims = {wanted: claim for handover in handovers for wanted, claim in handover.claims.items()}
                 with self._clock.phase("prepare"):
@@ -242,7 +244,6 @@ class RankLoad:
 
     def want(self) -> Wants:
         """Allocate what has no memory yet, and tell what is to be read for it. `read` follows on all ranks."""
-        self._reading = True
         with self._clock.phase("share"):
             self._wanted = self._want(self._claims())
             return wants_of(self._wanted.reads)
@@ -259,9 +260,11 @@ class RankLoad:
         Raises:
             StorageError, FormatError, IntegrityError: it cannot be read, or is damaged.
         """
-        self._reading = True
         with self._clock.phase("read") as phase:
             wanted = self._wanted or self._want(self._claims())
+            with self._preparing:
+                self._refuse_after_giving_up()
+                self._reading = True
             if share is None or peers is None:
                 wanted.reads.run(meter)
             else:
@@ -278,19 +281,23 @@ class RankLoad:
         Returns:
             Which parts of this rank's state are new; empty when none is.
         """
-        if not self._reading:
-            with self._preparing:
-                self._given_up = True
-                return self._taken.undo()
         early = handing_over.early(self._plans)
         taken = {wanted for handover in early for wanted in handover.claims}
         rest = [(plan.section, plan.claims.keys() - taken) for plan in self._plans]
+        with self._preparing:
+            if not self._reading:
+                self._given_up = True
+                told = [undone] if (undone := self._taken.undo()) else []
+                if unfilled := _sections([(section, wanted & self._loaded.keys()) for section, wanted in rest]):
+                    told.append(
+                        f"nothing was read; of {', '.join(unfilled)}, what had no memory has some of any content now"
+                    )
+                return "; ".join(told)
         applied, others = rest[: self._num_applied], rest[self._num_applied :]
-        read = set(self._loaded)
-        begun = [(section, wanted) for section, wanted in others if wanted & read]
+        begun = [(section, wanted) for section, wanted in others if wanted & self._loaded.keys()]
         parts = {
             "new": [*(handover.name for handover in early), *_sections(applied)],
-            "of both states": _sections(begun),
+            "part old, part new": _sections(begun),
             "as it was": _sections([part for part in others if part not in begun]),
         }
         told = [f"{state}: {', '.join(names)}" for state, names in parts.items() if names]
@@ -302,6 +309,10 @@ class RankLoad:
                 f"{self._source.label} was saved beside another base: the frozen {_listed(list(verdict.other_base))} "
                 "have other elements, or another dtype or shape, than they had then. Load the base of that run first; "
                 "strict=False loads it all the same"
+            )
+        if verdict.unused_keys and self._options.strict:
+            raise StateMismatchError(
+                f"{_unused(verdict)}. Its keys are names of what is loaded into; strict=False ignores others"
             )
         left = marked(self._names, verdict.unwanted)
         if verdict.missing and len(left) == sum(map(self._saved.wants, self._names)):
@@ -315,6 +326,10 @@ class RankLoad:
                 f"{self._source.label} does not fit what it is loaded into: {_listed(texts)}. Load a part of it by "
                 "only=('model', ...), or all that fits by strict=False"
             )
+
+    def _refuse_after_giving_up(self) -> None:
+        if self._given_up:
+            raise CheckpointError("another rank has given up")
 
     def _read_early(self, claims: Mapping[str, Claim]) -> Mapping[str, torch.Tensor]:
         wanted = self._want(claims)
@@ -373,7 +388,7 @@ class RankLoad:
             cast=verdict.cast,
             rng=verdict.notes.get("rng"),
             dataloader=verdict.notes.get("dataloader"),
-            lost=self._source.left_out,
+            lost="; ".join(filter(None, (self._source.left_out, _unused(verdict)))),
             phases=self._clock.phases,
             num_retries=self._storage.num_retries - self._retries_before,
             bytes_by_file=self._source.bytes_by_file,
@@ -408,6 +423,18 @@ class RankLoad:
             texts = [f"{self._source.label} does not fit what it is loaded into: {_listed(sorted(texts))}{advice}"]
         if texts or problems:
             raise StateMismatchError("; ".join([*texts, *problems]))
+
+
+def _further_names(state: State) -> list[str]:
+    """What a key map may name that is not read under that name: tied weights by their others, and a frozen base."""
+    if not isinstance(state, TrainState):
+        return []
+    frozen = state.frozen() if state.trainable_only else ()
+    return [*(f"model.{alias}" for alias in state.aliases), *frozen]
+
+
+def _unused(verdict: LoadOffer) -> str:
+    return f"key_map has {_listed(list(verdict.unused_keys))}, which nothing wants" if verdict.unused_keys else ""
 
 
 def _sections(parts: Sequence[tuple[str, Set[str]]]) -> list[str]:

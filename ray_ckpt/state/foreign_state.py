@@ -20,6 +20,7 @@ from ray_ckpt.state.group_lists import PER_GROUP, GroupList, split
 from ray_ckpt.state.hyperparameters import same
 from ray_ckpt.state.load_plan import Claim, SavedState
 from ray_ckpt.state.replicated_parts import claim_under
+from ray_ckpt.state.sealing import dict_like
 from ray_ckpt.text import listed
 
 __all__ = ["Rebuilt", "fit_groups", "misplaced", "rebuild"]
@@ -86,8 +87,7 @@ def _filled(value: Any, loaded: Mapping[str, torch.Tensor]) -> Any:
     if isinstance(value, _Wanted):
         return loaded[value.name]
     if isinstance(value, Mapping):
-        kind: Any = type(value)
-        return kind({key: _filled(item, loaded) for key, item in value.items()})
+        return dict_like(value, {key: _filled(item, loaded) for key, item in value.items()})
     if type(value) in (list, tuple):
         return type(value)(_filled(item, loaded) for item in value)
     return value
@@ -140,8 +140,7 @@ def _fitted_dict(
         elif is_there or not has_numbers:
             key = known.get(part, int(part) if has_numbers and part.isdecimal() else part)
             found[key] = _fitted(saved, below, live.get(key, {}), rebuilt, may_grow)
-    kind: Any = type(live)
-    return kind(found)
+    return dict_like(live, found)
 
 
 def _parts(saved: SavedState, place: str) -> dict[str, str | int]:

@@ -9,6 +9,7 @@ tell dicts from lists, and an entry `$keys.<name>`, which a save writes where it
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, MutableMapping
 from functools import partial
 from typing import Any
@@ -81,10 +82,13 @@ def _record(value: Any, path: Path, found: list[Any]) -> None:
     """List (path, tag of the class, keys) of each dict that its flat names alone do not give back."""
     if isinstance(value, Mapping):
         kinds = {type(key) for key in value}
-        tag = sealing.DICTS.get(type(value), "$dict")
+        tag = sealing.dict_tag(value) or "$dict"
         if kinds != {str} or tag != "$dict":
+            # An ordered dict is not equal to one in another order, and names come back sorted.
+            is_ordered = tag == "$ordered" and bool(path)
             try:
-                keys = _TEXTS if kinds == {str} else _NUMBERS if kinds == {int} else sealing.seal("", tuple(value))
+                by_kind = _TEXTS if kinds == {str} else _NUMBERS if kinds == {int} else ""
+                keys = by_kind if by_kind and not is_ordered else sealing.seal("", tuple(value))
             except UsageError:
                 return
             found.append((path, tag, keys))
@@ -136,11 +140,11 @@ def _plan_of_object(name: str, owner: Stateful, saved: SavedState) -> LoadPlan:
     state = _state_of(owner)
     source = saved.name_of(name)
     flat, _ = flatten_state_dict({name: state})
-    if _has_grown(name, owner, flat, saved, source):
+    if _has_grown(name, owner, state, flat, saved, source):
         claims = claim_under(saved, source)
         lost = [own for own in flat if own not in claims and _must_be_there(own, name, flat, claims)]
         claims |= {own: Claim(own) for own in lost}
-        handover = Handover(name, owner, claims, lambda loaded: _rebuilt(saved, source, loaded))
+        handover = Handover(name, owner, claims, lambda loaded: _rebuilt(saved, source, loaded, state))
         return LoadPlan(claims, lambda loaded: None, handovers=[handover], section=name, taken=[KEYS + source])
     nested = {name: state}
     plan, fill = _in_place(nested, saved)
@@ -158,7 +162,7 @@ def _state_of(owner: Stateful) -> dict[str, Any]:
     return with_targets(owner) if isinstance(owner, nn.Module) else owner.state_dict()
 
 
-def _has_grown(name: str, owner: Stateful, flat: Mapping[str, Any], saved: SavedState, source: str) -> bool:
+def _has_grown(name: str, owner: Stateful, state: Any, flat: Mapping[str, Any], saved: SavedState, source: str) -> bool:
     """Whether more was saved than the object shows now, or other shapes, in a state that is not laid out over ranks."""
     below = saved.under(source)
     sharded = any(isinstance(value, DTensor) for value in flat.values())
@@ -167,7 +171,7 @@ def _has_grown(name: str, owner: Stateful, flat: Mapping[str, Any], saved: Saved
     if isinstance(owner, nn.Module) or sharded or any(saved.path_of(flat)[0] != source for flat in below):
         return False
     wanted = {source + own[len(name) :]: own for own in flat}
-    if not wanted.keys() >= set(below):
+    if not wanted.keys() >= set(below) or _is_in_another_order(state, saved, source):
         return True
     light = can_be_undone(Handover(name, owner, claim_under(saved, source), lambda loaded: None))
     return light and any(
@@ -177,6 +181,16 @@ def _has_grown(name: str, owner: Stateful, flat: Mapping[str, Any], saved: Saved
     )
 
 
+def _is_in_another_order(state: Any, saved: SavedState, source: str) -> bool:
+    """Whether an ordered dict was saved in another order than that which an object shows now."""
+    for path, tag, keys in saved.values.get(KEYS + source, ()):
+        if tag == "$ordered" and keys not in (_TEXTS, _NUMBERS):
+            shown = functools.reduce(_at, path, state)
+            if isinstance(shown, Mapping) and list(shown) != list(sealing.unseal(KEYS, keys)):
+                return True
+    return False
+
+
 def _must_be_there(own: str, name: str, flat: Mapping[str, Any], claims: Mapping[str, Claim]) -> bool:
     """Whether an entry of the object that was not saved is missed: not if the dict or list that it is in may shrink."""
     if any(claim.startswith(f"{own}.") or own.startswith(f"{claim}.") for claim in claims):
@@ -184,8 +198,12 @@ def _must_be_there(own: str, name: str, flat: Mapping[str, Any], claims: Mapping
     return not any(part.isdigit() for part in own[len(name) + 1 :].split("."))
 
 
-def _rebuilt(saved: SavedState, source: str, loaded: Mapping[str, torch.Tensor]) -> Any:
-    """The state that was saved under a name."""
+def _rebuilt(saved: SavedState, source: str, loaded: Mapping[str, torch.Tensor], shown: Any) -> Any:
+    """The state that was saved under a name.
+
+    Args:
+        shown: what the object shows now, whose dicts may be of classes that a checkpoint does not name.
+    """
     leaves = {
         saved.path_of(flat)[1:]: loaded[flat] if flat in loaded else sealing.fresh(saved.values[flat])
         for flat in saved.under(source)
@@ -196,18 +214,24 @@ def _rebuilt(saved: SavedState, source: str, loaded: Mapping[str, torch.Tensor])
         node = tree
         for part in path:
             node = node.setdefault(part, {})
-    return _built((), tree, leaves, records)
+    return _built((), tree, leaves, records, shown)
 
 
 def _built(
-    path: Path, tree: Mapping[Any, Any], leaves: Mapping[Path, Any], records: Mapping[Path, tuple[str, Any]]
+    path: Path,
+    tree: Mapping[Any, Any],
+    leaves: Mapping[Path, Any],
+    records: Mapping[Path, tuple[str, Any]],
+    shown: Any = None,
 ) -> Any:
     if path in leaves:
         return leaves[path]
-    items = {part: _built((*path, part), below, leaves, records) for part, below in tree.items()}
+    items = {part: _built((*path, part), below, leaves, records, _at(shown, part)) for part, below in tree.items()}
     if path not in records:
         is_list = bool(items) and all(type(part) is int for part in items)
-        return [items[number] for number in sorted(items)] if is_list else items
+        if is_list:
+            return [items[number] for number in sorted(items)]
+        return _as_shown(shown, items)
     tag, keys = records[path]
     if keys == _TEXTS:
         named = items
@@ -215,7 +239,20 @@ def _built(
         named = {number: items[str(number)] for number in sorted(map(int, items))}
     else:
         named = {key: items[str(key)] for key in sealing.unseal(KEYS, keys)}
-    return sealing.MAKERS[tag](named)
+    return _as_shown(shown, named) if tag == "$dict" else sealing.MAKERS[tag](named)
+
+
+def _as_shown(shown: Any, items: dict[Any, Any]) -> Any:
+    """A dict of which no class was recorded: of a class that has no tag, if the object shows such a one there."""
+    has_no_tag = isinstance(shown, Mapping) and not sealing.dict_tag(shown)
+    return sealing.dict_like(shown, items) if has_no_tag else items
+
+
+def _at(shown: Any, part: Any) -> Any:
+    """What lies under a part of a path in a shown state; None where there is nothing."""
+    if isinstance(shown, Mapping):
+        return shown.get(part) if part in shown else next((shown[key] for key in shown if str(key) == part), None)
+    return shown[part] if isinstance(shown, (list, tuple)) and type(part) is int and part < len(shown) else None
 
 
 def _in_place(

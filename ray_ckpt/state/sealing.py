@@ -12,8 +12,9 @@ from __future__ import annotations
 import copy
 import io
 import operator
-from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,8 +26,12 @@ from ray_ckpt.format.wrappers import are_same
 from ray_ckpt.state import named_values
 from ray_ckpt.state.group_lists import TAG, GroupList
 
-DICTS: dict[type, str] = {dict: "$dict", OrderedDict: "$ordered", Counter: "$counter"}
-"""Classes of dicts that are sealed -> their tags."""
+_DICTS: dict[type, str] = {dict: "$dict", OrderedDict: "$ordered", Counter: "$counter"}
+_FACTORIES: dict[Any, str] = {
+    None: "$default",
+    **{factory: f"$default {factory.__name__}" for factory in (int, float, bool, str, list, dict, set, tuple)},
+}
+"""What a `defaultdict` makes -> its tag."""
 _SEQUENCES: dict[type, str] = {
     list: "$list",
     tuple: "$tuple",
@@ -34,8 +39,12 @@ _SEQUENCES: dict[type, str] = {
     frozenset: "$frozenset",
     torch.Size: "$size",
 }
-MAKERS: dict[str, Callable[[Any], Any]] = {tag: kind for kind, tag in (*DICTS.items(), *_SEQUENCES.items())}
-"""Tag in a sealed value -> class."""
+_MAKERS_OF_DICTS: dict[str, Callable[[Any], Any]] = {
+    **{tag: kind for kind, tag in _DICTS.items()},
+    **{tag: partial(defaultdict, factory) for factory, tag in _FACTORIES.items()},
+}
+MAKERS: dict[str, Callable[[Any], Any]] = {**_MAKERS_OF_DICTS, **{tag: kind for kind, tag in _SEQUENCES.items()}}
+"""Tag in a sealed value -> what makes it of its items."""
 
 
 _UNCHANGING = frozenset({bool, int, float, str, type(None)})
@@ -121,6 +130,23 @@ def fresh(value: Any) -> Any:
     return value if type(value) in _UNCHANGING else copy.deepcopy(value)
 
 
+def dict_tag(value: object) -> str:
+    """The tag of a dict's class; empty for what is no dict, or is of a class that cannot be made again."""
+    if type(value) is defaultdict:
+        return next((tag for factory, tag in _FACTORIES.items() if factory is value.default_factory), "")
+    return _DICTS.get(type(value), "")
+
+
+def dict_like(shown: Mapping[Any, Any], items: Mapping[Any, Any]) -> Any:
+    """A dict of the class of one that an object shows, with other items."""
+    if type(shown) is dict or not isinstance(shown, MutableMapping):
+        return dict(items)
+    made = copy.copy(shown)
+    made.clear()
+    made.update(items)
+    return made
+
+
 def is_component(key: object) -> bool:
     """Whether a key can be part of a name."""
     return type(key) is str and bool(key) and "." not in key and key[0] != "$"
@@ -131,7 +157,7 @@ def _seal(name: str, value: Any, tensors: list[torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
         tensors.append(value)
         return ("$tensor", len(tensors) - 1)
-    if kind in DICTS:
+    if tag := dict_tag(value):
         of_keys: list[torch.Tensor] = []
         keys = [_seal(name, key, of_keys) for key in value]
         if of_keys:
@@ -140,7 +166,7 @@ def _seal(name: str, value: Any, tensors: list[torch.Tensor]) -> Any:
             )
         items = [_seal(f"{name}.{key}", item, tensors) for key, item in value.items()]
         pairs = list(zip(keys, items, strict=True))
-        return (DICTS[kind], tuple(pairs))
+        return (tag, tuple(pairs))
     if kind in _SEQUENCES:
         items = list(_seal_items(name, value, tensors))
         if kind in (set, frozenset):
@@ -207,6 +233,6 @@ def _unseal(name: str, sealed: Any, leaves: Mapping[str, Any]) -> Any:
         return named_values.named_tuple(name, content[0], content[1], items)
     if tag not in MAKERS:
         raise FormatError(f"{name!r} is sealed as {tag!r}, which this version does not know; upgrade ray-ckpt")
-    if tag in DICTS.values():
+    if tag in _MAKERS_OF_DICTS:
         return MAKERS[tag]({_unseal(name, key, leaves): _unseal(name, item, leaves) for key, item in content})
     return MAKERS[tag]([_unseal(name, item, leaves) for item in content])
