@@ -308,10 +308,21 @@ class Hiding(torch.optim.Optimizer):
         self.inner.step()
 
 
-def test_state_that_is_not_shown_is_refused(tmp_path: Path) -> None:
-    model, optimizer = made(0, Hiding)
+class HidingWithOwnLoad(Hiding):
+    """As implementations of sharpness-aware minimization are: what it loads is its own, what it shows is not."""
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        super().load_state_dict(state_dict)
+        self.inner.param_groups = self.param_groups
+
+
+@pytest.mark.parametrize("kind", [Hiding, HidingWithOwnLoad])
+def test_state_that_is_not_shown_is_refused(tmp_path: Path, kind: type[Hiding]) -> None:
+    model, optimizer = made(0, kind)
     step(model, optimizer)
-    with pytest.raises(UsageError, match=r"Hiding steps by the AdamW in its attribute 'inner', whose state is not in"):
+    with pytest.raises(
+        UsageError, match=rf"{kind.__name__} steps by the AdamW in its attribute 'inner', whose state is not in"
+    ):
         ray_ckpt.save(TrainState(model, optimizer), tmp_path / "run")
     ray_ckpt.save(TrainState(model, optimizer.inner), tmp_path / "run")
     model, numbered = made(0, torch.optim.AdamW)

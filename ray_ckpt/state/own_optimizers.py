@@ -23,7 +23,7 @@ from ray_ckpt.text import listed
 
 OTHERS = "others"
 
-_HOOKS = ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post")
+_HOOKS = ("state_dict_pre", "state_dict_post")
 
 States = Mapping[int, Mapping[str, Any]]
 """Number of a parameter in its optimizer -> the optimizer's state of it."""
@@ -31,11 +31,18 @@ States = Mapping[int, Mapping[str, Any]]
 
 def has_own_load(optimizer: torch.optim.Optimizer) -> bool:
     """Whether its class, or a hook, makes something of a state dict that torch's own optimizers do not."""
-    base = torch.optim.Optimizer
-    methods = [getattr(method, "__func__", None) for method in (optimizer.state_dict, optimizer.load_state_dict)]
-    return methods != [base.state_dict, base.load_state_dict] or any(
-        getattr(optimizer, f"_optimizer_{hook}_hooks", None) for hook in _HOOKS
+    method = getattr(optimizer.load_state_dict, "__func__", None)
+    return (
+        _has_own_state_dict(optimizer)
+        or method is not torch.optim.Optimizer.load_state_dict
+        or any(getattr(optimizer, f"_optimizer_load_{hook}_hooks", None) for hook in _HOOKS)
     )
+
+
+def _has_own_state_dict(optimizer: torch.optim.Optimizer) -> bool:
+    method = getattr(optimizer.state_dict, "__func__", None)
+    hooks = any(getattr(optimizer, f"_optimizer_{hook}_hooks", None) for hook in _HOOKS)
+    return hooks or method is not torch.optim.Optimizer.state_dict
 
 
 def states_in(shown: Mapping[str, Any]) -> Mapping[Any, Any]:
@@ -49,7 +56,7 @@ def check_shows_all(optimizer: torch.optim.Optimizer, shown: Mapping[str, Any]) 
     """
     kind = type(optimizer).__name__
     for name, inner in vars(optimizer).items():
-        if not isinstance(inner, torch.optim.Optimizer) or has_own_load(optimizer):
+        if not isinstance(inner, torch.optim.Optimizer) or _has_own_state_dict(optimizer):
             continue
         if inner.state and inner.state is not optimizer.state:
             raise UsageError(
