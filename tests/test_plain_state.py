@@ -32,6 +32,8 @@ GROWN: dict[str, tuple[dict[Any, Any], dict[Any, Any]]] = {
     "list of dicts": ({"entries": []}, {"entries": [{"loss": 1.0}, {"loss": 0.5, "at": {"step": 3}}]}),
     "list of tensors": ({"entries": []}, {"entries": [torch.ones(2), torch.zeros(3)]}),
     "dict of tensors": ({"shadow": {}}, {"shadow": {"0.weight": torch.ones(2), "0.bias": torch.ones(1)}}),
+    "an empty dict": ({}, {"seen": {}}),
+    "empty dicts below": ({}, {"seen": {"a": {"b": {}}}, "order": [{}, OrderedDict()]}),
     "from nothing": ({}, {"metrics": {"mean": torch.ones(2)}, "total": 3}),
     "numbers as keys": ({"buffer": {}}, {"buffer": {10: torch.ones(2), 2: torch.zeros(2)}}),
     "more numbers as keys": ({"buffer": {2: torch.ones(2)}}, {"buffer": {10: torch.ones(2), 2: torch.zeros(2)}}),

@@ -141,7 +141,7 @@ def _plan_of_object(name: str, owner: Stateful, saved: SavedState) -> LoadPlan:
     source = saved.name_of(name)
     flat, _ = flatten_state_dict({name: state})
     if _has_grown(name, owner, state, flat, saved, source):
-        claims = claim_under(saved, source)
+        claims = claim_under(saved, source) if saved.under(source) else {}  # all of it may be empty dicts
         lost = [own for own in flat if own not in claims and _must_be_there(own, name, flat, claims)]
         claims |= {own: Claim(own) for own in lost}
         handover = Handover(name, owner, claims, lambda loaded: _rebuilt(saved, source, loaded, state))
@@ -171,7 +171,7 @@ def _has_grown(name: str, owner: Stateful, state: Any, flat: Mapping[str, Any], 
     if isinstance(owner, nn.Module) or sharded or any(saved.path_of(flat)[0] != source for flat in below):
         return False
     wanted = {source + own[len(name) :]: own for own in flat}
-    if not wanted.keys() >= set(below) or _is_in_another_order(state, saved, source):
+    if not wanted.keys() >= set(below) or _shows_other_dicts(state, saved, source):
         return True
     light = can_be_undone(Handover(name, owner, claim_under(saved, source), lambda loaded: None))
     return light and any(
@@ -181,13 +181,15 @@ def _has_grown(name: str, owner: Stateful, state: Any, flat: Mapping[str, Any], 
     )
 
 
-def _is_in_another_order(state: Any, saved: SavedState, source: str) -> bool:
-    """Whether an ordered dict was saved in another order than that which an object shows now."""
+def _shows_other_dicts(state: Any, saved: SavedState, source: str) -> bool:
+    """Whether an object lacks a dict that was saved, which may be empty, or has an ordered one in another order."""
     for path, tag, keys in saved.values.get(KEYS + source, ()):
-        if tag == "$ordered" and keys not in (_TEXTS, _NUMBERS):
-            shown = functools.reduce(_at, path, state)
-            if isinstance(shown, Mapping) and list(shown) != list(sealing.unseal(KEYS, keys)):
-                return True
+        shown = functools.reduce(_at, path, state)
+        if not isinstance(shown, Mapping):
+            return True
+        is_in_order = tag != "$ordered" or keys in (_TEXTS, _NUMBERS) or list(shown) == [*sealing.unseal(KEYS, keys)]
+        if not is_in_order:
+            return True
     return False
 
 
