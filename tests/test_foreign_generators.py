@@ -114,7 +114,11 @@ def test_what_is_no_state_of_a_generator_is_refused(tmp_path: Path, wrong: Any, 
 
 def test_a_state_of_torch_alone(tmp_path: Path) -> None:
     torch.manual_seed(3)
-    saved = {"model": nn.Linear(2, 2).state_dict(), "torch_rng_state": torch.get_rng_state()}
+    saved = {
+        "model": nn.Linear(2, 2).state_dict(),
+        "torch_rng_state": torch.get_rng_state(),
+        "cuda_rng_state": [],  # of a process without devices
+    }
     torch.save(saved, tmp_path / "run.pt")
     expected = torch.rand(2)
     state = state_with()
@@ -131,6 +135,7 @@ def test_a_state_of_torch_alone(tmp_path: Path) -> None:
         ("random_states_0.step", ("0", "")),
         ("rng_states.torch.cuda.1", ("0", "cuda.1")),
         ("rng.1.numpy", ("1", "numpy")),
+        ("rng_states.2.numpy", ("2", "numpy")),
         ("numpy_rng_state", ("0", "numpy")),
         ("rng_state", ("0", "torch")),
         ("rng_state.python.1", ("0", "")),

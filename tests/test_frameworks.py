@@ -299,6 +299,46 @@ def test_peft_adapters_alone_in_another_layout(tmp_path: Path) -> None:
             load(TrainState(target, trainable_only=True), tmp_path / str(number), only=("model",))
 
 
+@pytest.mark.parametrize("options", ADAPTERS)
+def test_a_trainer_of_peft_adapters(tmp_path: Path, options: dict[str, Any]) -> None:
+    pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+
+    def llama(seed: int) -> Any:
+        import peft
+
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
+        base = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=16, **sizes))
+        torch.manual_seed(seed + 7)
+        of_layers = {"target_modules": ["q_proj", "v_proj"]} | {k: v for k, v in options.items() if k == "use_dora"}
+        return peft.get_peft_model(
+            base,
+            peft.LoraConfig(r=2, **of_layers, modules_to_save=["lm_head"] if "modules_to_save" in options else None),
+        )
+
+    model = llama(1)
+    arguments = transformers.TrainingArguments(
+        str(tmp_path / "out"), max_steps=2, save_steps=2, use_cpu=True, report_to=[], disable_tqdm=True
+    )
+    rows = [{"input_ids": torch.arange(n, n + 6), "labels": torch.arange(n, n + 6)} for n in range(8)]
+    trainer = transformers.Trainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    target = llama(2)
+    others = transformers.Trainer(target, arguments, train_dataset=rows).create_optimizer()
+    schedule = transformers.get_linear_schedule_with_warmup(others, 0, 2)
+    state = TrainState(target, others, schedulers=schedule, step=0, rng=True, trainable_only=True)
+    assert not same_model(target, model.state_dict())
+    report = load(state, tmp_path / "out" / "checkpoint-2")
+    assert (state.step, report.rng, report.missing) == (2, "restored", ())
+    assert same_model(target, model.state_dict())
+    expected = trainer.optimizer.optimizer.state_dict()
+    found = others.state_dict()
+    assert found["param_groups"][0] == expected["param_groups"][0]  # the other one, of biases, is empty
+    assert found["state"].keys() == expected["state"].keys()
+    assert all(torch.equal(found["state"][n]["exp_avg"], of["exp_avg"]) for n, of in expected["state"].items())
+
+
 OPTIMIZERS = [
     "schedulefree.AdamWScheduleFree",
     "pytorch_optimizer.Lion",

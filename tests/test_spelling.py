@@ -126,3 +126,30 @@ def test_an_optimizer_alone_is_compared_with_the_live_shapes(tmp_path: Path) -> 
     with pytest.raises(StateMismatchError, match=r"number 0 would be 'layers\.1\.bias'"):
         load(TrainState(other, swapped), tmp_path / "optimizer.pt", only=("optim",))
     assert not swapped.state
+
+
+@pytest.mark.parametrize(
+    ("wanted", "written"),
+    [
+        ("base.0.lora_A.default.weight", "base.0.lora_A.weight"),
+        ("base.0.lora_embedding_B.default", "base.0.lora_embedding_B"),
+        ("base.0.lora_magnitude_vector.mine.weight", "base.0.lora_magnitude_vector"),
+        ("base.1.modules_to_save.mine.weight", "base.1.weight"),
+        ("base.2.ia3_l.default", "base.2.ia3_l"),
+        ("base.3.modules_to_save.default.lora_A.default.weight", "base.3.lora_A.weight"),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_files_of_adapters_leave_out_what_an_adapter_is_called(wanted: str, written: str, prefix: str) -> None:
+    others = {"base.9.lora_A.default.weight": "base.9.lora_A.weight"}
+    saved = [prefix + name for name in (written, *others.values())]
+    assert spell(saved, [wanted, *others]).wanted == dict(zip(saved, [wanted, *others], strict=True))
+    # What is there under its own name is meant by it.
+    both = [prefix + wanted, prefix + written]
+    assert spell(both, [wanted]).wanted == {prefix + wanted: wanted}
+
+
+def test_a_model_that_merely_has_such_names_is_read_by_them() -> None:
+    names = ["lora_A.weight", "lora_A.bias", "other.weight"]
+    assert spell(names, names).wanted == {name: name for name in names}
+    assert spell(["lora_A.x.weight"], ["lora_A.weight"]).wanted == {}

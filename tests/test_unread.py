@@ -30,6 +30,7 @@ DIRECTORIES = {
     "iter_0000100/x": r"Megatron's: name an iter_<N>",
     "step-3/x": r"a run folder; its steps were not finished",
     "notes.md": r"it holds notes\.md, which no reader here knows",
+    "model_index.json": r"a pipeline of diffusers: name the directory of one",
     "late.ckpt": r"name the file",
 }
 

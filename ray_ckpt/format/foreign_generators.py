@@ -30,8 +30,8 @@ _KINDS = {
 _OURS = {other: ours for ours, others in _KINDS.items() for other in others}
 
 _NAMES = re.compile(
-    r"(?:rng_states?|random_states)(?:_(?P<file>[0-9]{1,7}))?(?:\.(?P<in_file>\w.*))?"
-    r"|rng\.(?P<item>[0-9]{1,7})\.(?P<in_item>\w.*)"
+    r"(?:rng_states?|random_states|rng)\.(?P<item>[0-9]{1,7})\.(?P<in_item>\w.*)"
+    r"|(?:rng_states?|random_states)(?:_(?P<file>[0-9]{1,7}))?(?:\.(?P<in_file>\w.*))?"
     r"|(?P<alone>(?:torch|cuda|numpy|np|python|random)_rng_state(?:\.[0-9]{1,3})?)"
 )
 

@@ -4,11 +4,13 @@
 
 `model._orig_mod.layers.0._checkpoint_wrapped_module.weight` is `layers.0.weight` below `model`. Wrappers hold one
 module each, so their names mean nothing and are taken out wherever they stand, on both sides: a model may have a
-component `module` of its own.
+component `module` of its own. peft leaves the names of adapters out of the files that it writes, so they are left out
+of what is wanted where it is not found otherwise.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -21,6 +23,13 @@ _WRAPPERS = frozenset(
     {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module", "module", "_module"}
 )
 """Names that torch.compile, activation checkpointing, FSDP1, Lightning Fabric, DDP and its kind, and Opacus put in."""
+
+_MAGNITUDES = re.compile(r"(\.lora_magnitude_vector)\.\w+\.weight$")
+
+_ADAPTER = re.compile(r"(\.(?:lora|ia3|vera|hada|lokr|oft|boft|hra|randlora|shira|fourierft)_\w+)\.\w+(?=\.|$)")
+
+_OTHER_MODULES = re.compile(r"\.modules_to_save\.\w+(?=\.)")
+"""Modules that are trained whole; the frozen one that each stands for is beside it."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +73,33 @@ def spell(saved: Iterable[str], wanted: Collection[str], preferred: Iterable[str
     known: dict[str, list[str]] = {}
     for name in saved:
         known.setdefault(plain(name), []).append(name)
+    spelling = _spell(known, {name: plain(name) for name in wanted}, preferred)
+    found = set(spelling.wanted.values())
+    adapters = {name: short for name in wanted if name not in found and (short := _without_adapter(plain(name)))}
+    if not adapters:
+        return spelling
+    left = {core: [name for name in names if name not in spelling.wanted] for core, names in known.items()}
+    further = _spell({core: names for core, names in left.items() if names}, adapters, preferred)
+    if found and further.prefix != spelling.prefix:
+        return spelling
+    return Spelling(further.prefix, {**spelling.wanted, **further.wanted})
+
+
+def _without_adapter(name: str) -> str:
+    """The name as peft writes it; empty for what is no adapter's."""
+    short = _OTHER_MODULES.sub("", _ADAPTER.sub(r"\1", _MAGNITUDES.sub(r"\1", name)))
+    return short if short != name else ""
+
+
+def _spell(known: Mapping[str, list[str]], wanted: Mapping[str, str], preferred: Iterable[str]) -> Spelling:
+    """
+    Args:
+        known: name without wrappers -> saved names.
+        wanted: wanted name -> what it is called without wrappers.
+    """
     spelled: dict[str, list[str]] = {}
-    for name in wanted:
-        spelled.setdefault(plain(name), []).append(name)
+    for name, core in wanted.items():
+        spelled.setdefault(core, []).append(name)
     prefix = _prefix(known.keys(), spelled, preferred)
     if prefix is None:
         return Spelling()

@@ -76,7 +76,8 @@ class ForeignGenerators:
         self._saved = saved
         of_ranks: dict[int | None, dict[str, str]] = defaultdict(dict)
         for name in saved.under("rng"):
-            if found := _FOREIGN.fullmatch(name):
+            # Those of all devices of a process that has none are an empty list.
+            if (found := _FOREIGN.fullmatch(name)) and saved.values.get(name, True) not in ([], None):
                 number = None if found[1] is None else int(found[1])
                 if found[3] is None or int(found[3]) == _device():
                     of_ranks[number][found[2]] = name

@@ -16,6 +16,7 @@ from ray_ckpt.storage.files import Storage
 __all__ = [
     "ACCELERATE_MODEL",
     "ACCELERATE_OPTIMIZER",
+    "ADAPTERS",
     "KINDS",
     "Kind",
     "Listing",
@@ -30,7 +31,12 @@ ACCELERATE_MODEL, ACCELERATE_OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"
 """Directories that accelerate's `save_state` makes for FSDP: `FSDP_MODEL_NAME` and `OPTIMIZER_NAME` of its constants,
 with the number of the model or optimizer."""
 
-_MODEL = re.compile(r"(model(-\d+-of-\d+)?\.safetensors|pytorch_model(-\d+-of-\d+|_fsdp)?\.bin)(\.index\.json)?")
+ADAPTERS = re.compile(r"adapter_model\.(safetensors|bin)")
+"""peft's file of adapters, which `Trainer` writes in the place of the model that has them."""
+
+_MODEL = re.compile(
+    r"(model(-\d+-of-\d+)?\.safetensors|pytorch_model(-\d+-of-\d+|_fsdp)?\.bin)(\.index\.json)?|" + ADAPTERS.pattern
+)
 """Files of a model by transformers' `save_pretrained` or accelerate's `save_state`."""
 
 _BESIDE_MODEL = re.compile(r"(optimizer|scheduler)\.(pt|bin)|trainer_state\.json|(rng_state|random_states)(_\d+)?\.\w+")
@@ -45,6 +51,7 @@ _DEEPSPEED = re.compile(
 
 _HOLD_MODELS = (
     re.compile(r"(model(-\d+-of-\d+)?\.safetensors|pytorch_model(-\d+-of-\d+|_fsdp)?\.bin)"),
+    ADAPTERS,
     re.compile(r"model_world_size_\d+_rank_\d+\.pt|pytorch_model_fsdp(_\d+)?_rank\d+\.bin"),
     re.compile(r"mp_rank_\d+_model_states\.pt|zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt"),
 )

@@ -1,7 +1,7 @@
 """Directories of a whole training run: accelerate's `save_state` and transformers' `Trainer`.
 
 model       `model.safetensors` or its shards and index, `pytorch_model.bin` likewise, `pytorch_model_fsdp.bin`;
-            `pytorch_model_fsdp_0/`, DCP inside
+            `pytorch_model_fsdp_0/`, DCP inside; of adapters `adapter_model.safetensors` or `.bin`
 optimizer   `optimizer.pt`, `optimizer.bin`: the optimizer's own state dict; `optimizer_0/`, DCP inside
 """
 
@@ -16,7 +16,7 @@ from ray_ckpt.format.foreign_json import parse_object
 from ray_ckpt.format.manifest import Inline, Manifest, ObjectEntry
 from ray_ckpt.storage import safetensors_files, stock_dcp, torch_files
 from ray_ckpt.storage.files import Storage
-from ray_ckpt.storage.foreign_names import ACCELERATE_MODEL, ACCELERATE_OPTIMIZER, Listing
+from ray_ckpt.storage.foreign_names import ACCELERATE_MODEL, ACCELERATE_OPTIMIZER, ADAPTERS, Listing
 from ray_ckpt.storage.foreign_parts import Found, below, check_parts, join, prefixed
 
 __all__ = ["open_directory", "open_fsdp"]
@@ -95,7 +95,7 @@ def _model(storage: Storage, listing: Listing) -> Manifest:
         if index in listing.files:
             open_indexed = torch_files.open_indexed if index == _BIN_INDEX else safetensors_files.open_indexed
             return open_indexed(storage, index)
-    files = listing.matching(_SAFETENSORS) or listing.matching(_BINS)
+    files = listing.matching(_SAFETENSORS) or listing.matching(_BINS) or listing.matching(ADAPTERS)[-1:]
     check_parts(storage.address, files)
     if files[0].endswith(safetensors.SUFFIX):
         return safetensors_files.open_files(storage, files)

@@ -46,6 +46,8 @@ _HINTS = tuple(
         (r".*\.(tar|tgz|tar\.gz|zip|zst|7z)", "an archive: unpack it and name what is in it"),
         (r".*\.(onnx|engine|plan|mlmodel|tflite|pte)", "exported for inference: load what it was made from"),
         (r".*\.(msgpack|npz|npy|pdparams)", "of another framework: export it to safetensors there"),
+        (r"model_index\.json", "a pipeline of diffusers: name the directory of one of its models"),
+        (r"\.snapshot_metadata", "torchsnapshot's: restore it there, and save the state dict by torch.save"),
         (r".*\.distcp", "data files of DCP without their .metadata: the save was interrupted"),
         (r"adapter_config\.json|config\.json|tokenizer.*\.json", "a model's settings without its weights"),
         (r".*\.(pt|pth|bin|ckpt)", "files that torch.save may have written: name the file that is meant"),
