@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ray_ckpt import TrainState, load, save
-from ray_ckpt.errors import StateMismatchError
+from ray_ckpt.errors import StateMismatchError, UnsafeCheckpointError
 from ray_ckpt.format.foreign_generators import find
 from tests.support.ranks import run_ranks
 
@@ -110,6 +110,15 @@ def test_what_is_no_state_of_a_generator_is_refused(tmp_path: Path, wrong: Any, 
         load(state_with(), directory)
     assert load(state_with(), directory, strict=False).rng == "left as it was"
     assert random.getstate() == before
+
+
+def test_a_state_of_numpy_with_what_is_no_number_in_it_is_refused(tmp_path: Path) -> None:
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    for number, odd in enumerate(((kind, keys, np.int64(3), has_gauss, cached), (kind, keys[:9], position, 0, cached))):
+        directory = write(tmp_path / str(number), {"cpu": torch.get_rng_state(), "numpy": odd})
+        with pytest.raises(UnsafeCheckpointError, match=r"asks for numpy"):
+            load(state_with(), directory)
+        assert load(state_with(rng=False), directory).missing == ()
 
 
 def test_a_state_of_torch_alone(tmp_path: Path) -> None:

@@ -87,6 +87,8 @@ def numpy_state(value: Any) -> tuple[Any, ...] | None:
     """
     if type(value) is not tuple or len(value) != 5 or value[0] != _MERSENNE_TWISTER:
         return None
+    if any(type(number) not in (int, float) for number in value[2:]):
+        return None
     words = _words(value[1])
     return None if words is None else (value[0], words, *value[2:])
 
