@@ -1,4 +1,4 @@
-"""What fingerprints cost a save: the same state saved with and without, one process, no peers.
+"""What fingerprints cost: the same state saved with and without, and parts summed up by both formulas; one process.
 
 PYTHONPATH=. .venv/bin/python benchmarks/fingerprints.py --directory /dev/shm
 """
@@ -17,6 +17,9 @@ from collections.abc import Callable
 import torch
 
 import ray_ckpt
+from ray_ckpt.format.boxes import Box
+from ray_ckpt.format.fingerprint import CURRENT, FIRST
+from ray_ckpt.format.fingerprinting import sum_of_part
 
 
 def main() -> None:
@@ -37,6 +40,31 @@ def main() -> None:
         alone = time_of(lambda: [ray_ckpt.fingerprint(value) for value in state.values()], options.repeats)  # noqa: B023
         rate = sum(value.nbytes for value in state.values()) / alone / 1e6
         print(f"| {name} | {seconds[0]:.2f} | {seconds[1]:.2f} | {rate:.0f} |", flush=True)
+    print("\n| part | MB/s | by the first formula MB/s | of its time |\n| --- | ---: | ---: | ---: |")
+    for dtype in (torch.float32, torch.bfloat16, torch.uint8, torch.float64):
+        for columns in (None, 64, 1024, 3000):
+            compare_formulas(dtype, columns, options.repeats)
+
+
+def compare_formulas(dtype: torch.dtype, columns: int | None, repeats: int) -> None:
+    """Processor time of both on a whole tensor of 16 MiB, or on a quarter of the columns of a matrix, so many of them:
+    the least of the repeats, in which they take turns."""
+    values = torch.randint(0, 256, (16 << 20,), dtype=torch.uint8).view(dtype)
+    width = len(values) if columns is None else columns
+    part = values[: len(values) // width * width].view(-1, width)
+    shape = (len(part), width if columns is None else 4 * width)
+    box = Box((0, shape[1] - width), tuple(part.shape))
+    seconds: dict[int, list[float]] = {CURRENT: [], FIRST: []}
+    for _ in range(repeats):
+        for formula, found in seconds.items():
+            started = time.thread_time()
+            sum_of_part(part, box, shape, formula=formula)
+            found.append(time.thread_time() - started)
+    current, first = (min(found) for found in seconds.values())
+    name = (
+        f"{str(dtype).removeprefix('torch.')}, {'whole' if columns is None else f'{columns} columns of {4 * columns}'}"
+    )
+    print(f"| {name} | {part.nbytes / current / 1e6:.0f} | {part.nbytes / first / 1e6:.0f} | {current / first:.2f}x |")
 
 
 def save(state: dict[str, torch.Tensor], directory: str, fingerprints: bool) -> None:

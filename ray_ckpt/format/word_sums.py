@@ -1,8 +1,8 @@
 """Sum up the contributions of words on the CPU, as `fingerprinting.py` defines them; and the keys, for any device.
 
 By numpy, a block at a time, so that what is read and written on the way stays in the cache: widen, multiply by the keys
-and add up. The factor of a block is multiplied once, by the sum of its words. Rows that are shorter than half a block,
-as shards along an inner dim have them, are summed up many at once, each by its own window of the table.
+and add up. The factor of a block is multiplied once, by the sum of its words. Short rows, as shards along an
+inner dim have them, are summed up many at once, each by its own window of the table.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ BLOCK_BITS = 13
 BLOCK_WORDS = 1 << BLOCK_BITS
 """Words that share a factor and a place in the table: 64 KiB of keys."""
 
-_LONG_ROW_WORDS = BLOCK_WORDS // 2
+_LONG_ROW_WORDS = BLOCK_WORDS // 4
+"""From here on a row is summed up by itself: its windows of the table would have to be copied."""
 
 _PLANNED_ROWS, _PLANNED_WORDS = 1 << 12, 1 << 18
 """Short rows whose keys are found at once: at most so many, of at most so many words."""
