@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 import torch
+from rich.console import Console
 
 import ray_ckpt
 from ray_ckpt import cluster
@@ -20,6 +24,9 @@ from ray_ckpt.cluster.ram.holds import File, Holds
 from ray_ckpt.cluster.ram.index import find_index, index_name
 from ray_ckpt.errors import CheckpointNotFoundError, StorageError, WorkerError
 from ray_ckpt.format.manifest import MANIFEST_NAME
+from ray_ckpt.recipes.reshard import job
+from ray_ckpt.recipes.screen import Screen
+from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.rewrite import BATCH_BYTES
 from ray_ckpt.storage.store import CheckpointStore
 from tests.support import rank_states
@@ -40,6 +47,21 @@ def values(step: int) -> dict[str, torch.Tensor]:
 
 def publish(store: CheckpointStore, step: int, *, version: int | None = None) -> None:
     ray_ckpt.save(values(step if version is None else version), store, step=step, overwrite=True)
+
+
+class DeletedOnceHeld(Storage):
+    """A step of a store whose steps somebody deletes as soon as the last hold that its reader takes is there."""
+
+    store: CheckpointStore
+    last: str
+    """Address of what is held last."""
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[Storage]:
+        with super().held() as held:
+            if self.address == self.last:
+                self.store.delete(*self.store.steps())
+            yield held
 
 
 def loaded(source: Any) -> torch.Tensor:
@@ -146,7 +168,10 @@ class TestOneNode:
         "verb",
         [
             "export",
-            *(pytest.param(verb, marks=pytest.mark.slow) for verb in ("convert", "diff", "scan", "verify signature")),
+            *(
+                pytest.param(verb, marks=pytest.mark.slow)
+                for verb in ("convert", "diff", "scan", "verify signature", "report")
+            ),
         ],
     )
     def test_whoever_looks_or_copies_reads_to_the_end_too(
@@ -175,6 +200,10 @@ class TestOneNode:
             assert (report.equal, report.num_equal) == (True, 3)
         elif verb == "scan":
             assert not ray_ckpt.scan_nonfinite(store, 1, progress=delete_once)
+        elif verb == "report":
+            page = ray_ckpt.write_report(store, tmp_path / "page.html", 1, layout="tp2", progress=delete_once)
+            assert page.verification is not None
+            assert (page.verification.verified, page.damage, page.num_tensors) == (True, "", 3)
         else:
             key, public = make_keys(tmp_path)
             ray_ckpt.sign(store, key, 1)
@@ -184,6 +213,39 @@ class TestOneNode:
         assert store.steps() == (2,)
         with pytest.raises(StorageError):  # what does not hold it sees it no more
             begun.read_bytes(MANIFEST_NAME)
+
+    @pytest.mark.parametrize("is_delta", [False, True])
+    def test_a_record_is_read_to_its_end(self, store: CheckpointStore, is_delta: bool) -> None:
+        """The step is deleted, with all that it is built on, once its reader holds it and before anything is read."""
+        publisher, state = ray_ckpt.WeightPublisher(store, whole_every=3 if is_delta else 1), values(0)
+        for step in (1, 2):
+            state["x"][step] += 1
+            publisher.save(state, step)
+        gone = DeletedOnceHeld(store.location(2).uri)
+        gone.store = store
+        gone.last = store.address if is_delta else store.location(2).address  # of a delta it is all of the store
+        contents = ray_ckpt.inspect(gone)
+        assert store.steps() == ()
+        assert contents.tensor("x").shape == (5000,)
+        assert contents.manifest.attempt
+        with pytest.raises(CheckpointNotFoundError):
+            ray_ckpt.inspect(store, 2)
+
+    @pytest.mark.slow
+    def test_a_reshard_rewrites_what_is_deleted_meanwhile(self, store: CheckpointStore, tmp_path: Path) -> None:
+        """Once the job has read the record, and before its tasks read the first tensor."""
+        publish(store, 1)
+        screen = Screen(console=Console(file=io.StringIO()))
+        with contextlib.ExitStack() as holds:
+            options = job.Options(store._storage.uri, "tp2", str(tmp_path / "resharded"))
+            prepared = job.prepare(options, screen, holds)
+            store.delete(1)
+            with pytest.raises(CheckpointNotFoundError):
+                job.prepare(options, screen, holds)
+            job.rewrite(prepared, 100, screen)
+            job.commit(prepared, screen)
+        assert torch.equal(loaded(tmp_path / "resharded"), values(1)["x"])
+        assert ray_ckpt.verify(tmp_path / "resharded").verified
 
     def test_what_a_delta_is_built_on_stays_for_its_readers(self, store: CheckpointStore) -> None:
         publisher, follower = ray_ckpt.WeightPublisher(store, whole_every=3), ray_ckpt.WeightFollower(store)
