@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python benchmarks/publishing.py
     PYTHONPATH=. python benchmarks/publishing.py --mib 512
-    PYTHONPATH=. python benchmarks/publishing.py --only fetches
+    PYTHONPATH=. python benchmarks/publishing.py --only fetches   (or publishing, or bytes)
 
 Two trainers and two followers, as processes of this machine; each trainer holds every other tensor, each follower one
 half of the tensors: each fetches from both, and holds whole checksum blocks. Medians of the rounds, after one that
@@ -24,7 +24,7 @@ import contextlib
 import logging
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -127,6 +127,24 @@ def _publishing(options: argparse.Namespace) -> None:
 
 # ------------------------------------------------------------------------------------------------- from elsewhere
 
+
+@contextlib.contextmanager
+def _head() -> Iterator[Any]:
+    """A cluster whose head takes no workers, and which we have joined."""
+    from tests.support.clusters import Sandbox, joined, start_head  # here, as the workers import this module too
+
+    with Sandbox() as sandbox:
+        head = start_head(sandbox, num_cpus=0)
+        with joined(head):
+            yield head
+
+
+def add_node(head: Any, ip: str, *, num_cpus: int) -> None:
+    from tests.support import clusters
+
+    clusters.add_node(head, ip, num_cpus=num_cpus)
+
+
 SHAPES = {
     "attention [4096, 4096]": (4096, 4096),
     "down [4096, 14336]": (4096, 14336),
@@ -177,7 +195,17 @@ def _pattern(rows: range, columns: range) -> torch.Tensor:
     return ((of_rows * 31 % 241).to(torch.int16)[:, None] + of_columns.to(torch.int16)).remainder_(241).bfloat16()
 
 
-def _bytes(trainers: WorkerGroup, followers: WorkerGroup, rounds: int) -> None:
+def _bytes(rounds: int) -> None:
+    with _head() as head:
+        add_node(head, "127.0.0.2", num_cpus=4)
+        # Each group fills what has room, so that it is known which one is on which node.
+        with WorkerGroup(4, cpus_per_worker=1, start_timeout_s=120) as trainers:
+            add_node(head, "127.0.0.3", num_cpus=2)
+            with WorkerGroup(2, cpus_per_worker=1, start_timeout_s=120) as followers:
+                _move(trainers, followers, rounds)
+
+
+def _move(trainers: WorkerGroup, followers: WorkerGroup, rounds: int) -> None:
     store, step = (f"ram://bytes{path}?replicas=0&capacity_bytes=17179869184" for path in ("", "/step-1"))
     assert {w.node_id for w in trainers.workers}.isdisjoint(w.node_id for w in followers.workers)
     print("\n| `fsdp2x4` to `tp2`, bfloat16 | cut along | bytes held | bytes moved | of what is held | fetch s |")
@@ -201,23 +229,16 @@ def _bytes(trainers: WorkerGroup, followers: WorkerGroup, rounds: int) -> None:
 
 
 def _fetches(options: argparse.Namespace) -> None:
-    # Here, as the workers import this module too.
-    from tests.support.clusters import Sandbox, add_node, joined, start_head
     from tests.support.s3 import run_s3
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    with Sandbox() as sandbox, run_s3() as s3:
-        head = start_head(sandbox, num_cpus=0)
-        with joined(head):
-            add_node(head, "127.0.0.2", num_cpus=4)
-            group = partial(WorkerGroup, cpus_per_worker=1, start_timeout_s=120)
-            # Each group fills what has room left, so that it is known which one is on which node.
-            with contextlib.ExitStack() as open_groups:
-                with group(2, process_group=False) as trainers, group(2, process_group=False) as neighbors:
-                    add_node(head, "127.0.0.3", num_cpus=2)
-                    others = open_groups.enter_context(group(2))
-                    _compare(trainers, neighbors, others, s3.uri("weights"), options)
-                _bytes(open_groups.enter_context(group(4)), others, options.rounds)
+    with run_s3() as s3, _head() as head:
+        add_node(head, "127.0.0.2", num_cpus=4)
+        group = partial(WorkerGroup, 2, cpus_per_worker=1, process_group=False, start_timeout_s=120)
+        with group() as trainers, group() as neighbors:
+            add_node(head, "127.0.0.3", num_cpus=2)
+            with group() as others:
+                _compare(trainers, neighbors, others, s3.uri("weights"), options)
 
 
 def _compare(
@@ -239,7 +260,8 @@ def _compare(
         for uri in (memory, s3):
             cluster.save(trainers, trained, uri, overwrite=True)
         for place, (group, uri) in places.items():
-            fetch = time_of(lambda: cluster.load(group, served, uri), options.rounds)  # noqa: B023
+            # The server on loopback takes its time.
+            fetch = time_of(lambda: cluster.load(group, served, uri), 1 if uri == s3 else options.rounds)  # noqa: B023
             compare = time_of(lambda: cluster.compare(group, served, uri), options.rounds)  # noqa: B023
             assert cluster.compare(group, served, uri).equal
             print(
@@ -253,12 +275,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mib", type=int, default=512, help="on each of the two trainers")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", choices=("publishing", "fetches"), help="one part alone")
+    parser.add_argument("--only", choices=("publishing", "fetches", "bytes"), help="one part alone")
     options = parser.parse_args()
-    if options.only != "fetches":
+    if options.only in (None, "publishing"):
         _publishing(options)
-    if options.only != "publishing":
+    if options.only in (None, "fetches"):
         _fetches(options)
+    if options.only in (None, "bytes"):
+        _bytes(options.rounds)
 
 
 if __name__ == "__main__":
