@@ -59,9 +59,15 @@ def test_excerpts_are_lines_of_the_program(page: str) -> None:
     assert shown - program == set()
 
 
+LONG = {"howto/publish.md"}
+"""Of `make test-slow`: the program takes half a minute, and starts Ray twice, which once stood still for minutes."""
+
+
 @pytest.mark.jobs
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("page", PROGRAMS)
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=[pytest.mark.slow] if page in LONG else []) for page in PROGRAMS]
+)
 def test_the_blocks_of_a_page_are_a_program(page: str, tmp_path: Path) -> None:
     program = "\n".join(text for _, text in blocks(page))
     file = tmp_path / "program.py"
