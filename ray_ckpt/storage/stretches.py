@@ -27,10 +27,7 @@ if TYPE_CHECKING:
     from ray_ckpt.storage.nonfinite import Tally
 
 PIECE_BYTES = 4 << 20
-"""Largest size of a read, and of the one buffer that a thread holds."""
-
-LOCAL_PIECE_BYTES = 512 << 10
-"""Size of a read where that is a system call: its bytes are still in the cache of the core when they are hashed."""
+"""Size of a read, and of the one buffer that a thread holds."""
 
 
 @dataclass
@@ -96,8 +93,7 @@ def _check_stretch(storage: Storage, stretch: Stretch, count: Callable[[int], No
     read_to = stretch.start
     try:
         with storage.open_input(stretch.file) as file:
-            piece_bytes = LOCAL_PIECE_BYTES if storage.is_local else PIECE_BYTES
-            window = _Window(file, stretch.end, piece_bytes, count)
+            window = _Window(file, stretch.end, count)
             for part in stretch.spans:
                 tally = new_tally(part.elements)
                 found = window.sums(part, tally)
@@ -140,10 +136,9 @@ def _buffer() -> memoryview:
 class _Window:
     """One buffer that slides over a file."""
 
-    def __init__(self, file: InputFile, end: int, piece_bytes: int, count: Callable[[int], None]) -> None:
+    def __init__(self, file: InputFile, end: int, count: Callable[[int], None]) -> None:
         self._file = file
         self._end = end
-        self._piece_bytes = piece_bytes
         self._count = count
         self._memory = _buffer()
         self._held = range(0)
@@ -158,7 +153,7 @@ class _Window:
         at = part.start
         while at < part.end:
             if at not in self._held:
-                size = min(self._piece_bytes, self._end - at)
+                size = min(PIECE_BYTES, self._end - at)
                 self._held = range(0)
                 self._file.read_into(at, self._memory[:size])
                 self._held = range(at, at + size)
