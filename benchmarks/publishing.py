@@ -20,11 +20,10 @@ have brought, as the kernel counts it, next to what they hold; cut along dim 0 a
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -128,23 +127,6 @@ def _publishing(options: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------------------------- from elsewhere
 
 
-@contextlib.contextmanager
-def _head() -> Iterator[Any]:
-    """A cluster whose head takes no workers, and which we have joined."""
-    from tests.support.clusters import Sandbox, joined, start_head  # here, as the workers import this module too
-
-    with Sandbox() as sandbox:
-        head = start_head(sandbox, num_cpus=0)
-        with joined(head):
-            yield head
-
-
-def add_node(head: Any, ip: str, *, num_cpus: int) -> None:
-    from tests.support import clusters
-
-    clusters.add_node(head, ip, num_cpus=num_cpus)
-
-
 SHAPES = {
     "attention [4096, 4096]": (4096, 4096),
     "down [4096, 14336]": (4096, 14336),
@@ -196,7 +178,9 @@ def _pattern(rows: range, columns: range) -> torch.Tensor:
 
 
 def _bytes(rounds: int) -> None:
-    with _head() as head:
+    from tests.support.clusters import add_node, joined_head  # here, as the workers import this module too
+
+    with joined_head() as head:
         add_node(head, "127.0.0.2", num_cpus=4)
         # Each group fills what has room, so that it is known which one is on which node.
         with WorkerGroup(4, cpus_per_worker=1, start_timeout_s=120) as trainers:
@@ -229,10 +213,11 @@ def _move(trainers: WorkerGroup, followers: WorkerGroup, rounds: int) -> None:
 
 
 def _fetches(options: argparse.Namespace) -> None:
+    from tests.support.clusters import add_node, joined_head
     from tests.support.s3 import run_s3
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    with run_s3() as s3, _head() as head:
+    with run_s3() as s3, joined_head() as head:
         add_node(head, "127.0.0.2", num_cpus=4)
         group = partial(WorkerGroup, 2, cpus_per_worker=1, process_group=False, start_timeout_s=120)
         with group() as trainers, group() as neighbors:
