@@ -35,6 +35,7 @@ from ray_ckpt.rounding import round_up
 from ray_ckpt.storage.cuts import cuts_of, deliver_cuts, size_of
 from ray_ckpt.storage.files import InputFile, Storage
 from ray_ckpt.storage.good_reads import check_blocks, read_good
+from ray_ckpt.storage.registered import RegisteredFileSystem
 from ray_ckpt.storage.staging import bytes_of
 
 
@@ -403,6 +404,8 @@ class Worker:
 
     def _read_cuts(self, read: Read) -> bool:
         """Have only what is wanted sent, by whoever keeps the file. Returns whether that could be done."""
+        if not isinstance(self._shared.storage.filesystem, RegisteredFileSystem):
+            return False  # a file that cannot be opened would be tried twice as often
         with contextlib.suppress(StorageError, CheckpointError):  # what is wrong is found again and told by `read_good`
             file = self._input(read.file)
             cuts = cuts_of(read.ranges, read.end - read.start) if file.makes_cuts else []
