@@ -31,18 +31,27 @@ _KEYS_AT_ONCE, _FEW_WORDS = 1 << 10, 16
 
 _HALF = np.uint32(16)
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+"""By which SplitMix64 goes on from number to number."""
 _STEPS = ((np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)), (np.uint64(27), np.uint64(0x94D049BB133111EB)))
 _LAST_SHIFT = np.uint64(31)
 
 
 def _random(numbers: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
     """The numbers that SplitMix64 gives at these places of its sequence."""
-    words = numbers.astype(np.uint64) * _GOLDEN
+    words: npt.NDArray[np.uint64] = numbers.astype(np.uint64) * GOLDEN
+    mix(words, np.empty_like(words))
+    return words
+
+
+def mix(words: npt.NDArray[np.uint64], spare: npt.NDArray[np.uint64]) -> None:
+    """SplitMix64's finalizer, in place; `spare` takes what comes between."""
     for shift, factor in _STEPS:
-        words = (words ^ (words >> shift)) * factor
-    mixed: npt.NDArray[np.uint64] = words ^ (words >> _LAST_SHIFT)
-    return mixed
+        np.right_shift(words, shift, out=spare)
+        np.bitwise_xor(words, spare, out=words)
+        np.multiply(words, factor, out=words)
+    np.right_shift(words, _LAST_SHIFT, out=spare)
+    np.bitwise_xor(words, spare, out=words)
 
 
 TABLE: Words = (_random(np.arange(1, 2 * BLOCK_WORDS + 1)) | np.uint64(1)).view(np.int64)
@@ -81,7 +90,7 @@ def sum_words(words: npt.NDArray[Any], dims: Sequence[tuple[int, int, int]]) -> 
     total = 0
     for row in range(0, len(table), num_rows):
         part = table[row : row + num_rows]
-        bases = _bases(row, len(part), outer) + offset
+        bases = bases_of(row, len(part), outer) + offset
         if windows is not None:
             total += _sum_rows(part, bases, windows)
         else:
@@ -94,7 +103,7 @@ def _widened(words: npt.NDArray[Any]) -> Words:
     return (words ^ (words >> _HALF) if words.itemsize == 4 else words).astype(np.int64)
 
 
-def _bases(first: int, count: int, outer: Sequence[tuple[int, int, int]]) -> Words:
+def bases_of(first: int, count: int, outer: Sequence[tuple[int, int, int]]) -> Words:
     """What the outer dims add to the index, by row."""
     number = np.arange(first, first + count)
     bases = np.zeros(count, np.int64)
