@@ -32,7 +32,7 @@ _KEYS_AT_ONCE, _FEW_WORDS = 1 << 10, 16
 _HALF = np.uint32(16)
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-"""By which SplitMix64 goes on from number to number."""
+"""SplitMix64 adds this to go on from number to number."""
 _STEPS = ((np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)), (np.uint64(27), np.uint64(0x94D049BB133111EB)))
 _LAST_SHIFT = np.uint64(31)
 
