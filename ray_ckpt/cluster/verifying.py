@@ -36,8 +36,9 @@ if TYPE_CHECKING:
 TASKS_PER_CPU = 4
 """So that CPUs of different speed end at about the same time."""
 
-LEAST_TASK_BYTES, MOST_TASK_BYTES = 256 << 20, 4 << 30
-"""Size of what a task reads: enough that starting it costs little, and no more than can be read again after a loss."""
+LEAST_TASK_BYTES, MOST_TASK_BYTES = 1 << 30, 4 << 30
+"""Size of what a task reads: enough that starting it costs little, where there are no more CPUs than such tasks, and no
+more than can be read again after a loss."""
 
 LOCAL_THREADS = 1
 """Reads of a task at the same time, where a read is a system call: there is a task per CPU."""
@@ -205,8 +206,8 @@ def check_share(files: Storage, parts: Sequence[Stretch | Archive], threads: int
 def _shares(work: Sequence[Work], num_cpus: float) -> list[Sequence[Work]]:
     """Pieces of work for each task, in their order, of about equal bytes."""
     total = sum(part.num_bytes for part in work)
-    wanted = ceil_div(total, max(1, int(num_cpus * TASKS_PER_CPU)))
-    size = min(max(wanted, LEAST_TASK_BYTES if total > num_cpus * LEAST_TASK_BYTES else 1), MOST_TASK_BYTES)
+    least = min(LEAST_TASK_BYTES, ceil_div(total, max(1, int(num_cpus))))
+    size = min(max(least, ceil_div(total, max(1, int(num_cpus * TASKS_PER_CPU)))), MOST_TASK_BYTES)
     shares: list[list[Work]] = []
     taken = size
     for part in work:

@@ -12,7 +12,7 @@ from ray_ckpt.rounding import ceil_div
 
 __all__ = ["BlockHasher", "BlockSums", "block_size", "sums_of"]
 
-_MIN_BLOCK_BYTES, _MAX_BLOCK_BYTES, _BLOCKS_PER_CHUNK = 4 << 10, 1 << 20, 256
+_MIN_BLOCK_BYTES, _MAX_BLOCK_BYTES, _BLOCKS_PER_CHUNK = 16 << 10, 1 << 20, 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +32,11 @@ class BlockSums:
 
 @lru_cache(maxsize=4096)
 def block_size(data_bytes: int) -> int:
-    """Bytes per checksum block: a 256th of the chunk, in steps of 4 KiB, at most 1 MiB.
+    """Bytes per checksum block: a 256th of the chunk, in steps of 16 KiB, at most 1 MiB.
 
-    A ranged read is widened to whole blocks, so small blocks save reads; each costs 11 bytes of manifest.
+    A ranged read is widened to whole blocks, so small blocks save reads; each costs 11 bytes of manifest. Less than
+    16 KiB saves nothing, for so long a gap is read over anyway; and of blocks of 4 KiB each, hashing takes a third of the
+    time that the steps between do.
     """
     blocks = ceil_div(data_bytes, _BLOCKS_PER_CHUNK * _MIN_BLOCK_BYTES)
     return min(max(1, blocks) * _MIN_BLOCK_BYTES, _MAX_BLOCK_BYTES)
@@ -43,7 +45,7 @@ def block_size(data_bytes: int) -> int:
 def sums_of(data: memoryview, block_bytes: int) -> bytes:
     """The checksums of blocks that lie one after the other, the last of which may be shorter.
 
-    One call for many blocks: of blocks of 4 KiB each, hashing takes a third of the time that the steps between do.
+    One call for many blocks: of the smallest, hashing takes half of the time, and the steps between the other.
     """
     digest = xxhash.xxh3_64_intdigest
     sums = [digest(data[at : at + block_bytes]) for at in range(0, len(data), block_bytes)]

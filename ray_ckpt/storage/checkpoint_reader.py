@@ -28,7 +28,7 @@ from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.foreign import recognize
 from ray_ckpt.storage.member_sums import LongMember, check_members, long_members
 from ray_ckpt.storage.objects import Decoder, decoded_containers, read_values
-from ray_ckpt.storage.ranged_reads import Piece, Range, Tuning, cut, local_threads, run, tuning_for
+from ray_ckpt.storage.ranged_reads import Piece, Range, Tuning, cut, run, tuning_for
 from ray_ckpt.storage.record_files import parse_or_take, read_record
 
 __all__ = ["CheckpointReader", "TensorReads", "Wanted"]
@@ -226,5 +226,4 @@ class CheckpointReader:
     @property
     def _tuning(self) -> Tuning:
         tuning = tuning_for(self.storage)
-        threads = local_threads() if self.storage.is_local else tuning.threads
-        return dataclasses.replace(tuning, threads=self.threads or threads)
+        return dataclasses.replace(tuning, threads=self.threads or tuning.threads)

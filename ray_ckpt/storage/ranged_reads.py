@@ -18,7 +18,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -64,7 +64,7 @@ REMOTE = Tuning(
 
 
 def tuning_for(storage: Storage) -> Tuning:
-    return LOCAL if storage.is_local else REMOTE
+    return replace(LOCAL, threads=local_threads()) if storage.is_local else REMOTE
 
 
 def local_threads() -> int:

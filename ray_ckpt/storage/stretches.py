@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ray_ckpt.storage.archives import Archive
     from ray_ckpt.storage.nonfinite import Tally
 
-PIECE_BYTES = 4 << 20
+PIECE_BYTES = 2 << 20
 """Size of a read, and of the one buffer that a thread holds."""
 
 
@@ -149,11 +149,14 @@ class _Window:
         Args:
             tally: counts its elements.
         """
-        hasher = BlockHasher(PIECE_BYTES if part.sums is None else part.sums.block_bytes)
+        block = PIECE_BYTES if part.sums is None else part.sums.block_bytes
+        hasher = BlockHasher(block)
         at = part.start
         while at < part.end:
             if at not in self._held:
                 size = min(PIECE_BYTES, self._end - at)
+                if at + size < part.end:  # a block that ends within the piece is hashed by one call
+                    size -= (at + size - part.start) % block if block < size else 0
                 self._held = range(0)
                 self._file.read_into(at, self._memory[:size])
                 self._held = range(at, at + size)
