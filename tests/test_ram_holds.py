@@ -40,6 +40,25 @@ with ray_ckpt.CheckpointStore(sys.argv[2]).reading():
     threading.Event().wait()
 """
 
+LEAVER = """
+import sys, threading, ray, ray_ckpt
+from ray_ckpt.cluster.ram import client
+client.RENEW_S = 0.05
+ray.init(address=sys.argv[1], log_to_driver=False)
+store = ray_ckpt.CheckpointStore(sys.argv[2])
+weights = ray_ckpt.open_weights(store)
+[renewal] = [thread for thread in threading.enumerate() if thread.name == "ray_ckpt-ram-renew"]
+ray.shutdown()
+renewal.join(60)
+print(renewal.is_alive(), ray.is_initialized())
+try:
+    store.steps()
+except ray_ckpt.StorageError as error:
+    print(error)
+del weights
+print(ray.is_initialized())
+"""
+
 
 def values(step: int) -> dict[str, torch.Tensor]:
     return {"x": torch.arange(5000.0) + step}
@@ -314,6 +333,15 @@ class TestOneNode:
             wait_until(has_another, 60, lambda: "the index did not start anew")
         assert store.steps() == (2,)
         assert torch.equal(loaded(store), values(2)["x"])
+
+    def test_a_reader_that_has_left_the_cluster_begins_no_other(self, store: CheckpointStore) -> None:
+        ray_ckpt.save({"model": values(1)}, store, step=1)
+        command = [sys.executable, "-c", LEAVER, ray.get_runtime_context().gcs_address, store._storage.uri]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+        alive, told, running = done.stdout.splitlines()
+        assert (alive, running) == ("False False", "False")
+        assert f"ram://{self.name_of(store)} is out of reach: this process has left its Ray cluster" in told
+        assert "Traceback" not in done.stderr
 
     @pytest.mark.slow
     def test_a_reader_that_is_killed_holds_nothing_for_long(self, store: CheckpointStore) -> None:

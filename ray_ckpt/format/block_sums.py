@@ -35,8 +35,8 @@ def block_size(data_bytes: int) -> int:
     """Bytes per checksum block: a 256th of the chunk, in steps of 16 KiB, at most 1 MiB.
 
     A ranged read is widened to whole blocks, so small blocks save reads; each costs 11 bytes of manifest. Less than
-    16 KiB saves nothing, for so long a gap is read over anyway; and of blocks of 4 KiB each, hashing takes a third of the
-    time that the steps between do.
+    16 KiB saves nothing, for so long a gap is read over anyway, and of blocks of 4 KiB each, hashing takes a third of
+    the time that the steps between do.
     """
     blocks = ceil_div(data_bytes, _BLOCKS_PER_CHUNK * _MIN_BLOCK_BYTES)
     return min(max(1, blocks) * _MIN_BLOCK_BYTES, _MAX_BLOCK_BYTES)

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import GetTimeoutError
 
 from ray_ckpt.cluster.connect import join_running
 from ray_ckpt.cluster.ram.holds import RENEW_S
@@ -156,15 +156,16 @@ class RamFiles:
         return hold
 
     def _renew(self, hold: str, ended: threading.Event) -> None:
-        """Show that the reader lives, until it ends."""
-        while not ended.wait(RENEW_S):
+        """Show that the reader lives, until it ends, or leaves the cluster."""
+        while not ended.wait(RENEW_S) and ray.is_initialized():
             with contextlib.suppress(OSError):  # one answer less; a lost index is noticed by the reader
                 self._ask("renew", hold, default=False)
 
     def release(self, hold: str) -> None:
         if hold:
             self._renewals.pop(hold).set()
-            self._ask("release", hold, default=False)
+            if ray.is_initialized():
+                self._ask("release", hold, default=False)
 
     # ------------------------------------------------------------------------------------------------- writing
 
@@ -218,6 +219,8 @@ class RamFiles:
         Raises:
             OSError: it does not answer.
         """
+        if not ray.is_initialized():  # a call would begin another Ray
+            raise OSError(errno.ENOTCONN, f"ram://{self._store} is out of reach: this process has left its Ray cluster")
         index = self._find_index(begin=default is None)
         if index is None:
             return default
@@ -227,7 +230,7 @@ class RamFiles:
             raise TimeoutError(
                 f"the index of ram://{self._store} gave no answer within {INDEX_ANSWER_S:g} s"
             ) from error
-        except RayError as error:
+        except Exception as error:  # besides RayError a bare one, for an actor of a cluster that was left
             with self._lock:
                 self._index = None
             if default is not None and find_index(self._store) is None:

@@ -406,7 +406,7 @@ class Index:
     # ------------------------------------------------------------------------------------------------ watching
 
     def _watch(self) -> None:
-        while True:
+        while ray.is_initialized():  # where it no longer is, this process ends, and a call would begin another Ray
             time.sleep(WATCH_S)
             try:
                 if self._options.lifetime == "job" and has_ended(self._job_id):
