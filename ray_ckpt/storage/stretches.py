@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ray_ckpt.storage.archives import Archive
     from ray_ckpt.storage.nonfinite import Tally
 
-PIECE_BYTES = 2 << 20
+PIECE_BYTES = 4 << 20
 """Size of a read, and of the one buffer that a thread holds."""
 
 
