@@ -15,7 +15,7 @@ demo: .venv/.installed
 	$(BIN)/python jobs/pipeline_to_fsdp.py $(ARGS)
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest -m "not jobs and not slow and not matrix and not cluster and not faults and not frameworks and not soak and not oldest" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not jobs and not slow and not matrix and not cluster and not faults and not frameworks and not soak and not oldest" $(ARGS)
 
 # The jobs as a person runs them, on `ray start` clusters and by `ray job submit`; the README's Python.
 test-jobs: .venv/.installed-dev

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import tenacity
 
 if TYPE_CHECKING:
     from tests.support.clusters import Head
@@ -36,15 +38,33 @@ atexit.register(shutil.rmtree, MARKERS, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The tests that share a Ray come last: none runs beside it that does not ask for it, or starts one of its own."""
+    """Tests with a Ray follow one another, as two at once are too much for a small machine; those that share one come
+    last, so that none runs beside it that does not ask for it."""
+    for item in items:
+        if _has_ray(item):
+            item.add_marker(pytest.mark.xdist_group("ray"))
     items.sort(key=lambda item: "local_ray" in getattr(item, "fixturenames", ()))
+
+
+def _has_ray(item: pytest.Item) -> bool:
+    names = vars(item.module) if isinstance(item, pytest.Function) else {}
+    origins = {getattr(value, "__module__", None) for value in names.values()}
+    return (
+        "ray" in names
+        or not {"local_ray", "head"}.isdisjoint(getattr(item, "fixturenames", ()))
+        or not {"tests.support.clusters", "ray_ckpt.cluster.group"}.isdisjoint(origins)
+    )
 
 
 @pytest.fixture(scope="session")
 def _shared_ray() -> Iterator[None]:
     from ray_ckpt.cluster.connect import connect
 
-    with connect("local", num_cpus=4):
+    with contextlib.ExitStack() as stack:
+        # Ray gives its processes 30 s, which a busy machine may need more than once; the tests of it all would fail.
+        for attempt in tenacity.Retrying(stop=tenacity.stop_after_attempt(3), reraise=True):
+            with attempt:
+                stack.enter_context(connect("local", num_cpus=4))
         yield
 
 

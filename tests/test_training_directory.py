@@ -129,6 +129,7 @@ def test_random_generators_go_on(written: Any) -> None:
         "accelerate": ("random_states_0.pkl", ("random_state", "numpy_random_seed", "torch_manual_seed")),
     }[kind]
     saved = torch.load(directory / name, weights_only=False)
+    draw()  # the generators stand where they were saved, unless another test has drawn since
     control = draw()
     model = Net(1)
     report = load(TrainState(model, optimizer_of(model), rng=True), directory)
