@@ -24,12 +24,12 @@ from ray_ckpt.format.torch_container import dtype_name
 from ray_ckpt.format.torch_internals import (
     ShardedTensor,
     create_write_items,
-    flatten_state_dict,
     local_tensor,
 )
 from ray_ckpt.format.wrappers import join
 from ray_ckpt.protocol.messages import Item, TensorSpec
-from ray_ckpt.state.plain_state import check_leaves, is_stateful, key_records
+from ray_ckpt.state import nesting
+from ray_ckpt.state.plain_state import check_leaves, flattened, is_stateful, key_records
 from ray_ckpt.state.subclasses import inner_of
 from ray_ckpt.storage.staging import Converted
 
@@ -62,14 +62,16 @@ def hold(state_dict: Mapping[str, Any]) -> Holdings:
             at its top level counts as its own state dict.
 
     Raises:
-        UsageError: two entries have the same flat name, an object with a state of its own is not at the top, a DTensor
-            is a pending sum rather than a value, or a tensor subclass cannot be taken apart.
+        UsageError: two entries have the same flat name, one contains itself or is nested too deep, an object with a
+            state of its own is not at the top, a DTensor is a pending sum rather than a value, or a tensor subclass
+            cannot be taken apart.
     """
-    states = {name: value.state_dict() for name, value in state_dict.items() if is_stateful(value)}
+    states = {name: nesting.asked(name, value) for name, value in state_dict.items() if is_stateful(value)}
     try:
-        values, paths = flatten_state_dict({**state_dict, **states, **key_records(states)})
+        values, paths = flattened({**state_dict, **states, **key_records(states)})
     except ValueError as error:
         raise UsageError(f"the state dict has two entries of one name: {error}") from error
+    nesting.check_paths(paths)
     check_leaves(values)
     return _Holder().hold(*_apart(values, paths))
 

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from ray_ckpt.errors import UsageError
 from ray_ckpt.format.foreign_sections import OF_OTHERS
-from ray_ckpt.state import sealing
+from ray_ckpt.state import nesting, sealing
 from ray_ckpt.state.foreign_state import rebuild
 from ray_ckpt.state.load_plan import Claim, Handover, LoadPlan, SavedState, Spec
 from ray_ckpt.state.replicated_parts import claim_under, gathered, handed_over, is_whole
@@ -31,8 +31,10 @@ class ExtraPart:
             if outer := next((name[:at] for at in _dots(name) if name[:at] in self._extra), None):
                 raise UsageError(f"{self.section}[{name!r}] lies within {self.section}[{outer!r}]: rename one of them")
         for name, value in self._extra.items():
-            packed = sealing.pack_state(name, value.state_dict()) if _is_object(value) else sealing.pack(name, value)
-            leaves |= packed
+            if _is_object(value):
+                leaves |= sealing.pack_state(name, nesting.asked(f"{self.section}.{name}", value))
+            else:
+                leaves |= sealing.pack(name, value)
         return leaves
 
     def plan(self, saved: SavedState) -> LoadPlan:

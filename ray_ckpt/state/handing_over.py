@@ -18,6 +18,7 @@ from torch import nn
 
 from ray_ckpt.errors import CheckpointError, RayCkptError, StateMismatchError
 from ray_ckpt.format.manifest import itemsize
+from ray_ckpt.state import nesting
 from ray_ckpt.state.load_plan import Handover, LoadPlan
 from ray_ckpt.state.module_entries import check_shown, has_own_form
 
@@ -122,9 +123,10 @@ def _way_back(handover: Handover) -> Callable[[], None]:
             vars(owner).update(attributes)
 
         return put_back if attributes else lambda: None
-    live = owner.state_dict()
+    live = nesting.asked(handover.name, owner)
     tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
-    kept = _copied(live, tensors)
+    with nesting.named(handover.name, live):
+        kept = _copied(live, tensors)
 
     def give_back() -> None:
         with torch.no_grad():

@@ -114,10 +114,10 @@ def grouped_by_values(saved: Mapping[str, Values]) -> list[tuple[list[str], Valu
 
 def same(one: Any, other: Any) -> bool:
     """Whether two values are equal. Tensors are compared by their elements, DTensors by those on this rank."""
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
     if one is other:
         return True
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
     if isinstance(one, DTensor) and isinstance(other, DTensor):
         # Of whole ones torch would ask the other ranks, which may not be here.
         return same(local_tensor(one), local_tensor(other))

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from ray_ckpt.errors import StateMismatchError, UsageError
-from ray_ckpt.state import hyperparameters, own_optimizers, sealing, wrappers
+from ray_ckpt.state import hyperparameters, nesting, own_optimizers, sealing, wrappers
 from ray_ckpt.state.flat_optimizers import check_elementwise, flat_states, load_flat
 from ray_ckpt.state.load_plan import Claim, LoadPlan, SavedState
 from ray_ckpt.state.named_model import NamedModel
@@ -93,7 +93,8 @@ class NamedOptimizers:
                 values: dict[str, Any] = {}
                 for key, value in hyperparameters.of_group(group).items():
                     place = f"{PARAM_GROUPS}[{number}]."
-                    packed = sealing.pack_whole(place + key, hyperparameters.without_numpy(value))
+                    with nesting.named(place + key, value):
+                        packed = sealing.pack_whole(place + key, hyperparameters.without_numpy(value))
                     values |= {name.removeprefix(place): leaf for name, leaf in packed.items()}
                 for member in group["params"]:
                     for name in names[member]:

@@ -22,7 +22,7 @@ from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
 from ray_ckpt.errors import StateMismatchError, UsageError
-from ray_ckpt.state import foreign_state, group_lists, sealing
+from ray_ckpt.state import foreign_state, group_lists, nesting, sealing
 from ray_ckpt.state.group_lists import PER_GROUP, GroupList, Place
 from ray_ckpt.state.hyperparameters import same, without_numpy
 from ray_ckpt.state.load_plan import Claim, LoadPlan, SavedState
@@ -147,7 +147,9 @@ class _Scheduler:
         return type(self._scheduler).__module__ == lr_scheduler.__name__
 
     def leaves(self, names: _Names) -> Iterator[tuple[str, Any]]:
-        state = without_numpy(self._scheduler.state_dict())
+        shown = nesting.asked(self._place, self._scheduler)
+        with nesting.named(self._place, shown):
+            state = without_numpy(shown)
         inner = self._inner(state)
         yield f"{self.name}.{_KIND}", (self._kind, *sorted(map(str, state)))
         for each in inner:

@@ -16,7 +16,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from ray_ckpt.errors import StateMismatchError, UsageError
-from ray_ckpt.state import hyperparameters, sealing
+from ray_ckpt.state import hyperparameters, nesting, sealing
 from ray_ckpt.state.load_plan import Claim, SavedState
 from ray_ckpt.state.replicated_parts import claim_under, gathered
 from ray_ckpt.text import listed
@@ -87,7 +87,8 @@ def pack_others(number: int, optimizer: torch.optim.Optimizer, shown: Mapping[st
     if not others:
         return {}
     name = f"{OTHERS}.{number}"
-    packed = sealing.pack_state(f"{name}.state", hyperparameters.without_numpy(others))
+    with nesting.named(name, others):
+        packed = sealing.pack_state(f"{name}.state", hyperparameters.without_numpy(others))
     if shards := [flat for flat, leaf in packed.items() if isinstance(leaf, DTensor)]:
         raise UsageError(
             f"{type(optimizer).__name__} keeps shards of tensors in a state_dict that is not of torch's form "

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from ray_ckpt.errors import UsageError
 from ray_ckpt.format.manifest import Path
 from ray_ckpt.format.torch_internals import flatten_state_dict
-from ray_ckpt.state import sealing
+from ray_ckpt.state import nesting, sealing
 from ray_ckpt.state.handing_over import can_be_undone
 from ray_ckpt.state.load_plan import Claim, Handover, LoadPlan, SavedState, Spec
 from ray_ckpt.state.module_entries import with_targets
@@ -48,11 +48,13 @@ def check_leaves(values: Mapping[str, Any]) -> None:
 
     Raises:
         UsageError: an object with a state of its own is among them. It would be pickled instead of asked for its state,
-            and a load would put another object in its place.
+            and a load would put another object in its place. Or a value contains itself, or is nested too deep.
     """
     for name, value in values.items():
         for each in value if type(value) in (list, tuple) else (value,):
-            if type(each) not in _PLAIN and is_stateful(each):
+            if (kind := type(each)) in nesting.CONTAINERS:
+                nesting.check(name, value)
+            if kind not in _PLAIN and is_stateful(each):
                 raise UsageError(
                     f"{name!r} is or holds a {type(each).__name__}, whose state_dict is asked for at the top of the "
                     f"dict only: give it a name there, as in {{{name!r}: ...}}"
@@ -72,7 +74,8 @@ def key_records(states: Mapping[str, Any]) -> dict[str, Any]:
     records = {}
     for name, state in states.items():
         found: list[Any] = []
-        _record(state, (), found)
+        with nesting.named(name, state):
+            _record(state, (), found)
         if found:
             records[KEYS + name] = tuple(found)
     return records
@@ -101,11 +104,22 @@ def _record(value: Any, path: Path, found: list[Any]) -> None:
                 _record(item, (*path, number), found)
 
 
+def flattened(nested: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Path]]:
+    """Flat name -> what lies there in nested dicts and lists, and flat name -> the keys that lead to it.
+
+    Raises:
+        UsageError: a dict or list contains itself.
+        ValueError: two entries have the same flat name.
+    """
+    with nesting.named("", nested):
+        return flatten_state_dict(nested)
+
+
 def roots(state: Stateful | Mapping[str, Any]) -> list[str]:
     """Names of the objects in a state, and of the tensors and values beside them."""
     nested = state.state_dict() if isinstance(state, Stateful) else state
     owners = [name for name, value in nested.items() if is_stateful(value)]
-    flat, _ = flatten_state_dict({name: value for name, value in nested.items() if name not in owners})
+    flat, _ = flattened({name: value for name, value in nested.items() if name not in owners})
     return [*owners, *flat]
 
 
@@ -117,7 +131,7 @@ def places(name: str) -> tuple[str, str]:
 def plans(state: Stateful | Mapping[str, Any], saved: SavedState) -> list[LoadPlan]:
     """One plan for each object, and one for everything else. Nothing is changed or allocated yet."""
     if isinstance(state, Stateful):
-        nested = _state_of(state)
+        nested = _state_of("the state", state)
         plan, fill = _in_place(nested, saved)
         handover = Handover("the state", state, plan.claims, lambda loaded: fill(loaded) or nested)
         return [LoadPlan(plan.claims, lambda loaded: None, plan.problems, handovers=[handover])]
@@ -137,9 +151,9 @@ def plans(state: Stateful | Mapping[str, Any], saved: SavedState) -> list[LoadPl
 
 
 def _plan_of_object(name: str, owner: Stateful, saved: SavedState) -> LoadPlan:
-    state = _state_of(owner)
+    state = _state_of(name, owner)
     source = saved.name_of(name)
-    flat, _ = flatten_state_dict({name: state})
+    flat, _ = flattened({name: state})
     if _has_grown(name, owner, state, flat, saved, source):
         claims = claim_under(saved, source) if saved.under(source) else {}  # all of it may be empty dicts
         lost = [own for own in flat if own not in claims and _must_be_there(own, name, flat, claims)]
@@ -157,9 +171,9 @@ def _plan_of_object(name: str, owner: Stateful, saved: SavedState) -> LoadPlan:
     return LoadPlan(plan.claims, lambda loaded: None, plan.problems, handovers=[handover], section=name)
 
 
-def _state_of(owner: Stateful) -> dict[str, Any]:
+def _state_of(name: str, owner: Stateful) -> dict[str, Any]:
     """Its state, to read into."""
-    return with_targets(owner) if isinstance(owner, nn.Module) else owner.state_dict()
+    return with_targets(owner) if isinstance(owner, nn.Module) else nesting.asked(name, owner)
 
 
 def _has_grown(name: str, owner: Stateful, state: Any, flat: Mapping[str, Any], saved: SavedState, source: str) -> bool:
@@ -261,7 +275,7 @@ def _in_place(
     nested: dict[str, Any], saved: SavedState
 ) -> tuple[LoadPlan, Callable[[Mapping[str, torch.Tensor]], None]]:
     """The plan to fill the tensors that are there, and the function that replaces the values."""
-    flat, paths = flatten_state_dict(nested)
+    flat, paths = flattened(nested)
     flat = {name: value for name, value in flat.items() if saved.wants(name)}
     claims: dict[str, Claim] = {}
     grown: dict[str, str] = {}

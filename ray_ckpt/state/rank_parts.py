@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from ray_ckpt.errors import FormatError
 from ray_ckpt.format import lost_ranks
 from ray_ckpt.format.foreign_sections import OF_RANK
-from ray_ckpt.state import sealing
+from ray_ckpt.state import nesting, sealing
 from ray_ckpt.state.foreign_state import rebuild
 from ray_ckpt.state.load_plan import Claim, LoadPlan, SavedState
 from ray_ckpt.state.random_generators import ForeignGenerators, Rng
@@ -53,7 +53,7 @@ class RankPart:
 
     def leaves(self) -> dict[str, Any]:
         rank, num_ranks = _place()
-        state = self._owner.state_dict()
+        state = nesting.asked(self.section, self._owner)
         leaves = {NUM_RANKS: num_ranks} | sealing.pack_state(f"rank{rank}", state)
         if position := position_of(self._owner, state):
             leaves[f"{_POSITIONS}.{rank}"] = astuple(position)

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from ray_ckpt.errors import FormatError
 from ray_ckpt.format.torch_container import parse_dtype
-from ray_ckpt.state import sealing
+from ray_ckpt.state import nesting, sealing
 from ray_ckpt.state.load_plan import Claim, Handover, LoadPlan, SavedState, Spec
 from ray_ckpt.text import quoted
 
@@ -101,7 +101,7 @@ class StatefulPart:
         self._name = f"{section}.state"
 
     def leaves(self) -> dict[str, Any]:
-        return sealing.pack_state("state", self._owner.state_dict())
+        return sealing.pack_state("state", nesting.asked(self.section, self._owner))
 
     def plan(self, saved: SavedState) -> LoadPlan:
         if not saved.wants(self.section):

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from ray_ckpt.format.torch_container import parse_dtype
 from ray_ckpt.format.wrappers import plain_like
-from ray_ckpt.state import dim_order, sealing
+from ray_ckpt.state import dim_order, nesting, sealing
 from ray_ckpt.state.dim_order import Order, special_order
 from ray_ckpt.state.hyperparameters import without_numpy
 from ray_ckpt.state.load_plan import Claim, SavedState, Spec
@@ -276,8 +276,9 @@ def flatten(name: str, state: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UsageError: something in it is neither a tensor nor a plain value.
     """
-    plain = {key: without_numpy(value) for key, value in state.items()}
-    packed = sealing.pack(name, plain) if state else {}
+    with nesting.named(name, state):
+        plain = {key: without_numpy(value) for key, value in state.items()}
+        packed = sealing.pack(name, plain) if state else {}
     return {flat[len(name) + 1 :]: leaf for flat, leaf in packed.items()}
 
 

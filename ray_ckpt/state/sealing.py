@@ -23,7 +23,7 @@ from ray_ckpt.errors import FormatError, UsageError
 from ray_ckpt.format import values
 from ray_ckpt.format.torch_container import dtype_name, parse_dtype
 from ray_ckpt.format.wrappers import are_same
-from ray_ckpt.state import named_values
+from ray_ckpt.state import named_values, nesting
 from ray_ckpt.state.group_lists import TAG, GroupList
 
 _DICTS: dict[type, str] = {dict: "$dict", OrderedDict: "$ordered", Counter: "$counter"}
@@ -59,13 +59,23 @@ def pack(name: str, value: object) -> dict[str, Any]:
     Raises:
         UsageError: something in it is neither a tensor nor a plain value.
     """
+    with nesting.named(name, value):
+        return _pack(name, value)
+
+
+def _pack(name: str, value: object) -> dict[str, Any]:
     if type(value) is dict and value and all(is_component(key) for key in value):
-        return {flat: leaf for key, item in value.items() for flat, leaf in pack(f"{name}.{key}", item).items()}
-    return pack_whole(name, value)
+        return {flat: leaf for key, item in value.items() for flat, leaf in _pack(f"{name}.{key}", item).items()}
+    return _pack_whole(name, value)
 
 
 def pack_whole(name: str, value: object) -> dict[str, Any]:
     """As `pack`, but a dict stays one sealed value; only the tensors in it have names of their own."""
+    with nesting.named(name, value):
+        return _pack_whole(name, value)
+
+
+def _pack_whole(name: str, value: object) -> dict[str, Any]:
     if isinstance(value, torch.Tensor):
         return {name: value}
     tensors: list[torch.Tensor] = []
@@ -114,7 +124,8 @@ def _is_same_leaf(one: Any, other: Any) -> bool:
 def seal(name: str, value: object) -> Any:
     """A value without tensors, in a form that DCP does not flatten."""
     tensors: list[torch.Tensor] = []
-    sealed = _seal(name, value, tensors)
+    with nesting.named(name, value):
+        sealed = _seal(name, value, tensors)
     if tensors:
         raise UsageError(f"{name!r} holds tensors inside a {type(value).__name__}: give each a name of its own")
     return sealed

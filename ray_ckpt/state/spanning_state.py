@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ray_ckpt.errors import FormatError, UsageError
-from ray_ckpt.state import hyperparameters, wrappers
+from ray_ckpt.state import hyperparameters, nesting, wrappers
 from ray_ckpt.state.load_plan import Claim, SavedState
 from ray_ckpt.text import listed, quoted
 
@@ -104,7 +104,8 @@ def _spans(optimizer: torch.optim.Optimizer, states: Mapping[str, Mapping[str, A
     if isinstance(wrappers.stepping(optimizer), torch.optim.LBFGS):
         return True
     total, own = _num_elements(members), members[0].numel()
-    return any(tensor.numel() == total != own for tensor in _tensors_in(states[first]))
+    with nesting.named(f"state.{first}", states[first]):
+        return any(tensor.numel() == total != own for tensor in _tensors_in(states[first]))
 
 
 def _num_elements(parameters: Sequence[nn.Parameter]) -> int:
