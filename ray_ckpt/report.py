@@ -70,6 +70,9 @@ class SaveReport:
     left_out: tuple[str, ...] = ()
     """What is not saved, as each lost rank had it of its own: its random generators and the place of its data loader.
     A load seeds new ones, and goes on where the other data loaders were if the sampler can be set."""
+    unsaved: tuple[str, ...] = ()
+    """What optimizers, and wrappers of them, keep for their parameters and do not show by `state_dict`, such as
+    `Lookahead.slow_weights`: it begins anew after a load. Give it in `TrainState(extra=...)`, or show it."""
 
 
 @dataclass(frozen=True)

@@ -139,6 +139,7 @@ class Coordinator:
         self._phases: tuple[Phase, ...] = ()
         """What the ranks have measured."""
         self._num_retries = 0
+        self._unsaved: tuple[str, ...] = ()
         self.num_failed_before = 0
         """What the report says of saves before this one. May be set until `publish`."""
         self._frozen: Mapping[str, str] = {}
@@ -211,6 +212,7 @@ class Coordinator:
         """
         self._phases = tuple(replace(p, rank=rank) for rank, record in enumerate(records) for p in record.phases)
         self._num_retries += sum(record.num_retries for record in records)
+        self._unsaved = tuple(dict.fromkeys(name for record in records for name in record.unsaved))
         with self._measured("check"):
             manifest = self.describe(records)
             self._check_files(manifest.files)
@@ -258,9 +260,12 @@ class Coordinator:
             not_durable=not_durable,
             lost_ranks=self._lost,
             left_out=self._cache.left_out if self._lost else (),
+            unsaved=self._unsaved,
         )
         if self._lost:
             _logger.warning("%s", _loss(report))
+        if self._unsaved:
+            _logger.warning("%s", _unshown(report))
         _logger.info(
             "committed %s: %d bytes in %d files, %.1f s",
             report.uri,
@@ -332,6 +337,15 @@ def _loss(report: SaveReport) -> str:
     ranks = listed(report.lost_ranks, at_most=8)
     also = f"; not saved, as they alone had it: {listed(report.left_out, at_most=8)}" if report.left_out else ""
     return f"{report.uri} is saved by the other ranks, as rank{'s' * (len(report.lost_ranks) > 1)} {ranks} died{also}"
+
+
+def _unshown(report: SaveReport) -> str:
+    """What optimizers have not shown, in a sentence."""
+    return (
+        f"{report.uri} is saved without {listed(report.unsaved, at_most=8)}: tensors for the parameters that no "
+        "state_dict shows, and that begin anew after a load. Show them by state_dict and load_state_dict, or give them "
+        "in TrainState(extra=...)"
+    )
 
 
 @dataclass(frozen=True)

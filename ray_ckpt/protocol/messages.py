@@ -142,6 +142,8 @@ class RankRecord:
     """What took how long; the rank is not named."""
     num_retries: int = 0
     """How often the storage was asked again."""
+    unsaved: tuple[str, ...] = ()
+    """What the rank's optimizers keep and do not show."""
 
 
 REPLICA_DIGEST_BYTES = 16

@@ -37,7 +37,9 @@ from ray_ckpt.protocol.messages import (
 from ray_ckpt.protocol.save_options import SAVE_ALL, SaveOptions
 from ray_ckpt.protocol.selecting import Selected, select
 from ray_ckpt.state.buffers import buffers_of
+from ray_ckpt.state.hidden_tensors import hidden
 from ray_ckpt.state.train_state import TrainState
+from ray_ckpt.state.wrappers import is_optimizer
 from ray_ckpt.storage.data_file import MAX_FILE_BYTES, Packed, hash_tensors, pack_file, share_out, write_in_threads
 from ray_ckpt.storage.files import Storage
 from ray_ckpt.storage.objects import SavedObject, saved_object
@@ -102,6 +104,7 @@ class RankSave:
         self._numbers = itertools.count()
         self._begun: list[str] = []
         self._clock = PhaseClock()
+        self._unsaved: tuple[str, ...] = ()
 
     def plan(self, state: Stateful | Mapping[str, Any], memory: PlanMemory, known: frozenset[str]) -> LocalPlan:
         """Look through the state. It may not change before `stage` has returned, or `write` where nothing is staged.
@@ -117,6 +120,8 @@ class RankSave:
             everything = hold(state.state_dict() if isinstance(state, Stateful) else state)
             selected = select(everything, self._options)
             holdings = selected.holdings
+            if self._options.only is None:
+                self._unsaved = hidden(_optimizers_in(state), everything.values)
             plan = memory.plan(selected, known, lambda: self._options.saved_names(buffers_of(state)))
             if isinstance(state, TrainState) and state.trainable_only:
                 frozen = {name: tensor for name, tensor in state.frozen().items() if self._options.takes(name)}
@@ -174,7 +179,8 @@ class RankSave:
                 self._host_copy.check()
             digests = self._digests if self._digests is not None else self._digest_replicas(assignment.skipped)
             phase.checksum_s = sum(file.checksum_s for file in files)
-        return RankRecord(tuple(files), digests, self._clock.phases, self._storage.num_retries - retries_before)
+        num_retries = self._storage.num_retries - retries_before
+        return RankRecord(tuple(files), digests, self._clock.phases, num_retries, self._unsaved)
 
     def discard(self) -> None:
         """Remove the files of this attempt, which no manifest will name. Files that cannot be removed stay."""
@@ -224,6 +230,13 @@ class RankSave:
         digests = {position: digest_tensor(sums) for position, _, sums in hashed}
         saved = _Saving()
         return b"".join(digests[p] if p in digests else digest_object(saved(values[p]).checksum) for p in positions)
+
+
+def _optimizers_in(state: Stateful | Mapping[str, Any]) -> list[Any]:
+    if isinstance(state, TrainState):
+        return state.given_optimizers
+    values = state.values() if isinstance(state, Mapping) else ()
+    return [value for value in values if not isinstance(value, torch.Tensor) and is_optimizer(value)]
 
 
 class _Saving:

@@ -33,13 +33,14 @@ def has_own_load(optimizer: torch.optim.Optimizer) -> bool:
     """Whether its class, or a hook, makes something of a state dict that torch's own optimizers do not."""
     method = getattr(optimizer.load_state_dict, "__func__", None)
     return (
-        _has_own_state_dict(optimizer)
+        has_own_state_dict(optimizer)
         or method is not torch.optim.Optimizer.load_state_dict
         or any(getattr(optimizer, f"_optimizer_load_{hook}_hooks", None) for hook in _HOOKS)
     )
 
 
-def _has_own_state_dict(optimizer: torch.optim.Optimizer) -> bool:
+def has_own_state_dict(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its class, or a hook, shows something else than torch's own optimizers do."""
     method = getattr(optimizer.state_dict, "__func__", None)
     hooks = any(getattr(optimizer, f"_optimizer_{hook}_hooks", None) for hook in _HOOKS)
     return hooks or method is not torch.optim.Optimizer.state_dict
@@ -56,7 +57,7 @@ def check_shows_all(optimizer: torch.optim.Optimizer, shown: Mapping[str, Any]) 
     """
     kind = type(optimizer).__name__
     for name, inner in vars(optimizer).items():
-        if not isinstance(inner, torch.optim.Optimizer) or _has_own_state_dict(optimizer):
+        if not isinstance(inner, torch.optim.Optimizer) or has_own_state_dict(optimizer):
             continue
         if inner.state and inner.state is not optimizer.state:
             raise UsageError(

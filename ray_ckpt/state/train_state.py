@@ -126,7 +126,9 @@ class TrainState:
         layout: object | None = None,
     ) -> None:
         self.models = [model] if isinstance(model, nn.Module) else list(model)
-        self.optimizers = _listed(optimizers)
+        self.given_optimizers = _listed(optimizers)
+        """As they were given: they may be wrappers that are no optimizers of torch's."""
+        self.optimizers = [optimizer_in(given) for given in self.given_optimizers]
         self.step = step
         self.layout = None if layout is None else str(layout)
         self.trainable_only = trainable_only
@@ -287,9 +289,9 @@ def is_hyperparameter(name: str) -> bool:
     return name.startswith(HYPERPARAMETERS)
 
 
-def _listed(optimizers: Any) -> list[torch.optim.Optimizer]:
+def _listed(optimizers: Any) -> list[Any]:
     several = optimizers.values() if isinstance(optimizers, Mapping) else optimizers
-    return [optimizer_in(given) for given in (several if isinstance(several, Iterable) else [several])]
+    return list(several) if isinstance(several, Iterable) else [several]
 
 
 def _only(several: list[T], what: str, attribute: str) -> T:

@@ -46,6 +46,14 @@ def optimizer_in(given: Any) -> torch.optim.Optimizer:
     )
 
 
+def is_optimizer(value: object) -> bool:
+    """Whether it is an optimizer, or steps by one that it holds."""
+    if isinstance(value, torch.optim.Optimizer):
+        return True
+    inner = getattr(value, "__dict__", {}).values() if _can_step(value) else ()
+    return any(isinstance(each, torch.optim.Optimizer) for each in inner) and not is_scheduler(value)
+
+
 def is_scheduler(value: object) -> bool:
     """Whether it is an LR scheduler, or a wrapper of one."""
     return _can_step(value) and optimizer_of(value) is not None
