@@ -257,3 +257,23 @@ def test_the_lists_of_another_program_fit_the_same_order_of_groups_only(tmp_path
     else:
         with pytest.raises(StateMismatchError, match=r"schedulers\.0\.\w+ has an item .* saved in another order"):
             ray_ckpt.load(state, tmp_path / "state.pt")
+
+
+class Falling:
+    """A schedule with settings of its own, whose order is not that of their names."""
+
+    def __init__(self, rate: float, floor: float) -> None:
+        self.rate, self.floor = rate, floor
+
+    def __call__(self, step: int) -> float:
+        return max(self.floor, self.rate**step)
+
+
+def test_settings_of_a_schedule_are_the_same_in_any_order(tmp_path: Path) -> None:
+    model, optimizer = linear([0.1])
+    scheduler = lr_scheduler.LambdaLR(optimizer, [Falling(0.9, 0.2)])
+    ray_ckpt.save(TrainState(model, optimizer, schedulers=scheduler), tmp_path)
+    follower = lr_scheduler.LambdaLR(optimizer, [Falling(0.5, 0.1)])
+    ray_ckpt.load(TrainState(model, optimizer, schedulers=follower), tmp_path)
+    [schedule] = follower.lr_lambdas
+    assert vars(schedule) == {"rate": 0.9, "floor": 0.2}

@@ -110,9 +110,18 @@ def unpack(name: str, leaves: Mapping[str, Any]) -> Any:
 
 
 def is_same(one: object, other: object) -> bool:
-    """Whether two values are packed alike: numbers exactly, tensors by their bits, and a NaN is itself."""
-    first, second = pack("", one), pack("", other)
+    """Whether two values are packed alike: numbers exactly, tensors by their bits, and a NaN is itself.
+
+    Plain dicts are equal in any order, as Python has it: of some the keys were names, which come back sorted.
+    """
+    first, second = pack("", _sorted(one)), pack("", _sorted(other))
     return first.keys() == second.keys() and all(_is_same_leaf(leaf, second[name]) for name, leaf in first.items())
+
+
+def _sorted(value: Any) -> Any:
+    if type(value) is dict:
+        return {key: _sorted(value[key]) for key in sorted(value, key=repr)}
+    return type(value)(map(_sorted, value)) if type(value) in (list, tuple) else value
 
 
 def _is_same_leaf(one: Any, other: Any) -> bool:
