@@ -38,6 +38,11 @@ STATES: dict[str, Callable[[torch.Tensor], dict[Any, Any]]] = {
     "dots in keys": lambda p: {"stats.mean": torch.rand(2), "exp_avg": torch.rand_like(p)},
     "nested": lambda p: {"a": {"b": {"c": torch.rand(2), "d": None}}, "seen": {4, 5}},
     "numbers of numpy": lambda p: {"scale": numpy.float64(0.5), "dtype": torch.bfloat16},
+    "small numbers of numpy": lambda p: {
+        "float32": numpy.float32(0.1),
+        "nested": {"float16": [numpy.float16(1 / 3)], "uint8": (numpy.uint8(255),)},
+        "complex64": numpy.complex64(1 / 3 + 2j),
+    },
 }
 
 

@@ -338,6 +338,12 @@ class Point(NamedTuple):
         {"queue": deque([1, (2, [3])], maxlen=5), "endless": deque()},
         {"norm": Norm.ROWS, "name": Mode.EAGER, "point": [Point(1, (2, None))]},
         {"set": frozenset({1, 2}), "number": 1 - 2j},
+        {
+            "a": np.float64(0.1),
+            "b": [np.float32(0.1), np.float16(-0.0), np.uint8(255)],
+            "c": {np.int64(1): np.bool_(1)},
+        },
+        {"a": np.complex64(1 / 3 + 2j), "half": np.float16("inf")},
     ],
 )
 def test_nested_state_is_packed_exactly(value: Any) -> None:
@@ -377,7 +383,7 @@ def test_tensors_within_lists_are_packed_as_tensors() -> None:
     "value",
     [
         {"a": [object()]},
-        {"a": np.float64(1)},
+        {"a": np.datetime64("2026-01-01")},
         {"a": {"b": {1.5: Path()}}},
         {"a": Enum("Local", {"X": 1}).X},  # type: ignore[attr-defined]
         {"a": deque([slice(3)])},

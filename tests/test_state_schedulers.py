@@ -49,6 +49,7 @@ PLACES: dict[str, Callable[[list[float]], Any]] = {
     "tensor": torch.tensor,
     "tensors": lambda rates: [torch.tensor(rate) for rate in rates],
     "numpy": lambda rates: [numpy.float64(rate) for rate in rates],
+    "small numpy": lambda rates: tuple(numpy.float32(rate) for rate in rates),
 }
 
 

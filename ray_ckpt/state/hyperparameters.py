@@ -129,9 +129,10 @@ def same(one: Any, other: Any) -> bool:
 
 
 def without_numpy(value: Any) -> Any:
-    """Scalars of NumPy's as the numbers of Python's that they are worth, for optimizers compute alike with both."""
+    """Scalars of NumPy's as those of Python's where it computes alike with both. Of others, as of a `float32`, it
+    rounds otherwise: they stay."""
     numpy = sys.modules.get("numpy")
-    if numpy and isinstance(value, numpy.generic):
+    if numpy and isinstance(value, (numpy.bool_, numpy.int64, numpy.float64, numpy.complex128, numpy.str_)):
         return value.item()
     if type(value) is dict:
         return {key: without_numpy(item) for key, item in value.items()}

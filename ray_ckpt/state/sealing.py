@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import io
 import operator
+import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from functools import partial
@@ -48,6 +49,12 @@ MAKERS: dict[str, Callable[[Any], Any]] = {**_MAKERS_OF_DICTS, **{tag: kind for 
 
 
 _UNCHANGING = frozenset({bool, int, float, str, type(None)})
+
+_NUMPY_SCALARS = frozenset(
+    {"bool", "float16", "float32", "float64", "complex64", "complex128"}
+    | {f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)}
+)
+"""Names of dtypes of NumPy's whose scalars are saved."""
 
 RECORD = "$names"
 """Last component of the entry in which `pack_state` records what it has packed."""
@@ -217,6 +224,8 @@ def _seal(name: str, value: Any, tensors: list[torch.Tensor]) -> Any:
     try:
         values.encode(value)
     except values.NotPlainError:
+        if _is_numpy_scalar(value):
+            return ("$numpy", (value.dtype.name, _seal(name, value.item(), tensors)))
         raise UsageError(
             f"{name!r} is a {kind.__module__}.{kind.__qualname__}, which cannot be saved so that any reader gets it "
             "back: give tensors, numbers, texts, and dicts, lists and tuples of them"
@@ -244,6 +253,8 @@ def _unseal(name: str, sealed: Any, leaves: Mapping[str, Any]) -> Any:
         return GroupList(*content)
     if tag == "$complex":
         return complex(*content)
+    if tag == "$numpy":
+        return _numpy_scalar(name, content[0], _unseal(name, content[1], leaves))
     if tag == "$deque":
         return deque((_unseal(name, item, leaves) for item in content[1]), content[0])
     if tag == "$enum":
@@ -256,3 +267,16 @@ def _unseal(name: str, sealed: Any, leaves: Mapping[str, Any]) -> Any:
     if tag in _MAKERS_OF_DICTS:
         return MAKERS[tag]({_unseal(name, key, leaves): _unseal(name, item, leaves) for key, item in content})
     return MAKERS[tag]([_unseal(name, item, leaves) for item in content])
+
+
+def _is_numpy_scalar(value: Any) -> bool:
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.generic) and value.dtype.name in _NUMPY_SCALARS
+
+
+def _numpy_scalar(name: str, dtype: str, value: Any) -> Any:
+    if dtype not in _NUMPY_SCALARS:
+        raise FormatError(f"{name!r} is sealed as a {dtype!r} of NumPy's, which this version does not know")
+    import numpy  # whoever has none of its scalars need not have it
+
+    return numpy.dtype(dtype).type(value)
