@@ -51,6 +51,10 @@ weights = ray_ckpt.open_weights(store)
 ray.shutdown()
 renewal.join(60)
 print(renewal.is_alive(), ray.is_initialized())
+try:
+    store.steps()
+except ray_ckpt.StorageError as error:
+    print(error)
 del weights
 print(ray.is_initialized())
 """
@@ -334,7 +338,9 @@ class TestOneNode:
         ray_ckpt.save({"model": values(1)}, store, step=1)
         command = [sys.executable, "-c", LEAVER, ray.get_runtime_context().gcs_address, store._storage.uri]
         done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
-        assert done.stdout.splitlines() == ["False False", "False"]
+        alive, told, running = done.stdout.splitlines()
+        assert (alive, running) == ("False False", "False")
+        assert f"ram://{self.name_of(store)} is out of reach: this process has left its Ray cluster" in told
         assert "Traceback" not in done.stderr
 
     @pytest.mark.slow

@@ -175,3 +175,33 @@ def test_an_object_store_goes_elsewhere_where_shared_memory_cannot_be_written(
     assert list(settings.values()) == [str(tmp_path)]
     with pytest.raises(RuntimeError, match=r"Unknown keyword argument\(s\): nothing_like_it$"):
         ray.init(**settings, nothing_like_it=1)
+
+
+LEAVING = """
+import ray
+from ray_ckpt.cluster.ray_internals import ask_actor
+ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+
+@ray.remote(num_cpus=0)
+class Doubling:
+    def of(self, number):
+        return 2 * number
+
+method = Doubling.remote().of
+print(ask_actor(method, 3, timeout_s=60))
+ray.shutdown()
+try:
+    ask_actor(method, 3, timeout_s=60)
+except Exception as error:
+    print(type(error).__name__, ray.is_initialized())
+ray.get(ray.put(1))
+print(ray.is_initialized())
+"""
+
+
+def test_a_call_after_a_shutdown_begins_no_ray_as_rays_own_does() -> None:
+    command = [sys.executable, "-c", LEAVING]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=True)
+    answer, refused, began = done.stdout.splitlines()
+    assert (answer, began) == ("6", "True")
+    assert refused.endswith(" False")

@@ -11,6 +11,7 @@ end_monitor              a local Ray's shutdown waits a second for a process tha
 reread_authentication    Ray reads mode and token once per process
 command_line_redacted    Ray keeps a driver's command line, for whoever lists the jobs
 object_store_settings    a local Ray's object store aborts where /dev/shm cannot be written
+ask_actor                Ray begins a local cluster for a call that comes after a shutdown
 without_signal_handlers  Ray's core takes SIGTERM for a crash while it starts, and may abort
 """
 
@@ -46,6 +47,17 @@ def find_recorded_address() -> str | None:
     """The address that the last `ray start` on this machine recorded; its cluster may be gone."""
     address: str | None = services.find_bootstrap_address(None)
     return address
+
+
+def ask_actor(method: Any, *args: Any, timeout_s: float) -> Any:
+    """`ray.get(method.remote(*args))`, for threads that may outlive this process's Ray: none is begun.
+
+    Raises:
+        RayError: the actor is lost, or gave no answer in time.
+        Exception: of any class, as this process has left its cluster.
+    """
+    submit, get = type(method)._remote.__wrapped__, ray.get.__wrapped__  # type: ignore[attr-defined]
+    return get(submit(method, args, {}), timeout=timeout_s)
 
 
 def check_alive(address: str, timeout_s: float) -> bool:

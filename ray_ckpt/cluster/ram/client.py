@@ -24,6 +24,7 @@ from ray_ckpt.cluster.ram.index import find_index, start_index
 from ray_ckpt.cluster.ram.keeper import Place, label, read_fully
 from ray_ckpt.cluster.ram.records import Begun, Found, Options, Refusal
 from ray_ckpt.cluster.ram.sending import receive, receive_cuts
+from ray_ckpt.cluster.ray_internals import ask_actor
 from ray_ckpt.errors import UsageError
 from ray_ckpt.report import CopyReport
 from ray_ckpt.storage import registered
@@ -225,7 +226,7 @@ class RamFiles:
         if index is None:
             return default
         try:
-            return ray.get(getattr(index, method).remote(*args), timeout=INDEX_ANSWER_S)
+            return ask_actor(getattr(index, method), *args, timeout_s=INDEX_ANSWER_S)
         except GetTimeoutError as error:
             raise TimeoutError(
                 f"the index of ram://{self._store} gave no answer within {INDEX_ANSWER_S:g} s"
@@ -233,7 +234,7 @@ class RamFiles:
         except Exception as error:  # besides RayError a bare one, for an actor of a cluster that was left
             with self._lock:
                 self._index = None
-            if default is not None and find_index(self._store) is None:
+            if default is not None and ray.is_initialized() and find_index(self._store) is None:
                 return default  # it has been dropped, or has ended with its job
             raise OSError(errno.EIO, f"the index of ram://{self._store} is lost: {error}".partition("\n")[0]) from error
 
