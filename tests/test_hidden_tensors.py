@@ -115,10 +115,18 @@ class Scratch(torch.optim.SGD):
         self.gradients = [parameter.grad for group in self.param_groups for parameter in group["params"]]
 
 
+def tied(model: nn.Module) -> Wrapper:
+    """A wrapper and an optimizer that hold each other."""
+    inner: Any = Slow(model.parameters())
+    inner.wrapper = wrapper = Wrapper(inner)
+    return wrapper
+
+
 HIDING: dict[str, tuple[Callable[[nn.Module], Any], tuple[str, ...]]] = {
     "a list": (lambda model: Slow(model.parameters()), ("Slow.slow",)),
     "by parameter": (lambda model: SlowByParameter(model.parameters()), ("SlowByParameter.average",)),
     "state": (lambda model: Wrapper(Slow(model.parameters())), ("Wrapper.inner.slow", "Wrapper.state")),
+    "each other": (tied, ("Wrapper.inner.slow", "Wrapper.state")),
     "a module": (lambda model: Stranger(torch.optim.Adam(model.parameters()), model), ("Stranger.averaged",)),
     "shown": (lambda model: Shown(model.parameters()), ()),
     "scratch": (Scratch, ()),

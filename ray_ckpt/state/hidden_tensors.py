@@ -47,17 +47,24 @@ def hidden(optimizers: Iterable[Any], saved: Iterable[Any]) -> tuple[str, ...]:
             left = [(t, found) for t, found in kept if t.data_ptr() not in gradients and t not in known]
             if _is_of_parameters(left, given):
                 names.append(name)
-    return tuple(dict.fromkeys(names))
+    return tuple(sorted(set(names)))
+
+
+def _holders(given: Any) -> Iterator[tuple[str, Any]]:
+    """What is given, and the optimizers that it holds, each once, as they may hold each other; by their names."""
+    waiting, seen = deque([(type(given).__qualname__, given)]), {id(given)}
+    while waiting:
+        name, holder = waiting.popleft()
+        yield name, holder
+        for attribute, value in vars(holder).items():
+            for inner in value if isinstance(value, list) else [value]:
+                if isinstance(inner, torch.optim.Optimizer) and id(inner) not in seen:
+                    seen.add(id(inner))
+                    waiting.append((f"{name}.{attribute}", inner))
 
 
 def _optimizers(given: Any) -> Iterator[torch.optim.Optimizer]:
-    """What is given, and the optimizers that it holds."""
-    if isinstance(given, torch.optim.Optimizer):
-        yield given
-    for value in getattr(given, "__dict__", {}).values():
-        for inner in value if isinstance(value, list) else [value]:
-            if isinstance(inner, torch.optim.Optimizer):
-                yield from _optimizers(inner)
+    return (holder for _, holder in _holders(given) if isinstance(holder, torch.optim.Optimizer))
 
 
 def _is_of_parameters(several: list[tuple[torch.Tensor, bool]], given: Any) -> bool:
@@ -72,18 +79,15 @@ def _is_of_parameters(several: list[tuple[torch.Tensor, bool]], given: Any) -> b
     return False
 
 
-def _attributes(given: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+def _attributes(given: Any) -> Iterator[tuple[str, Any]]:
     """What an optimizer, and those that it holds, keep beside what they show for sure."""
-    name = name or type(given).__qualname__
-    shown = {"param_groups"}
-    if isinstance(given, torch.optim.Optimizer) and not has_own_state_dict(given):
-        shown.add("state")
-    for attribute, value in vars(given).items():
-        if attribute not in shown:
-            for each in value if isinstance(value, list) else [value]:
-                if isinstance(each, torch.optim.Optimizer):
-                    yield from _attributes(each, f"{name}.{attribute}")
-            yield f"{name}.{attribute}", value
+    for name, holder in _holders(given):
+        shown = {"param_groups"}
+        if isinstance(holder, torch.optim.Optimizer) and not has_own_state_dict(holder):
+            shown.add("state")
+        yield from (
+            (f"{name}.{attribute}", value) for attribute, value in vars(holder).items() if attribute not in shown
+        )
 
 
 def _kept(value: Any, members: frozenset[int]) -> Iterator[tuple[torch.Tensor, bool]]:
