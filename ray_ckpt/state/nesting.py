@@ -43,7 +43,7 @@ class named:
 
     def __exit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> None:
         # A user's own code may run out of stack too, in a state that has an end.
-        if kind is RecursionError and (found := _fault(self._name, self._value, NESTING.value)):
+        if kind is RecursionError and (found := _fault(self._name, self._value)):
             raise UsageError(found) from None
 
 
@@ -51,7 +51,7 @@ def check(name: str, value: object) -> None:
     """Raises:
     UsageError: the value contains itself, or is nested deeper than a record may be.
     """
-    if found := _fault(name, value, NESTING.value):
+    if found := _fault(name, value):
         raise UsageError(found)
 
 
@@ -85,7 +85,7 @@ def asked(name: str, owner: Any) -> Any:
         ) from None
 
 
-def _fault(name: str, value: object, most: int) -> str:
+def _fault(name: str, value: object) -> str:
     """What is wrong with a value; empty if nothing is. It may be nested deeper than Python's own stack."""
     within = {id(value): name}
     done: set[int] = set()
@@ -99,7 +99,7 @@ def _fault(name: str, value: object, most: int) -> str:
                     "that the state has no end: keep a name or a copy of what is wanted in its place"
                 )
             is_container = isinstance(item, (Mapping, *_SEQUENCES))
-            if len(walks) + (0 if is_container or type(item) in _UNCHANGING else 2) > most:
+            if len(walks) + (0 if is_container or type(item) in _UNCHANGING else 2) > NESTING.value:
                 return _too_deep(name or place.partition(".")[0])
             if is_container and id(item) not in done:
                 within[id(item)] = place
