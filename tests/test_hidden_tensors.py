@@ -178,3 +178,15 @@ def test_a_part_without_the_optimizer_says_nothing_of_it(tmp_path: Path) -> None
     model(torch.ones(2, 4)).sum().backward()
     optimizer.step()
     assert ray_ckpt.save(TrainState(model, optimizer), tmp_path / "run", only=("model",)).unsaved == ()
+
+
+def test_a_gradient_without_memory_of_its_own_does_no_harm(tmp_path: Path) -> None:
+    model = nn.Embedding(5, 3, sparse=True)
+    optimizer = Slow(model.parameters())
+    for group in optimizer.param_groups:
+        group["momentum"] = 0
+    model(torch.tensor([1, 2])).sum().backward()
+    optimizer.step()
+    assert model.weight.grad is not None
+    assert model.weight.grad.is_sparse
+    assert ray_ckpt.save(TrainState(model, optimizer), tmp_path / "run").unsaved == ("Slow.slow",)

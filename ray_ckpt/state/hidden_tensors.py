@@ -38,13 +38,14 @@ def hidden(optimizers: Iterable[Any], saved: Iterable[Any]) -> tuple[str, ...]:
             continue  # as with nearly all, and a parameter's id for each would take longer
         members = [p for inner in _optimizers(given) for p in hyperparameters.members(inner)]
         ids = frozenset(map(id, members))
-        gradients = {p.grad.data_ptr() for p in members if p.grad is not None}
+        gradients = [local_tensor(p.grad) for p in members if p.grad is not None]
+        of_gradients = {gradient.data_ptr() for gradient in gradients if not fault(gradient)}
         for name, value in several:
             kept = list(_kept(value, ids))
             if not _is_of_parameters(kept, given):
                 continue
             known = known or _Known(saved)
-            left = [(t, found) for t, found in kept if t.data_ptr() not in gradients and t not in known]
+            left = [(t, found) for t, found in kept if t.data_ptr() not in of_gradients and t not in known]
             if _is_of_parameters(left, given):
                 names.append(name)
     return tuple(sorted(set(names)))
