@@ -19,7 +19,7 @@ test: .venv/.installed-dev
 
 # The jobs as a person runs them, on `ray start` clusters and by `ray job submit`; the README's Python.
 test-jobs: .venv/.installed-dev
-	$(BIN)/python -m pytest -m "jobs and not slow and not faults" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "jobs and not slow and not faults" $(ARGS)
 
 # More of the same fault matrix than `make test` has time for.
 test-slow: .venv/.installed-dev

@@ -39,9 +39,11 @@ atexit.register(shutil.rmtree, MARKERS, ignore_errors=True)
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests with a Ray follow one another, as two at once are too much for a small machine; those that share one come
-    last, so that none runs beside it that does not ask for it."""
+    last, so that none runs beside it that does not ask for it. Jobs wait more than they work: two files at once."""
     for item in items:
-        if _has_ray(item):
+        if item.get_closest_marker("jobs") and "local_ray" not in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+        elif _has_ray(item):
             item.add_marker(pytest.mark.xdist_group("ray"))
     items.sort(key=lambda item: "local_ray" in getattr(item, "fixturenames", ()))
 

@@ -28,7 +28,7 @@ def names_in_cluster() -> list[str]:
     return [f"cluster.{name}" for name in ast.literal_eval(listed)]
 
 
-ON_RAY = ["WorkerContext", "WorkerGroup", *names_in_cluster()]
+ON_RAY = ["TransferReport", "WorkerContext", "WorkerGroup", *names_in_cluster()]
 OFF_RAY = [name for name in ray_ckpt.__all__ if name != "__version__" and name not in ON_RAY]
 
 

@@ -200,8 +200,8 @@ def _below_bucket(s3):
 @pytest.mark.parametrize(
     ("verbs", "action"),
     [
-        ("ours", "throttled"),
-        *(_slow("ours", action) for action in ("raises", "no space", "slow")),
+        ("ours", "slow"),
+        *(_slow("ours", action) for action in ("raises", "no space", "throttled")),
         *(_slow("dcp", action) for action in ("raises", "no space", "throttled", "slow")),
     ],
 )

@@ -89,7 +89,7 @@ def test_optimizers_are_refused_as_under_collectives(group: WorkerGroup, tmp_pat
         cluster.WeightPublisher(group, rank_states.optimizer_of, tmp_path, whole_every=0)
 
 
-@pytest.mark.parametrize("by", ["group", "process"])
+@pytest.mark.parametrize("by", [pytest.param("group", marks=pytest.mark.slow), "process"])
 def test_what_is_copied_alone_is_whole(group: WorkerGroup, tmp_path: Path, name: str, by: str) -> None:
     """Each third version is copied to the durable tier, and the deltas between stay in memory."""
     store = CheckpointStore(tmp_path / "policy", front=f"ram://{name}?replicas=0", durable_every=3)

@@ -80,7 +80,7 @@ def test_the_demo_needs_no_test_dependencies(installed: Path) -> None:
             '-m "not jobs and not slow and not matrix and not cluster and not faults and not frameworks and not soak '
             'and not oldest" -k fingerprint -x',
         ),
-        ("test-jobs", "-x", '.venv/bin/python -m pytest -m "jobs and not slow and not faults" -x'),
+        ("test-jobs", "-x", '--no-loadscope-reorder -m "jobs and not slow and not faults" -x'),
         ("test-slow", "-k s3", ".venv/bin/python -m pytest -m slow -k s3"),
         ("test-matrix", "-k llama", ".venv/bin/python -m pytest -m matrix -k llama"),
         ("test-cluster", "-x", ".venv/bin/python -m pytest -m cluster -x"),

@@ -233,7 +233,7 @@ class TestOneNode:
         with pytest.raises(StorageError):  # what does not hold it sees it no more
             begun.read_bytes(MANIFEST_NAME)
 
-    @pytest.mark.parametrize("is_delta", [False, True])
+    @pytest.mark.parametrize("is_delta", [pytest.param(False, marks=pytest.mark.slow), True])
     def test_a_record_is_read_to_its_end(self, store: CheckpointStore, is_delta: bool) -> None:
         """The step is deleted, with all that it is built on, once its reader holds it and before anything is read."""
         publisher, state = ray_ckpt.WeightPublisher(store, whole_every=3 if is_delta else 1), values(0)
@@ -301,6 +301,7 @@ class TestOneNode:
             assert torch.equal(loaded(old), values(1)["x"])
         assert torch.equal(loaded(store), values(9)["x"])
 
+    @pytest.mark.slow
     def test_memory_that_is_read_makes_no_room(self, store: CheckpointStore) -> None:
         small = CheckpointStore(f"ram://{self.name_of(store)}/run?replicas=0&capacity_bytes=80000")
         for step in (1, 2, 3):

@@ -294,6 +294,7 @@ def test_a_failing_task_is_named_and_nothing_is_left(saved: Path, tmp_path: Path
     assert list((tmp_path / "target").glob("*")) == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_a_foreign_source_becomes_a_checkpoint_of_ours(tmp_path: Path) -> None:
     state = _state()

@@ -175,6 +175,7 @@ class TestTwoTiers:
         found = [cli.main(["ram", "--drop", name], standalone_mode=False) for _ in range(2)]
         assert (found, store.steps()) == ([0, 1], (2,))
 
+    @pytest.mark.slow
     def test_an_object_store_that_throttles_becomes_durable_later_and_is_not_read_by_a_resume(self, name: str) -> None:
         with run_s3() as s3:
             durable = Storage(s3.uri("run"), retry=RetryPolicy(attempts=2, first_wait_s=0.001, max_wait_s=0.002))
