@@ -184,3 +184,38 @@ def test_an_optimizer_does_not_go_on_with_parameters_that_the_load_has_replaced(
     load(TrainState(target, optimizer), tmp_path, only=("optim",))
     assert all(map(torch.equal, target.parameters(), model.parameters()))
     assert len(optimizer.state) == 4
+
+
+class Spoiled(nn.Linear):
+    """Takes what was read, and writes something else to the same memory, or keeps another value than it was given."""
+
+    def __init__(self, how: str, version: int = 1) -> None:
+        super().__init__(3, 3)
+        self.version = version
+        self.how = how
+        if how == "before":
+            self.register_load_state_dict_pre_hook(lambda module, state, *_: state["weight"].zero_())
+        if how == "after":
+            self.register_load_state_dict_post_hook(lambda module, _: module.weight.data.zero_().sum().item() or None)
+
+    def get_extra_state(self) -> int:
+        return self.version
+
+    def set_extra_state(self, state: int) -> None:
+        self.version = self.version if self.how == "extra state" else state
+
+
+@pytest.mark.parametrize(
+    ("how", "in_a_dict"),
+    [("before", False), ("before", True), ("after", False), ("after", True), ("extra state", False)],
+)
+def test_what_a_load_makes_of_its_own_memory_is_an_error(tmp_path: Path, how: str, in_a_dict: bool) -> None:
+    def state_of(model: nn.Module) -> Any:
+        return {"model": model} if in_a_dict else TrainState(model)
+
+    save(state_of(Spoiled("")), tmp_path)
+    load(state_of(good := Spoiled("", 2)), tmp_path)
+    assert good.version == 1
+    name = "_extra_state" if how == "extra state" else "weight"
+    with pytest.raises(CheckpointError, match=rf"does not show what was read as {name}:"):
+        load(state_of(Spoiled(how, 2)), tmp_path)

@@ -8,6 +8,7 @@ other, and could overwrite what it still has to copy.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,12 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ray_ckpt.errors import StateMismatchError, UsageError
+from ray_ckpt.format.fingerprint import Fingerprint
+from ray_ckpt.format.fingerprinting import fingerprint
+from ray_ckpt.format.memory import fault
 from ray_ckpt.format.torch_internals import has_entry, local_tensor, without_weak_references
-from ray_ckpt.format.wrappers import are_alike, are_same, with_memory
+from ray_ckpt.format.wrappers import are_alike, are_same, is_made_of_others, nodes_of, with_memory
+from ray_ckpt.state import sealing
 from ray_ckpt.state.unsaved_buffers import device_of
 from ray_ckpt.text import listed
 
@@ -156,24 +161,46 @@ def with_targets(module: nn.Module) -> dict[str, Any]:
     return {**state, **{key: value.detach().clone() for key, value in made.items()}}
 
 
-def check_shown(module: nn.Module, loaded: Mapping[str, Any]) -> None:
-    """Ask the module for its state again, after it has taken what was read.
+class Shown:
+    """What was read for a module, before its own `load_state_dict` takes it: that could write to the same memory."""
 
-    Raises:
-        StateMismatchError: it shows something else.
-    """
-    shown = module.state_dict()
-    wrong = [
-        key
-        for key, value in loaded.items()
-        if isinstance(value, torch.Tensor) and not key.endswith(EXTRA_STATE) and not _are_one(value, shown.get(key))
-    ]
-    if wrong:
-        raise StateMismatchError(
-            f"after the load {type(module).__name__} does not show what was read as {listed(wrong, at_most=4)}: its "
-            "own load_state_dict makes something else of it, or leaves it on the meta device"
-        )
+    def __init__(self, module: nn.Module, loaded: Mapping[str, Any]) -> None:
+        self._module = module
+        self._loaded = loaded
+        tensors = {key: value for key, value in loaded.items() if isinstance(value, torch.Tensor)}
+        self._bits = {key: _bits(value) for key, value in tensors.items()} if has_own_form(module) else {}
+
+    def check(self) -> None:
+        """Ask the module for its state again.
+
+        Raises:
+            StateMismatchError: it shows something else.
+        """
+        shown = self._module.state_dict()
+        if wrong := [key for key, value in self._loaded.items() if not self._shows(key, value, shown)]:
+            raise StateMismatchError(
+                f"after the load {type(self._module).__name__} does not show what was read as "
+                f"{listed(wrong, at_most=4)}: its own load_state_dict makes something else of it, or leaves it on the "
+                "meta device"
+            )
+
+    def _shows(self, key: str, read: Any, shown: Mapping[str, Any]) -> bool:
+        value = shown.get(key)
+        if _is_encoded(read) or (key.endswith(EXTRA_STATE) and isinstance(read, torch.Tensor)):
+            return True  # the same may be written in several ways, such as a pickle
+        if not isinstance(read, torch.Tensor):
+            return key in shown and sealing.is_same(read, value)
+        if not isinstance(value, torch.Tensor):
+            return False
+        return _bits(value) == self._bits[key] if key in self._bits else are_same(read, value)
 
 
-def _are_one(read: torch.Tensor, shown: object) -> bool:
-    return isinstance(shown, torch.Tensor) and are_same(read, shown)
+def _is_encoded(value: Any) -> bool:
+    return isinstance(value, (bytes, bytearray, io.BytesIO))
+
+
+def _bits(tensor: torch.Tensor) -> dict[str, Fingerprint]:
+    """Fingerprints of a tensor's elements on this rank, or of those of the tensors that it is made of."""
+    local = local_tensor(tensor)
+    nodes = nodes_of(local) if is_made_of_others(local) else {"": local}
+    return {name: fingerprint(node) for name, node in nodes.items() if not fault(local_tensor(node))}

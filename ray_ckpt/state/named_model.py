@@ -35,7 +35,7 @@ from ray_ckpt.state.load_plan import Claim, Handover, LoadPlan, SavedState, Spec
 from ray_ckpt.state.module_entries import (
     EXTRA_STATE,
     Entry,
-    check_shown,
+    Shown,
     has_no_place,
     has_own_form,
     live_tensor,
@@ -242,8 +242,9 @@ class NamedModel:
                 continue
             with sharded_state_dicts(module), _copying(state):
                 # What is missing has been found by now. A module may do more on a load than to take its tensors.
+                read = Shown(module, state)
                 module.load_state_dict(state, strict=False)
-                check_shown(module, state)
+                read.check()
 
     def _entries(self) -> dict[str, list[Entry]]:
         """Canonical name -> everything that the modules hold under it, but for what is left out."""
