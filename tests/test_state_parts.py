@@ -456,3 +456,20 @@ def test_what_may_have_had_numbers_for_keys_is_refused(tmp_path: Path) -> None:
     report = ray_ckpt.load(state, tmp_path / "run.pt", strict=False)
     assert report.dataloader == "left as it was"
     assert loader.state == {"n": 0, "workers": {}}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse", "ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda: torch.eye(2).to_sparse_csr(), r"tensor of layout torch\.sparse_csr"),
+        (lambda: torch.eye(2).to_sparse_bsr((2, 2)), r"tensor of layout torch\.sparse_bsr"),
+        (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "nested tensor"),
+    ],
+)
+def test_state_without_strides_is_refused_by_name(tmp_path: Path, make: Callable[[], torch.Tensor], kind: str) -> None:
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters())
+    optimizer.state[model.weight]["odd"] = make()
+    with pytest.raises(UsageError, match=rf"'optim\.state\.weight\.odd' is a {kind}"):
+        ray_ckpt.save(TrainState(model, optimizer), tmp_path)

@@ -34,14 +34,14 @@ def default_order(shape: tuple[int, ...], parameter: torch.Tensor) -> Order:
 def special_order(leaf: Any, parameter: torch.Tensor) -> Order | None:
     """How a leaf of a parameter's state lies, where that is not the default; None for shards, whose ranks may differ in
     it, and for what has no memory of its own."""
-    if not isinstance(leaf, torch.Tensor) or leaf.dim() < 2:
+    if not isinstance(leaf, torch.Tensor) or leaf.layout is not torch.strided or leaf.is_nested or leaf.dim() < 2:
         return None
     if isinstance(leaf, DTensor):
         if not all(placement.is_replicate() for placement in leaf.placements):
             return None
     elif leaf.is_contiguous() and (leaf.shape != parameter.shape or parameter.is_contiguous()):
         return None
-    if is_made_of_others(leaf) or leaf.layout != torch.strided:
+    if is_made_of_others(leaf):
         return None
     order = order_of(local_tensor(leaf))
     return None if order == default_order(tuple(leaf.shape), parameter) else order

@@ -20,7 +20,7 @@ from ray_ckpt.errors import CheckpointError, RayCkptError, StateMismatchError
 from ray_ckpt.format.manifest import itemsize
 from ray_ckpt.state import nesting
 from ray_ckpt.state.load_plan import Handover, LoadPlan
-from ray_ckpt.state.module_entries import Shown, has_own_form
+from ray_ckpt.state.module_entries import Shown, may_show_else
 
 MAX_KEPT_BYTES = 256 << 20
 """Objects with more tensors than that take their state after the reading, as a copy of what they had is too large."""
@@ -76,7 +76,7 @@ def hand_over(handover: Handover, loaded: Mapping[str, torch.Tensor]) -> None:
     """
     owner, state = handover.owner, handover.state_of(loaded)
     with refusal_named(f"{handover.name} ({type(owner).__name__})"):
-        read = Shown(owner, state) if isinstance(owner, nn.Module) and has_own_form(owner) else None
+        read = Shown(owner, state) if isinstance(owner, nn.Module) and may_show_else(owner, state) else None
         owner.load_state_dict(state)
         if read is not None:
             read.check()

@@ -121,6 +121,13 @@ def _is_torchs(function: Any) -> bool:
     return f"{getattr(function, '__module__', '')}.".startswith("torch.")
 
 
+def may_show_else(module: nn.Module, loaded: Mapping[str, Any]) -> bool:
+    """Whether a module may show something else than was read although its load went well, as by what it makes of its
+    extra state."""
+    has_extra_state = any(key.rpartition(".")[2] == EXTRA_STATE for key in loaded)
+    return has_own_form(module) or (has_extra_state and not FullyShardedDataParallel.fsdp_modules(module))
+
+
 def target_of(entry: Entry, *, has_own_form: bool) -> Callable[[], torch.Tensor]:
     """What gives the memory that an entry is read into.
 
