@@ -37,6 +37,7 @@ os.environ["RAY_CKPT_TEST_MARKERS"] = str(MARKERS)
 atexit.register(shutil.rmtree, MARKERS, ignore_errors=True)
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests with a Ray follow one another, as two at once are too much for a small machine; those that share one come
     last, so that none runs beside it that does not ask for it. Jobs wait more than they work: two files at once."""

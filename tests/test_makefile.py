@@ -102,3 +102,11 @@ def test_the_demo_needs_no_test_dependencies(installed: Path) -> None:
 )
 def test_arguments_reach_the_commands(target: str, arguments: str, expected: str) -> None:
     assert expected in would_run(REPOSITORY, target, f"ARGS={arguments}")
+
+
+def test_tests_of_a_group_are_kept_together(request: pytest.FixtureRequest) -> None:
+    """pytest-xdist tells them by the ends of their names, which not every pytest lets it change."""
+    if not hasattr(request.config, "workerinput"):
+        pytest.skip("not one of several processes")
+    grouped = [item.nodeid for item in request.session.items if item.get_closest_marker("xdist_group")]
+    assert [nodeid for nodeid in grouped if "@" not in nodeid.rpartition("]")[2]] == []

@@ -168,8 +168,9 @@ def copy_of_saved(saved: job.Saved, tmp_path: Path) -> job.Saved:
     return replace(saved, uri=str(tmp_path / "run"))
 
 
-@pytest.fixture
-def fresh_group(options: job.Options, local_ray: None) -> Iterator[WorkerGroup]:
+@pytest.fixture(scope="module")
+def group(options: job.Options, local_ray: None) -> Iterator[WorkerGroup]:
+    """Workers that saved nothing; every load makes its model anew."""
     with job.form_group(options, quiet_screen(), "regroup", options.target) as group:
         yield group
 
@@ -184,26 +185,24 @@ def text_of(report: JobReport) -> str:
     return text.getvalue()
 
 
-def test_what_was_saved_is_what_is_loaded(
-    options: job.Options, copy_of_saved: job.Saved, fresh_group: WorkerGroup
-) -> None:
-    comparison = job.load_and_verify(options, quiet_screen(), fresh_group, copy_of_saved).comparison
+def test_what_was_saved_is_what_is_loaded(options: job.Options, copy_of_saved: job.Saved, group: WorkerGroup) -> None:
+    comparison = job.load_and_verify(options, quiet_screen(), group, copy_of_saved).comparison
     assert comparison.mismatches == ()
     assert comparison.tensors_compared == 2 * 2 * 4
     report = job.make_report(options, quiet_screen(), copy_of_saved, comparison, None)
     assert report.bits_verified
     assert not report.verified, "training has not gone on"
-    resumed = job.resume(options, quiet_screen(), fresh_group, copy_of_saved)
+    resumed = job.resume(options, quiet_screen(), group, copy_of_saved)
     report = job.make_report(options, quiet_screen(), copy_of_saved, comparison, resumed)
     assert report.verified
 
 
 def test_what_the_proof_of_bits_misses_shows_when_training_goes_on(
-    options: job.Options, copy_of_saved: job.Saved, fresh_group: WorkerGroup
+    options: job.Options, copy_of_saved: job.Saved, group: WorkerGroup
 ) -> None:
-    comparison = job.load_and_verify(options, quiet_screen(), fresh_group, copy_of_saved).comparison
-    fresh_group.run(rank_functions.zero_one_average)
-    resumed = job.resume(options, quiet_screen(), fresh_group, copy_of_saved)
+    comparison = job.load_and_verify(options, quiet_screen(), group, copy_of_saved).comparison
+    group.run(rank_functions.zero_one_average)
+    resumed = job.resume(options, quiet_screen(), group, copy_of_saved)
     report = job.make_report(options, quiet_screen(), copy_of_saved, comparison, resumed)
     assert (report.bits_verified, report.continuation_verified, report.verified) == (True, False, False)
     assert {"optim.state.layer1.weight.exp_avg after step 2"} <= {mismatch.name for mismatch in report.mismatches}
@@ -213,26 +212,24 @@ def test_what_the_proof_of_bits_misses_shows_when_training_goes_on(
 
 
 def test_a_flipped_byte_of_a_tensor_is_found(
-    options: job.Options, copy_of_saved: job.Saved, fresh_group: WorkerGroup
+    options: job.Options, copy_of_saved: job.Saved, group: WorkerGroup
 ) -> None:
     data_file, offset = middle_of_a_weight(copy_of_saved.uri)
     data = bytearray(data_file.read_bytes())
     data[offset] ^= 1
     data_file.write_bytes(data)
     with pytest.raises(WorkerError, match="IntegrityError") as caught:
-        job.load_and_verify(options, quiet_screen(), fresh_group, copy_of_saved)
+        job.load_and_verify(options, quiet_screen(), group, copy_of_saved)
     assert data_file.name in str(caught.value)
     assert "model.layer2.weight" in str(caught.value)
 
 
-def test_a_changed_learning_rate_is_found(
-    options: job.Options, copy_of_saved: job.Saved, fresh_group: WorkerGroup
-) -> None:
+def test_a_changed_learning_rate_is_found(options: job.Options, copy_of_saved: job.Saved, group: WorkerGroup) -> None:
     manifest = Path(copy_of_saved.uri) / MANIFEST_NAME
     text, _, _ = manifest.read_text().rpartition(',"digest":')
     assert text.count("0.002") == 2, "weight and bias of the second stage"
     manifest.write_text(record.seal(text.replace("0.002", "0.001") + "}"))
-    comparison = job.load_and_verify(options, quiet_screen(), fresh_group, copy_of_saved).comparison
+    comparison = job.load_and_verify(options, quiet_screen(), group, copy_of_saved).comparison
     assert [(m.name, m.expected, m.found, m.ranks) for m in comparison.mismatches] == [
         ("optim.param_groups.layer2.bias.lr", "0.002", "0.001", (0, 1)),
         ("optim.param_groups.layer2.weight.lr", "0.002", "0.001", (0, 1)),
@@ -245,11 +242,11 @@ def test_a_changed_learning_rate_is_found(
     assert "NOT VERIFIED: continuation: not tried, as other bits arrived than were saved" in shown
 
 
-def test_a_dropped_stage_is_found(options: job.Options, copy_of_saved: job.Saved, fresh_group: WorkerGroup) -> None:
+def test_a_dropped_stage_is_found(options: job.Options, copy_of_saved: job.Saved, group: WorkerGroup) -> None:
     [_, dropped, *_] = sorted(Path(copy_of_saved.uri).glob("*.distcp"))
     dropped.unlink()
     with pytest.raises(WorkerError) as caught:
-        job.load_and_verify(options, quiet_screen(), fresh_group, copy_of_saved)
+        job.load_and_verify(options, quiet_screen(), group, copy_of_saved)
     assert dropped.name in str(caught.value)
 
 
@@ -257,19 +254,17 @@ def test_nothing_compared_is_not_verified(options: job.Options, saved: job.Saved
     assert not job.make_report(options, quiet_screen(), saved, compare([], []), None).bits_verified
 
 
-def test_storage_that_nodes_do_not_share_is_found_before_a_byte_is_saved(
-    fresh_group: WorkerGroup, tmp_path: Path
-) -> None:
-    fresh_group.run(rank_functions.move_into_own_directory, str(tmp_path))
+def test_storage_that_nodes_do_not_share_is_found_before_a_byte_is_saved(group: WorkerGroup, tmp_path: Path) -> None:
+    group.run(rank_functions.move_into_own_directory, str(tmp_path))
     with pytest.raises(UsageError, match=r"not shared: rank 0 on .* does not see the file that rank 1 on ") as caught:
-        check_storage(fresh_group, "/proc/self/cwd/run", overwrite=False)
+        check_storage(group, "/proc/self/cwd/run", overwrite=False)
     assert "mounted on every node, or an object store" in str(caught.value)
     (tmp_path / "theirs").mkdir()
-    fresh_group.run(rank_functions.move_into, str(tmp_path / "theirs"))
+    group.run(rank_functions.move_into, str(tmp_path / "theirs"))
     with pytest.raises(UsageError, match=r"not shared: this driver, which commits, does not see the file that rank 0"):
-        check_storage(fresh_group, "/proc/self/cwd/run", overwrite=False)
+        check_storage(group, "/proc/self/cwd/run", overwrite=False)
     # The same group finds nothing wrong with a place that is shared, and leaves nothing there.
-    check_storage(fresh_group, str(tmp_path / "shared"), overwrite=False)
+    check_storage(group, str(tmp_path / "shared"), overwrite=False)
     assert list((tmp_path / "shared").iterdir()) == []
 
 
