@@ -117,7 +117,6 @@ def test_with_a_warning_instead_the_next_save_begins(group: WorkerGroup, tmp_pat
     assert handle.result(timeout_s=30.0).num_failed_before == 0
 
 
-@pytest.mark.slow
 def test_closing_the_group_waits_for_the_save(local_ray: None, tmp_path: Path) -> None:
     with make_group() as group:
         group.run(rank_states.hold_step, 1)

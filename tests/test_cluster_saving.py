@@ -363,7 +363,6 @@ def test_a_rank_that_dies_is_named_without_waiting_for_the_others(
     assert_can_go_on(doomed_group, [0, 2], tmp_path)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_rank_that_hangs_is_named_when_the_time_is_up(
     doomed_group: WorkerGroup, tmp_path: Path, phase: Callable[..., tuple[object, object]]

@@ -233,7 +233,7 @@ def test_every_layout_is_saved_and_loaded(tmp_path: Path) -> None:
     ("name", "texts"),
     [
         pytest.param("llama", ["pp2", "fsdp2x3", "pp2.fsdp2x2", "fsdp2x2.tp2"], marks=pytest.mark.slow),
-        pytest.param("mixtral", ["ep2", "fsdp2x3"], marks=pytest.mark.slow),
+        ("mixtral", ["ep2", "fsdp2x3"]),
         pytest.param("quantized", ["fsdp2x3", "pp2"], marks=pytest.mark.slow),
         pytest.param("hooked", ["fsdp2x3", "pp2"], marks=pytest.mark.slow),
     ],

@@ -230,7 +230,9 @@ def end_a_starting_worker(end: Callable[[psutil.Process], None], others: set[int
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         for process in worker_processes():
-            if process.pid not in others:
+            if process.pid in others:
+                continue
+            with contextlib.suppress(psutil.NoSuchProcess):
                 end(process)
                 wait_until(lambda process=process: not is_alive(process.pid), 30, process.status)
                 ended.append(time.monotonic())
